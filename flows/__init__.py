@@ -1,0 +1,1 @@
+"""The Prefect flows: when each stage runs, and when it need not."""

@@ -1,0 +1,1 @@
+"""Reward-robust RLHF as a reproducible pipeline."""

@@ -1,0 +1,274 @@
+"""The store: immutable folders `artifacts/<stage>/<key>/`, published by one rename and checked at every use.
+
+A folder is named by its key, so finding a result needs no index. `artifact.json` in it records the key document,
+the sha256 of every file, and the content digest that names this artifact as an input of others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rrlhf import hardware
+from rrlhf.keys import Document, key_digest
+
+MANIFEST = "artifact.json"
+HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
+
+
+class TamperedError(Exception):
+    """A stored file is not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One published result."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The node that made it."""
+        return str(self.manifest["name"])
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it."""
+        return str(self.manifest["document"]["stage"])
+
+    @property
+    def key(self) -> str:
+        """The sha256 of its key document."""
+        return str(self.manifest["key"])
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its content."""
+        return str(self.manifest["digest"])
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Content digest of every input, by argument name."""
+        return dict(self.manifest["document"]["inputs"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of every number that the stage logged."""
+        return dict(self.manifest["metrics"])
+
+    def history(self) -> list[dict[str, float]]:
+        """Return every row that the stage logged."""
+        lines = (self.path / HISTORY).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class Store:
+    """The artifacts of one project folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "artifacts"
+        self._memo = Memo(root / ".rrlhf" / "digests.json")
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Return where the result with this key lies, published or not."""
+        return self.root / stage / key
+
+    def staging(self, stage: str, key: str) -> Path:
+        """Return the folder in which a result is prepared; what an interrupted run left in it is kept."""
+        return self.root / ".staging" / f"{stage}-{key}"
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the artifact with this key, or None when there is none; files are not checked."""
+        folder = self.folder(stage, key)
+        if not folder.exists():
+            return None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            sound = manifest["key"] == key == key_digest(manifest["document"])
+        except (OSError, ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise TamperedError(f"{folder / MANIFEST} is missing or was changed{_way_out(folder)}")
+        return Artifact(folder, manifest)
+
+    def checked(self, stage: str, key: str) -> Artifact | None:
+        """Like `find`, with every file's sha256 compared to the manifest."""
+        artifact = self.find(stage, key)
+        if artifact:
+            self.verify(artifact)
+        return artifact
+
+    def verify(self, artifact: Artifact) -> None:
+        """Raise TamperedError naming the first file that differs, and every artifact built on it."""
+        files: dict[str, str] = artifact.manifest["files"]
+        problem = None
+        for name, expected in files.items():
+            path = artifact.path / name
+            found = self._memo.sha256(path) if path.is_file() else "no file"
+            if found != expected:
+                problem = f"{path}: expected sha256 {expected}, found {found}"
+                break
+        if problem is None and artifact.digest != content_digest(files):
+            problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
+        self._memo.save()
+        if problem:
+            users = ", ".join(found.name for found in self.descendants(artifact)) or "nothing yet"
+            raise TamperedError(f"{problem}\nbuilt on it: {users}{_way_out(artifact.path)}")
+
+    def all(self) -> Iterator[Artifact]:
+        """Yield every artifact whose manifest can be read."""
+        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            try:
+                yield Artifact(path.parent, json.loads(path.read_bytes()))
+            except ValueError:
+                continue
+
+    def descendants(self, artifact: Artifact) -> list[Artifact]:
+        """Return all artifacts that were made from this one, directly or not."""
+        everything = list(self.all())
+        digests, found = {artifact.digest}, []
+        grew = True
+        while grew:
+            new = [item for item in everything if item not in found and digests & set(item.inputs.values())]
+            found += new
+            digests |= {item.digest for item in new}
+            grew = bool(new)
+        return found
+
+    def publish(self, name: str, document: Document, staged: Path, *, seconds: float) -> Artifact:
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
+        key = key_digest(document)
+        rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
+        last: dict[str, float] = {}
+        for row in rows:
+            last |= row
+        files = {
+            path.relative_to(staged).as_posix(): sha256(path)
+            for path in sorted(staged.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        manifest = {
+            "name": name,
+            "key": key,
+            "digest": content_digest(files),
+            "document": document,
+            "files": files,
+            "metrics": last,
+            "git_commit": git_commit(self.root.parent),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "hardware": hardware.describe(),
+        }
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in staged.rglob("*"):
+            _sync(path)
+        final = self.folder(document["stage"], key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.rename(final)
+        _sync(final.parent)
+        return Artifact(final, manifest)
+
+    def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
+        """Publish a folder that holds a complete artifact already, after checking every byte."""
+        manifest = json.loads((downloaded / MANIFEST).read_bytes())
+        self.verify(Artifact(downloaded, manifest))
+        final = self.folder(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        downloaded.rename(final)
+        return Artifact(final, manifest)
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Hold the lock of a key; the kernel drops it with the process, however that ends."""
+        path = self.root / ".locks" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+class Memo:
+    """Digests of files that have not changed since they were read: same size, mtime, ctime and inode."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._known: dict[str, list[Any]] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self._known = {}
+        self._grew = False
+
+    def sha256(self, path: Path) -> str:
+        """Return the file's sha256, from memory when its metadata is unchanged."""
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        name = str(path.resolve())
+        known = self._known.get(name)
+        if known and known[:4] == mark:
+            return str(known[4])
+        digest = sha256(path)
+        self._known[name] = [*mark, digest]
+        self._grew = True
+        return digest
+
+    def save(self) -> None:
+        """Write what was learned; losing a race only costs a rereading."""
+        if not self._grew:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(self._known), encoding="utf-8")
+        beside.replace(self.path)
+        self._grew = False
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content_digest(files: dict[str, str]) -> str:
+    """Return the sha256 over the names and digests of an artifact's files, its history excepted."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if name != HISTORY]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def clear(folder: Path) -> Path:
+    """Make an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the checked-out commit, with "-dirty" when files differ from it, or None outside git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _way_out(folder: Path) -> str:
+    return f"\nto have it restored or computed again: rm -r {folder}"

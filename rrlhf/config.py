@@ -1,0 +1,343 @@
+"""params.yaml and profiles/, parsed once into frozen, typed sections; every mistake is reported at once.
+
+The default profile is params.yaml alone. Another profile is a file in profiles/ that states only its differences;
+overrides come last. Mappings merge; null removes an arm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rrlhf.types import Json
+
+Where = dict[tuple[str, ...], str]  # dotted path -> "params.yaml:12"
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys and lax types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(Section):
+    """The language model that every stage shares."""
+
+    base: str
+    revision: str | None
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    system_prompt: str
+    prompt_tokens: PositiveInt
+    response_tokens: PositiveInt
+
+
+class Shares(Section):
+    """How prompts are split; the shares sum to 1."""
+
+    sft: Share
+    preferences: Share
+    heldout: Share
+    ppo: Share
+    evaluate: Share
+
+
+class Prepare(Section):
+    """The data stage."""
+
+    source: str
+    format: Literal["written", "hh", "ultrafeedback", "rows"]
+    revision: str | None
+    limit: PositiveInt | None
+    max_rejected: Share
+    shares: Shares
+    answers_per_prompt: Annotated[int, Field(ge=2)]
+    flip_rate: Annotated[float, Field(ge=0, lt=0.5)]
+    batch_size: PositiveInt
+
+
+class Gold(Section):
+    """Weights of the independent judge."""
+
+    relevance: NonNegative
+    tone: NonNegative
+    repetition: NonNegative
+    nonwords: NonNegative
+    cutoff: NonNegative
+    brevity: NonNegative
+
+
+class Sft(Section):
+    """Supervised fine-tuning."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    max_grad_norm: PositiveFloat
+
+
+class HeadTraining(Section):
+    """What every reward head's training needs."""
+
+    epochs: PositiveInt
+    pairs_per_batch: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NonNegative
+
+
+class Reward(HeadTraining):
+    """The single reward head and the trunk features that all heads share."""
+
+    layer: PositiveInt
+    batch_size: PositiveInt
+
+
+class Ensemble(HeadTraining):
+    """The Bayesian reward model ensemble (BRME)."""
+
+    heads: PositiveInt
+    hidden: Annotated[int, Field(ge=0)]
+    loss: Literal["reparam_mse", "gaussian_nll", "bradley_terry"]
+    target: Literal["stage1_reward", "margin"]
+    head_data: Literal["bootstrap", "all"]
+    sigma_floor: PositiveFloat
+
+
+class Ppo(Section):
+    """Proximal policy optimisation."""
+
+    updates: PositiveInt
+    prompts_per_update: PositiveInt
+    minibatch_size: PositiveInt
+    epochs: PositiveInt
+    train_layers: PositiveInt
+    learning_rate: PositiveFloat
+    kl_weight: NonNegative
+    gae_lambda: Share
+    clip_ratio: PositiveFloat
+    clip_value: PositiveFloat
+    value_weight: NonNegative
+    max_grad_norm: PositiveFloat
+    missing_eos_score: float
+    max_step_kl: PositiveFloat
+    checkpoint_every: PositiveInt
+
+
+class Arm(Section):
+    """One policy to train: the reward that it sees, and its seed."""
+
+    reward: Literal["single", "robust"]
+    nominal_weight: Share | None
+    seed: int
+
+
+class Evaluate(Section):
+    """The comparison of policies."""
+
+    samples_per_prompt: PositiveInt
+    batch_size: PositiveInt
+    samples_shown: PositiveInt
+
+
+class Tracking(Section):
+    """Where runs and models are remembered; the server comes from MLFLOW_TRACKING_URI."""
+
+    experiment: str
+    candidate: str
+
+
+class Launch(Section):
+    """How a training stage is started; changes nothing but rounding."""
+
+    processes: PositiveInt
+    threads: Annotated[int, Field(ge=0)]
+
+
+class Params(Section):
+    """All settings of one run."""
+
+    seed: int
+    model: Model
+    prepare: Prepare
+    gold: Gold
+    sft: Sft
+    reward: Reward
+    ensemble: Ensemble
+    ppo: Ppo
+    arms: dict[str, Arm]
+    evaluate: Evaluate
+    tracking: Tracking
+    launch: Launch
+
+
+class ParamsError(ValueError):
+    """Every mistake in the settings, one line each: where, what, and what to do."""
+
+
+def profiles(root: Path) -> list[str]:
+    """Names of the profiles that can be run."""
+    return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml"))]
+
+
+def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Json] | None = None) -> Params:
+    """Read a profile and apply overrides, whose keys are dotted ("ppo.kl_weight").
+
+    Raises ParamsError with all mistakes at once.
+    """
+    if profile not in profiles(root):
+        raise ParamsError(f"unknown profile {profile!r}{_did_you_mean(profile, profiles(root))}")
+    where: Where = {}
+    mistakes: list[str] = []
+    merged = _read(root / "params.yaml", where, mistakes)
+    if profile != "default":
+        merged = _merge(merged, _read(root / "profiles" / f"{profile}.yaml", where, mistakes))
+    for dotted, value in (overrides or {}).items():
+        path = tuple(dotted.split("."))
+        merged = _merge(merged, _nested(path, value))
+        where[path] = f"--set {dotted}"
+    arms = merged.get("arms")
+    if isinstance(arms, dict):
+        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+    try:
+        params = Params.model_validate(merged)
+    except ValidationError as error:
+        mistakes += [_explain(detail, where) for detail in error.errors()]
+        raise ParamsError("\n".join(mistakes)) from None
+    mistakes += [f"{_place(path, where)}: {text}" for path, text in _contradictions(params)]
+    if mistakes:
+        raise ParamsError("\n".join(mistakes))
+    return params
+
+
+def parse_override(text: str) -> tuple[str, Json]:
+    """Split `section.key=value`; the value is read as YAML."""
+    dotted, equals, value = text.partition("=")
+    if not equals or not dotted.strip():
+        raise ParamsError(f"--set {text}: expected section.key=value, for example ppo.kl_weight=0.05")
+    try:
+        return dotted.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ParamsError(f"--set {text}: the value is not valid YAML") from None
+
+
+def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that are fine alone and wrong together."""
+    shares = params.prepare.shares.model_dump()
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        yield ("prepare", "shares"), f"prepare.shares sum to {sum(shares.values()):g}, not to 1"
+    ppo = params.ppo
+    if ppo.prompts_per_update % ppo.minibatch_size:
+        yield (
+            ("ppo", "minibatch_size"),
+            f"ppo.minibatch_size {ppo.minibatch_size} does not divide prompts_per_update {ppo.prompts_per_update}",
+        )
+    batch = params.launch.processes
+    for path, size in (("sft", "batch_size"), params.sft.batch_size), (("ppo", "minibatch_size"), ppo.minibatch_size):
+        if size % batch:
+            yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
+    if (params.prepare.source == "written") != (params.prepare.format == "written"):
+        yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
+    if params.tracking.candidate not in params.arms:
+        hint = _did_you_mean(params.tracking.candidate, list(params.arms))
+        yield ("tracking", "candidate"), f"tracking.candidate {params.tracking.candidate!r} is not an arm{hint}"
+    if not params.arms:
+        yield ("arms",), "arms is empty: name at least one policy to train"
+    for name, arm in params.arms.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name) or name in {"sft", "data"}:
+            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, - and _; not sft or data"
+        if (arm.reward == "robust") != (arm.nominal_weight is not None):
+            yield (
+                ("arms", name),
+                f"arms.{name}: nominal_weight is a number for reward robust, and null for any other",
+            )
+
+
+def _read(path: Path, where: Where, mistakes: list[str]) -> dict[str, Any]:
+    """Parse one YAML mapping and note the line of every key in `where`."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name}: not found in {path.parent}; run rrlhf in the project's folder") from None
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path.name}: not UTF-8 (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ParamsError(f"{path.name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ParamsError(f"{path.name}: expected a mapping of sections")
+    _note_lines(node, (), path.name, where, mistakes)
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _note_lines(node: yaml.Node, path: tuple[str, ...], file: str, where: Where, mistakes: list[str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        line = f"{file}:{key.start_mark.line + 1}"
+        if key.value in seen:
+            mistakes.append(f"{line}: {'.'.join(here)} is given twice")
+        seen.add(key.value)
+        where[here] = line
+        _note_lines(value, here, file, where, mistakes)
+
+
+def _merge(under: Any, over: Any) -> Any:
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    return under | {key: _merge(under.get(key), value) for key, value in over.items()}
+
+
+def _nested(path: tuple[str, ...], value: Json) -> Json:
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _explain(detail: Any, where: Where) -> str:
+    path = tuple(str(part) for part in detail["loc"])
+    name, value = ".".join(path), detail["input"]
+    if detail["type"] == "extra_forbidden":
+        text = f"unknown setting {name}{_did_you_mean(path[-1], _fields(path[:-1]))}"
+    elif detail["type"] == "missing":
+        text = f"{name} is missing"
+    else:
+        text = f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r}"
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
+            mantissa, exponent = value.split("e")
+            text += f" (text to YAML; write {mantissa}.0e{exponent})"
+    return f"{_place(path, where)}: {text}"
+
+
+def _place(path: tuple[str, ...], where: Where) -> str:
+    """Return the line of a path, or of the nearest section above it."""
+    while path and path not in where:
+        path = path[:-1]
+    return where.get(path, "params.yaml")
+
+
+def _fields(path: tuple[str, ...]) -> list[str]:
+    model: Any = Params
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        model = Arm if path[0] == "arms" else annotation
+    return list(getattr(model, "model_fields", {}))
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

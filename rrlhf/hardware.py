@@ -1,0 +1,44 @@
+"""What the machine offers, told without importing torch: part of every key, because it changes numbers."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+
+@cache
+def _has_cuda() -> bool:
+    cpu_build = version("torch").endswith("+cpu")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}
+    return not cpu_build and not hidden and Path("/proc/driver/nvidia").exists()
+
+
+@cache
+def _has_bf16_units() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AMX); without it bfloat16 is slower than float32."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def device_kind(wanted: str) -> str:
+    """Resolve "auto" to "cuda" or "cpu"."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if _has_cuda() else "cpu"
+
+
+def dtype_name(wanted: str, device: str) -> str:
+    """Resolve "auto" to "bfloat16" where the device has matrix units for it, else "float32"."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if device == "cuda" or _has_bf16_units() else "float32"
+
+
+def describe() -> dict[str, str | int]:
+    """Facts for the record beside an artifact; they are not part of its identity."""
+    info = os.uname()
+    return {"machine": info.machine, "system": info.sysname, "cores": len(os.sched_getaffinity(0))}

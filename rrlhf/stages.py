@@ -1,0 +1,57 @@
+"""The graph: every node that a run consists of, declared once for the flow, the plan and the keys."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rrlhf.config import Params, Section
+
+DATA = "data"
+
+
+class Node(NamedTuple):
+    """One unit of work: a stage, the sections of params it may read, and the nodes whose results it reads.
+
+    `inputs` maps the stage function's argument to a node's name. Nothing else reaches the stage, so nothing else
+    belongs to its key.
+    """
+
+    name: str
+    stage: str
+    sections: dict[str, Section | int]
+    inputs: dict[str, str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sections as JSON."""
+        return {
+            name: value.model_dump() if isinstance(value, Section) else value for name, value in self.sections.items()
+        }
+
+
+def nodes(params: Params) -> list[Node]:
+    """Return all nodes in an order in which each follows its inputs; data preparation comes first."""
+    seed, model = params.seed, params.model
+    base = {DATA: DATA, "sft": "sft"}
+    arms = {f"ppo-{name}": arm for name, arm in params.arms.items()}
+    return [
+        Node(DATA, "prepare", {"seed": seed, "model": model, "prepare": params.prepare, "gold": params.gold}, {}),
+        Node("sft", "sft", {"seed": seed, "model": model, "sft": params.sft}, {DATA: DATA}),
+        Node("reward", "reward", {"seed": seed, "model": model, "reward": params.reward}, base),
+        Node("ensemble", "ensemble", {"seed": seed, "ensemble": params.ensemble}, {"reward": "reward"}),
+        *(
+            Node(
+                name,
+                "ppo",
+                {"model": model, "ppo": params.ppo, "arm": arm},
+                {**base, "reward": "reward", "ensemble": "ensemble"},
+            )
+            for name, arm in arms.items()
+        ),
+        Node(
+            "evaluate",
+            "evaluate",
+            {"seed": seed, "model": model, "gold": params.gold, "evaluate": params.evaluate},
+            {**base, "reward": "reward", "ensemble": "ensemble", **{name: name for name in arms}},
+        ),
+    ]

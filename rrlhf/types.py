@@ -1,0 +1,38 @@
+"""The words every layer shares: plain, frozen shapes without behaviour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+class Message(TypedDict):
+    """One turn of a dialogue; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+class Demonstration(NamedTuple):
+    """A prompt with the response that supervised fine-tuning imitates."""
+
+    prompt: list[Message]
+    response: str
+
+
+class Preference(NamedTuple):
+    """A prompt with two responses, of which `chosen` was preferred."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+
+
+class Dataset(NamedTuple):
+    """A prepared data set: folder of parquet files, and the digest by which DVC versions it ("md5:<hex>.dir")."""
+
+    name: str
+    path: Path
+    digest: str
