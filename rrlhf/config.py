@@ -131,7 +131,6 @@ class Ppo(Section):
     max_grad_norm: PositiveFloat
     missing_eos_score: float
     max_step_kl: PositiveFloat
-    checkpoint_every: PositiveInt
 
 
 class Arm(Section):

@@ -21,7 +21,7 @@ from rrlhf.stages import Node
 PACKAGE = Path(__file__).parent
 
 # Modules whose every effect on a result is already in the key (as settings), or that only show or store things.
-WITHOUT_EFFECT = {"rrlhf.artifacts", "rrlhf.config", "rrlhf.hardware", "rrlhf.progress", "rrlhf.types"}
+WITHOUT_EFFECT = {"rrlhf.artifacts", "rrlhf.config", "rrlhf.hardware", "rrlhf.progress", "rrlhf.sources", "rrlhf.types"}
 
 Document = dict[str, Any]
 

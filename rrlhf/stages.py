@@ -38,7 +38,7 @@ def nodes(params: Params) -> list[Node]:
         Node(DATA, "prepare", {"seed": seed, "model": model, "prepare": params.prepare, "gold": params.gold}, {}),
         Node("sft", "sft", {"seed": seed, "model": model, "sft": params.sft}, {DATA: DATA}),
         Node("reward", "reward", {"seed": seed, "model": model, "reward": params.reward}, base),
-        Node("ensemble", "ensemble", {"seed": seed, "ensemble": params.ensemble}, {"reward": "reward"}),
+        Node("ensemble", "ensemble", {"seed": seed, "model": model, "ensemble": params.ensemble}, {"reward": "reward"}),
         *(
             Node(
                 name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -36,3 +37,7 @@ class Dataset(NamedTuple):
     name: str
     path: Path
     digest: str
+
+
+Metrics = dict[str, float]
+Log = Callable[[Metrics], None]

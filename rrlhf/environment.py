@@ -1,0 +1,35 @@
+"""The process environment that every command and every worker starts with; what the user has set wins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+QUIET = {
+    "DO_NOT_TRACK": "true",  # mlflow accepts only this word
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default of 20 is short for two busy cores
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # one line a task is enough
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def find_root(start: Path) -> Path:
+    """Return the nearest folder, from `start` upwards, that holds params.yaml."""
+    for folder in (start, *start.parents):
+        if (folder / "params.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no params.yaml in {start} or above: run rrlhf in the project's folder")
+
+
+def set_environment(root: Path) -> None:
+    """Turn telemetry off, keep Prefect's state inside the project, and work in the project's folder."""
+    home = str(root / ".rrlhf" / "prefect")
+    for name, value in (QUIET | {"PREFECT_HOME": home}).items():
+        os.environ.setdefault(name, value)
+    os.chdir(root)  # paths in params.yaml are relative to it

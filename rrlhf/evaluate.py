@@ -1,0 +1,260 @@
+"""Stage 6: the comparison of policies, on prompts that none of them was trained on.
+
+The gold judge is read here and in data preparation only; no policy is trained against it. The SFT model stands in
+the comparison as the optimum under a constant reward.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rrlhf.calibration import Estimate, correct, estimate, expected_calibration_error
+from rrlhf.config import Arm, Evaluate, Gold, Model
+from rrlhf.features import PairFeatures, trunk_layer
+from rrlhf.gold import GoldJudge
+from rrlhf.hardware import device_kind
+from rrlhf.heads import RewardHeads, win_probability
+from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
+from rrlhf.progress import track
+from rrlhf.robust import READINGS, Scores, head_spread, robust_reward
+from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.tables import Rows, read_table
+from rrlhf.types import Log
+
+
+class Judges(NamedTuple):
+    """All that reads responses: the reference with its trunk, the reward heads, and the gold judge if there is one."""
+
+    language: LanguageModel
+    top: PolicyTop  # the reference's layers above the trunk
+    layer: int
+    single: RewardHeads
+    ensemble: RewardHeads
+    gold: GoldJudge | None
+
+
+class Reading(NamedTuple):
+    """What the judges say about sampled responses, one row a response."""
+
+    texts: list[str]
+    finished: list[bool]
+    kl: Tensor  # [responses] log(pi / pi_ref), nats
+    proxy: Tensor  # [responses]
+    scores: Scores  # [responses, heads]
+    gold: Tensor | None  # [responses]
+
+
+def run(
+    *,
+    seed: int,
+    model: Model,
+    gold: Gold,
+    evaluate: Evaluate,
+    data: Path,
+    sft: Path,
+    reward: Path,
+    ensemble: Path,
+    policies: dict[str, Path],
+    out: Path,
+    log: Log,
+) -> None:
+    """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
+    rows = read_table(data, "evaluate")
+    judges = _judges(model, gold, sft, reward, ensemble, has_gold=rows[0]["topic"] is not None)
+    readings = {
+        name: _read(judges, _sample(folder, name, rows, model, evaluate, seed), rows, model, evaluate, name)
+        for name, folder in {"sft": sft, **policies}.items()
+    }
+    arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
+    compared = [_summary(name, reading, arms.get(name), evaluate) for name, reading in readings.items()]
+    result = {
+        "policies": compared,
+        "curves": [point for name, folder in policies.items() for point in _curve(name, folder, data, judges.gold)],
+        "samples": _samples(readings, rows, evaluate),
+        "reward_models": _reward_models(judges, PairFeatures.load(reward)),
+    }
+    for policy in compared:
+        log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def repetition(text: str) -> float:
+    """Return the share of words that occurred before in the text, 0 to 1."""
+    words = text.lower().split()
+    return 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def _judges(model: Model, gold: Gold, sft: Path, reward: Path, ensemble: Path, *, has_gold: bool) -> Judges:
+    language = load_model(sft)
+    language.network.to(device_kind(model.device)).requires_grad_(False)
+    layer = trunk_layer(reward)
+    top = PolicyTop(language, language.layers - layer)
+    single, several = (RewardHeads.load(folder).to(language.device) for folder in (reward, ensemble))
+    return Judges(language, top, layer, single, several, GoldJudge(gold) if has_gold else None)
+
+
+def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int) -> list[Response]:
+    """Sample `samples_per_prompt` responses of a policy to every prompt; those of one prompt lie side by side."""
+    language = load_model(folder)
+    language.network.to(device_kind(model.device))
+    prompts = [
+        encode_prompt(language, row["prompt"], model) for row in rows for _ in range(evaluate.samples_per_prompt)
+    ]
+    with autocast(model):
+        return sample_in_batches(
+            language,
+            prompts,
+            model.response_tokens,
+            batch_size=evaluate.batch_size,
+            seed=seed,
+            label=f"evaluate: sampling {name}",
+        )
+
+
+@torch.no_grad()
+def _read(
+    judges: Judges, responses: list[Response], rows: Rows, model: Model, evaluate: Evaluate, name: str
+) -> Reading:
+    """Run the reference once over prompt and response: it gives the KL and the reward features."""
+    asked = [row for row in rows for _ in range(evaluate.samples_per_prompt)]
+    logprobs, features = [], []
+    for start in track(
+        range(0, len(asked), evaluate.batch_size), -(-len(asked) // evaluate.batch_size), f"evaluate: {name}"
+    ):
+        part = slice(start, start + evaluate.batch_size)
+        with autocast(model):
+            logprob, pooled = _reference_pass(judges, asked[part], responses[part], model)
+        logprobs.append(logprob)
+        features.append(pooled)
+    pooled = torch.cat(features)
+    texts = [decode(judges.language, response.tokens) for response in responses]
+    finished = [response.finished for response in responses]
+    own = torch.tensor([response.logprob for response in responses])
+    scores = judges.ensemble.score(pooled)
+    gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
+    return Reading(
+        texts=texts,
+        finished=finished,
+        kl=own - torch.cat(logprobs).cpu(),
+        proxy=judges.single.score(pooled).mean[:, 0].cpu(),
+        scores=Scores(scores.mean.cpu(), scores.std.cpu()),
+        gold=torch.tensor(gold) if gold is not None else None,
+    )
+
+
+def _reference_pass(judges: Judges, rows: Rows, responses: list[Response], model: Model) -> tuple[Tensor, Tensor]:
+    """Return the reference's log-probability [batch] of each response, and the pooled trunk features."""
+    language, device = judges.language, judges.language.device
+    prompts = [encode_prompt(language, row["prompt"], model) for row in rows]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    counts = torch.tensor([len(response.tokens) for response in responses], device=device)
+    finished = torch.tensor([response.finished for response in responses], device=device)
+    width = int(counts.max())
+    eos = language.tokenizer.eos_token_id
+    padded = torch.tensor([row.tokens + [eos] * (width - len(row.tokens)) for row in responses], device=device)
+    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
+    states = hidden_states(language, sequences, judges.layer)
+    logprobs, _ = judges.top(states, lengths, padded)
+    mask = torch.arange(width, device=device) < counts[:, None]
+    return (logprobs * mask).sum(1), response_features(states, lengths, counts - finished.long())
+
+
+def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -> dict[str, Any]:
+    """Return one row of the comparison: means with standard errors over prompts."""
+    columns = {
+        "proxy": reading.proxy,
+        **{reader: read(reading.scores) for reader, read in READINGS.items()},
+        "spread": head_spread(reading.scores),
+        "kl": reading.kl,
+        "words": torch.tensor([float(len(text.split())) for text in reading.texts]),
+        "repetition": torch.tensor([repetition(text) for text in reading.texts]),
+        "finished": torch.tensor(reading.finished).double(),
+    }
+    if reading.gold is not None:
+        columns = {"gold": reading.gold, **columns}
+    if arm and arm.nominal_weight is not None:
+        columns["robust"] = robust_reward(reading.scores, arm.nominal_weight)
+    prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
+    return {
+        "name": name,
+        "reward": arm.reward if arm else "none",
+        "nominal_weight": arm.nominal_weight if arm else None,
+        "metrics": {key: estimate(column, prompt)._asdict() for key, column in columns.items()},
+    }
+
+
+def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
+    """Read the responses that a policy gave while it trained: one point per update."""
+    topics = [row["topic"] for row in read_table(data, "ppo")]
+    rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
+    judged: list[float] | None = None
+    if gold:
+        asked = [topics[row["prompt"]] for row in rows]
+        judged = gold.score(asked, [row["response"] for row in rows], [row["finished"] for row in rows]).total
+    points: Rows = []
+    for update, numbered in groupby(enumerate(rows), key=lambda item: item[1]["update"]):
+        index, group = zip(*numbered, strict=True)
+        heads = torch.tensor([row["heads"] for row in group])
+        point: dict[str, Any] = {
+            "policy": name,
+            "update": update,
+            "kl": _mean(row["kl"] for row in group),
+            "proxy": _mean(row["proxy"] for row in group),
+            "spread": heads.std(dim=1, correction=0).mean().item(),
+            "words": _mean(len(row["response"].split()) for row in group),
+            "heads": heads.mean(0).tolist(),
+        }
+        if judged:
+            found = estimate(torch.tensor([judged[i] for i in index]))
+            point |= {"gold": found.mean, "gold_stderr": found.stderr}
+        points.append(point)
+    return points
+
+
+def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Rows:
+    """Return the first response of every policy to the first prompts."""
+    shown: Rows = []
+    for number, row in enumerate(rows[: evaluate.samples_shown]):
+        i = number * evaluate.samples_per_prompt
+        responses: dict[str, Any] = {}
+        for name, reading in readings.items():
+            response: dict[str, Any] = {
+                "text": reading.texts[i],
+                "proxy": reading.proxy[i].item(),
+                "heads": reading.scores.mean[i].tolist(),
+            }
+            responses[name] = response | ({"gold": reading.gold[i].item()} if reading.gold is not None else {})
+        shown.append({"prompt": row["prompt"][-1]["content"], "responses": responses})
+    return shown
+
+
+def _reward_models(judges: Judges, features: PairFeatures) -> Rows:
+    """Return held-out accuracy and calibration of the single head and of each reading of the ensemble."""
+    single, ensemble, pairs = judges.single.cpu(), judges.ensemble.cpu(), features.heldout
+    with torch.no_grad():
+        margin = single(pairs.chosen).mean[:, 0] - single(pairs.rejected).mean[:, 0]
+    chosen, rejected = ensemble.score(pairs.chosen), ensemble.score(pairs.rejected)
+    accuracies = {"single head": estimate(correct(margin), features.heldout_prompts)} | {
+        f"ensemble, {name}": estimate(correct(read(chosen) - read(rejected)), features.heldout_prompts)
+        for name, read in READINGS.items()
+    }
+    calibration = {
+        "single head": expected_calibration_error(margin.sigmoid()),
+        "ensemble, mean": expected_calibration_error(win_probability(ensemble, pairs)),
+    }
+    return [
+        {"name": name, "accuracy": accuracy._asdict(), "ece": calibration.get(name)}
+        for name, accuracy in accuracies.items()
+    ]
+
+
+def _mean(numbers: Any) -> float:
+    collected = list(numbers)
+    return float(sum(collected) / len(collected))

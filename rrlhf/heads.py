@@ -1,0 +1,155 @@
+"""Reward heads on pooled features of a frozen trunk: one head or K Gaussian heads, trained together.
+
+The trunk is never run here: features are computed once, and a head costs seconds ("Reusing embeddings",
+arXiv 2502.04357).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rrlhf.losses import gaussian_bradley_terry
+from rrlhf.robust import Scores
+
+WEIGHTS = "heads.safetensors"
+SHAPE = "heads.json"
+
+
+class Pairs(NamedTuple):
+    """Features of preference pairs, one row a pair."""
+
+    chosen: Tensor  # [pairs, width]
+    rejected: Tensor  # [pairs, width]
+
+
+class RewardHeads(nn.Module):
+    """K heads; each maps features to the mean and log standard deviation of a Gaussian over the reward.
+
+    Features are standardised with the training set's statistics. Scores are normalised per head with the reference
+    set's statistics, because a Bradley-Terry reward has no natural zero or scale: no minimum or mixture over heads
+    makes sense before that. All statistics are stored with the weights.
+    """
+
+    feature_mean: Tensor  # [width]
+    feature_std: Tensor
+    score_mean: Tensor  # [heads]
+    score_std: Tensor
+
+    def __init__(self, width: int, heads: int, hidden: int, sigma_floor: float) -> None:
+        super().__init__()
+        self.shape = {"width": width, "heads": heads, "hidden": hidden, "sigma_floor": sigma_floor}
+        inner = hidden or width
+        if hidden:
+            self.inner = nn.Parameter(torch.randn(heads, width, hidden) * width**-0.5)
+        self.outer = nn.Parameter(torch.randn(heads, inner, 2) * (inner + 1) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(heads, 2))
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_std", torch.ones(width))
+        self.register_buffer("score_mean", torch.zeros(heads))
+        self.register_buffer("score_std", torch.ones(heads))
+
+    def forward(self, features: Tensor) -> Scores:
+        """Return raw scores [batch, heads] of features [batch, width], before normalisation."""
+        x = (features - self.feature_mean) / self.feature_std
+        if self.shape["hidden"]:
+            states = torch.einsum("bw,kwh->kbh", x, self.inner).tanh()
+            out = torch.einsum("kbh,kho->bko", states, self.outer) + self.bias
+        else:
+            out = torch.einsum("bw,kwo->bko", x, self.outer) + self.bias
+        mean, log_std = out.unbind(-1)
+        return Scores(mean, self.shape["sigma_floor"] + log_std.clamp(max=5.0).exp())
+
+    @torch.no_grad()
+    def score(self, features: Tensor) -> Scores:
+        """Return normalised scores [batch, heads]: mean 0 and standard deviation 1 on the reference set."""
+        raw: Scores = self(features.to(self.bias.device))
+        return Scores((raw.mean - self.score_mean) / self.score_std, raw.std / self.score_std)
+
+    @torch.no_grad()
+    def standardise(self, features: Tensor) -> None:
+        """Take the feature statistics from the training set [rows, width], in place."""
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_std.copy_(features.std(0).clamp(min=1e-6))
+
+    @torch.no_grad()
+    def normalise(self, features: Tensor) -> None:
+        """Take the score statistics from the reference set [rows, width], in place.
+
+        Raises ValueError when a head is constant there: it could not be told from noise afterwards.
+        """
+        raw: Scores = self(features)
+        spread = raw.mean.std(0)
+        if (spread < 1e-6).any() or not torch.isfinite(raw.mean).all():
+            dead = (~(spread >= 1e-6)).nonzero().flatten().tolist()
+            raise ValueError(f"reward heads {dead} give every reference response the same or no finite score")
+        self.score_mean.copy_(raw.mean.mean(0))
+        self.score_std.copy_(spread)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, statistics and shape."""
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        (folder / SHAPE).write_text(json.dumps(self.shape), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RewardHeads:
+        """Read what `save` wrote."""
+        heads = cls(**json.loads((folder / SHAPE).read_text(encoding="utf-8")))
+        heads.load_state_dict(load_file(folder / WEIGHTS))
+        return heads.eval()
+
+
+def fit(
+    heads: RewardHeads,
+    loss: Callable[[Scores, Scores, Tensor], Tensor],
+    pairs: Pairs,
+    weights: Tensor,
+    *,
+    accelerator: Accelerator,
+    generator: torch.Generator,
+    epochs: int,
+    pairs_per_batch: int,
+    learning_rate: float,
+    weight_decay: float,
+) -> Iterator[dict[str, float]]:
+    """Train all heads in one pass over the features; yield one row of metrics per epoch.
+
+    loss: maps raw scores of chosen and rejected responses and the rows' index to a loss [batch, heads].
+    weights: [pairs, heads], how often a head's own sample of the data holds a pair.
+    """
+    heads.standardise(torch.cat([pairs.chosen, pairs.rejected]))
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    model, optimizer = accelerator.prepare(heads, optimizer)
+    device = accelerator.device
+    pairs, weights = Pairs(*(side.to(device) for side in pairs)), weights.to(device)
+    for epoch in range(epochs):
+        order = torch.randperm(len(weights), generator=generator).to(device)
+        total = torch.zeros((), device=device)
+        for index in order.split(pairs_per_batch):
+            weight = weights[index]
+            error = loss(model(pairs.chosen[index]), model(pairs.rejected[index]), index)
+            mean = (error * weight).sum(0) / weight.sum(0).clamp(min=1)  # each head sees only its own loss
+            optimizer.zero_grad()
+            accelerator.backward(mean.sum())
+            optimizer.step()
+            total += mean.detach().mean() * len(index)
+        yield {"step": epoch + 1, "loss": total.item() / len(weights)}
+
+
+@torch.no_grad()
+def win_probability(heads: RewardHeads, pairs: Pairs) -> Tensor:
+    """Return P(chosen wins) [pairs], averaged over heads, from raw scores."""
+    return (-gaussian_bradley_terry(heads(pairs.chosen), heads(pairs.rejected))).exp().mean(1)
+
+
+def bootstrap_weights(pairs: int, heads: int, generator: torch.Generator) -> Tensor:
+    """Return [pairs, heads] counts of a sample with replacement per head (Efron 1979)."""
+    drawn = torch.randint(pairs, (pairs, heads), generator=generator)
+    return torch.zeros(pairs, heads).scatter_add_(0, drawn, torch.ones(pairs, heads))

@@ -1,0 +1,64 @@
+"""Every loss, one function each. Means over tokens are masked means; pairs are [batch] or [batch, heads]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rrlhf.returns import masked_mean
+from rrlhf.robust import Scores
+
+
+def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip_ratio: float) -> Tensor:
+    """Return -mean min(rho A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) A), rho = exp(log_ratio).
+
+    PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7). All arguments [batch, tokens].
+    """
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_value: float) -> Tensor:
+    """Return half the mean of the larger of the plain and the clipped squared error, [batch, tokens] each."""
+    near = old_values + (values - old_values).clamp(-clip_value, clip_value)
+    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
+
+
+def approximate_kl(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of k3 = (rho - 1) - log rho: unbiased when the old policy sampled, and never negative.
+
+    Schulman 2020, "Approximating KL divergence".
+    """
+    return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
+
+
+def bradley_terry(margin: Tensor) -> Tensor:
+    """Return -log sigmoid(r_chosen - r_rejected) per pair (Bradley and Terry 1952)."""
+    return -logsigmoid(margin)
+
+
+def gaussian_bradley_terry(chosen: Scores, rejected: Scores) -> Tensor:
+    """Return the Bradley-Terry loss of two Gaussian rewards, their noise integrated out, [batch, heads].
+
+    E[sigmoid(d)] for d ~ N(m, v) is close to sigmoid(m / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10); a head that
+    cannot tell two responses apart lowers its loss by admitting a larger standard deviation.
+    """
+    variance = chosen.std**2 + rejected.std**2
+    return bradley_terry((chosen.mean - rejected.mean) / torch.sqrt(1 + math.pi / 8 * variance))
+
+
+def reparameterised_mse(scores: Scores, target: Tensor, noise: Tensor) -> Tensor:
+    """Return (mu + sigma * eps - target)^2, [batch, heads]: stage 2 of BRME (arXiv 2409.15360).
+
+    Its expectation over eps is (mu - target)^2 + sigma^2, so it drives sigma to its floor.
+    """
+    return (scores.mean + scores.std * noise - target) ** 2
+
+
+def gaussian_nll(scores: Scores, target: Tensor) -> Tensor:
+    """Return -log N(target; mu, sigma) without its constant, [batch, heads]."""
+    return scores.std.log() + 0.5 * ((target - scores.mean) / scores.std) ** 2

@@ -1,0 +1,282 @@
+"""Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
+
+Only the top layers train. The frozen layers below run once per rollout: what they leave serves the policy, its
+value function, the reference (a frozen copy of the top layers) and the reward heads' features.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from rrlhf.config import Arm, Model, Ppo
+from rrlhf.features import trunk_layer
+from rrlhf.heads import RewardHeads
+from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
+from rrlhf.models import LanguageModel, PolicyTop, accelerator, autocast, decode, encode_prompt, load_model, save_model
+from rrlhf.progress import track
+from rrlhf.returns import gae, masked_mean, token_rewards, whiten
+from rrlhf.robust import Scores, head_spread, most_confident, nominal_reward, robust_reward, worst_reward
+from rrlhf.rollout import Rollout, Samples, response_features, sample, text_lengths
+from rrlhf.tables import prompts
+from rrlhf.types import Log, Metrics
+
+
+class Judgement(NamedTuple):
+    """What the reward models say about a batch of responses."""
+
+    single: Tensor  # [batch] normalised score of the single head: the proxy
+    ensemble: Scores  # [batch, heads] normalised
+
+
+class Sampled(NamedTuple):
+    """One rollout response, kept so that other judges can read it later."""
+
+    update: int
+    prompt: int  # row of the ppo table
+    response: str
+    finished: bool
+    kl: float  # log(pi / pi_ref) of the response, nats
+    proxy: float
+    heads: list[float]
+
+
+@dataclass
+class Learner:
+    """All that changes while a policy trains, and the frozen models that it is compared with."""
+
+    engine: Accelerator
+    language: LanguageModel
+    top: PolicyTop
+    reference: PolicyTop
+    policy: nn.Module  # `top`, wrapped for data parallelism
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    single: RewardHeads
+    ensemble: RewardHeads
+    reward_layer: int
+    boundary: int  # layers below it are frozen
+    generator: torch.Generator  # sampling
+    shuffle: torch.Generator  # order of minibatches
+
+
+def run(
+    *, model: Model, ppo: Ppo, arm: Arm, data: Path, sft: Path, reward: Path, ensemble: Path, out: Path, log: Log
+) -> None:
+    """Train one arm's policy from the SFT model and save it with the responses it gave on the way."""
+    torch.manual_seed(arm.seed)
+    engine = accelerator(model)
+    learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
+    encoded = [encode_prompt(learner.language, prompt, model) for prompt in prompts(data, "ppo")]
+    kept: list[Sampled] = []
+    rows = train(learner, encoded, arm_reward(arm), model, ppo, arm.seed, kept)
+    for row in track(rows, ppo.updates, f"ppo ({arm.reward})"):
+        log(row)
+    everyone = gather_object(kept)
+    if engine.is_main_process:
+        save_model(learner.language, out)
+        columns = [row._asdict() for row in sorted(everyone, key=lambda row: row.update)]
+        pq.write_table(pa.Table.from_pylist(columns), out / "rollouts.parquet")
+        (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+    engine.wait_for_everyone()
+
+
+def arm_reward(arm: Arm) -> Callable[[Judgement], Tensor]:
+    """Return the reward [batch] that an arm's policy sees."""
+    if arm.nominal_weight is None:
+        return lambda judgement: judgement.single
+    weight = arm.nominal_weight
+    return lambda judgement: robust_reward(judgement.ensemble, weight)
+
+
+def prepare_learner(
+    engine: Accelerator, language: LanguageModel, model: Model, ppo: Ppo, seed: int, reward: Path, ensemble: Path
+) -> Learner:
+    """Freeze what does not train and build the optimizer. Raises ValueError when the layers do not fit together."""
+    boundary, layer = language.layers - ppo.train_layers, trunk_layer(reward)
+    if boundary < layer:
+        raise ValueError(
+            f"ppo.train_layers {ppo.train_layers} of {language.layers} layers would train the reward trunk, whose "
+            f"features are read at reward.layer {layer}: at most {language.layers - layer} layers can train"
+        )
+    language.network.requires_grad_(False).to(engine.device)
+    top = PolicyTop(language, ppo.train_layers)
+    reference = top.reference()
+    for part in (top.layers, top.norm, top.value):
+        part.requires_grad_(True)
+    trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=ppo.learning_rate, eps=1e-5)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ppo.updates)
+    policy, optimizer = engine.prepare(top, optimizer)
+    own = seed * 1000 + engine.process_index
+    return Learner(
+        engine=engine,
+        language=language,
+        top=top,
+        reference=reference,
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        single=RewardHeads.load(reward).to(engine.device),
+        ensemble=RewardHeads.load(ensemble).to(engine.device),
+        reward_layer=layer,
+        boundary=boundary,
+        generator=torch.Generator(engine.device).manual_seed(own),
+        shuffle=torch.Generator().manual_seed(own),
+    )
+
+
+def train(
+    learner: Learner,
+    encoded: list[list[int]],
+    reward: Callable[[Judgement], Tensor],
+    model: Model,
+    ppo: Ppo,
+    seed: int,
+    kept: list[Sampled],
+) -> Iterator[Metrics]:
+    """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`."""
+    rank, processes = learner.engine.process_index, learner.engine.num_processes
+    cursor = _endless(len(encoded), seed)
+    for update in range(ppo.updates):
+        began = time.perf_counter()
+        batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
+        rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo)
+        metrics |= optimise(learner, rollout, model, ppo)
+        learner.schedule.step()
+        kl = metrics.pop("_kl_per_response")
+        texts = [decode(learner.language, row) for row in sampled.lists()]
+        kept += [
+            Sampled(update, i, *rest)
+            for i, *rest in zip(
+                batch,
+                texts,
+                sampled.finished.tolist(),
+                kl,
+                judgement.single.tolist(),
+                judgement.ensemble.mean.tolist(),
+                strict=True,
+            )
+        ]
+        metrics["tokens_per_second"] = rollout.mask.sum().item() * processes / (time.perf_counter() - began)
+        yield {"step": update, **metrics}
+
+
+@torch.no_grad()
+def collect(
+    learner: Learner, batch: list[list[int]], reward: Callable[[Judgement], Tensor], model: Model, ppo: Ppo
+) -> tuple[Rollout, Judgement, Samples, dict[str, Any]]:
+    """Sample responses, judge them, and turn scores into advantages."""
+    layers = (learner.reward_layer, learner.boundary)
+    with autocast(model):
+        samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=layers)
+        hidden = samples.states[learner.boundary]
+        hidden = hidden[:, : int((samples.prompt_lengths + samples.mask.sum(1)).max())]
+        place = (hidden, samples.prompt_lengths, samples.responses)
+        old_logprobs, values = samples.logprobs, learner.top.value(samples.top).float().squeeze(-1)
+        reference_logprobs, _ = learner.reference(*place)
+        if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
+            old_logprobs, values = learner.top(*place)
+    features = response_features(samples.states[learner.reward_layer], samples.prompt_lengths, text_lengths(samples))
+    judgement = Judgement(learner.single.score(features).mean[:, 0], learner.ensemble.score(features))
+    score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
+    mask = samples.mask
+    log_ratio = (old_logprobs - reference_logprobs) * mask
+    values = values * mask
+    advantages = gae(token_rewards(score, log_ratio, mask, ppo.kl_weight), values, mask, ppo.gae_lambda)
+    returns = advantages + values
+    rollout = Rollout(
+        hidden=hidden,
+        prompt_lengths=samples.prompt_lengths,
+        responses=samples.responses,
+        mask=mask,
+        logprobs=old_logprobs * mask,
+        values=values,
+        advantages=_whiten_over_processes(learner.engine, advantages, mask),
+        returns=returns,
+    )
+    unexplained = masked_mean((returns - values) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    metrics: dict[str, Any] = {
+        "_kl_per_response": log_ratio.sum(1).tolist(),
+        "score": score.mean().item(),
+        "proxy": judgement.single.mean().item(),
+        "nominal": nominal_reward(judgement.ensemble).mean().item(),
+        "worst": worst_reward(judgement.ensemble).mean().item(),
+        "spread": head_spread(judgement.ensemble).mean().item(),
+        "kl": log_ratio.sum(1).mean().item(),
+        "kl_k3": approximate_kl(-log_ratio, mask).item() * mask.sum().item() / len(mask),
+        "entropy": masked_mean(samples.entropy, mask).item(),
+        "response_tokens": mask.sum(1).float().mean().item(),
+        "finished": samples.finished.float().mean().item(),
+        "explained_variance": 1 - (unexplained / variance.clamp(min=1e-8)).item(),
+    }
+    for head, mean in enumerate(judgement.ensemble.mean.mean(0).tolist()):
+        metrics[f"head_{head}"] = mean
+    for head, share in enumerate(_shares_of_nominal(judgement.ensemble)):
+        metrics[f"head_{head}_nominal"] = share
+    return rollout, judgement, samples, metrics
+
+
+def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
+    """Take the update's optimizer steps on one rollout; return the means over them."""
+    size = ppo.minibatch_size // learner.engine.num_processes
+    rows: list[Metrics] = []
+    for _ in range(ppo.epochs):
+        order = torch.randperm(len(rollout.mask), generator=learner.shuffle).to(rollout.mask.device)
+        rows += [_step(learner, rollout.rows(index), model, ppo) for index in order.split(size)]
+        step_kl = torch.tensor(rows[-1]["step_kl"], device=learner.engine.device)
+        if learner.engine.reduce(step_kl, reduction="mean") > ppo.max_step_kl:
+            break
+    means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return means | {"optimizer_steps": len(rows), "learning_rate": float(learner.schedule.get_last_lr()[0])}
+
+
+def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
+    with autocast(model):
+        logprobs, values = learner.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses)
+    log_ratio = (logprobs - rollout.logprobs) * rollout.mask
+    policy_loss = clipped_policy_loss(log_ratio, rollout.advantages, rollout.mask, ppo.clip_ratio)
+    value_loss = clipped_value_loss(values, rollout.values, rollout.returns, rollout.mask, ppo.clip_value)
+    learner.engine.backward(policy_loss + ppo.value_weight * value_loss)
+    norm = learner.engine.clip_grad_norm_(learner.policy.parameters(), ppo.max_grad_norm)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    ratio = log_ratio.detach().exp()
+    return {
+        "policy_loss": policy_loss.item(),
+        "value_loss": value_loss.item(),
+        "gradient_norm": float(norm),
+        "ratio": masked_mean(ratio, rollout.mask).item(),
+        "clip_fraction": masked_mean(((ratio - 1).abs() > ppo.clip_ratio).float(), rollout.mask).item(),
+        "step_kl": approximate_kl(log_ratio.detach(), rollout.mask).item(),
+    }
+
+
+def _whiten_over_processes(engine: Accelerator, values: Tensor, mask: Tensor) -> Tensor:
+    """Whiten with the statistics of all processes' tokens; return this process's rows."""
+    rows = slice(engine.process_index * len(values), (engine.process_index + 1) * len(values))
+    return whiten(engine.gather(values), engine.gather(mask))[rows]
+
+
+def _shares_of_nominal(scores: Scores) -> list[float]:
+    counts = torch.bincount(most_confident(scores), minlength=scores.mean.shape[1])
+    return [float(count) / len(scores.mean) for count in counts]
+
+
+def _endless(rows: int, seed: int) -> Iterator[int]:
+    """Yield row numbers for ever, every row once before any comes again."""
+    order = random.Random(seed)
+    while True:
+        yield from order.sample(range(rows), rows)

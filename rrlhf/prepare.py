@@ -1,0 +1,143 @@
+"""Stage 1: prompts and preferences, split by prompt.
+
+Written tasks are answered by the base model and judged by the gold judge: the best answer to a prompt becomes a
+demonstration, pairs of answers become preferences, and a stated share of the training labels is flipped
+(the protocol of Gao et al. 2022, arXiv 2210.10760, and Coste et al. 2023, arXiv 2310.02743). Human preference data
+brings its own answers and labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from rrlhf.config import Gold, Model, Prepare
+from rrlhf.data import load_preferences, split_by_prompt
+from rrlhf.gold import GoldJudge
+from rrlhf.models import decode, encode_prompt, load_base
+from rrlhf.rollout import sample_in_batches
+from rrlhf.tables import SCHEMAS, Rows, write_table
+from rrlhf.tasks import WritingTask, writing_tasks
+from rrlhf.types import Log, Message
+
+
+class Answer(NamedTuple):
+    """One answer of the base model with the judge's verdict."""
+
+    text: str
+    finished: bool
+    gold: float
+
+
+def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log: Log) -> None:
+    """Write one parquet table per split, and a summary."""
+    tables, summary = (
+        _written(seed, model, prepare, gold) if prepare.source == "written" else _human(seed, prepare, out)
+    )
+    for name, rows in tables.items():
+        if not rows:
+            raise ValueError(f"prepare: no rows for {name}; raise prepare.shares.{name} or prepare.limit")
+        write_table(out, name, rows)
+    summary |= {f"{name}_rows": len(rows) for name, rows in tables.items()}
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    log({"step": 0, **summary})
+
+
+def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dict[str, Rows], dict[str, float]]:
+    tasks = sorted(writing_tasks(), key=lambda task: hashlib.sha256(f"{seed}:{task.text}".encode()).digest())
+    tasks = tasks[: prepare.limit]
+    split = split_by_prompt([_as_prompt(task) for task in tasks], prepare.shares.model_dump(), seed)
+    answered = [task for task, name in zip(tasks, split, strict=True) if name in {"sft", "preferences", "heldout"}]
+    answers = dict(zip(answered, _answers(answered, seed, model, prepare, gold), strict=True))
+    tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
+    noise = random.Random(seed)
+    for task, name in zip(tasks, split, strict=True):
+        if name == "sft":
+            tables[name] += _demonstration(task, answers[task])
+        elif name in {"ppo", "evaluate"}:
+            tables[name].append({"prompt": _as_prompt(task), "topic": task.topic})
+        else:
+            rate = prepare.flip_rate if name == "preferences" else 0.0
+            tables[name] += _pairs(task, answers[task], rate, noise)
+    everything = [answer for group in answers.values() for answer in group]
+    return tables, {
+        "answers": len(everything),
+        "finished": sum(answer.finished for answer in everything) / len(everything),
+        "gold": sum(answer.gold for answer in everything) / len(everything),
+        "flipped": sum(row["flipped"] for row in tables["preferences"]) / max(len(tables["preferences"]), 1),
+    }
+
+
+def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare, gold: Gold) -> list[list[Answer]]:
+    """Sample `answers_per_prompt` answers to each task and judge them."""
+    language = load_base(model)
+    repeats = prepare.answers_per_prompt
+    prompts = [encode_prompt(language, _as_prompt(task), model) for task in tasks for _ in range(repeats)]
+    responses = sample_in_batches(
+        language,
+        prompts,
+        model.response_tokens,
+        batch_size=prepare.batch_size,
+        seed=seed,
+        label="prepare: sampling",
+    )
+    texts = [decode(language, response.tokens) for response in responses]
+    finished = [response.finished for response in responses]
+    topics = [task.topic for task in tasks for _ in range(repeats)]
+    scores = GoldJudge(gold).score(topics, texts, finished).total
+    judged = [Answer(*answer) for answer in zip(texts, finished, scores, strict=True)]
+    return [judged[i : i + repeats] for i in range(0, len(judged), repeats)]
+
+
+def _demonstration(task: WritingTask, answers: list[Answer]) -> Rows:
+    """Return the best complete answer, if there is one: imitating a cut-off answer teaches to stop in mid-sentence."""
+    complete = [answer for answer in answers if answer.finished and answer.text]
+    if not complete:
+        return []
+    best = max(complete, key=lambda answer: answer.gold)
+    return [{"prompt": _as_prompt(task), "response": best.text}]
+
+
+def _pairs(task: WritingTask, answers: list[Answer], flip_rate: float, noise: random.Random) -> Rows:
+    """Return every pair of different, non-empty answers, labelled by gold, with a share of labels flipped."""
+    rows: Rows = []
+    for one, other in itertools.combinations(answers, 2):
+        better, worse = (one, other) if one.gold >= other.gold else (other, one)
+        if not (one.text and other.text) or one.text == other.text:
+            continue
+        flipped = noise.random() < flip_rate
+        chosen, rejected = (worse, better) if flipped else (better, worse)
+        rows.append({"prompt": _as_prompt(task), "chosen": chosen.text, "rejected": rejected.text, "flipped": flipped})
+    return rows
+
+
+def _human(seed: int, prepare: Prepare, out: Path) -> tuple[dict[str, Rows], dict[str, float]]:
+    loaded = load_preferences(
+        prepare.source,
+        revision=prepare.revision,
+        format=prepare.format,
+        max_rejected=prepare.max_rejected,
+        limit=prepare.limit,
+    )
+    split = split_by_prompt([pair.prompt for pair in loaded.preferences], prepare.shares.model_dump(), seed)
+    tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
+    for pair, name in zip(loaded.preferences, split, strict=True):
+        if name == "sft":
+            tables[name].append({"prompt": pair.prompt, "response": pair.chosen})
+        elif name in {"ppo", "evaluate"}:
+            tables[name].append({"prompt": pair.prompt, "topic": None})
+        else:
+            tables[name].append(
+                {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "flipped": None}
+            )
+    lines = [json.dumps(row._asdict()) + "\n" for row in loaded.rejected]
+    (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+    return tables, {"rows": len(loaded.preferences), "rejected_rows": len(loaded.rejected)}
+
+
+def _as_prompt(task: WritingTask) -> list[Message]:
+    return [Message(role="user", content=task.text)]

@@ -1,0 +1,60 @@
+"""Stage 3: the single-head reward model, by maximum likelihood of the preferences (Bradley and Terry 1952)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rrlhf.calibration import correct, estimate, expected_calibration_error
+from rrlhf.config import Model, Reward
+from rrlhf.features import pair_features
+from rrlhf.heads import RewardHeads, fit
+from rrlhf.losses import bradley_terry
+from rrlhf.models import accelerator, load_model
+from rrlhf.progress import track
+from rrlhf.tables import preferences
+from rrlhf.types import Log
+
+
+def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: Path, log: Log) -> None:
+    """Compute the trunk's features once, train one head on them, and save both."""
+    engine = accelerator(model)
+    language = load_model(sft)
+    if reward.layer > language.layers:
+        raise ValueError(f"reward.layer {reward.layer}: the model has {language.layers} layers")
+    language.network.to(engine.device)
+    features = pair_features(
+        language, preferences(data, "preferences"), preferences(data, "heldout"), reward.layer, reward.batch_size, model
+    )
+    torch.manual_seed(seed)
+    heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
+    rows = fit(
+        heads,
+        lambda chosen, rejected, _: bradley_terry(chosen.mean - rejected.mean),
+        features.train,
+        torch.ones(len(features.train.chosen), 1),
+        accelerator=engine,
+        generator=torch.Generator().manual_seed(seed),
+        epochs=reward.epochs,
+        pairs_per_batch=reward.pairs_per_batch,
+        learning_rate=reward.learning_rate,
+        weight_decay=reward.weight_decay,
+    )
+    for row in track(rows, reward.epochs, "reward"):
+        log(row)
+    heads = heads.cpu().eval()
+    heads.normalise(features.reference)
+    with torch.no_grad():
+        margin = heads(features.heldout.chosen).mean[:, 0] - heads(features.heldout.rejected).mean[:, 0]
+    accuracy = estimate(correct(margin), features.heldout_prompts)
+    log(
+        {
+            "step": reward.epochs,
+            "heldout_accuracy": accuracy.mean,
+            "heldout_accuracy_stderr": accuracy.stderr,
+            "heldout_ece": expected_calibration_error(margin.sigmoid()),
+        }
+    )
+    heads.save(out)
+    features.save(out, reward.layer)

@@ -1,0 +1,202 @@
+"""Sampling responses, and all that training must remember about them.
+
+Prompts are padded on the left while sampling, so that all rows grow at the same place; what is handed on is padded
+on the right, where causal attention needs no mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rrlhf.models import LanguageModel, embed, run_layers
+from rrlhf.progress import track
+
+
+class Samples(NamedTuple):
+    """Sampled responses. `mask` is True where a token counts; a response's end-of-sequence token counts."""
+
+    prompt_lengths: Tensor  # [batch] tokens
+    responses: Tensor  # [batch, response tokens]; padding behind the end
+    mask: Tensor  # [batch, response tokens] bool
+    logprobs: Tensor  # [batch, response tokens] of the sampled tokens, under the sampling policy
+    entropy: Tensor  # [batch, response tokens] of the sampling distribution, nats
+    finished: Tensor  # [batch] bool: ended by itself within the limit
+    states: dict[int, Tensor]  # by layer: hidden states [batch, prompt + response tokens, width], padded on the right
+    top: Tensor  # [batch, response tokens, width] normalised last states that predicted each token
+
+    def lists(self) -> list[list[int]]:
+        """Return each response's tokens as a list, its end-of-sequence token included."""
+        return [row[keep].tolist() for row, keep in zip(self.responses, self.mask, strict=True)]
+
+
+class Response(NamedTuple):
+    """One sampled response."""
+
+    tokens: list[int]  # its end-of-sequence token included
+    finished: bool
+    logprob: float  # of the whole response under the sampling policy, nats
+
+
+class Rollout(NamedTuple):
+    """One batch of responses and all that PPO must remember about them."""
+
+    hidden: Tensor  # [batch, tokens, width] below the trained layers, padded on the right
+    prompt_lengths: Tensor  # [batch] tokens
+    responses: Tensor  # [batch, response tokens]
+    mask: Tensor  # [batch, response tokens] bool
+    logprobs: Tensor  # [batch, response tokens] of the sampling policy
+    values: Tensor  # [batch, response tokens]
+    advantages: Tensor  # [batch, response tokens]
+    returns: Tensor  # [batch, response tokens]
+
+    def rows(self, index: Tensor) -> Rollout:
+        """Return the rows of `index`."""
+        return Rollout(*(field[index] for field in self))
+
+
+@torch.no_grad()
+def sample(
+    language: LanguageModel,
+    prompts: list[list[int]],
+    response_tokens: int,
+    generator: torch.Generator,
+    keep: tuple[int, ...] = (),
+) -> Samples:
+    """Sample a response to each prompt at temperature 1, and keep the hidden states that enter the layers `keep`.
+
+    Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
+    """
+    from transformers import DynamicCache
+
+    network, eos = language.network, language.tokenizer.eos_token_id
+    device = language.device
+    batch, width = len(prompts), max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padded = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    real = torch.arange(width, device=device) >= (width - lengths)[:, None]
+    responses = torch.full((batch, response_tokens), eos, device=device)
+    mask = torch.zeros_like(responses, dtype=torch.bool)
+    logprobs = torch.zeros(batch, response_tokens, device=device)
+    entropy = torch.zeros_like(logprobs)
+    top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
+    states = {layer: torch.zeros(batch, width + response_tokens, top.shape[2], device=device) for layer in keep}
+
+    cache = DynamicCache(config=network.config)
+    rows = torch.arange(batch, device=device)  # the rows still growing
+    running = torch.ones(batch, dtype=torch.bool, device=device)
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    allowed = (causal & real[:, None, :] | torch.eye(width, dtype=torch.bool, device=device))[:, None]
+    entering, start = padded, 0
+    for step in range(response_tokens + 1):
+        hidden = _forward(network, entering, positions, allowed, cache, states, rows, start)
+        if step == response_tokens:  # the last tokens have entered too: reward features look at them
+            break
+        state = network.model.norm(hidden[:, -1])
+        distribution = network.lm_head(state).float().log_softmax(dim=-1)
+        drawn = _draw(distribution.exp(), torch.rand(batch, generator=generator, device=device)[rows])
+        counts = running[rows]
+        responses[rows, step] = torch.where(counts, drawn[:, 0], eos)
+        mask[rows, step] = counts
+        logprobs[rows, step] = torch.where(counts, distribution.gather(1, drawn)[:, 0], 0.0)
+        entropy[rows, step] = torch.where(counts, -(distribution.exp() * distribution).sum(1), 0.0)
+        top[rows, step] = state.float()
+        running[rows] &= drawn[:, 0] != eos
+        if not running.any() or (step == response_tokens - 1 and not keep):
+            break
+        alive = running[rows]
+        if alive.float().mean() <= 0.75:
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+            rows = rows[alive]
+        start = width + step
+        entering = responses[rows, step, None]
+        positions = (lengths[rows] + step)[:, None]
+        grown = torch.ones(len(rows), step + 1, dtype=torch.bool, device=device)
+        allowed = torch.cat([real[rows], grown], dim=1)[:, None, None]
+    states = {layer: _padded_right(kept, width - lengths) for layer, kept in states.items()}
+    return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
+
+
+def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Return one index per row [rows, 1] by inverting the cumulative distribution at `uniform` [rows].
+
+    Several times faster than torch.multinomial on a large vocabulary, and a row's draw does not depend on the others.
+    """
+    cumulative = probabilities.cumsum(dim=1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=probabilities.shape[1] - 1)
+
+
+def _forward(
+    network: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    allowed: Tensor,
+    cache: Any,
+    states: dict[int, Tensor],
+    rows: Tensor,
+    start: int,
+) -> Tensor:
+    """Run all layers and note the hidden states that enter some of them."""
+    hidden, first = embed(network, tokens), 0
+    for layer in sorted({*states, len(network.model.layers)}):
+        hidden = run_layers(network, hidden, first, layer, positions=positions, mask=allowed, cache=cache)
+        if layer in states:
+            states[layer][rows, start : start + hidden.shape[1]] = hidden.float()
+        first = layer
+    return hidden
+
+
+def _padded_right(left: Tensor, padding: Tensor) -> Tensor:
+    """Move each row's padding from its left end to its right end."""
+    index = torch.arange(left.shape[1], device=left.device) + padding[:, None]
+    return left.gather(1, index.clamp(max=left.shape[1] - 1)[..., None].expand_as(left))
+
+
+@torch.no_grad()
+def hidden_states(language: LanguageModel, sequences: list[list[int]], layer: int) -> Tensor:
+    """Return the states that enter `layer` for token sequences padded on the right, [batch, tokens, width]."""
+    eos = language.tokenizer.eos_token_id
+    width = max(map(len, sequences))
+    tokens = torch.tensor([row + [eos] * (width - len(row)) for row in sequences], device=language.device)
+    return run_layers(language.network, embed(language.network, tokens), 0, layer)
+
+
+def response_features(states: Tensor, prompt_lengths: Tensor, text_lengths: Tensor) -> Tensor:
+    """Return the mean state over each response's text, [batch, width] float32: what reward heads see.
+
+    text_lengths: tokens before the end of sequence; an empty text is represented by the prompt's last token.
+    """
+    at = torch.arange(states.shape[1], device=states.device)
+    first = torch.where(text_lengths > 0, prompt_lengths, prompt_lengths - 1)
+    inside = (at >= first[:, None]) & (at < (first + text_lengths.clamp(min=1))[:, None])
+    return (states.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
+
+
+def text_lengths(samples: Samples) -> Tensor:
+    """Return how many tokens of each response are text, its end excluded, [batch]."""
+    return samples.mask.sum(1) - samples.finished.long()
+
+
+def sample_in_batches(
+    language: LanguageModel,
+    prompts: list[list[int]],
+    response_tokens: int,
+    *,
+    batch_size: int,
+    seed: int,
+    label: str,
+) -> list[Response]:
+    """Sample a response to every prompt, prompts of similar length together."""
+    generator = torch.Generator(language.device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    responses: dict[int, Response] = {}
+    for batch in track(batches, len(batches), label):
+        drawn = sample(language, [prompts[i] for i in batch], response_tokens, generator)
+        rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
+        responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
+    return [responses[i] for i in range(len(prompts))]

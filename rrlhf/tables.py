@@ -1,0 +1,53 @@
+"""The files of a prepared data set: parquet tables whose columns are fixed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rrlhf.types import Demonstration, Message, Preference
+
+Rows = list[dict[str, Any]]
+
+_PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCHEMAS = {
+    "sft": {"prompt": _PROMPT, "response": pa.string()},
+    "preferences": {
+        "prompt": _PROMPT,
+        "chosen": pa.string(),
+        "rejected": pa.string(),
+        "flipped": pa.bool_(),  # whether label noise was put in; null where labels are human
+    },
+    "ppo": {"prompt": _PROMPT, "topic": pa.string()},
+}
+SCHEMAS = {name: pa.schema(fields.items()) for name, fields in _SCHEMAS.items()}
+SCHEMAS |= {"heldout": SCHEMAS["preferences"], "evaluate": SCHEMAS["ppo"]}
+
+
+def write_table(folder: Path, name: str, rows: Rows) -> None:
+    """Write one table of a data set."""
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[name]), folder / f"{name}.parquet")
+
+
+def read_table(folder: Path, name: str) -> Rows:
+    """Read one table of a data set as dictionaries."""
+    rows: Rows = pq.read_table(folder / f"{name}.parquet").to_pylist()
+    return rows
+
+
+def demonstrations(folder: Path) -> list[Demonstration]:
+    """Return what supervised fine-tuning imitates."""
+    return [Demonstration(**row) for row in read_table(folder, "sft")]
+
+
+def preferences(folder: Path, name: str) -> list[Preference]:
+    """Return the pairs of table `preferences` or `heldout`."""
+    return [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in read_table(folder, name)]
+
+
+def prompts(folder: Path, name: str) -> list[list[Message]]:
+    """Return the prompts of table `ppo` or `evaluate`."""
+    return [row["prompt"] for row in read_table(folder, name)]
