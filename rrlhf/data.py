@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Rows = Iterator[tuple[int, Row | RowError]]  # with the line (.jsonl, .csv) or the row (others), counted from 1
 
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of a byte that is not UTF-8
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROWS_PER_BATCH = 1024
 
@@ -151,20 +152,25 @@ def _refuse_bad_data(file: str, loaded: Loaded, max_rejected: float) -> None:
 def _open(source: str, revision: str | None, layout: Format) -> tuple[str, Rows]:
     """Return the name of the source for messages, and its rows."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{source} is a folder: name a file in it")
-    kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if kind == ".parquet" and path.exists():
+    if not path.exists():
+        return _open_hub(source, revision, layout)
+    kind = "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:])
+    if kind == ".parquet":
         return source, _parquet_rows(path, layout)
     readers = {".jsonl": _jsonl_rows, ".jsonl.gz": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
-    if path.exists() and kind not in readers:
-        raise ValueError(f"{source}: cannot read {kind!r} files, only {', '.join(readers)} and .parquet")
-    if path.exists():
-        return source, readers[kind](path)
-    if kind in {*readers, ".parquet"} or not _HUB_ID.fullmatch(source):
+    if path.is_dir() or kind not in readers:
+        raise ValueError(f"{source}: name one file that ends with {', '.join(readers)} or .parquet")
+    return source, readers[kind](path)
+
+
+def _open_hub(source: str, revision: str | None, layout: Format) -> tuple[str, Rows]:
+    if not _HUB_ID.fullmatch(source):
         raise ValueError(f"{source!r}: no such file, and not a hub id (owner/name)")
-    if revision is None:
-        raise ValueError(f"{source!r} is a hub id: name its commit as revision, unpinned data cannot be reproduced")
+    if not revision:
+        raise ValueError(
+            f"{source!r}: no such file. If it is a hub id, name its commit as revision: unpinned data cannot be "
+            "reproduced"
+        )
     return f"{source}@{revision}", _hub_rows(source, revision, layout)
 
 
@@ -226,8 +232,8 @@ def _csv_rows(path: Path) -> Rows:
 
 
 def _csv_object(header: list[str], cells: list[str]) -> Row | RowError:
-    if any("\udc80" <= letter <= "\udcff" for cell in cells for letter in cell):
-        return RowError("not_utf8", "the row has bytes that are not UTF-8")
+    if found := _ESCAPED_BYTE.search("".join(cells)):
+        return RowError("not_utf8", f"the row has the byte 0x{ord(found[0]) - 0xDC00:02x}")
     if len(cells) != len(header):
         return RowError("bad_csv", f"{len(cells)} cells under {len(header)} columns")
     return dict(zip(header, cells, strict=True))
@@ -255,12 +261,15 @@ def _hub_rows(source: str, revision: str, layout: Format) -> Rows:
 
 
 def _arrow_rows(batches: Iterable[pa.Table | pa.RecordBatch]) -> Rows:
-    rows = itertools.count(1)
-    for batch in batches:
-        try:
-            yield from zip(rows, batch.to_pylist(), strict=False)
-        except UnicodeDecodeError:
-            yield from zip(rows, (_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)), strict=False)
+    yield from enumerate(itertools.chain.from_iterable(map(_batch_rows, batches)), start=1)
+
+
+def _batch_rows(batch: pa.Table | pa.RecordBatch) -> Iterable[Row | RowError]:
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    return rows
 
 
 def _arrow_row(single: pa.Table | pa.RecordBatch) -> Row | RowError:

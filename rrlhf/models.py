@@ -219,15 +219,26 @@ def _template_tokens(language: LanguageModel, text: str) -> list[int]:
     return list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@torch.no_grad()
+def _runs_by_range(network: Any) -> bool:
+    """Whether the layers, run one range at a time, give the network's own logits."""
+    body = getattr(network, "model", None)
+    if not all(hasattr(body, part) for part in ("layers", "rotary_emb", "norm")):
+        return False
+    tokens = torch.arange(4)[None]
+    hidden = run_layers(network, embed(network, tokens), 0, len(network.model.layers))
+    return torch.allclose(network.lm_head(network.model.norm(hidden)), network(tokens).logits, atol=1e-3)
+
+
 def _ready(language: LanguageModel, name: str) -> LanguageModel:
     network, tokenizer = language
-    if not all(hasattr(network.model, part) for part in ("layers", "rotary_emb", "norm")):
+    network.eval()  # no stage wants dropout
+    if not _runs_by_range(network):
         raise ValueError(f"{name}: a {network.config.model_type} model; rrlhf needs a decoder of the Llama family")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-sequence token")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    network.eval()  # no stage wants dropout
     return language
 
 

@@ -6,9 +6,9 @@ their outer whitespace, because it belongs to the notation.
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -39,6 +39,7 @@ FIXES = {  # every rule, and what to do about the rows that break it
     "conflicting_label": "decide which response is better and delete the other row",
 }
 
+_CONTROL = re.compile("[\0\ud800-\udfff]")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -76,8 +77,8 @@ def ultrafeedback_row(row: Row) -> tuple[Preference, Scores]:
 
 def plain_row(row: Row) -> tuple[Preference, None]:
     """Read a prompt, as text or as messages, and two responses."""
-    prompt = _prompt(_field(row, "prompt"))
-    return _distinct(prompt, *(_text(_field(row, name), name) for name in ("chosen", "rejected"))), None
+    chosen, rejected = _text(_field(row, "chosen"), "chosen"), _text(_field(row, "rejected"), "rejected")
+    return _distinct(_prompt(_field(row, "prompt")), chosen, rejected), None
 
 
 FORMATS = {
@@ -100,9 +101,9 @@ def _common_prompt(chosen: list[Message], rejected: list[Message]) -> Preference
     *prompt, better = chosen
     *other_prompt, worse = rejected
     if prompt != other_prompt:
-        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(other_prompt))
-        lengths = f"{len(chosen)} and {len(rejected)} turns"
-        raise RowError("prompts_differ", f"the dialogues ({lengths}) part at turn {same + 1}, before the last turn")
+        lengths = len(chosen), len(rejected)
+        parting = next((i for i in range(min(lengths)) if chosen[i] != rejected[i]), min(lengths)) + 1
+        raise RowError("prompts_differ", f"dialogues of {lengths[0]} and {lengths[1]} turns part at turn {parting}")
     return _distinct(prompt, better["content"], worse["content"])
 
 
@@ -116,8 +117,10 @@ def _hh_dialogue(row: Row, name: str) -> list[Message]:
     before, *turns = _HH_TURN.split(_text(_field(row, name), name))
     if before:
         raise RowError("role_order", f"{name} starts with {reprlib.repr(before)}, not with 'Human:'")
-    spoken = zip(turns[::2], turns[1::2], strict=True)
-    messages = [Message(role=_HH_ROLES[speaker], content=text.strip()) for speaker, text in spoken]
+    messages = [
+        Message(role=_HH_ROLES[speaker], content=_text(content.strip(), f"turn {i} of {name}"))
+        for i, (speaker, content) in enumerate(zip(turns[::2], turns[1::2], strict=True), start=1)
+    ]
     return _complete(messages, name)
 
 
@@ -148,8 +151,8 @@ def _alternating(messages: list[Message], name: str) -> list[Message]:
     for i, message in enumerate(messages):
         expected = "system" if i < system_turns else ("user", "assistant")[(i - system_turns) % 2]
         if message["role"] != expected:
-            raise RowError("role_order", f"turn {i + 1} of {name} is of {message['role']!r}, not of {expected!r}")
-        _text(message["content"], f"turn {i + 1} of {name}")
+            found = reprlib.repr(message["role"])
+            raise RowError("role_order", f"turn {i + 1} of {name} is of {found}, not of {expected!r}")
     return messages
 
 
@@ -182,9 +185,8 @@ def _text(value: object, name: str) -> str:
     _check_length(len(value), name)
     if all(letter.isspace() or unicodedata.category(letter) == "Cf" for letter in value):  # Cf: zero width
         raise RowError("empty", f"{name} has no visible character")
-    for i, letter in enumerate(value):
-        if letter == "\0" or "\ud800" <= letter <= "\udfff":
-            raise RowError("control_characters", f"{name} has {letter!a} at character {i + 1}")
+    if found := _CONTROL.search(value):
+        raise RowError("control_characters", f"{name} has {found[0]!a} at character {found.start() + 1}")
     return value
 
 
@@ -197,8 +199,8 @@ def _score(row: Row, name: str) -> float:
     value = _field(row, name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RowError("wrong_type", f"{name} is {_kind(value)}, not a number")
-    if not math.isfinite(value):
-        raise RowError("score_not_finite", f"{name} is {value}")
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, or an integer beyond all floats
+        raise RowError("score_not_finite", f"{name} is {reprlib.repr(value)}")
     return float(value)
 
 

@@ -13,11 +13,13 @@ import os
 import platform
 import re
 import socket
+import sqlite3
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -50,7 +52,10 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default of 7 blocks for four minutes when the server is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+_transfer = threading.Lock()
 
 
 class TrackingError(Exception):
@@ -98,6 +103,7 @@ class Tracker:
             if uri.startswith("sqlite:///"):
                 database = Path(uri.removeprefix("sqlite:///")).absolute()
                 _create_database(database)
+                _check_database(database)
                 artifacts = (database.parent / "mlartifacts").as_uri()
             elif uri.startswith("http"):
                 _check_answer(uri)
@@ -160,16 +166,14 @@ class Tracker:
                 return None
             name = MODEL_NAMES[artifact.stage]
             found = self._version_of(artifact)
-            if not found:
+            created = found is None
+            if created:
                 model_id = self._uploaded_model(artifact, run.info.run_id)
                 found = self._new_version(name, model_id, run.info.run_id, _version_tags(artifact, dataset))
-                registered = Registered(name, str(found.version), created=True)
-            else:
-                registered = Registered(name, str(found.version), created=False)
             self._link(run, artifact, dataset, _model_id(found))
             for alias in set(aliases) - set(found.aliases):
-                self._client.set_registered_model_alias(name, alias, registered.version)
-            return registered
+                self._client.set_registered_model_alias(name, alias, str(found.version))
+            return Registered(name, str(found.version), created)
 
     def restore(self, stage: str, key: str, to: Path) -> bool:
         """Download the artifact that was registered with this key into the new folder `to`; False if there is none."""
@@ -281,7 +285,7 @@ class Tracker:
                 aliases[model.name, str(number)] = (*aliases.get((model.name, str(number)), ()), alias)
         return aliases
 
-    def _version_of(self, artifact: Artifact) -> Any | None:
+    def _version_of(self, artifact: Artifact) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
         """Return the version of an artifact; one that never became ready is removed."""
         same = f"name = '{MODEL_NAMES[artifact.stage]}' and {_has('key', artifact.key)}"
         for found in self._search_versions(f"{same} and {_has('digest', artifact.digest)}"):
@@ -406,14 +410,23 @@ def _create_database(database: Path) -> None:
         return
     from mlflow import MlflowClient
 
-    with _locked(database.with_name(f".{database.name}.lock")):
+    with _locked(database.with_name(f"{database.name}.lock")):
         if database.exists():
             return
-        for left in database.parent.glob(f".{database.name}.new*"):
+        for left in database.parent.glob(f"{database.name}.new*"):
             left.unlink()
-        beside = database.with_name(f".{database.name}.new{os.getpid()}")
+        beside = database.with_name(f"{database.name}.new{os.getpid()}")
         MlflowClient(tracking_uri=f"sqlite:///{beside}", registry_uri=f"sqlite:///{beside}")
         beside.rename(database)
+
+
+def _check_database(database: Path) -> None:
+    """Raise TrackingError for a damaged file: MLflow would try to open it again and again, for an hour."""
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute("pragma schema_version")
+    except sqlite3.DatabaseError as error:
+        raise TrackingError(f"{database}: {error}; remove it, and the next run fills a new one") from None
 
 
 def _check_answer(uri: str) -> None:
@@ -487,10 +500,14 @@ def _trouble(uri: str) -> Iterator[None]:
     try:
         yield
     except _errors() as error:
+        way_out = (
+            "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
+            if uri.startswith("http")
+            else "check that the file can be written and that the disk is not full"
+        )
         raise TrackingError(
             f"the tracking server {_shown(uri)} failed: {_first_line(error)}\n"
-            "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here; "
-            "nothing that was computed is lost"
+            f"{way_out}; nothing that was computed is lost"
         ) from None  # the client's error shows a password in the address
 
 
@@ -509,14 +526,15 @@ def _warn(name: str, error: Exception) -> None:
 
 @contextmanager
 def _long_requests() -> Iterator[None]:
-    """Give transfers of whole models more time than a question gets."""
+    """Give transfers of whole models more time than a question gets; one at a time, for the variable is shared."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before = os.environ[name]
-    os.environ[name] = str(max(int(before), SECONDS_TO_UPLOAD))
-    try:
-        yield
-    finally:
-        os.environ[name] = before
+    with _transfer:
+        before = os.environ[name]
+        os.environ[name] = str(max(int(before), SECONDS_TO_UPLOAD))
+        try:
+            yield
+        finally:
+            os.environ[name] = before
 
 
 @contextmanager

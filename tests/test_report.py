@@ -1,0 +1,218 @@
+"""The report says what the numbers say, needs no network, and lets no text act."""
+
+import io
+import math
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
+from rrlhf.report import Evaluation, Measured, Policy, render, table, verdict, visible
+
+
+def measured(mean: float, stderr: float = 0.05) -> Measured:
+    return {"mean": mean, "stderr": stderr, "n": 96}
+
+
+def policy(name: str, reward: str, weight: float | None = None, **means: float) -> Policy:
+    metrics = {metric: measured(mean) for metric, mean in means.items()}
+    return {"name": name, "reward": reward, "nominal_weight": weight, "metrics": metrics}
+
+
+def curve(name: str, golds: list[float | None], proxies: list[float]) -> list[Point]:
+    points: list[Point] = []
+    for update, (gold, proxy) in enumerate(zip(golds, proxies, strict=True)):
+        heads = [proxy - 0.2, proxy, proxy + 0.3]
+        point: Point = {
+            "policy": name,
+            "update": update,
+            "kl": update - 0.1,
+            "proxy": proxy,
+            "spread": 0.5,
+            "words": 9.0,
+            "heads": heads,
+        }
+        points.append(point if gold is None else {**point, "gold": gold, "gold_stderr": 0.1})
+    return points
+
+
+RISING = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+HACKED: list[float | None] = [0.4, 0.8, 1.0, 1.0, 1.0, 0.2, -0.5, -1.2]
+HELD: list[float | None] = [0.4, 0.8, 1.0, 1.2, 1.3, 1.3, 1.2, 1.3]
+
+
+def evaluation(
+    *, hacked: list[float | None] = HACKED, single_gold: float = -1.2, robust_gold: float = 1.3
+) -> Evaluation:
+    response: Any = {"text": "Fine.", "gold": 0.3, "proxy": 0.1, "heads": [0.1, 0.2, 0.4]}
+    return {
+        "profile": "default",
+        "policies": [
+            policy("sft", "none", gold=0.4, proxy=0.0, spread=0.5, kl=-0.01),
+            policy("single", "single", gold=single_gold, proxy=7.0, spread=1.0, kl=16.0),
+            policy("robust", "robust", 0.4, gold=robust_gold, proxy=5.0, spread=0.8, kl=16.0, robust=2.0),
+        ],
+        "curves": curve("single", hacked, RISING) + curve("robust", HELD, RISING),
+        "samples": [
+            {"prompt": "Write a line.", "responses": {"sft": response, "single": response, "robust": response}}
+        ],
+        "reward_models": [
+            {"name": "single head", "accuracy": measured(0.62), "ece": 0.05},
+            {"name": "ensemble, worst", "accuracy": measured(0.64), "ece": None},
+        ],
+    }
+
+
+def without_gold() -> Evaluation:
+    bare = evaluation()
+    for arm in bare["policies"]:
+        arm["metrics"].pop("gold")
+    for sample in bare["samples"]:
+        for response in sample["responses"].values():
+            response.pop("gold", None)
+    bare["curves"] = curve("single", [None] * 8, RISING)
+    return bare
+
+
+def html(of: Evaluation, **changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "params": {"ppo": {"updates": 8}},
+        "lineage": "policy\n└── sft",
+        "facts": {"git": "abc"},
+    }
+    return render(of, **(arguments | changes))
+
+
+def test_the_verdict_names_the_highest_arm_and_its_distance_from_the_start() -> None:
+    first, second, *_ = verdict(evaluation())
+    assert first.startswith("robust ends with the highest gold of the 2 arms, 1.30 ± 0.05, 0.90 ± 0.07 above sft")
+    assert "1.60 ± 0.07 below sft" in second  # the error is sqrt(2) * .05
+    assert second.startswith("single comes next with -1.20 ± 0.05: 2.50 ± 0.07 below robust")
+
+
+def test_a_difference_below_two_standard_errors_is_called_noise() -> None:
+    first, second, *_ = verdict(evaluation(robust_gold=0.53, single_gold=0.55))
+    assert "single" in first
+    assert "0.15 ± 0.07 above sft" in first
+    assert "within noise of single (difference -0.02 ± 0.07)" in second
+    assert "within noise of sft" in second
+
+
+def test_over_optimisation_is_reported_where_gold_falls_and_proxy_rises() -> None:
+    showed, spared = verdict(evaluation())[2:]
+    assert showed.startswith(
+        "Over-optimisation showed for single: gold peaked at 1.00 around update 3 and ended at -0.50"
+    )
+    assert "a fall of 1.50 ± 0.08) while proxy went from 3.00 to 6.00" in showed
+    assert spared.startswith("Over-optimisation did not show for robust")
+    assert "within noise" in spared or "where training ended" in spared
+
+
+def test_no_over_optimisation_is_claimed_without_a_fall() -> None:
+    sentences = verdict(evaluation(hacked=HELD))
+    assert not any("showed" in sentence for sentence in sentences)
+
+
+def test_a_fall_of_gold_is_no_over_optimisation_when_proxy_falls_too() -> None:
+    fallen = evaluation()
+    fallen["curves"] = curve("single", HACKED, RISING[::-1])
+    assert verdict(fallen)[2].startswith("Over-optimisation did not show for single: gold peaked at 1.00")
+
+
+def test_without_gold_the_verdict_speaks_of_reward_models_only() -> None:
+    sentences = verdict(without_gold())
+    assert sentences[0].startswith("No gold judge read this run")
+    assert "single ends with the highest proxy" in sentences[1]
+    assert "1.00 ± 0.05 for single" in sentences[-1]
+    assert 2 <= len(sentences) <= 5
+    page = html(without_gold())
+    assert "Gold over training" not in page
+    assert "gold <strong>" not in page
+
+
+@pytest.mark.parametrize("arms", [0, 1, 2, 7])
+def test_the_verdict_has_two_to_five_sentences_for_any_number_of_policies(arms: int) -> None:
+    some = evaluation()
+    some["policies"] = some["policies"][:1] + [policy(f"arm-{i}", "single", gold=i / 10) for i in range(arms)]
+    some["curves"] = [point for i in range(arms) for point in curve(f"arm-{i}", HACKED if i % 2 else HELD, RISING)]
+    assert 2 <= len(verdict(some)) <= 5
+
+
+def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
+    lonely = evaluation()
+    lonely["policies"], lonely["curves"], lonely["samples"], lonely["reward_models"] = (
+        lonely["policies"][:1],
+        [],
+        [],
+        [],
+    )
+    assert verdict(lonely) == ["There is no trained arm to compare.", "sft has gold 0.40 ± 0.05."]
+    page = html(lonely, lineage="", facts={})
+    assert "<img" not in page
+    assert "Samples" not in page
+
+
+def test_missing_metrics_and_errors_are_left_out() -> None:
+    sparse = evaluation()
+    sparse["policies"][1]["metrics"] = {"gold": measured(1.0, math.nan)}
+    sparse["curves"] = curve("single", HACKED, RISING)
+    for point in sparse["curves"]:
+        point.pop("gold_stderr", None)
+    assert "single comes next with 1.00: -0.30 relative to robust (no standard error" in verdict(sparse)[1]
+    assert "nan" not in " ".join(verdict(sparse))
+    assert "nan" not in html(sparse).split("<figure>")[0]
+
+
+def test_twenty_heads_or_one_can_be_drawn() -> None:
+    for count in (1, 20):
+        some = evaluation()
+        for point in some["curves"]:
+            point["heads"] = [i / 10 for i in range(count)]
+        assert f"{count} heads" in html(some) or count == 1
+
+
+def test_the_page_loads_nothing() -> None:
+    page = html(evaluation())
+    loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
+    assert len(loaded) == 8
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded)
+    assert not re.search(r"<script|<link|@import|url\(|http://|https://", page)
+
+
+def test_text_from_models_and_settings_is_escaped() -> None:
+    nasty = "<script>alert(1)</script>"
+    planted = evaluation()
+    planted["samples"][0]["prompt"] = nasty
+    planted["samples"][0]["responses"]["single"]["text"] = f"{nasty}\x1b[31mred\u202eder"
+    page = html(planted, params={"ppo": {"note": nasty}}, lineage=nasty, facts={nasty: nasty})
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)") == 6
+    assert "␛[31mred⟨U+202E⟩der" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+def test_visible_keeps_ordinary_text() -> None:
+    assert visible("né 猫 😀\n\tok") == "né 猫 😀\n\tok"
+    assert visible("\x00\r\x7f\x9b\ud800") == "␀␍␡⟨U+009B⟩⟨U+D800⟩"
+
+
+def test_the_same_numbers_give_the_same_page() -> None:
+    assert html(evaluation()) == html(evaluation())
+
+
+def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(evaluation()))
+    text = console.export_text()
+    assert "★ 1.30 ± 0.05" in text
+    assert "0.4 most confident + 0.6 minimum" in text
+    assert re.search(r"robust +│ +– │ +– │ +2.00 ± 0.05", text)
+
+
+def test_neighbouring_updates_are_averaged_three_by_three() -> None:
+    assert neighbour_means([1, 2, 6, 10]) == [3, 6]
+    assert neighbour_means([1, 3]) == [2]
+    assert neighbour_means([]) == []
+    assert neighbour_stderrs([0.3, 0.6, 0.6]) == [pytest.approx(0.3)]  # sqrt(.09 + .36 + .36) / 3

@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rrlhf import sft as stage
+from rrlhf.config import Model, Sft
+from rrlhf.models import load_base
+from rrlhf.tables import write_table
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def model():
+    return Model(
+        base="random:2x32",
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        system_prompt="",
+        prompt_tokens=64,
+        response_tokens=16,
+    )
+
+
+@pytest.fixture
+def settings():
+    return Sft(epochs=2, batch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [{"prompt": [{"role": "user", "content": f"Say {n}"}], "response": f"number {n}!"} for n in range(10)]
+    write_table(folder, "sft", rows)
+    return folder
+
+
+def test_the_loss_counts_the_completion_and_its_end_only(model):
+    language = load_base(model)
+    example = stage._example(language, [{"role": "user", "content": "Say 1"}], "one", model)
+    assert example.tokens[-1] == language.tokenizer.eos_token_id
+    loss = stage._summed_loss(language.network, [example], torch.device("cpu"))
+    with torch.no_grad():
+        logprobs = language.network(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+    counted = range(example.prompt_length, len(example.tokens))
+    assert loss.item() == pytest.approx(-sum(logprobs[i - 1, example.tokens[i]].item() for i in counted), rel=1e-5)
+
+
+def test_padding_never_matters(model):
+    language = load_base(model)
+    short, long = (
+        stage._example(language, [{"role": "user", "content": text}], text, model) for text in ("a", "bcdefgh")
+    )
+    device = torch.device("cpu")
+    alone = sum(stage._summed_loss(language.network, [one], device).item() for one in (short, long))
+    assert stage._summed_loss(language.network, [short, long], device).item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
+    rows = []
+    stage.run(seed=0, model=model, sft=settings, data=data, out=tmp_path, log=rows.append)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_two_processes_train_the_same_model_as_one(model, settings, data, tmp_path):
+    document = {
+        "stage": "sft",
+        "params": {"seed": 0, "model": model.model_dump(), "sft": settings.model_dump()},
+    }
+    weights = []
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        out.mkdir()
+        program = (
+            "import json, sys; from pathlib import Path;"
+            "from rrlhf.config import Launch; from rrlhf.launch import execute;"
+            "job = json.loads(sys.argv[1]);"
+            "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), log=lambda row: None,"
+            " launch=Launch(processes=job['processes'], threads=1))"
+        )
+        job = {"document": document, "data": str(data), "out": str(out), "processes": processes}
+        subprocess.run([sys.executable, "-c", program, json.dumps(job)], check=True, cwd=ROOT, timeout=240)
+        weights.append(load_file(out / "model.safetensors"))
+        assert len((out / "history.jsonl").read_text().splitlines()) == 6
+    one, two = weights
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-3)
+    start = load_base(model).network.state_dict()
+    assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)

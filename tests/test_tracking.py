@@ -1,0 +1,382 @@
+"""The tracking server is a real MLflow database; artifacts are published by the real store."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from mlflow import MlflowClient
+
+from rrlhf.artifacts import HISTORY, Store, clear
+from rrlhf.config import load_params
+from rrlhf.keys import key_digest
+from rrlhf.lineage import resolve, tree
+from rrlhf.stages import nodes
+from rrlhf.tracking import Tracker, TrackingError
+from rrlhf.types import Dataset
+
+PROJECT = Path(__file__).parent.parent
+PARAMS = load_params(PROJECT)
+NODES = {node.name: node for node in nodes(PARAMS)}
+DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
+ROWS = [{"step": step, "loss": 1 / step, "seconds": 0.5 * step} for step in (1, 2, 3)]
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """Return one database with MLflow's tables; making them takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, database, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(root):
+    return Tracker.connect(root, "rrlhf")
+
+
+@pytest.fixture
+def client(root, tracker):
+    return MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}", registry_uri=f"sqlite:///{root / 'mlflow.db'}")
+
+
+def document(name, inputs):
+    node = NODES[name]
+    return {"stage": node.stage, "params": node.settings, "inputs": inputs, "code": {}, "numerics": {}}
+
+
+def published(root, name, inputs, fill=None):
+    """Publish a small artifact of a node."""
+    store, paper = Store(root), document(name, inputs)
+    staged = clear(store.staging(NODES[name].stage, key_digest(paper)))
+    (staged / "weights").mkdir()
+    (staged / "weights" / "model.safetensors").write_bytes(name.encode())
+    if fill:
+        fill(staged)
+    (staged / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return store.publish(name, paper, staged, seconds=2.0)
+
+
+@pytest.fixture
+def family(root):
+    """Return an artifact of each model stage, linked as in a run."""
+    data = {"data": DATA.digest}
+    sft = published(root, "sft", data)
+    reward = published(root, "reward", {**data, "sft": sft.digest})
+    ensemble = published(root, "ensemble", {"reward": reward.digest})
+    parts = {"sft": sft.digest, "reward": reward.digest, "ensemble": ensemble.digest}
+    return [sft, reward, ensemble, published(root, "ppo-robust", {**data, **parts})]
+
+
+def register_all(tracker, family):
+    return [tracker.register(artifact, DATA if "data" in artifact.inputs else None) for artifact in family]
+
+
+def history(client, run_id, name="loss"):
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+
+
+def stage_runs(client, key):
+    experiment = client.get_experiment_by_name("rrlhf").experiment_id
+    return client.search_runs([experiment], f"tags.`rrlhf.key` = '{key}'")
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_registering_twice_makes_one_version(tracker, family):
+    first = tracker.register(family[0], DATA, aliases=["best"])
+    assert first == ("rrlhf-sft", "1", True)
+    assert tracker.register(family[0], DATA, aliases=["best"]) == ("rrlhf-sft", "1", False)
+    assert [found.aliases for found in tracker.versions()] == [("best",)]
+
+
+def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
+    tracker.register(family[0], DATA, aliases=["best"])
+    other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
+    tracker.register(other, None, aliases=["best"])
+    assert [(found.version, found.aliases) for found in tracker.versions()] == [("2", ("best",)), ("1", ())]
+
+
+def test_versions_tell_their_identity_and_ancestry(tracker, family):
+    register_all(tracker, family)
+    versions, policy = tracker.versions(), family[3]
+    tags = resolve("rrlhf-policy/1", versions).tags
+    assert (tags["rrlhf.digest"], tags["rrlhf.key"]) == (policy.digest, policy.key)
+    assert (tags["rrlhf.node"], tags["rrlhf.stage"], tags["rrlhf.dataset"]) == ("ppo-robust", "ppo", DATA.digest)
+    assert json.loads(tags["rrlhf.inputs"]) == policy.inputs
+    drawn = tree(resolve("rrlhf-policy/1", versions), versions)
+    assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
+    assert drawn.count("(see above)") == 2
+
+
+def test_mlflow_shows_what_a_run_read_and_made(tracker, client, family):
+    register_all(tracker, family)
+    models = {found.name: found.source.removeprefix("models:/") for found in client.search_model_versions()}
+    run = client.get_run(client.get_model_version("rrlhf-policy", "1").run_id)
+    read = {entry.model_id for entry in run.inputs.model_inputs}
+    assert read == {models["rrlhf-sft"], models["rrlhf-reward"], models["rrlhf-ensemble"]}
+    assert [entry.model_id for entry in run.outputs.model_outputs] == [models["rrlhf-policy"]]
+    [entry] = run.inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("default", "d41d8cd98f00b204e9800998ecf8427e")
+    [loss] = [metric for metric in client.get_logged_model(models["rrlhf-policy"]).metrics if metric.key == "loss"]
+    assert (loss.step, loss.value) == (3, 1 / 3)
+
+
+def test_links_wait_for_inputs_that_come_later(tracker, client, family):
+    sft, reward = family[:2]
+    tracker.register(reward, DATA)
+    register_all(tracker, [sft, reward])
+    [run] = stage_runs(client, reward.key)
+    assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
+
+
+def test_a_wiped_database_is_filled_again(root, tracker, database, family):
+    before = register_all(tracker, family)
+    digests = {found.tags["rrlhf.digest"] for found in tracker.versions()}
+    wiped = root / "again"
+    wiped.mkdir()
+    shutil.copy(database, wiped / "mlflow.db")
+    fresh = Tracker.connect(wiped, "rrlhf")
+    assert register_all(fresh, family) == before
+    assert {found.tags["rrlhf.digest"] for found in fresh.versions()} == digests
+
+
+def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, family):
+    tracker.register(family[0], DATA)
+    [run] = stage_runs(client, family[0].key)
+    assert history(client, run.info.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time - run.info.start_time == 2000  # as long as the stage took
+    assert run.data.params["sft.batch_size"] == str(PARAMS.sft.batch_size)
+
+
+def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family):
+    sft = family[0]
+    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty")
+    with tracker.stage_run(flow, NODES["sft"], sft.key) as log:
+        for row in ROWS:
+            log(row)
+    tracker.register(sft, DATA)
+    tracker.finish_flow(flow, "FINISHED")
+    [run] = stage_runs(client, sft.key)
+    assert [step for step, _ in history(client, run.info.run_id)] == [1, 2, 3]
+    assert run.data.tags["mlflow.parentRunId"] == flow
+    assert client.get_run(flow).data.params["arms.robust.nominal_weight"] == "0.4"
+
+
+def test_a_run_without_all_rows_is_written_anew(tracker, client, family):
+    with tracker.stage_run(None, NODES["sft"], family[0].key) as log:
+        log(ROWS[0])
+    tracker.register(family[0], DATA)
+    newest, incomplete = stage_runs(client, family[0].key)
+    lengths = {len(history(client, run.info.run_id)) for run in (newest, incomplete)}
+    assert lengths == {1, 3}
+
+
+def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client):
+    def fail():
+        with tracker.stage_run(None, NODES["sft"], "k" * 64) as log:
+            log({"step": 1, "loss": math.nan})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    [run] = stage_runs(client, "k" * 64)
+    assert run.info.status == "FAILED"
+    assert math.isnan(history(client, run.info.run_id)[0][1])
+
+
+def test_training_goes_on_when_the_server_is_lost(root, tracker, capsys):
+    with tracker.stage_run(None, NODES["sft"], "k" * 64) as log:
+        (root / "mlflow.db").rename(root / "away.db")
+        (root / "mlflow.db").touch()
+        for row in ROWS:
+            log(row)
+    assert "the run goes on" in capsys.readouterr().err
+
+
+def test_an_evaluation_keeps_its_files_and_makes_no_version(root, tracker, client, family):
+    evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0].digest})
+    tracker.register(family[0], DATA)
+    assert [tracker.register(evaluation, DATA) for _ in range(2)] == [None, None]
+    [run] = stage_runs(client, evaluation.key)
+    assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"artifact.json", HISTORY, "weights"}
+    assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
+
+
+def test_a_restored_artifact_is_the_same_to_the_byte(root, tracker, family):
+    sft, to = family[0], root / "artifacts" / ".restored" / "sft"
+    tracker.register(sft, DATA)
+    assert tracker.restore("sft", sft.key, to)
+    assert files(to) == files(sft.path)
+    shutil.rmtree(sft.path)
+    assert Store(root).adopt("sft", sft.key, to).digest == sft.digest
+
+
+def test_what_was_never_registered_cannot_be_restored(root, tracker):
+    assert not tracker.restore("sft", "0" * 64, root / "nothing")
+    assert not (root / "nothing").exists()
+
+
+def test_the_store_is_not_touched_by_registering(tracker, family):
+    before = files(family[0].path)
+    tracker.register(family[0], DATA)
+    assert files(family[0].path) == before
+
+
+KILLED_WHILE_COPYING = """
+import resource, signal, sys
+from pathlib import Path
+from rrlhf.artifacts import Store
+from rrlhf.tracking import Tracker
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when a file grows past the limit
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
+root = Path(sys.argv[1])
+[artifact] = Store(root).all()
+Tracker.connect(root, "rrlhf").register(artifact, None)
+"""
+
+
+def big_file(staged):
+    (staged / "big.safetensors").write_bytes(bytes(30_000_000))
+
+
+def test_a_killed_registration_is_finished_by_the_next(root, tracker, client):
+    artifact = published(root, "sft", {"data": DATA.digest}, fill=big_file)
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_COPYING, str(root)])
+    assert done.returncode == -signal.SIGXFSZ
+    [begun] = (root / "mlartifacts" / "models").iterdir()
+    assert (begun / "artifacts" / "artifact" / "big.safetensors").stat().st_size < 30_000_000
+    assert client.search_model_versions() == []
+    assert tracker.register(artifact, DATA).created
+    assert [found.status for found in client.search_model_versions()] == ["READY"]
+    assert list((root / "mlartifacts" / "models").iterdir()) == [begun]
+    assert tracker.restore("sft", artifact.key, root / "restored")
+    assert files(root / "restored") == files(artifact.path)
+
+
+def test_workers_that_start_together_share_a_new_database_and_make_one_version(root):
+    (root / "mlflow.db").unlink()
+    artifact = published(root, "sft", {"data": DATA.digest})
+
+    def work(_):
+        return Tracker.connect(root, "rrlhf").register(artifact, DATA)
+
+    with ThreadPoolExecutor(3) as workers:
+        made = list(workers.map(work, range(3)))
+    assert {registered.version for registered in made} == {"1"}
+    assert sum(registered.created for registered in made) == 1
+
+
+def test_a_flow_closes_the_runs_of_killed_processes(tracker, client):
+    dead = tracker.start_flow("default", PARAMS, None)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    client.set_tag(dead, "rrlhf.pid", str(gone.pid))
+    alive = tracker.start_flow("default", PARAMS, None)
+    tracker.start_flow("default", PARAMS, None)
+    assert [client.get_run(run).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
+
+
+def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(root, tracker, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(root / "mlflow.db", moved)
+    with pytest.raises(TrackingError, match="moved or copied"):
+        Tracker.connect(moved, "rrlhf")
+
+
+def test_a_damaged_database_is_reported_at_once(root):
+    (root / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(TrackingError, match="not a database; remove it"):
+        Tracker.connect(root, "rrlhf")
+
+
+def test_a_server_that_is_down_is_reported_soon(root, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://user:secret@127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match="start the server again") as caught:
+        Tracker.connect(root, "rrlhf")
+    assert time.monotonic() - start < 10
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_hangs_is_reported_soon(root, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(TrackingError, match="ReadTimeout"):
+            Tracker.connect(root, "rrlhf")
+        assert time.monotonic() - start < 10
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_server_that_refuses_names_the_way_in(root, monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN"):
+            Tracker.connect(root, "rrlhf")
+        server.shutdown()
+
+
+def tiny_policy(staged):
+    """Save a random Llama with a tokenizer of single characters, as a stage would."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from rrlhf.models import CHAT_TEMPLATE, LanguageModel, save_model
+
+    characters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
+    raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=len(characters), eos_token_id=1, bos_token_id=None, **sizes))
+    save_model(LanguageModel(network, tokenizer), staged)
+
+
+@pytest.mark.filterwarnings("ignore:.*type hint is inferred as AnyType:UserWarning")  # mlflow, about its own types
+def test_a_registered_policy_loads_by_its_alias_and_answers(root, tracker):
+    import mlflow
+
+    policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
+    tracker.register(policy, DATA, aliases=["candidate"])
+    loaded = mlflow.pyfunc.load_model("models:/rrlhf-policy@candidate")
+    answers = loaded.predict(["Write a note.", "Write a poem."])
+    assert len(answers) == 2
+    assert all(isinstance(answer, str) and answer for answer in answers)
+    assert answers == loaded.predict(["Write a note.", "Write a poem."])
