@@ -253,8 +253,8 @@ def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
     if not params.arms:
         yield ("arms",), "arms is empty: name at least one policy to train"
     for name, arm in params.arms.items():
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,39}", name) or name in {"sft", "data"}:
-            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, - and _; not sft or data"
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
+            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
         if (arm.reward == "robust") != (arm.nominal_weight is not None):
             yield (
                 ("arms", name),

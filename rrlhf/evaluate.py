@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.calibration import Estimate, correct, estimate, expected_calibration_error
+from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.features import PairFeatures, trunk_layer
 from rrlhf.gold import GoldJudge
@@ -161,9 +161,9 @@ def _reference_pass(judges: Judges, rows: Rows, responses: list[Response], model
     padded = torch.tensor([row.tokens + [eos] * (width - len(row.tokens)) for row in responses], device=device)
     sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
     states = hidden_states(language, sequences, judges.layer)
-    logprobs, _ = judges.top(states, lengths, padded)
     mask = torch.arange(width, device=device) < counts[:, None]
-    return (logprobs * mask).sum(1), response_features(states, lengths, counts - finished.long())
+    logprobs, _ = judges.top(states, lengths, padded, mask)
+    return logprobs.sum(1), response_features(states, lengths, counts - finished.long())
 
 
 def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -> dict[str, Any]:

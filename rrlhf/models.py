@@ -192,20 +192,20 @@ class PolicyTop(nn.Module):
         nn.init.zeros_(self.value.bias)
         self.to(language.device)
 
-    def forward(self, hidden: Tensor, prompt_lengths: Tensor, responses: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and values of response tokens, both [batch, response tokens].
+    def forward(self, hidden: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask.
 
-        hidden: what the frozen layers left, [batch, tokens, width], padded on the right; logits are computed at the
-        response's positions only.
+        hidden: what the frozen layers left, [batch, tokens, width], padded on the right. Logits, the largest tensor
+        by far, exist only for the tokens that count.
         """
         hidden = _through(self.layers, self.rotary, hidden, None, None, None)
-        steps = torch.arange(responses.shape[1], device=hidden.device)
-        at = (prompt_lengths[:, None] - 1 + steps).clamp(max=hidden.shape[1] - 1)
-        states = self.norm(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2])))
-        logprobs = -nn.functional.cross_entropy(
-            self.unembed(states).float().flatten(0, 1), responses.flatten(), reduction="none"
-        ).view(responses.shape)
-        return logprobs, self.value(states).float().squeeze(-1)
+        row, step = mask.nonzero(as_tuple=True)
+        states = self.norm(hidden[row, prompt_lengths[row] + step - 1])
+        logits = self.unembed(states).float()
+        logprobs = -nn.functional.cross_entropy(logits, responses[mask], reduction="none")
+        values = self.value(states).float().squeeze(-1)
+        empty = torch.zeros(mask.shape, device=hidden.device)
+        return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values)
 
     def reference(self) -> PolicyTop:
         """Return a frozen copy: with the shared lower layers it is the reference policy."""

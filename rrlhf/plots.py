@@ -71,7 +71,7 @@ PANELS: list[tuple[Quantity, Quantity, str, str]] = [
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
     ("proxy", "kl", "Proxy by distance", "What the single reward head says. Rising here while gold falls: hacking."),
     ("proxy", "update", "Proxy over training", "The same, over time."),
-    ("spread", "update", "Disagreement of the heads", "Growing: responses unlike those the heads learned from."),
+    ("spread", "update", "Disagreement of the heads", "Growth warns of responses unlike those the heads learned from."),
     ("words", "update", "Length of responses", "A policy that hacks its reward often ends in very short or long text."),
 ]
 

@@ -183,7 +183,7 @@ def collect(
         samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=layers)
         hidden = samples.states[learner.boundary]
         hidden = hidden[:, : int((samples.prompt_lengths + samples.mask.sum(1)).max())]
-        place = (hidden, samples.prompt_lengths, samples.responses)
+        place = (hidden, samples.prompt_lengths, samples.responses, samples.mask)
         old_logprobs, values = samples.logprobs, learner.top.value(samples.top).float().squeeze(-1)
         reference_logprobs, _ = learner.reference(*place)
         if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
@@ -245,7 +245,7 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
 
 def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
     with autocast(model):
-        logprobs, values = learner.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses)
+        logprobs, values = learner.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses, rollout.mask)
     log_ratio = (logprobs - rollout.logprobs) * rollout.mask
     policy_loss = clipped_policy_loss(log_ratio, rollout.advantages, rollout.mask, ppo.clip_ratio)
     value_loss = clipped_value_loss(values, rollout.values, rollout.returns, rollout.mask, ppo.clip_value)

@@ -128,8 +128,12 @@ class Course(NamedTuple):
 
     @property
     def over_optimised(self) -> bool:
-        """Gold fell by more than noise while proxy kept rising (Gao et al. 2022, arXiv 2210.10760)."""
-        return self.fall.value > 0 and not self.fall.is_noise and self.end_proxy > self.peak_proxy
+        """Gold fell by more than chance allows while proxy kept rising (Gao et al. 2022, arXiv 2210.10760).
+
+        The peak is the best of many updates: of flat courses of 40 updates, 22 % fall by two standard errors and
+        2 % by three (simulated).
+        """
+        return self.fall.value > 3 * self.fall.stderr and self.end_proxy > self.peak_proxy
 
 
 def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, facts: Mapping[str, str]) -> str:
@@ -176,7 +180,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
 def table(evaluation: Evaluation) -> Table:
     """Return the comparison for the terminal: mean ± standard error, the best gold in bold."""
     shown = Table(title="mean ± standard error over prompts", title_justify="left")
-    shown.add_column("")
+    shown.add_column("", no_wrap=True)
     for policy in evaluation["policies"]:
         shown.add_column(Text(f"{visible(policy['name'])}\n{visible(reward_in_words(policy))}"), justify="right")
     for row in _comparison(evaluation):
@@ -194,15 +198,11 @@ def reward_in_words(policy: Policy) -> str:
 
 
 def visible(text: str) -> str:
-    """Show control and other unseen characters as symbols, so that no text acts on a terminal or hides in a page."""
+    """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
     return "".join(character if character in "\n\t" else _seen(character) for character in text)
 
 
 def _seen(character: str) -> str:
-    if character == "\x7f":
-        return "␡"
-    if character < " ":
-        return chr(0x2400 + ord(character))
     hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
     return f"⟨U+{ord(character):04X}⟩" if hidden else character
 
@@ -261,19 +261,18 @@ def _ends(evaluation: Evaluation, known: Mapping[str, Measured], metric: str) ->
             *(f"{name} has {metric} {_shown(known[name])}." for name in known),
         ]
     best, *others = ranked
-    highest = f"ends with the highest {metric} of the {len(ranked)} arms," if others else f"ends with {metric}"
-    said = [f"{best} {highest} {_shown(known[best])}{_relative(known, best, start)}."]
+    highest = f"the highest {metric} of the {len(ranked)} arms: " if others else f"{metric} "
+    relative = f", which is {_against(known, best, start)} ({_shown(known[start])})" if start else ""
+    said = [f"{best} ends with {highest}{_shown(known[best])}{relative}."]
     if others:
         second = others[0]
-        gap = _difference(known[second], known[best]).against(best)
-        said.append(f"{second} comes next with {_shown(known[second])}: {gap}{_relative(known, second, start)}.")
+        gaps = [_against(known, second, name) for name in (best, start) if name]
+        said.append(f"{second} comes next with {_shown(known[second])}: {', '.join(gaps)}.")
     return said
 
 
-def _relative(known: Mapping[str, Measured], name: str, start: str | None) -> str:
-    if start is None:
-        return ""
-    return ", " + _difference(known[name], known[start]).against(f"{start} ({_shown(known[start])})")
+def _against(known: Mapping[str, Measured], name: str, other: str) -> str:
+    return _difference(known[name], known[other]).against(other)
 
 
 def _over_optimisation(evaluation: Evaluation) -> list[str]:
@@ -293,7 +292,10 @@ def _over_optimisation(evaluation: Evaluation) -> list[str]:
 
 
 def _course(points: Sequence[Point]) -> Course:
-    """Read gold's peak and end; the peak is the best of many, so a fall just above noise may still be chance."""
+    """Read gold's peak and end.
+
+    The peak is the best of many windows: 40 updates of flat gold fall by more than two errors one time in five.
+    """
     golds = plots.neighbour_means([point["gold"] for point in points])
     stderrs = plots.neighbour_stderrs([point.get("gold_stderr", math.nan) for point in points])
     proxies = plots.neighbour_means([point["proxy"] for point in points])

@@ -81,14 +81,14 @@ def _example(language: LanguageModel, prompt: list[Message], response: str, mode
 
 
 def _summed_loss(network: torch.nn.Module, examples: list[Example], device: torch.device) -> Tensor:
+    """Return the sum of the completions' token losses; rows are padded on the right, behind all that counts."""
     width = max(len(example.tokens) for example in examples)
     tokens = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
-    attention = torch.zeros_like(tokens)
+    counts = torch.zeros(len(examples), width, dtype=torch.bool)
     for row, example in enumerate(examples):
-        length = len(example.tokens)
-        tokens[row, :length] = torch.tensor(example.tokens)
-        labels[row, example.prompt_length : length] = torch.tensor(example.tokens[example.prompt_length :])
-        attention[row, :length] = 1
-    logits = network(input_ids=tokens.to(device), attention_mask=attention.to(device)).logits
-    return cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten().to(device), reduction="sum")
+        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
+        counts[row, example.prompt_length : len(example.tokens)] = True
+    kept = torch.arange(min(example.prompt_length for example in examples) - 1, width - 1, device=device)
+    logits = network(input_ids=tokens.to(device), logits_to_keep=kept).logits
+    counted = counts.to(device)[:, kept + 1]
+    return cross_entropy(logits[counted].float(), tokens.to(device)[:, kept + 1][counted], reduction="sum")

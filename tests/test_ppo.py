@@ -86,7 +86,7 @@ def test_an_arm_sees_the_reward_that_it_names():
 def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo, rewards):
     found = learner(model, ppo, rewards)
     rollout, _, _, metrics = collect(found, PROMPTS, single, model, ppo)
-    logprobs, values = found.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses)
+    logprobs, values = found.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses, rollout.mask)
     assert (((logprobs - rollout.logprobs) * rollout.mask).exp() - 1).abs().max() < 1e-4
     torch.testing.assert_close(values * rollout.mask, rollout.values, atol=1e-5, rtol=1e-4)
     assert abs(metrics["kl"]) < 1e-4

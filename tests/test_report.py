@@ -46,7 +46,10 @@ HELD: list[float | None] = [0.4, 0.8, 1.0, 1.2, 1.3, 1.3, 1.2, 1.3]
 def evaluation(
     *, hacked: list[float | None] = HACKED, single_gold: float = -1.2, robust_gold: float = 1.3
 ) -> Evaluation:
-    response: Any = {"text": "Fine.", "gold": 0.3, "proxy": 0.1, "heads": [0.1, 0.2, 0.4]}
+    responses: Any = {
+        name: {"text": "Fine.", "gold": 0.3, "proxy": 0.1, "heads": [0.1, 0.2, 0.4]}
+        for name in ("sft", "single", "robust")
+    }
     return {
         "profile": "default",
         "policies": [
@@ -55,9 +58,7 @@ def evaluation(
             policy("robust", "robust", 0.4, gold=robust_gold, proxy=5.0, spread=0.8, kl=16.0, robust=2.0),
         ],
         "curves": curve("single", hacked, RISING) + curve("robust", HELD, RISING),
-        "samples": [
-            {"prompt": "Write a line.", "responses": {"sft": response, "single": response, "robust": response}}
-        ],
+        "samples": [{"prompt": "Write a line.", "responses": responses}],
         "reward_models": [
             {"name": "single head", "accuracy": measured(0.62), "ece": 0.05},
             {"name": "ensemble, worst", "accuracy": measured(0.64), "ece": None},
@@ -87,7 +88,9 @@ def html(of: Evaluation, **changes: Any) -> str:
 
 def test_the_verdict_names_the_highest_arm_and_its_distance_from_the_start() -> None:
     first, second, *_ = verdict(evaluation())
-    assert first.startswith("robust ends with the highest gold of the 2 arms, 1.30 ± 0.05, 0.90 ± 0.07 above sft")
+    assert first.startswith(
+        "robust ends with the highest gold of the 2 arms: 1.30 ± 0.05, which is 0.90 ± 0.07 above sft"
+    )
     assert "1.60 ± 0.07 below sft" in second  # the error is sqrt(2) * .05
     assert second.startswith("single comes next with -1.20 ± 0.05: 2.50 ± 0.07 below robust")
 
@@ -188,14 +191,14 @@ def test_text_from_models_and_settings_is_escaped() -> None:
     planted["samples"][0]["responses"]["single"]["text"] = f"{nasty}\x1b[31mred\u202eder"
     page = html(planted, params={"ppo": {"note": nasty}}, lineage=nasty, facts={nasty: nasty})
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") == 6
-    assert "␛[31mred⟨U+202E⟩der" in page
+    assert page.count("&lt;script&gt;alert(1)") == 6  # prompt, response, params, lineage, fact and its name
+    assert "⟨U+001B⟩[31mred⟨U+202E⟩der" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
 
 
 def test_visible_keeps_ordinary_text() -> None:
     assert visible("né 猫 😀\n\tok") == "né 猫 😀\n\tok"
-    assert visible("\x00\r\x7f\x9b\ud800") == "␀␍␡⟨U+009B⟩⟨U+D800⟩"
+    assert visible("\x00\r\x9b\ud800") == "⟨U+0000⟩⟨U+000D⟩⟨U+009B⟩⟨U+D800⟩"
 
 
 def test_the_same_numbers_give_the_same_page() -> None:

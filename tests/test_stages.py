@@ -1,0 +1,155 @@
+"""The data, reward, ensemble and evaluation stages on a tiny random model, as plain functions."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
+from rrlhf.config import load_params
+from rrlhf.features import PairFeatures
+from rrlhf.heads import RewardHeads
+from rrlhf.tables import SCHEMAS, preferences, prompts, read_table
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load_params(ROOT, "tiny")
+
+
+@pytest.fixture(scope="module")
+def made(params, tmp_path_factory):
+    """Folder of every stage's result, by node name."""
+    root = tmp_path_factory.mktemp("stages")
+    rows = {}
+
+    def run(name, stage, **arguments):
+        folder = root / name
+        folder.mkdir()
+        rows[name] = []
+        stage.run(**arguments, out=folder, log=rows[name].append)
+        return folder
+
+    common = {"model": params.model, "seed": params.seed}
+    data = run("data", prepare, **common, prepare=params.prepare, gold=params.gold)
+    start = run("sft", sft, **common, sft=params.sft, data=data)
+    single = run("reward", reward, **common, reward=params.reward, data=data, sft=start)
+    several = run("ensemble", ensemble, **common, ensemble=params.ensemble, reward=single)
+    inputs = {"data": data, "sft": start, "reward": single, "ensemble": several}
+    policies = {
+        name: run(name, ppo, model=params.model, ppo=params.ppo, arm=arm, **inputs) for name, arm in params.arms.items()
+    }
+    run("evaluate", evaluate, **common, gold=params.gold, evaluate=params.evaluate, **inputs, policies=policies)
+    return root, rows
+
+
+def test_splits_share_no_prompt(made):
+    data = made[0] / "data"
+    asked = [{json.dumps(row["prompt"]) for row in read_table(data, name)} for name in SCHEMAS]
+    assert all(asked)
+    assert sum(map(len, asked)) == len(set().union(*asked))
+
+
+def test_training_labels_are_flipped_at_the_stated_rate_and_held_out_labels_never(made, params):
+    data = made[0] / "data"
+    training = [row["flipped"] for row in read_table(data, "preferences")]
+    assert abs(sum(training) / len(training) - params.prepare.flip_rate) < 4 * (0.25 * 0.75 / len(training)) ** 0.5
+    assert not any(row["flipped"] for row in read_table(data, "heldout"))
+
+
+def test_no_pair_has_equal_or_empty_responses(made):
+    for table in ("preferences", "heldout"):
+        for pair in preferences(made[0] / "data", table):
+            assert pair.chosen != pair.rejected
+            assert pair.chosen
+            assert pair.rejected
+
+
+def test_preparing_again_gives_the_same_bytes(made, params, tmp_path):
+    prepare.run(
+        seed=params.seed,
+        model=params.model,
+        prepare=params.prepare,
+        gold=params.gold,
+        out=tmp_path,
+        log=lambda row: None,
+    )
+    for path in sorted((made[0] / "data").iterdir()):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_human_preferences_are_split_and_their_rejects_kept(params, tmp_path):
+    source = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
+    lines = [json.dumps(row) for row in rows] + ['{"prompt": "x", "chosen": "", "rejected": "b"}']
+    source.write_text("\n".join(lines))
+    settings = params.prepare.model_copy(update={"source": str(source), "format": "rows", "limit": None})
+    out = tmp_path / "out"
+    out.mkdir()
+    logged = []
+    prepare.run(seed=1, model=params.model, prepare=settings, gold=params.gold, out=out, log=logged.append)
+    assert json.loads((out / "rejected.jsonl").read_text()) | {"detail": ""} == {
+        "file": str(source),
+        "line": 201,
+        "rule": "empty",
+        "detail": "",
+    }
+    assert logged[-1]["rejected_rows"] == 1
+    assert sum(len(read_table(out, name)) for name in SCHEMAS) == 200
+
+
+def test_every_head_differs_and_is_normalised_on_the_reference_responses(made):
+    root, rows = made
+    features = PairFeatures.load(root / "reward")
+    scores = RewardHeads.load(root / "ensemble").score(features.reference).mean
+    torch.testing.assert_close(scores.mean(0), torch.zeros(scores.shape[1]), atol=1e-4, rtol=0)
+    assert torch.corrcoef(scores.T).fill_diagonal_(0).max() < 0.9999
+    assert 0 <= rows["ensemble"][-1]["heldout_accuracy_mean"] <= 1
+
+
+@pytest.mark.parametrize("loss", ["reparam_mse", "gaussian_nll", "bradley_terry"])
+@pytest.mark.parametrize("target", ["stage1_reward", "margin"])
+def test_every_way_to_train_the_ensemble_lowers_its_loss(made, params, tmp_path, loss, target):
+    settings = params.ensemble.model_copy(update={"loss": loss, "target": target, "weight_decay": 0.0})
+    rows = []
+    ensemble.run(
+        seed=1, model=params.model, ensemble=settings, reward=made[0] / "reward", out=tmp_path, log=rows.append
+    )
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_the_evaluation_compares_every_policy_on_the_same_prompts(made, params):
+    root, _ = made
+    found = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    assert [policy["name"] for policy in found["policies"]] == ["sft", "single", "robust"]
+    asked = len(prompts(root / "data", "evaluate"))
+    assert all(policy["metrics"]["gold"]["n"] == asked for policy in found["policies"])
+    assert found["policies"][0]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-3)
+    assert len(found["curves"]) == 2 * params.ppo.updates
+    assert set(found["samples"][0]["responses"]) == {"sft", "single", "robust"}
+
+
+def test_the_curves_retell_what_training_logged(made):
+    root, rows = made
+    found = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    curve = [point for point in found["curves"] if point["policy"] == "robust"]
+    for point, row in zip(curve, rows["robust"], strict=True):
+        assert point["proxy"] == pytest.approx(row["proxy"], abs=1e-4)
+        assert point["kl"] == pytest.approx(row["kl"], abs=1e-4)
+        assert point["spread"] == pytest.approx(row["spread"], abs=1e-4)
+
+
+def test_a_policy_folder_says_what_it_was_trained_for(made):
+    arm = json.loads((made[0] / "robust" / "arm.json").read_text())
+    assert arm == {"reward": "robust", "nominal_weight": 0.4, "seed": 1}
+    assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
+
+
+def test_repetition_is_the_share_of_words_said_before():
+    assert evaluate.repetition("love the love the") == 0.5
+    assert evaluate.repetition("") == 0.0
