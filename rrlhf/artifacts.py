@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,8 +124,7 @@ class Store:
             problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
         self._memo.save()
         if problem:
-            users = ", ".join(found.name for found in self.descendants(artifact)) or "nothing yet"
-            raise TamperedError(f"{problem}\nbuilt on it: {users}{_way_out(artifact.path)}")
+            raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
 
     def all(self) -> Iterator[Artifact]:
         """Yield every artifact whose manifest can be read."""
@@ -134,10 +134,15 @@ class Store:
             except ValueError:
                 continue
 
-    def descendants(self, artifact: Artifact) -> list[Artifact]:
-        """Return all artifacts that were made from this one, directly or not."""
+    def users(self, digest: str) -> str:
+        """Name the artifacts that were made from the content with this digest."""
+        return ", ".join(f"{found.name} {found.key[:8]}" for found in self.descendants(digest)) or "nothing yet"
+
+    def descendants(self, digest: str) -> list[Artifact]:
+        """Return all artifacts that were made from the content with this digest, directly or not."""
         everything = list(self.all())
-        digests, found = {artifact.digest}, []
+        digests: set[str] = {digest}
+        found: list[Artifact] = []
         grew = True
         while grew:
             new = [item for item in everything if item not in found and digests & set(item.inputs.values())]
@@ -190,11 +195,19 @@ class Store:
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Hold the lock of a key; the kernel drops it with the process, however that ends."""
+        """Hold the lock of a key, waiting for it if need be; the kernel drops it with the process."""
         path = self.root / ".locks" / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with path.open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                print(f"waiting for {handle.read().strip() or 'another run'}", file=sys.stderr, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()}, at work since {datetime.now():%H:%M:%S}")
+            handle.flush()
             yield
 
 

@@ -83,6 +83,7 @@ class Sft(Section):
 
     epochs: PositiveInt
     batch_size: PositiveInt
+    microbatch_size: PositiveInt
     learning_rate: PositiveFloat
     max_grad_norm: PositiveFloat
 
@@ -120,6 +121,7 @@ class Ppo(Section):
     updates: PositiveInt
     prompts_per_update: PositiveInt
     minibatch_size: PositiveInt
+    microbatch_size: PositiveInt
     epochs: PositiveInt
     train_layers: PositiveInt
     learning_rate: PositiveFloat

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 QUIET = {
     "DO_NOT_TRACK": "true",  # mlflow accepts only this word
     "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # a bar for every file that is loaded or saved
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
@@ -29,7 +31,11 @@ def find_root(start: Path) -> Path:
 
 def set_environment(root: Path) -> None:
     """Turn telemetry off, keep Prefect's state inside the project, and work in the project's folder."""
-    home = str(root / ".rrlhf" / "prefect")
-    for name, value in (QUIET | {"PREFECT_HOME": home}).items():
+    home = root / ".rrlhf" / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    for name, value in (QUIET | {"PREFECT_HOME": str(home)}).items():
         os.environ.setdefault(name, value)
+    beside = str(Path(sys.executable).parent)
+    if beside not in os.environ.get("PATH", "").split(os.pathsep):  # DVC and Prefect start `python` from it
+        os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
     os.chdir(root)  # paths in params.yaml are relative to it

@@ -12,8 +12,10 @@ import copy
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +26,8 @@ from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.sources import base_location
 from rrlhf.types import Message
+
+Row = TypeVar("Row")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -57,6 +61,19 @@ def autocast(model: Model) -> torch.autocast:
     """Return the context in which a language model's layers run."""
     device = device_kind(model.device)
     return torch.autocast(device, torch.bfloat16, enabled=dtype_name(model.dtype, device) == "bfloat16")
+
+
+def microbatches(
+    engine: Accelerator, network: nn.Module, rows: list[Row], size: int
+) -> Iterator[tuple[list[Row], AbstractContextManager[object]]]:
+    """Split a batch into parts that fit in memory, each with the context of its backward pass.
+
+    Gradients accumulate over the parts and are exchanged between processes with the last one only.
+    """
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    for part in parts[:-1]:
+        yield part, engine.no_sync(network)
+    yield parts[-1], contextlib.nullcontext()
 
 
 def load_base(model: Model) -> LanguageModel:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,17 @@ from rrlhf.config import Arm, Model, Ppo
 from rrlhf.features import trunk_layer
 from rrlhf.heads import RewardHeads
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
-from rrlhf.models import LanguageModel, PolicyTop, accelerator, autocast, decode, encode_prompt, load_model, save_model
+from rrlhf.models import (
+    LanguageModel,
+    PolicyTop,
+    accelerator,
+    autocast,
+    decode,
+    encode_prompt,
+    load_model,
+    microbatches,
+    save_model,
+)
 from rrlhf.progress import track
 from rrlhf.returns import gae, masked_mean, token_rewards, whiten
 from rrlhf.robust import Scores, head_spread, most_confident, nominal_reward, robust_reward, worst_reward
@@ -244,24 +255,36 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
 
 
 def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
-    with autocast(model):
-        logprobs, values = learner.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses, rollout.mask)
-    log_ratio = (logprobs - rollout.logprobs) * rollout.mask
-    policy_loss = clipped_policy_loss(log_ratio, rollout.advantages, rollout.mask, ppo.clip_ratio)
-    value_loss = clipped_value_loss(values, rollout.values, rollout.returns, rollout.mask, ppo.clip_value)
-    learner.engine.backward(policy_loss + ppo.value_weight * value_loss)
+    metrics: Counter[str] = Counter()
+    tokens = rollout.mask.sum()
+    rows = list(range(len(rollout.mask)))
+    for part, synchronised in microbatches(learner.engine, learner.policy, rows, ppo.microbatch_size):
+        with synchronised:
+            metrics.update(_accumulate(learner, rollout.rows(torch.tensor(part)), tokens, model, ppo))
     norm = learner.engine.clip_grad_norm_(learner.policy.parameters(), ppo.max_grad_norm)
     learner.optimizer.step()
     learner.optimizer.zero_grad()
+    return {**metrics, "gradient_norm": float(norm)}
+
+
+def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, ppo: Ppo) -> Metrics:
+    """Add a part's share of the minibatch's gradient; return its share of the minibatch's means over `tokens`."""
+    share = part.mask.sum() / tokens
+    with autocast(model):
+        logprobs, values = learner.policy(part.hidden, part.prompt_lengths, part.responses, part.mask)
+    log_ratio = (logprobs - part.logprobs) * part.mask
+    policy_loss = clipped_policy_loss(log_ratio, part.advantages, part.mask, ppo.clip_ratio)
+    value_loss = clipped_value_loss(values, part.values, part.returns, part.mask, ppo.clip_value)
+    learner.engine.backward(share * (policy_loss + ppo.value_weight * value_loss))
     ratio = log_ratio.detach().exp()
-    return {
-        "policy_loss": policy_loss.item(),
-        "value_loss": value_loss.item(),
-        "gradient_norm": float(norm),
-        "ratio": masked_mean(ratio, rollout.mask).item(),
-        "clip_fraction": masked_mean(((ratio - 1).abs() > ppo.clip_ratio).float(), rollout.mask).item(),
-        "step_kl": approximate_kl(log_ratio.detach(), rollout.mask).item(),
+    means = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "ratio": masked_mean(ratio, part.mask),
+        "clip_fraction": masked_mean(((ratio - 1).abs() > ppo.clip_ratio).float(), part.mask),
+        "step_kl": approximate_kl(log_ratio.detach(), part.mask),
     }
+    return {name: (share * mean).item() for name, mean in means.items()}
 
 
 def _whiten_over_processes(engine: Accelerator, values: Tensor, mask: Tensor) -> Tensor:

@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rrlhf.config import Model, Sft
-from rrlhf.models import LanguageModel, accelerator, autocast, encode_prompt, encode_text, load_base, save_model
+from rrlhf.models import (
+    LanguageModel,
+    accelerator,
+    autocast,
+    encode_prompt,
+    encode_text,
+    load_base,
+    microbatches,
+    save_model,
+)
 from rrlhf.progress import track
 from rrlhf.tables import demonstrations
 from rrlhf.types import Log, Message
@@ -62,16 +71,20 @@ def train(
             batch = [examples[i] for i in order[start : start + sft.batch_size]]
             mine = batch[engine.process_index :: engine.num_processes]
             counted = sum(len(example.tokens) - example.prompt_length for example in batch)
-            with autocast(model):
-                loss = _summed_loss(network, mine or batch[:1], engine.device) * bool(mine) / counted
-            engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
+            total = torch.zeros((), device=engine.device)
+            for part, synchronised in microbatches(engine, network, mine or batch[:1], sft.microbatch_size):
+                with synchronised:
+                    with autocast(model):
+                        loss = _summed_loss(network, part, engine.device) * bool(mine) / counted
+                    engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
+                total += loss.detach()
             norm = engine.clip_grad_norm_(network.parameters(), sft.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
             step += 1
-            total = engine.reduce(loss.detach(), reduction="sum").item()
-            yield {"step": step, "loss": total, "gradient_norm": float(norm), "tokens": counted}
+            mean = engine.reduce(total, reduction="sum").item()
+            yield {"step": step, "loss": mean, "gradient_norm": float(norm), "tokens": counted}
 
 
 def _example(language: LanguageModel, prompt: list[Message], response: str, model: Model) -> Example:

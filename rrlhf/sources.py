@@ -6,9 +6,21 @@ import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from rrlhf.artifacts import Memo
 from rrlhf.config import Model, ParamsError, Prepare
+from rrlhf.stages import Node
+
+
+def external_digests(node: Node, memo: Memo) -> dict[str, str]:
+    """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
+    found = {}
+    if node.stage in {"prepare", "sft"}:
+        found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
+    if node.stage == "prepare":
+        found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
+    return found
 
 
 def base_location(model: Model) -> Path | str:

@@ -33,6 +33,7 @@ def ppo():
         updates=3,
         prompts_per_update=8,
         minibatch_size=4,
+        microbatch_size=64,
         epochs=2,
         train_layers=2,
         learning_rate=1e-3,
@@ -98,6 +99,16 @@ def test_optimizer_steps_are_epochs_times_minibatches(model, ppo, rewards, epoch
     found = learner(model, ppo, rewards)
     rollout, *_ = collect(found, (PROMPTS * 3)[:8], single, model, ppo)
     assert optimise(found, rollout, model, ppo)["optimizer_steps"] == epochs * 8 // minibatch
+
+
+def test_accumulated_gradients_train_the_same_policy(model, ppo, rewards):
+    def weights(size):
+        found, rows, _ = trained(model, ppo.model_copy(update={"microbatch_size": size}), rewards, single)
+        return found.language.network.model.layers[2].mlp.up_proj.weight, rows
+
+    (whole, rows), (parts, part_rows) = weights(64), weights(3)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
+    assert part_rows[-1]["policy_loss"] == pytest.approx(rows[-1]["policy_loss"], abs=1e-4)
 
 
 def test_a_far_step_ends_the_epochs_of_an_update(model, ppo, rewards):

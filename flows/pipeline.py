@@ -1,0 +1,220 @@
+"""The main path: preferences in, a comparison of policies out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import flow, task
+from prefect.futures import PrefectFuture, wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.caching import ByKey
+from rrlhf.artifacts import Artifact, git_commit
+from rrlhf.config import Params, load_params
+from rrlhf.datasets import prepare_dataset, prepared
+from rrlhf.environment import find_root, set_environment
+from rrlhf.keys import Document, key_digest
+from rrlhf.launch import execute
+from rrlhf.plan import Project
+from rrlhf.stages import DATA, Node
+from rrlhf.tracking import Tracker
+from rrlhf.types import Dataset
+
+Record = dict[str, str]
+
+
+class Run:
+    """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
+
+    def __init__(self, project: Project, tracker: Tracker, tracking_id: str) -> None:
+        self.project, self.tracker, self.tracking_id = project, tracker, tracking_id
+        self.dataset: Dataset | None = None
+        self.artifacts: dict[str, Artifact] = {}
+        self.made: list[str] = []  # nodes that computed; all others were there already
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Content digest of every node that is done."""
+        found = {name: artifact.digest for name, artifact in self.artifacts.items()}
+        return found | ({DATA: self.dataset.digest} if self.dataset else {})
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a node that is done."""
+        return self.dataset.path if name == DATA and self.dataset else self.artifacts[name].path
+
+
+class Started(NamedTuple):
+    """A node whose task was handed to the task runner."""
+
+    node: Node
+    key: str
+    future: PrefectFuture[Record]
+
+
+# One stage at a time, since each uses the whole machine. For arms on many machines:
+# pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
+@flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Prepare data, train SFT, reward models and one policy per arm, and compare the policies.
+
+    profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
+    Returns what ran, the folder of every result, and the report.
+    """
+    root = find_root(Path.cwd())
+    set_environment(root)
+    params = load_params(root, profile, overrides)
+    with tracked(Project(root, profile, params)) as run:
+        data, *models = run.project.nodes
+        prepare(run.project.document(data, {}), run)
+        for _, mapped in groupby(models, key=lambda node: node.stage):  # the arms of ppo do not depend on each other
+            finish([start(node, run) for node in mapped], run)
+        for node in models:
+            register.with_options(task_run_name=f"register-{node.name}")(node, run)
+        html = report(run)
+    folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
+    return {"ran": run.made, "folders": folders, "report": html}
+
+
+@contextmanager
+def tracked(project: Project) -> Iterator[Run]:
+    """Open the flow's run in MLflow, and close it with how the flow ended."""
+    params: Params = project.params
+    tracker = Tracker.connect(project.root, params.tracking.experiment)
+    tracking_id = tracker.start_flow(project.profile, params, git_commit(project.root))
+    status = "FAILED"
+    try:
+        yield Run(project, tracker, tracking_id)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish_flow(tracking_id, status)
+
+
+@task(task_run_name=DATA)
+def prepare(document: Document, run: Run) -> Record:
+    """Have the data set ready: DVC decides whether its stage runs."""
+    project = run.project
+    place = project.place(document)
+    run.dataset = prepared(project.root, place, document)
+    if run.dataset is None:
+        run.dataset = prepare_dataset(project.root, place, document)
+        run.made.append(DATA)
+    return {"stage": DATA, "digest": run.dataset.digest}
+
+
+def start(node: Node, run: Run) -> Started:
+    """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
+    store, document = run.project.store, run.project.document(node, run.digests)
+    key = key_digest(document)
+    is_there = store.checked(node.stage, key) is not None or restored(node, key, run)
+    task_of_node = make.with_options(
+        task_run_name=node.name,
+        refresh_cache=not is_there,
+        result_storage=run.project.root / ".rrlhf" / "results",
+    )
+    return Started(node, key, task_of_node.submit(key, node, document, run))
+
+
+def finish(started: Iterable[Started], run: Run) -> None:
+    """Wait for all, so that one failure does not lose the others' results, and then take every result."""
+    everything = list(started)
+    wait([one.future for one in everything])
+    for node, key, future in everything:
+        future.result()
+        artifact = run.project.store.find(node.stage, key)
+        if artifact is None:
+            raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
+        run.artifacts[node.name] = artifact
+
+
+@task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
+def make(key: str, node: Node, document: Document, run: Run) -> Record:
+    """Run one stage and publish its artifact, unless another run just did."""
+    store = run.project.store
+    with store.locked(key):
+        artifact = store.find(node.stage, key)
+        if artifact is None:
+            began = time.monotonic()
+            inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
+            staged = store.staging(node.stage, key)
+            with run.tracker.stage_run(run.tracking_id, node, key) as log:
+                execute(document, inputs=inputs, out=staged, log=log, launch=run.project.params.launch)
+                artifact = store.publish(node.name, document, staged, seconds=time.monotonic() - began)
+            run.made.append(node.name)
+    return {"stage": node.stage, "key": key, "digest": artifact.digest}
+
+
+def restored(node: Node, key: str, run: Run) -> bool:
+    """Bring a registered artifact back from MLflow; False when it is not registered there."""
+    store = run.project.store
+    downloaded = store.staging("restore", key)
+    if not run.tracker.restore(node.stage, key, downloaded):
+        return False
+    store.adopt(node.stage, key, downloaded)
+    return True
+
+
+@task
+def register(node: Node, run: Run) -> None:
+    """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
+    arm = node.name.removeprefix("ppo-")
+    aliases = [arm] if node.stage == "ppo" else []
+    if node.stage == "ppo" and arm == run.project.params.tracking.candidate:
+        aliases.append("candidate")
+    dataset = run.dataset if DATA in node.inputs.values() else None
+    run.tracker.register(run.artifacts[node.name], dataset, aliases=aliases, parent=run.tracking_id)
+
+
+@task(task_run_name="report")
+def report(run: Run) -> str:
+    """Write the HTML report, print the comparison, and return the report's path."""
+    from rich.console import Console
+
+    from rrlhf.lineage import resolve, tree
+    from rrlhf.report import render, table, verdict
+
+    project = run.project
+    evaluation = json.loads((run.artifacts["evaluate"].path / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation["profile"] = project.profile
+    versions = run.tracker.versions()
+    html = project.root / "reports" / f"{project.profile}.html"
+    html.parent.mkdir(exist_ok=True)
+    html.write_text(
+        render(
+            evaluation,
+            params=project.params.model_dump(),
+            lineage=tree(resolve("rrlhf-policy@candidate", versions), versions),
+            facts=_facts(run),
+        ),
+        encoding="utf-8",
+    )
+    run.tracker.log_report(run.tracking_id, html)
+    console = Console(file=sys.stdout)
+    console.print(table(evaluation))
+    for sentence in verdict(evaluation):
+        console.print(sentence, highlight=False, markup=False)
+    shown = str(html.relative_to(project.root))
+    console.print(f"\nreport: {shown}", highlight=False, markup=False, soft_wrap=True)
+    return shown
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Return what a reader of the report wants to know of the run's circumstances."""
+    last = run.artifacts["evaluate"].manifest
+    times = {f"seconds for {name}": f"{item.manifest['seconds']:g}" for name, item in run.artifacts.items()}
+    return {
+        "git commit": str(last["git_commit"]),
+        "data set": run.dataset.digest if run.dataset else "",
+        "made": last["created"],
+        "hardware": ", ".join(f"{name} {value}" for name, value in last["hardware"].items()),
+        **times,
+    }

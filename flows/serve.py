@@ -1,0 +1,110 @@
+"""Everything that deployments need, on this machine: Prefect server, work pool, worker, and MLflow's pages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+
+from rrlhf.tracking import Tracker
+
+HOST = "127.0.0.1"
+POOL = "rrlhf"
+SECONDS_TO_START = 120.0
+SECONDS_TO_STOP = 15.0
+
+
+class ServeError(RuntimeError):
+    """Something that serving needs did not start."""
+
+
+def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> None:
+    """Start all services, print their addresses, and stop them at Ctrl-C or when one of them ends."""
+    api = f"http://{HOST}:{prefect_port}/api"
+    environment = os.environ | {
+        "PREFECT_API_URL": api,
+        "PREFECT_SERVER_API_PORT": str(prefect_port),  # the pages ask this port
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PWD": str(root),  # prefect.yaml names it
+    }
+    Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
+    with _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root) as server:
+        _wait_for(f"{api}/health", server)
+        _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
+        _call(_prefect("deploy", "--all"), environment, root)
+        worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
+        pages = _process("MLflow", _mlflow(root, mlflow_port), environment, root)
+        with worker as at_work, pages as shown:
+            _wait_for(f"http://{HOST}:{mlflow_port}/health", shown)
+            print(_addresses(api, prefect_port, mlflow_port), flush=True)
+            while all(process.poll() is None for process in (server, at_work, shown)):
+                time.sleep(0.5)
+            raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
+
+
+def _prefect(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+
+
+def _mlflow(root: Path, port: int) -> list[str]:
+    store, artifacts = f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri()
+    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts, "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), *options]
+
+
+@contextmanager
+def _process(
+    name: str, command: list[str], environment: Mapping[str, str], root: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a service beside this process, its output in a file; stop it, and what it started, at the end."""
+    log = root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _call(command: list[str], environment: Mapping[str, str], root: Path) -> None:
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ServeError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
+    """Return when an address answers. Raises ServeError when it does not, or its process ends."""
+    give_up = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < give_up and process.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except (URLError, OSError):
+            time.sleep(0.3)
+    raise ServeError(f"{address} does not answer; is its port taken? See .rrlhf/serve")
+
+
+def _addresses(api: str, prefect_port: int, mlflow_port: int) -> str:
+    return f"""
+Prefect  http://{HOST}:{prefect_port}
+MLflow   http://{HOST}:{mlflow_port}
+
+Start a run from another shell:
+  export PREFECT_API_URL={api}
+  .venv/bin/prefect deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
+
+Ctrl-C stops everything."""

@@ -1,0 +1,5 @@
+"""`python -m rrlhf` is the `rrlhf` command."""
+
+from rrlhf.cli import main
+
+main()

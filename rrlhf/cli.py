@@ -1,0 +1,257 @@
+"""The `rrlhf` command. Heavy libraries are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rrlhf.environment import find_root, set_environment
+from rrlhf.types import Json
+
+FAILED, USAGE, VERIFICATION_FAILED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
+
+app = typer.Typer(
+    name="rrlhf",
+    help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
+    "was changed, 4 busy, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one parameter for this run; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def main() -> None:
+    """Run the command in the project's folder, and end with its exit code."""
+    if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
+        try:
+            set_environment(find_root(Path.cwd()))
+        except FileNotFoundError as error:
+            _end(USAGE, str(error))
+    app()
+
+
+@app.command()
+def run(profile: Profile = "default", set_: Set = None, as_json: AsJson = False) -> None:
+    """Run what is not up to date, register every model, and write the report.
+
+    Example: rrlhf run --set ppo.kl_weight=0.05
+    """
+    _run(profile, _overrides(profile, set_), as_json)
+
+
+@app.command()
+def plan(
+    profile: Profile = "default",
+    set_: Set = None,
+    as_json: AsJson = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")] = False,
+) -> None:
+    """Show what a run would do, and why, without running anything."""
+    from rrlhf.config import load_params
+    from rrlhf.plan import Project
+    from rrlhf.progress import in_words
+
+    overrides = _overrides(profile, set_)
+    with _clear_errors():
+        root = Path.cwd()
+        planned = Project(root, profile, load_params(root, profile, overrides)).plan()
+    if as_json:
+        print(json.dumps([node.as_json() for node in planned], indent=1))
+        return
+    width = max(len(node.node) for node in planned)
+    for node in planned:
+        known = node.seconds is not None and node.action != "reuse"
+        took = f"  (took {in_words(node.seconds or 0)} last time)" if known else ""
+        reasons = node.reasons if verbose else node.reasons[:1]
+        print(f"{node.node:{width}}  {node.action:8}  {'; '.join(reasons)}{took}".rstrip())
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Show every model and data set that a registered model came from."""
+    from rrlhf.config import load_params
+    from rrlhf.lineage import as_json as lineage_json
+    from rrlhf.lineage import resolve, tree
+    from rrlhf.tracking import Tracker
+
+    with _clear_errors():
+        root = Path.cwd()
+        versions = Tracker.connect(root, load_params(root, profile).tracking.experiment).versions()
+        version = resolve(model, versions)
+        print(json.dumps(lineage_json(version, versions), indent=1) if as_json else tree(version, versions))
+
+
+@app.command()
+def report(profile: Profile = "default", set_: Set = None) -> None:
+    """Write the HTML report of a finished run again, and print its path."""
+    from rrlhf.config import load_params
+    from rrlhf.plan import Project
+
+    overrides = _overrides(profile, set_)
+    with _clear_errors():
+        root = Path.cwd()
+        left = [
+            node.node
+            for node in Project(root, profile, load_params(root, profile, overrides)).plan()
+            if node.action != "reuse"
+        ]
+        if left:
+            _end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")
+    _run(profile, overrides, as_json=False)
+
+
+@app.command()
+def serve(
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server and its pages.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server and its pages.")] = 5000,
+) -> None:
+    """Start Prefect's server, a work pool with a worker, and MLflow's pages on this machine, until Ctrl-C."""
+    from flows.serve import serve as start
+    from rrlhf.config import load_params
+
+    with _clear_errors():
+        root = Path.cwd()
+        start(root, load_params(root).tracking.experiment, prefect_port, mlflow_port)
+
+
+@app.command(hidden=True)
+def key(
+    out: Annotated[Path, typer.Argument(help="File to write.")],
+    profile: Profile = "default",
+) -> None:
+    """Write the key document of a profile's data set; DVC calls this."""
+    from rrlhf.config import load_params
+    from rrlhf.datasets import write_key
+    from rrlhf.plan import Project
+
+    with _clear_errors():
+        root = Path.cwd()
+        project = Project(root, profile, load_params(root, profile))
+        write_key(out, project.document(project.nodes[0], {}))
+
+
+@app.command(hidden=True)
+def prepare(
+    key: Annotated[Path, typer.Argument(help="Key document of the data stage.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the data set.")],
+) -> None:
+    """Make a data set from its key document; DVC calls this."""
+    from rrlhf.artifacts import Store, clear
+    from rrlhf.keys import key_digest
+    from rrlhf.launch import call
+
+    _end_with_parent()
+    with _clear_errors():
+        document = json.loads(key.read_bytes())
+        store, digest = Store(Path.cwd()), key_digest(document)
+        with store.locked(digest):
+            staged = clear(store.staging("prepare", digest))
+            call(document, inputs={}, out=staged, log=lambda row: None)
+            clear(out).rmdir()
+            staged.rename(out)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is killed: DVC leaves its command running."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
+    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
+    with _clear_errors():
+        _stop_between_steps()
+        from flows.pipeline import pipeline
+
+        _quiet_console()
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = pipeline(profile=profile, overrides=overrides)
+        if as_json:
+            print(json.dumps(result, indent=1))
+
+
+def _quiet_console() -> None:
+    """Keep tracebacks off the terminal, where `_clear_errors` says what went wrong; Prefect's records keep them."""
+
+    def message_only(record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return not record.getMessage().startswith(
+            ("Stopping temporary server", "Finished in state Failed", "Encountered exception")
+        )
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(message_only)
+
+
+def _overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
+    """Parse --set options and check the settings, all mistakes at once, before anything starts."""
+    from rrlhf.config import load_params, parse_override
+
+    with _clear_errors():
+        overrides = dict(parse_override(text) for text in texts or [])
+        load_params(Path.cwd(), profile, overrides)
+    return overrides
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
+    from rrlhf.artifacts import TamperedError
+    from rrlhf.config import ParamsError
+    from rrlhf.datasets import BusyError, PrepareError
+    from rrlhf.launch import LaunchError
+    from rrlhf.tracking import TrackingError
+
+    try:
+        yield
+    except ParamsError as error:
+        _end(USAGE, str(error))
+    except TamperedError as error:
+        _end(VERIFICATION_FAILED, str(error))
+    except BusyError as error:
+        _end(BUSY, str(error))
+    except (PrepareError, LaunchError, TrackingError, ValueError, OSError) as error:
+        _end(FAILED, f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, "interrupted; finished stages are kept, and the same command goes on from there")
+
+
+def _stop_between_steps() -> None:
+    """Let the first Ctrl-C or SIGTERM end the run after the current step, and a second one at once."""
+    from rrlhf.progress import stop
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # nothing to tidy up: results appear by one rename, or not at all
+        stop.set()
+        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+
+
+def _end(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

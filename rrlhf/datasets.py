@@ -1,0 +1,190 @@
+"""DVC, the owner of the data sets: what it prepared, it versions, caches and brings back.
+
+The data stage of a profile is declared in dvc.yaml and depends on one small file, its key document, so the rules for
+"what changed" are those of every other stage. An override of a data parameter gets a folder and a dvc.yaml of its
+own: no data set is ever overwritten by another or left without a version. Only this module imports dvc, and only
+when there is something to do: whether a data set is there and unchanged is read from dvc.lock and the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from rrlhf.artifacts import Store, TamperedError
+from rrlhf.config import load_params
+from rrlhf.keys import Document, canonical, key_digest
+from rrlhf.progress import Interrupted
+from rrlhf.stages import Node, nodes
+from rrlhf.types import Dataset
+
+SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
+
+
+class Place(NamedTuple):
+    """Where a data set lies, and the DVC stage that makes it."""
+
+    name: str
+    key: Path
+    data: Path
+    project: Path  # the dvc.yaml
+    stage: str  # its name in there
+
+    @property
+    def address(self) -> str:
+        """The stage, as DVC is asked for it."""
+        return f"{self.project}:{self.stage}"
+
+
+class PrepareError(RuntimeError):
+    """The data stage failed; its own output says why."""
+
+
+class BusyError(RuntimeError):
+    """Another DVC command holds the project."""
+
+
+def place_of(root: Path, profile: str, node: Node, document: Document) -> Place:
+    """Return the place of a profile's data set, or of the variant that overrides make of it."""
+    name, project, stage = profile, root / "dvc.yaml", f"prepare@{profile}"
+    declared = yaml.safe_load(project.read_text(encoding="utf-8"))["stages"]["prepare"]["foreach"]
+    if profile not in declared or nodes(load_params(root, profile))[0].settings != node.settings:
+        name = f"{profile}-{key_digest(document)[:8]}"
+        project, stage = root / "data" / "variants" / name / "dvc.yaml", "prepare"
+    return Place(name, root / "data" / f"{name}.key.json", root / "data" / name, project, stage)
+
+
+def write_key(path: Path, document: Document) -> None:
+    """Write a key document as the file that a data stage depends on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(canonical(document), encoding="utf-8")
+
+
+def prepared(root: Path, place: Place, document: Document) -> Dataset | None:
+    """Return the data set if it is there and made by this key; run nothing.
+
+    Raises TamperedError when a file is not what DVC recorded.
+    """
+    try:
+        lock = yaml.safe_load(place.project.with_suffix(".lock").read_text(encoding="utf-8"))
+        entry = lock["stages"][place.stage]
+    except (FileNotFoundError, KeyError):
+        return None
+    if not place.data.exists() or entry["deps"][0]["md5"] != _md5(canonical(document).encode()):
+        return None
+    expected = entry["outs"][0]["md5"]
+    _check(root, place, expected)
+    return Dataset(place.name, place.data, f"md5:{expected}")
+
+
+def restorable(root: Path, place: Place, document: Document) -> Dataset | None:
+    """Return the data set that DVC's run cache holds for this key: DVC brings it back instead of making it."""
+    wanted = _md5(canonical(document).encode())
+    for path in (root / ".dvc" / "cache" / "runs").glob("*/*/*"):
+        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+        out = entry["outs"][0]
+        if entry["deps"][0]["md5"] == wanted and Path(out["path"]).name == place.name:
+            files = _listing(root, out["md5"])
+            if files and all(_cached(root, digest).exists() for digest in files.values()):
+                return Dataset(place.name, place.data, f"md5:{out['md5']}")
+    return None
+
+
+def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
+    """Have DVC make the data set or bring it back, and return it with the digest of its version."""
+    with Store(root).locked(f"data-{place.name}"):
+        write_key(place.key, document)
+        if place.stage == "prepare":
+            _declare_variant(root, place)
+        _reproduce(root, place)
+        dataset = prepared(root, place, document)
+    if dataset is None:
+        raise PrepareError(f"DVC finished without {place.data}; `dvc repro {place.address}` may tell more")
+    return dataset
+
+
+def _declare_variant(root: Path, place: Place) -> None:
+    data, key = place.data.relative_to(root), place.key.relative_to(root)
+    stage = {
+        "cmd": f"python -m rrlhf prepare {key} {data}",
+        "wdir": "../../..",  # the project, to which paths in params.yaml are relative
+        "deps": [str(key)],
+        "outs": [str(data)],
+    }
+    place.project.parent.mkdir(parents=True, exist_ok=True)
+    place.project.write_text(yaml.safe_dump({"stages": {"prepare": stage}}, sort_keys=False), encoding="utf-8")
+
+
+def _reproduce(root: Path, place: Place) -> None:
+    """Let DVC decide: nothing to do, bring the version back, or run the command."""
+    from dvc.exceptions import DvcException, ReproductionError
+    from dvc.lock import LockError
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    give_up = time.monotonic() + SECONDS_TO_LOCK
+    while True:
+        try:
+            with redirect_stdout(sys.stderr), Repo(str(root)) as repository:
+                repository.reproduce(place.address, single_item=True)
+            return
+        except LockError as error:
+            if time.monotonic() > give_up:
+                raise BusyError(f"another DVC command holds the project: {error}") from None
+            time.sleep(0.5)
+        except ReproductionError as error:
+            if any(ending in str(error.__cause__) for ending in ("exited with 130", "exited with -2")):
+                raise Interrupted from None
+            raise PrepareError(f"preparing {place.name} failed; the lines above say why") from error
+        except DvcException as error:
+            raise PrepareError(f"DVC could not prepare {place.name}: {error}") from error
+
+
+def _check(root: Path, place: Place, expected: str) -> None:
+    """Compare the files with the digest that DVC recorded: DVC itself trusts size and time stamp."""
+    found = {path.relative_to(place.data).as_posix(): _md5(path.read_bytes()) for path in _files(place.data)}
+    if _folder_digest(found) == expected:
+        return
+    recorded = _listing(root, expected)
+    changed = sorted(name for name, _ in found.items() ^ recorded.items()) if recorded else ["some file"]
+    raise TamperedError(
+        f"{place.data / changed[0]}: not what DVC recorded (md5 {recorded.get(changed[0], 'unknown')}, "
+        f"found {found.get(changed[0], 'no file')})\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
+        f"to have it brought back or made again: rm -r {place.data}"
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _folder_digest(files: dict[str, str]) -> str:
+    """Return DVC's digest of a folder: the md5 of the sorted list of its files' md5."""
+    listing = [{"md5": digest, "relpath": name} for name, digest in sorted(files.items())]
+    return _md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+
+def _listing(root: Path, digest: str) -> dict[str, str]:
+    """Return the md5 of every file of a version, from DVC's cache; empty when it is not there."""
+    try:
+        listing: list[dict[str, Any]] = json.loads(_cached(root, digest).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {item["relpath"]: item["md5"] for item in listing}
+
+
+def _cached(root: Path, digest: str) -> Path:
+    return root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
