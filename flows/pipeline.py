@@ -23,6 +23,7 @@ from rrlhf.environment import find_root, set_environment
 from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
 from rrlhf.plan import Project
+from rrlhf.progress import check_stop
 from rrlhf.stages import DATA, Node
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset
@@ -58,9 +59,9 @@ class Started(NamedTuple):
     future: PrefectFuture[Record]
 
 
-# One stage at a time, since each uses the whole machine. For arms on many machines:
+# Only arms of one comparison run at the same time, launch.arms_at_once of them. For arms on many machines:
 # pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
-@flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=1))  # type: ignore[arg-type]
+@flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
 def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """Prepare data, train SFT, reward models and one policy per arm, and compare the policies.
 
@@ -73,13 +74,20 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
     with tracked(Project(root, profile, params)) as run:
         data, *models = run.project.nodes
         prepare(run.project.document(data, {}), run)
-        for _, mapped in groupby(models, key=lambda node: node.stage):  # the arms of ppo do not depend on each other
-            finish([start(node, run) for node in mapped], run)
+        for together in independent(models, params.launch.arms_at_once):
+            finish([start(node, run, beside=len(together) - 1) for node in together], run)
         for node in models:
             register.with_options(task_run_name=f"register-{node.name}")(node, run)
         html = report(run)
     folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
     return {"ran": run.made, "folders": folders, "report": html}
+
+
+def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
+    """Group nodes that do not depend on each other, which are the arms of ppo, at most `at_once` together."""
+    for _, mapped in groupby(models, key=lambda node: node.stage):
+        arms = list(mapped)
+        yield from (arms[i : i + at_once] for i in range(0, len(arms), at_once))
 
 
 @contextmanager
@@ -111,7 +119,7 @@ def prepare(document: Document, run: Run) -> Record:
     return {"stage": DATA, "digest": run.dataset.digest}
 
 
-def start(node: Node, run: Run) -> Started:
+def start(node: Node, run: Run, beside: int) -> Started:
     """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
     store, document = run.project.store, run.project.document(node, run.digests)
     key = key_digest(document)
@@ -121,7 +129,7 @@ def start(node: Node, run: Run) -> Started:
         refresh_cache=not is_there,
         result_storage=run.project.root / ".rrlhf" / "results",
     )
-    return Started(node, key, task_of_node.submit(key, node, document, run))
+    return Started(node, key, task_of_node.submit(key, node, document, run, beside))
 
 
 def finish(started: Iterable[Started], run: Run) -> None:
@@ -137,8 +145,9 @@ def finish(started: Iterable[Started], run: Run) -> None:
 
 
 @task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
-def make(key: str, node: Node, document: Document, run: Run) -> Record:
+def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Record:
     """Run one stage and publish its artifact, unless another run just did."""
+    check_stop()  # an arm may start after Ctrl-C
     store = run.project.store
     with store.locked(key):
         artifact = store.find(node.stage, key)
@@ -147,7 +156,7 @@ def make(key: str, node: Node, document: Document, run: Run) -> Record:
             inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
             staged = store.staging(node.stage, key)
             with run.tracker.stage_run(run.tracking_id, node, key) as log:
-                execute(document, inputs=inputs, out=staged, log=log, launch=run.project.params.launch)
+                execute(document, inputs=inputs, out=staged, log=log, launch=run.project.params.launch, beside=beside)
                 artifact = store.publish(node.name, document, staged, seconds=time.monotonic() - began)
             run.made.append(node.name)
     return {"stage": node.stage, "key": key, "digest": artifact.digest}

@@ -1,17 +1,24 @@
-"""Everything that deployments need, on this machine: Prefect server, work pool, worker, and MLflow's pages."""
+"""Prefect's server on this machine: for the length of one run, or with all that deployments need beside it.
+
+Prefect is only started here, as a process, never imported: that takes seconds in which the process already works.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError
 
+from rrlhf.environment import end_with_parent
 from rrlhf.tracking import Tracker
 
 HOST = "127.0.0.1"
@@ -48,6 +55,43 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
 
 
+def start_temporary_server(root: Path) -> Callable[[], None]:
+    """Start a Prefect server for this process, unless PREFECT_API_URL names one; return a function that waits for it.
+
+    Prefect would start one itself, but in reach of Ctrl-C: the run could then not report how it ended, and would
+    hang trying. Call this before Prefect is imported: what is registered first is stopped last, when Prefect has
+    sent its last events.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        return partial(_check_answer, os.environ["PREFECT_API_URL"])
+    port = _free_port()
+    api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+    command = _prefect("server", "start", "--host", HOST, "--port", str(port), "--no-ui")
+    service = _process("run", command, os.environ, root)
+    server = service.__enter__()
+    atexit.register(service.__exit__, None, None, None)
+    return partial(_wait_for, f"{api}/health", server)
+
+
+def _check_answer(api: str) -> None:
+    try:
+        urllib.request.urlopen(f"{api}/health", timeout=5).close()
+    except HTTPError:
+        return  # it answers; Prefect's client knows how to log in
+    except OSError as error:
+        raise ServeError(
+            f"the Prefect server of PREFECT_API_URL, {api}, does not answer ({error}): start it, or unset "
+            "PREFECT_API_URL to run without one"
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def _prefect(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
 
@@ -68,7 +112,13 @@ def _process(
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
         process = subprocess.Popen(
-            command, cwd=root, env=environment, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=root,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             yield process
@@ -93,7 +143,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
         try:
             urllib.request.urlopen(address, timeout=2).close()
             return
-        except (URLError, OSError):
+        except OSError:
             time.sleep(0.3)
     raise ServeError(f"{address} does not answer; is its port taken? See .rrlhf/serve")
 

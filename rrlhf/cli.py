@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from rrlhf.environment import find_root, set_environment
+from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.types import Json
 
 FAILED, USAGE, VERIFICATION_FAILED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
@@ -160,7 +160,7 @@ def prepare(
     from rrlhf.keys import key_digest
     from rrlhf.launch import call
 
-    _end_with_parent()
+    end_with_parent()
     with _clear_errors():
         document = json.loads(key.read_bytes())
         store, digest = Store(Path.cwd()), key_digest(document)
@@ -171,20 +171,22 @@ def prepare(
             staged.rename(out)
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to end this process when the one that started it is killed: DVC leaves its command running."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
     """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
-    with _clear_errors():
-        _stop_between_steps()
-        from flows.pipeline import pipeline
+    from rrlhf.config import load_params
 
+    with _clear_errors():
+        from flows.serve import start_temporary_server
+
+        root = Path.cwd()
+        wait_until_ready = start_temporary_server(root)
+        # Both imports take seconds, in which the server starts.
+        from flows.pipeline import pipeline
+        from rrlhf.tracking import Tracker
+
+        Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
+        wait_until_ready()
+        _stop_between_steps()
         _quiet_console()
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = pipeline(profile=profile, overrides=overrides)
@@ -198,7 +200,7 @@ def _quiet_console() -> None:
     def message_only(record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(
-            ("Stopping temporary server", "Finished in state Failed", "Encountered exception")
+            ("Encountered exception", "Crash detected", "Finished in state Crashed")
         )
 
     for handler in logging.getLogger().handlers:
@@ -218,6 +220,7 @@ def _overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
+    from flows.serve import ServeError
     from rrlhf.artifacts import TamperedError
     from rrlhf.config import ParamsError
     from rrlhf.datasets import BusyError, PrepareError
@@ -232,7 +235,7 @@ def _clear_errors() -> Iterator[None]:
         _end(VERIFICATION_FAILED, str(error))
     except BusyError as error:
         _end(BUSY, str(error))
-    except (PrepareError, LaunchError, TrackingError, ValueError, OSError) as error:
+    except (PrepareError, LaunchError, ServeError, TrackingError, ValueError, OSError) as error:
         _end(FAILED, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         _end(INTERRUPTED, "interrupted; finished stages are kept, and the same command goes on from there")

@@ -163,6 +163,7 @@ class Launch(Section):
 
     processes: PositiveInt
     threads: Annotated[int, Field(ge=0)]
+    arms_at_once: PositiveInt
 
 
 class Params(Section):
@@ -247,6 +248,8 @@ def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
     for path, size in (("sft", "batch_size"), params.sft.batch_size), (("ppo", "minibatch_size"), ppo.minibatch_size):
         if size % batch:
             yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
+    if params.launch.processes > 1 and params.launch.arms_at_once > 1:
+        yield ("launch", "arms_at_once"), "launch.arms_at_once must be 1 where launch.processes is above 1"
     if (params.prepare.source == "written") != (params.prepare.format == "written"):
         yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
     if params.tracking.candidate not in params.arms:

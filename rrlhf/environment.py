@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,3 +41,9 @@ def set_environment(root: Path) -> None:
     if beside not in os.environ.get("PATH", "").split(os.pathsep):  # DVC and Prefect start `python` from it
         os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
     os.chdir(root)  # paths in params.yaml are relative to it
+
+
+def end_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is killed; otherwise it would go on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

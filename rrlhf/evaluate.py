@@ -107,15 +107,9 @@ def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluat
     prompts = [
         encode_prompt(language, row["prompt"], model) for row in rows for _ in range(evaluate.samples_per_prompt)
     ]
-    with autocast(model):
-        return sample_in_batches(
-            language,
-            prompts,
-            model.response_tokens,
-            batch_size=evaluate.batch_size,
-            seed=seed,
-            label=f"evaluate: sampling {name}",
-        )
+    return sample_in_batches(
+        language, prompts, model, batch_size=evaluate.batch_size, seed=seed, label=f"evaluate: sampling {name}"
+    )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,22 @@ class LaunchError(RuntimeError):
     """A stage's processes ended with an error."""
 
 
-def execute(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, launch: Launch) -> None:
-    """Run a stage into `out`, which may hold the checkpoint of an interrupted run; its rows go to history.jsonl."""
+def execute(
+    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, launch: Launch, beside: int = 0
+) -> None:
+    """Run a stage into `out`, which may hold the checkpoint of an interrupted run; its rows go to history.jsonl.
+
+    beside: how many other stages run at the same time in this process; they share the cores.
+    """
     _keep_checkpoint(out)
     recorded = _recorder(out / HISTORY, document["stage"], log)
     if launch.processes > 1 and document["stage"] in TRAINING:
         _call_in_processes(document, inputs, out, recorded, launch)
         return
-    if launch.threads:
-        import torch
+    import torch
 
-        torch.set_num_threads(launch.threads)
+    cores = launch.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(cores // (beside + 1), 1))  # of this thread
     call(document, inputs=inputs, out=out, log=recorded)
 
 
@@ -121,30 +126,37 @@ def _call_in_processes(document: Document, inputs: Mapping[str, Path], out: Path
     folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
     job = out.with_suffix(".json")
     job.write_text(json.dumps({"document": document, "inputs": folders, "out": str(out.resolve())}), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *_launcher_options(launch), "-m", "rrlhf.launch", job],
-        env=os.environ | _child_environment(document, launch),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", *_launcher_options(launch)]
     last: deque[str] = deque(maxlen=LAST_LINES)
     try:
-        for line in process.stdout or ():
-            if line.startswith(ROW):
-                log(json.loads(line.removeprefix(ROW)))
-            else:
-                last.append(line)
-                print(line, end="", file=sys.stderr, flush=True)
-    except BaseException:
-        process.terminate()
-        raise
+        with subprocess.Popen(
+            [*command, "-m", "rrlhf.launch", job],
+            env=os.environ | _child_environment(document, launch),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                _hand_on(process.stdout or (), log, last)
+            except BaseException:
+                process.terminate()
+                raise
     finally:
-        code = process.wait()
         job.unlink()
     check_stop()
-    if code:
-        raise LaunchError(f"{document['stage']} in {launch.processes} processes ended with {code}:\n{''.join(last)}")
+    if process.returncode:
+        ended = f"{document['stage']} in {launch.processes} processes ended with {process.returncode}"
+        raise LaunchError(f"{ended}:\n{''.join(last)}")
+
+
+def _hand_on(lines: Iterable[str], log: Log, last: deque[str]) -> None:
+    """Log the rows among a process's lines, show all others, and keep the last of these in `last`, in place."""
+    for line in lines:
+        if line.startswith(ROW):
+            log(json.loads(line.removeprefix(ROW)))
+        else:
+            last.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
 
 
 def _launcher_options(launch: Launch) -> list[str]:

@@ -80,7 +80,7 @@ def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare
     responses = sample_in_batches(
         language,
         prompts,
-        model.response_tokens,
+        model,
         batch_size=prepare.batch_size,
         seed=seed,
         label="prepare: sampling",

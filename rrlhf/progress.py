@@ -10,13 +10,21 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
 
 stop = threading.Event()
+
+_lock = threading.Lock()
+_shown: Progress | None = None  # the display, while some loop uses it
+_users = 0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,17 +56,37 @@ def track(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
 
 
 def _bar(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+    with _display() as progress:
+        yield from progress.track(iterable, total=total, description=label)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    """Share one display between the loops of several threads: a terminal has room for one."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield from progress.track(iterable, total=total, description=label)
+    global _shown, _users
+    with _lock:
+        if _shown is None:
+            _shown = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=Console(stderr=True),
+            )
+            _shown.start()
+        _users += 1
+        display = _shown
+    try:
+        yield display
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                display.stop()
+                _shown = None
 
 
 def _lines(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:

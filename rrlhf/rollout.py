@@ -6,12 +6,14 @@ on the right, where causal attention needs no mask.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rrlhf.models import LanguageModel, embed, run_layers
+from rrlhf.config import Model
+from rrlhf.models import LanguageModel, autocast, embed, run_layers
 from rrlhf.progress import track
 
 
@@ -184,19 +186,29 @@ def text_lengths(samples: Samples) -> Tensor:
 def sample_in_batches(
     language: LanguageModel,
     prompts: list[list[int]],
-    response_tokens: int,
+    model: Model,
     *,
     batch_size: int,
     seed: int,
     label: str,
 ) -> list[Response]:
-    """Sample a response to every prompt, prompts of similar length together."""
-    generator = torch.Generator(language.device).manual_seed(seed)
+    """Sample a response to every prompt, prompts of similar length together.
+
+    On a CPU the matrices of one decoding step are too small to share, so each core samples batches of its own; every
+    batch has its own generator, and the number of cores changes nothing.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def draw(number: int) -> Samples:
+        generator = torch.Generator(language.device).manual_seed(seed * 100_003 + number)
+        with autocast(model):
+            return sample(language, [prompts[i] for i in batches[number]], model.response_tokens, generator)
+
+    workers = torch.get_num_threads() if language.device.type == "cpu" else 1
     responses: dict[int, Response] = {}
-    for batch in track(batches, len(batches), label):
-        drawn = sample(language, [prompts[i] for i in batch], response_tokens, generator)
-        rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
-        responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch, drawn in zip(batches, track(pool.map(draw, range(len(batches))), len(batches), label), strict=True):
+            rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
+            responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
     return [responses[i] for i in range(len(prompts))]

@@ -96,7 +96,7 @@ def test_two_processes_train_the_same_model_as_one(model, settings, data, tmp_pa
             "from rrlhf.config import Launch; from rrlhf.launch import execute;"
             "job = json.loads(sys.argv[1]);"
             "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), log=lambda row: None,"
-            " launch=Launch(processes=job['processes'], threads=1))"
+            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1))"
         )
         job = {"document": document, "data": str(data), "out": str(out), "processes": processes}
         subprocess.run([sys.executable, "-c", program, json.dumps(job)], check=True, cwd=ROOT, timeout=240)

@@ -1,0 +1,110 @@
+"""Settings: every mistake at once, with its place and the way out."""
+
+from pathlib import Path
+
+import pytest
+
+from rrlhf.config import ParamsError, load_params, parse_override, profiles
+
+ROOT = Path(__file__).parents[1]
+
+
+def mistakes(root, profile="default", **overrides):
+    with pytest.raises(ParamsError) as error:
+        load_params(root, profile, {name.replace("__", "."): value for name, value in overrides.items()})
+    return str(error.value).splitlines()
+
+
+def rewrite(root, name, line, file="params.yaml"):
+    """Put another line in place of the first that sets `name`, and return its number."""
+    lines = (root / file).read_text().splitlines()
+    number = next(i for i, text in enumerate(lines) if text.strip().startswith(f"{name}:"))
+    lines[number] = "  " + line
+    (root / file).write_text("\n".join(lines))
+    return number + 1
+
+
+@pytest.mark.parametrize("profile", profiles(ROOT))
+def test_every_profile_is_valid(profile):
+    assert load_params(ROOT, profile).arms
+
+
+def test_all_mistakes_are_told_at_once(project):
+    rewrite(project, "kl_weight", "kl_wieght: 0.1")
+    rewrite(project, "epochs", "epochs: two")
+    found = mistakes(project, prepare__flip_rate=0.7)
+    assert len(found) == 4  # the unknown name, the missing one, the type, the range
+    assert all(":" in line for line in found)
+
+
+def test_a_mistake_names_file_and_line(project):
+    line = rewrite(project, "flip_rate", "flip_rate: 0.75")
+    assert mistakes(project)[0].startswith(f"params.yaml:{line}: prepare.flip_rate")
+
+
+def test_a_mistake_in_a_profile_names_the_profile(project):
+    line = rewrite(project, "limit", "limit: -1", "profiles/tiny.yaml")
+    assert mistakes(project, "tiny")[0].startswith(f"tiny.yaml:{line}: prepare.limit")
+
+
+def test_an_unknown_setting_gets_the_closest_name(project):
+    assert mistakes(project, ppo__kl_weigth=0.1) == [
+        "--set ppo.kl_weigth: unknown setting ppo.kl_weigth: did you mean kl_weight?"
+    ]
+
+
+def test_an_unknown_profile_gets_the_closest_name():
+    assert mistakes(ROOT, "tiyn") == ["unknown profile 'tiyn': did you mean tiny?"]
+
+
+def test_a_setting_given_twice_is_refused(project):
+    rewrite(project, "gae_lambda", "gae_lambda: 0.95\n  gae_lambda: 0.9")
+    assert "ppo.gae_lambda is given twice" in mistakes(project)[0]
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained(project):
+    rewrite(project, "learning_rate", "learning_rate: 1e-4")
+    assert "text to YAML; write 1.0e-4" in mistakes(project)[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "0.1", None, True])
+def test_a_weight_is_a_finite_number(value):
+    assert "ppo.kl_weight" in mistakes(ROOT, ppo__kl_weight=value)[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ({"ppo__minibatch_size": 5}, "does not divide"),
+        ({"prepare__shares__sft": 0.5}, "sum to"),
+        ({"prepare__format": "hh"}, "together"),
+        ({"tracking__candidate": "robst"}, "did you mean robust"),
+        ({"arms": {"single": None, "robust": None}}, "not an arm"),
+        ({"arms__Bad Name": {"reward": "single", "nominal_weight": None, "seed": 1}}, "lower-case"),
+        ({"arms__single__nominal_weight": 0.5}, "null for any other"),
+    ],
+)
+def test_contradictions_are_told(overrides, word):
+    assert word in "\n".join(mistakes(ROOT, **overrides))
+
+
+def test_null_removes_an_arm():
+    params = load_params(ROOT, overrides={"arms.single": None})
+    assert list(params.arms) == ["robust"]
+
+
+def test_an_override_is_read_as_yaml():
+    assert parse_override("ppo.kl_weight=0.05") == ("ppo.kl_weight", 0.05)
+    assert parse_override("prepare.limit=null") == ("prepare.limit", None)
+
+
+@pytest.mark.parametrize("text", ["ppo.kl_weight", "=1", "a=[1"])
+def test_a_malformed_override_is_refused(text):
+    with pytest.raises(ParamsError):
+        parse_override(text)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"- a list", b"a: [1", b""])
+def test_a_file_that_is_no_mapping_is_refused(project, content):
+    (project / "params.yaml").write_bytes(content)
+    assert mistakes(project)[0].startswith("params.yaml")

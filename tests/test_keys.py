@@ -1,0 +1,119 @@
+"""Identity: what is part of a key, and what is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rrlhf import keys
+from rrlhf.config import load_params
+from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.stages import nodes
+
+ROOT = Path(__file__).parents[1]
+
+names = st.text(max_size=8)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | names
+values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(names, scalars, max_size=3)
+documents = st.dictionaries(names, values, max_size=4)
+
+
+def shuffled(value):
+    if isinstance(value, dict):
+        return {key: shuffled(value[key]) for key in reversed(list(value))}
+    return [shuffled(item) for item in value] if isinstance(value, list) else value
+
+
+@given(documents)
+def test_the_order_of_names_does_not_matter(document):
+    assert key_digest(shuffled(document)) == key_digest(document)
+
+
+@given(documents)
+def test_a_document_survives_its_text(document):
+    assert key_digest(json.loads(canonical(document))) == key_digest(document)
+
+
+@given(documents, names, scalars, scalars)
+def test_any_other_value_gives_another_key(document, name, one, other):
+    same = key_digest(document | {name: one}) == key_digest(document | {name: other})
+    assert same == (json.dumps(one) == json.dumps(other))  # 1, 1.0 and true are three values
+
+
+def test_any_changed_setting_changes_the_key_of_its_stage():
+    params = load_params(ROOT, "tiny")
+    before = {node.name: key_digest(key_document(node, {})) for node in nodes(params)}
+    changed = load_params(ROOT, "tiny", {"ppo.kl_weight": 0.3, "arms.robust.seed": 2})
+    after = {node.name: key_digest(key_document(node, {})) for node in nodes(changed)}
+    assert {name for name in before if before[name] != after[name]} == {"ppo-single", "ppo-robust"}
+
+
+def test_settings_that_change_no_number_are_in_no_key():
+    params = load_params(ROOT, "tiny")
+    other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere"})
+    assert [key_document(n, {}) for n in nodes(params)] == [key_document(n, {}) for n in nodes(other)]
+
+
+def test_an_input_is_part_of_the_key():
+    node = nodes(load_params(ROOT, "tiny"))[1]
+    assert key_digest(key_document(node, {"data": "a"})) != key_digest(key_document(node, {"data": "b"}))
+
+
+def test_differences_are_told_in_words():
+    params, changed = load_params(ROOT, "tiny"), load_params(ROOT, "tiny", {"sft.epochs": 3})
+    old = key_document(nodes(params)[1], {"data": "a"})
+    new = key_document(nodes(changed)[1], {"data": "b"})
+    new["code"] = new["code"] | {"rrlhf.sft": "0"}
+    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "rrlhf/sft.py changed"]
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A copy of the package that code digests are taken from."""
+    package = tmp_path / "rrlhf"
+    shutil.copytree(ROOT / "rrlhf", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(keys, "PACKAGE", package)
+    code_digests.cache_clear()
+    yield package
+    code_digests.cache_clear()
+
+
+def digests_after(change, file):
+    before = code_digests("rrlhf.ppo")
+    file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+    code_digests.cache_clear()
+    after = code_digests("rrlhf.ppo")
+    return {name for name in before | after if before.get(name) != after.get(name)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "# a comment\n" + text,
+        lambda text: text + "\n\n# a comment at the end\n",
+        lambda text: text.replace('"""', '"""Another docstring. ', 1),
+        lambda text: text.replace("\n\n\n", "\n\n\n\n\n"),
+    ],
+)
+def test_comments_docstrings_and_layout_are_not_code(sources, change):
+    assert digests_after(change, sources / "ppo.py") == set()
+
+
+def test_a_changed_line_is_code(sources):
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "ppo.py") == {"rrlhf.ppo"}
+
+
+def test_a_module_that_a_stage_imports_is_its_code(sources):
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "returns.py") == {"rrlhf.returns"}
+
+
+def test_a_module_that_a_stage_does_not_import_is_not(sources):
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "report.py") == set()
+
+
+def test_every_stage_sees_only_its_own_code():
+    assert "rrlhf.ppo" not in code_digests("rrlhf.sft")
+    assert not {"rrlhf.tracking", "rrlhf.cli", "rrlhf.config"} & code_digests("rrlhf.evaluate").keys()

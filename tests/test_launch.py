@@ -1,0 +1,112 @@
+"""Starting a stage from its key document."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from rrlhf import launch as launching
+from rrlhf.config import Arm, Launch, Ppo, load_params
+from rrlhf.keys import key_document
+from rrlhf.launch import LaunchError, execute
+from rrlhf.progress import Interrupted, stop
+from rrlhf.stages import nodes
+
+ROOT = Path(__file__).parents[1]
+HERE = Launch(processes=1, threads=0, arms_at_once=1)
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """A stand-in stage, `rrlhf.standin`, whose `run` a test sets."""
+    module = types.ModuleType("rrlhf.standin")
+    monkeypatch.setitem(sys.modules, "rrlhf.standin", module)
+    return module
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def run(out, log=lambda row: None, **inputs):
+    execute({"stage": "standin", "params": {"seed": 1}}, inputs=inputs, out=out, log=log, launch=HERE)
+
+
+def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
+    params, seen = load_params(ROOT, "tiny"), {}
+    module = types.ModuleType("rrlhf.ppo")
+    module.run = lambda **arguments: seen.update(arguments)
+    monkeypatch.setitem(sys.modules, "rrlhf.ppo", module)
+    node = next(node for node in nodes(params) if node.name == "ppo-robust")
+    execute(key_document(node, {}), inputs={"data": tmp_path}, out=tmp_path / "out", log=print, launch=HERE)
+    assert isinstance(seen["ppo"], Ppo)
+    assert seen["arm"] == Arm(reward="robust", nominal_weight=0.4, seed=1)
+    assert seen["data"] == tmp_path
+
+
+def test_the_policies_of_all_arms_are_one_argument(tmp_path, stage):
+    seen = {}
+    stage.run = lambda **arguments: seen.update(arguments)
+    run(tmp_path / "out", **{"sft": Path("a"), "ppo-single": Path("b"), "ppo-robust": Path("c")})
+    assert seen["policies"] == {"single": Path("b"), "robust": Path("c")}
+    assert seen["sft"] == Path("a")
+
+
+def test_every_row_is_written_and_handed_on(tmp_path, stage):
+    handed = []
+    stage.run = lambda log, **_: [log({"step": step, "loss": 1 / step}) for step in (1, 2)]
+    run(tmp_path / "out", handed.append)
+    assert [row["loss"] for row in rows_of(tmp_path / "out")] == [row["loss"] for row in handed] == [1.0, 0.5]
+
+
+def test_a_stage_starts_clean_without_a_checkpoint(tmp_path, stage):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "half.bin").write_bytes(b"half")
+    (out / "history.jsonl").write_text('{"step": 1}\n')
+    stage.run = lambda **_: None
+    run(out)
+    assert [path.name for path in out.iterdir()] == ["history.jsonl"]
+    assert rows_of(out) == []
+
+
+def test_a_resumed_stage_keeps_the_rows_before_its_checkpoint(tmp_path, stage):
+    out = tmp_path / "out"
+    (out / "checkpoint").mkdir(parents=True)
+    (out / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    stage.run = lambda log, **_: [log({"step": step}) for step in (3, 4)]
+    run(out)
+    assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_none_stops_the_stage(tmp_path, stage, value):
+    stage.run = lambda log, **_: log({"step": 7, "loss": value})
+    with pytest.raises(ValueError, match=r"standin: loss = (nan|inf) at step 7"):
+        run(tmp_path / "out")
+
+
+def test_a_run_that_is_asked_to_stop_stops_after_the_step(tmp_path, stage):
+    def train(log, **_):
+        for step in range(1, 10):
+            stop.set()
+            log({"step": step})
+
+    stage.run = train
+    try:
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out")
+    finally:
+        stop.clear()
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [1]
+
+
+def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "_launcher_options", lambda launch: ["--no-such-option"])
+    document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
+    with pytest.raises(LaunchError, match="no-such-option"):
+        execute(
+            document, inputs={}, out=tmp_path / "out", log=print, launch=Launch(processes=2, threads=1, arms_at_once=1)
+        )
