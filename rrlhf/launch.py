@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,8 @@ CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to 
 TRAINING = {"sft", "ppo"}  # the stages that several processes share
 ROW = "@row "  # starts a line by which the main child process hands a row to its parent
 LAST_LINES = 15
+
+_importing = threading.Lock()
 
 
 class LaunchError(RuntimeError):
@@ -51,6 +54,8 @@ def execute(
 
     cores = launch.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(max(cores // (beside + 1), 1))  # of this thread
+    if beside:
+        _import_for_threads()
     call(document, inputs=inputs, out=out, log=recorded)
 
 
@@ -58,6 +63,13 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
     """Call the stage's `run` in this process."""
     stage = import_module(f"rrlhf.{document['stage']}")
     stage.run(**_sections(document["params"]), **_arguments(inputs), out=out, log=log)
+
+
+def _import_for_threads() -> None:
+    """Import what transformers looks up lazily, one thread after the other: two at once get an ImportError."""
+    with _importing:
+        import transformers.models.llama.modeling_llama
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def main(path: Path) -> None:

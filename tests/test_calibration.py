@@ -31,7 +31,11 @@ def test_a_model_that_is_sure_and_half_right_is_off_by_half():
     assert expected_calibration_error(torch.tensor([1.0, 0.0])) == pytest.approx(0.5)
 
 
-@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=60))
+# No probability whose confidence is the edge of a bin: rounding would decide which bin the loop puts it in.
+OFF_THE_EDGES = st.integers(1, 99).filter(lambda percent: percent == 50 or percent % 5).map(lambda percent: percent / 100)
+
+
+@given(st.lists(OFF_THE_EDGES, min_size=1, max_size=60))
 def test_ece_equals_the_loop_over_bins(numbers):
     probability = torch.tensor(numbers)
     confidence = [max(p, 1 - p) for p in probability.double().tolist()]

@@ -1,0 +1,183 @@
+"""One real flow on the tiny profile, with Prefect, MLflow on sqlite and DVC, as a person runs it: by command."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from flows.serve import start_temporary_server
+
+MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}
+POLICIES = {"ppo-single", "ppo-robust"}
+NEW_WEIGHT = ("--set", "ppo.kl_weight=0.3")
+
+
+class Done(NamedTuple):
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    told: str
+
+    @property
+    def ran(self):
+        return set(json.loads(self.out)["ran"])
+
+    @property
+    def cached(self):
+        return set(re.findall(r"Task run '([a-z-]+)' - Finished in state Cached", self.told))
+
+    @property
+    def folders(self):
+        return json.loads(self.out)["folders"]
+
+
+class Shell:
+    """Runs the `rrlhf` command in a project folder."""
+
+    def __init__(self, root, environment):
+        self.root, self.environment = root, environment
+
+    def __call__(self, *arguments, code=0):
+        command = [sys.executable, "-m", "rrlhf", *arguments]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def run(self, *arguments):
+        return self("run", "--profile", "tiny", "--json", *arguments)
+
+    def planned(self, *arguments):
+        nodes = json.loads(self("plan", "--profile", "tiny", "--json", *arguments).out)
+        return {node["node"]: node for node in nodes}
+
+
+@pytest.fixture(scope="module")
+def shell(shared_project):
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(shared_project / ".rrlhf" / "prefect"))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        start_temporary_server(shared_project)()  # one for all runs: starting one takes seconds
+        server = os.environ.pop("PREFECT_API_URL")
+    return Shell(shared_project, environment | {"PREFECT_API_URL": server})
+
+
+@pytest.fixture(scope="module")
+def first(shell):
+    return shell.run()
+
+
+def actions(planned):
+    return {name: node["action"] for name, node in planned.items() if node["action"] != "reuse"}
+
+
+def test_the_first_run_makes_everything(first, shell):
+    assert first.ran == MODELS | {"data"}
+    assert first.cached == set()
+    assert (shell.root / "reports" / "tiny.html").stat().st_size > 10_000
+    assert "robust" in first.told
+
+
+def test_the_second_run_makes_nothing(first, shell):
+    second = shell.run()
+    assert second.ran == set()
+    assert second.cached == MODELS
+    assert second.folders == first.folders
+
+
+def test_a_changed_setting_reruns_only_what_depends_on_it_and_going_back_nothing(first, shell):
+    assert actions(shell.planned(*NEW_WEIGHT)) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
+    changed = shell.run(*NEW_WEIGHT)
+    assert changed.ran == POLICIES | {"evaluate"}
+    assert changed.cached == MODELS - changed.ran
+    assert actions(shell.planned()) == actions(shell.planned(*NEW_WEIGHT)) == {}
+    assert shell.run().cached == MODELS
+
+
+def test_the_plan_tells_the_first_reason(first, shell):
+    planned = shell.planned("--set", "ppo.kl_weight=0.7")
+    assert planned["ppo-single"]["reasons"][0].startswith("ppo.kl_weight")
+    assert "ppo.kl_weight" in shell("plan", "--profile", "tiny", "--set", "ppo.kl_weight=0.7").out
+
+
+def test_lineage_goes_back_to_the_data(first, shell):
+    told = shell("lineage", "rrlhf-policy@candidate", "--profile", "tiny").out
+    assert all(name in told for name in ("rrlhf-policy", "rrlhf-ensemble", "rrlhf-reward", "rrlhf-sft", "data tiny"))
+
+
+def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, shell):
+    reward, evaluation = (shell.root / first.folders[name] for name in ("reward", "evaluate"))
+    manifest = (reward / "artifact.json").read_bytes()
+    shutil.rmtree(reward)
+    shutil.rmtree(evaluation)
+    assert shell.run().ran == {"evaluate"}
+    assert (reward / "artifact.json").read_bytes() == manifest
+
+
+def test_an_empty_tracking_server_is_filled_again_without_training(first, shell):
+    for path in shell.root.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree(shell.root / "mlartifacts")
+    assert shell.run().ran == set()
+    assert "rrlhf-sft" in shell("lineage", "rrlhf-policy@candidate", "--profile", "tiny").out
+
+
+def test_a_changed_byte_is_refused_by_name_with_everything_built_on_it(first, shell):
+    path = shell.root / first.folders["sft"] / "model.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    try:
+        for command in (["plan", "--profile", "tiny"], ["run", "--profile", "tiny"]):
+            told = shell(*command, code=3).told
+            assert str(path) in told
+            assert all(name in told for name in ("reward", "ensemble", *POLICIES))
+            assert "Traceback" not in told
+    finally:
+        path.write_bytes(sound)
+    assert actions(shell.planned()) == {}
+
+
+def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell):
+    source = shell.root / "rrlhf" / "ppo.py"
+    sound = source.read_text(encoding="utf-8")
+    try:
+        source.write_text("# why\n" + sound.replace('"""', '"""Why. ', 1), encoding="utf-8")
+        assert actions(shell.planned()) == {}
+        source.write_text(sound + "\nANSWER = 42\n", encoding="utf-8")
+        planned = shell.planned()
+    finally:
+        source.write_text(sound, encoding="utf-8")
+    assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
+    assert planned["ppo-single"]["reasons"] == ["rrlhf/ppo.py changed"]
+
+
+def test_mistakes_end_a_run_before_anything_starts(shell):
+    done = shell("run", "--profile", "tiny", "--set", "ppo.kl_weight=-1", "--set", "ppo.upd=3", code=2)
+    assert len(done.told.splitlines()) == 2
+    assert "did you mean updates?" in done.told
+
+
+def test_a_server_that_does_not_answer_is_named(shell):
+    away = Shell(shell.root, shell.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    assert "unset PREFECT_API_URL" in away("run", "--profile", "tiny", code=1).told
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--profile", "tiny"]])
+def test_looking_is_quick(shell, command):
+    program = (
+        "import sys; sys.argv = ['rrlhf', *sys.argv[1:]]\n"
+        "from rrlhf.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'mlflow', 'prefect'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=shell.root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
