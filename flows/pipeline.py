@@ -189,7 +189,8 @@ def report(run: Run) -> str:
     from rich.console import Console
 
     from rrlhf.lineage import resolve, tree
-    from rrlhf.report import render, table, verdict
+    from rrlhf.report import render, table
+    from rrlhf.verdict import verdict
 
     project = run.project
     evaluation = json.loads((run.artifacts["evaluate"].path / "evaluation.json").read_text(encoding="utf-8"))

@@ -222,9 +222,9 @@ def _clear_errors() -> Iterator[None]:
     """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
     from flows.serve import ServeError
     from rrlhf.artifacts import TamperedError
-    from rrlhf.config import ParamsError
     from rrlhf.datasets import BusyError, PrepareError
     from rrlhf.launch import LaunchError
+    from rrlhf.located import ParamsError
     from rrlhf.tracking import TrackingError
 
     try:

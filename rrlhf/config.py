@@ -6,7 +6,6 @@ overrides come last. Mappings merge; null removes an arm.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
-
-Where = dict[tuple[str, ...], str]  # dotted path -> "params.yaml:12"
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -183,10 +181,6 @@ class Params(Section):
     launch: Launch
 
 
-class ParamsError(ValueError):
-    """Every mistake in the settings, one line each: where, what, and what to do."""
-
-
 def profiles(root: Path) -> list[str]:
     """Names of the profiles that can be run."""
     return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml"))]
@@ -198,12 +192,12 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     Raises ParamsError with all mistakes at once.
     """
     if profile not in profiles(root):
-        raise ParamsError(f"unknown profile {profile!r}{_did_you_mean(profile, profiles(root))}")
+        raise ParamsError(f"unknown profile {profile!r}{did_you_mean(profile, profiles(root))}")
     where: Where = {}
     mistakes: list[str] = []
-    merged = _read(root / "params.yaml", where, mistakes)
+    merged = read(root / "params.yaml", where, mistakes)
     if profile != "default":
-        merged = _merge(merged, _read(root / "profiles" / f"{profile}.yaml", where, mistakes))
+        merged = _merge(merged, read(root / "profiles" / f"{profile}.yaml", where, mistakes))
     for dotted, value in (overrides or {}).items():
         path = tuple(dotted.split("."))
         merged = _merge(merged, _nested(path, value))
@@ -216,7 +210,7 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     except ValidationError as error:
         mistakes += [_explain(detail, where) for detail in error.errors()]
         raise ParamsError("\n".join(mistakes)) from None
-    mistakes += [f"{_place(path, where)}: {text}" for path, text in _contradictions(params)]
+    mistakes += [f"{place(path, where)}: {text}" for path, text in _contradictions(params)]
     if mistakes:
         raise ParamsError("\n".join(mistakes))
     return params
@@ -253,7 +247,7 @@ def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
     if (params.prepare.source == "written") != (params.prepare.format == "written"):
         yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
     if params.tracking.candidate not in params.arms:
-        hint = _did_you_mean(params.tracking.candidate, list(params.arms))
+        hint = did_you_mean(params.tracking.candidate, list(params.arms))
         yield ("tracking", "candidate"), f"tracking.candidate {params.tracking.candidate!r} is not an arm{hint}"
     if not params.arms:
         yield ("arms",), "arms is empty: name at least one policy to train"
@@ -265,39 +259,6 @@ def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
                 ("arms", name),
                 f"arms.{name}: nominal_weight is a number for reward robust, and null for any other",
             )
-
-
-def _read(path: Path, where: Where, mistakes: list[str]) -> dict[str, Any]:
-    """Parse one YAML mapping and note the line of every key in `where`."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise ParamsError(f"{path.name}: not found in {path.parent}; run rrlhf in the project's folder") from None
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{path.name}: not UTF-8 (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ParamsError(f"{path.name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ParamsError(f"{path.name}: expected a mapping of sections")
-    _note_lines(node, (), path.name, where, mistakes)
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _note_lines(node: yaml.Node, path: tuple[str, ...], file: str, where: Where, mistakes: list[str]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        line = f"{file}:{key.start_mark.line + 1}"
-        if key.value in seen:
-            mistakes.append(f"{line}: {'.'.join(here)} is given twice")
-        seen.add(key.value)
-        where[here] = line
-        _note_lines(value, here, file, where, mistakes)
 
 
 def _merge(under: Any, over: Any) -> Any:
@@ -316,7 +277,7 @@ def _explain(detail: Any, where: Where) -> str:
     path = tuple(str(part) for part in detail["loc"])
     name, value = ".".join(path), detail["input"]
     if detail["type"] == "extra_forbidden":
-        text = f"unknown setting {name}{_did_you_mean(path[-1], _fields(path[:-1]))}"
+        text = f"unknown setting {name}{did_you_mean(path[-1], _fields(path[:-1]))}"
     elif detail["type"] == "missing":
         text = f"{name} is missing"
     else:
@@ -324,14 +285,7 @@ def _explain(detail: Any, where: Where) -> str:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
             mantissa, exponent = value.split("e")
             text += f" (text to YAML; write {mantissa}.0e{exponent})"
-    return f"{_place(path, where)}: {text}"
-
-
-def _place(path: tuple[str, ...], where: Where) -> str:
-    """Return the line of a path, or of the nearest section above it."""
-    while path and path not in where:
-        path = path[:-1]
-    return where.get(path, "params.yaml")
+    return f"{place(path, where)}: {text}"
 
 
 def _fields(path: tuple[str, ...]) -> list[str]:
@@ -340,8 +294,3 @@ def _fields(path: tuple[str, ...]) -> list[str]:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         model = Arm if path[0] == "arms" else annotation
     return list(getattr(model, "model_fields", {}))
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

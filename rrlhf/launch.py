@@ -68,7 +68,7 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
 def _import_for_threads() -> None:
     """Import what transformers looks up lazily, one thread after the other: two at once get an ImportError."""
     with _importing:
-        import transformers.models.llama.modeling_llama
+        import transformers.models.llama.modeling_llama  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 

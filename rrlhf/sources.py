@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from rrlhf.artifacts import Memo
-from rrlhf.config import Model, ParamsError, Prepare
+from rrlhf.config import Model, Prepare
+from rrlhf.located import ParamsError
 from rrlhf.stages import Node
 
 

@@ -32,7 +32,9 @@ def test_a_model_that_is_sure_and_half_right_is_off_by_half():
 
 
 # No probability whose confidence is the edge of a bin: rounding would decide which bin the loop puts it in.
-OFF_THE_EDGES = st.integers(1, 99).filter(lambda percent: percent == 50 or percent % 5).map(lambda percent: percent / 100)
+OFF_THE_EDGES = (
+    st.integers(1, 99).filter(lambda percent: percent == 50 or percent % 5).map(lambda percent: percent / 100)
+)
 
 
 @given(st.lists(OFF_THE_EDGES, min_size=1, max_size=60))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.config import ParamsError, load_params, parse_override, profiles
+from rrlhf.config import load_params, parse_override, profiles
+from rrlhf.located import ParamsError
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rrlhf.evaluation import Evaluation, Measured, Policy
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.report import Evaluation, Measured, Policy, render, table, verdict, visible
+from rrlhf.report import render, table, visible
+from rrlhf.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.05) -> Measured:

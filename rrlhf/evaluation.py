@@ -1,0 +1,78 @@
+"""The content of evaluation.json, which the last stage writes and the report reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NotRequired, TypedDict
+
+from rrlhf.plots import Point
+
+
+class Measured(TypedDict):
+    """A mean with its standard error over n independent units; the error is NaN when n is 1."""
+
+    mean: float
+    stderr: float
+    n: int
+
+
+class Policy(TypedDict):
+    """One row of the comparison; `reward` is "none" for the model that every arm starts from."""
+
+    name: str
+    nominal_weight: float | None
+    reward: str
+    digest: NotRequired[str]
+    metrics: dict[str, Measured]
+
+
+class Response(TypedDict):
+    """One policy's answer to a prompt, with its scores."""
+
+    text: str
+    proxy: float
+    heads: list[float]
+    gold: NotRequired[float]
+
+
+class Sample(TypedDict):
+    """One prompt with the answer of every policy."""
+
+    prompt: str
+    responses: dict[str, Response]
+
+
+class RewardModel(TypedDict):
+    """How well one reward model, or one reading of the ensemble, ranks held-out pairs."""
+
+    name: str
+    accuracy: Measured
+    ece: float | None
+
+
+class Evaluation(TypedDict):
+    """The content of evaluation.json."""
+
+    profile: NotRequired[str]
+    policies: list[Policy]
+    curves: list[Point]
+    samples: list[Sample]
+    reward_models: list[RewardModel]
+
+
+def measured(evaluation: Evaluation, metric: str) -> dict[str, Measured]:
+    """Return what is known of a metric, by policy."""
+    found = {policy["name"]: policy["metrics"].get(metric) for policy in evaluation["policies"]}
+    return {name: value for name, value in found.items() if value and math.isfinite(value["mean"])}
+
+
+def in_figures(value: Measured) -> str:
+    """Write a mean with its standard error."""
+    error = "" if math.isnan(value["stderr"]) else f" ± {value['stderr']:.2f}"
+    return f"{value['mean']:z.2f}{error}"
+
+
+def highest(known: Mapping[str, Measured]) -> str:
+    """Return the policy with the highest mean."""
+    return max(known, key=lambda name: known[name]["mean"])
