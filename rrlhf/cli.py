@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -182,11 +180,12 @@ def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
         wait_until_ready = start_temporary_server(root)
         # Both imports take seconds, in which the server starts.
         from flows.pipeline import pipeline
+        from rrlhf.progress import stop_between_steps
         from rrlhf.tracking import Tracker
 
         Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
         wait_until_ready()
-        _stop_between_steps()
+        stop_between_steps("\nstopping after this step; once more stops at once")
         _quiet_console()
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = pipeline(profile=profile, overrides=overrides)
@@ -223,8 +222,8 @@ def _clear_errors() -> Iterator[None]:
     from flows.serve import ServeError
     from rrlhf.artifacts import TamperedError
     from rrlhf.datasets import BusyError, PrepareError
-    from rrlhf.launch import LaunchError
     from rrlhf.located import ParamsError
+    from rrlhf.processes import LaunchError
     from rrlhf.tracking import TrackingError
 
     try:
@@ -239,20 +238,6 @@ def _clear_errors() -> Iterator[None]:
         _end(FAILED, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         _end(INTERRUPTED, "interrupted; finished stages are kept, and the same command goes on from there")
-
-
-def _stop_between_steps() -> None:
-    """Let the first Ctrl-C or SIGTERM end the run after the current step, and a second one at once."""
-    from rrlhf.progress import stop
-
-    def ask(number: int, frame: object) -> None:
-        if stop.is_set():
-            os._exit(128 + number)  # nothing to tidy up: results appear by one rename, or not at all
-        stop.set()
-        print("\nstopping after this step; once more stops at once", file=sys.stderr, flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
 
 
 def _end(code: int, message: str) -> NoReturn:

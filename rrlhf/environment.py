@@ -37,6 +37,8 @@ def set_environment(root: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     for name, value in (QUIET | {"PREFECT_HOME": str(home)}).items():
         os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs lines (rrlhf/progress.py), not a bar that redraws
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):  # DVC and Prefect start `python` from it
         os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])

@@ -1,4 +1,4 @@
-"""Starting a stage from its key document: in this process, or in several under `accelerate launch`.
+"""Starting a stage from its key document: in this process, in another, or in several under `accelerate launch`.
 
 The key document and the input folders are all that reaches a stage, so nothing outside its key can change its result.
 """
@@ -9,12 +9,8 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,20 +18,12 @@ from typing import Any
 from rrlhf.artifacts import HISTORY
 from rrlhf.config import Arm, Launch, Params, Section
 from rrlhf.keys import Document
-from rrlhf.progress import check_stop, is_main_process
-
-Log = Callable[[dict[str, float]], None]
+from rrlhf.processes import call_in_processes
+from rrlhf.progress import check_stop
+from rrlhf.types import Log
 
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
 TRAINING = {"sft", "ppo"}  # the stages that several processes share
-ROW = "@row "  # starts a line by which the main child process hands a row to its parent
-LAST_LINES = 15
-
-_importing = threading.Lock()
-
-
-class LaunchError(RuntimeError):
-    """A stage's processes ended with an error."""
 
 
 def execute(
@@ -43,19 +31,19 @@ def execute(
 ) -> None:
     """Run a stage into `out`, which may hold the checkpoint of an interrupted run; its rows go to history.jsonl.
 
-    beside: how many other stages run at the same time in this process; they share the cores.
+    beside: how many other stages run at the same time and share the cores. Each then has a process of its own:
+    loading a model changes global state of transformers and torch.
     """
     _keep_checkpoint(out)
     recorded = _recorder(out / HISTORY, document["stage"], log)
-    if launch.processes > 1 and document["stage"] in TRAINING:
-        _call_in_processes(document, inputs, out, recorded, launch)
+    processes = launch.processes if document["stage"] in TRAINING else 1
+    if processes > 1 or beside:
+        threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
+        call_in_processes(document, inputs=inputs, out=out, log=recorded, processes=processes, threads=threads)
         return
     import torch
 
-    cores = launch.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(cores // (beside + 1), 1))  # of this thread
-    if beside:
-        _import_for_threads()
+    torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
     call(document, inputs=inputs, out=out, log=recorded)
 
 
@@ -63,20 +51,6 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
     """Call the stage's `run` in this process."""
     stage = import_module(f"rrlhf.{document['stage']}")
     stage.run(**_sections(document["params"]), **_arguments(inputs), out=out, log=log)
-
-
-def _import_for_threads() -> None:
-    """Import what transformers looks up lazily, one thread after the other: two at once get an ImportError."""
-    with _importing:
-        import transformers.models.llama.modeling_llama  # noqa: F401
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-
-def main(path: Path) -> None:
-    """Run one of several processes of a stage, as told by a JSON file."""
-    job = json.loads(path.read_bytes())
-    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
-    call(job["document"], inputs=inputs, out=Path(job["out"]), log=_to_parent)
 
 
 def _sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
@@ -132,72 +106,3 @@ def _forget_from(history: Path, step: float) -> None:
     lines = history.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) < step]
     history.write_text("".join(kept), encoding="utf-8")
-
-
-def _call_in_processes(document: Document, inputs: Mapping[str, Path], out: Path, log: Log, launch: Launch) -> None:
-    folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
-    job = out.with_suffix(".json")
-    job.write_text(json.dumps({"document": document, "inputs": folders, "out": str(out.resolve())}), encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *_launcher_options(launch)]
-    last: deque[str] = deque(maxlen=LAST_LINES)
-    try:
-        with subprocess.Popen(
-            [*command, "-m", "rrlhf.launch", job],
-            env=os.environ | _child_environment(document, launch),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            try:
-                _hand_on(process.stdout or (), log, last)
-            except BaseException:
-                process.terminate()
-                raise
-    finally:
-        job.unlink()
-    check_stop()
-    if process.returncode:
-        ended = f"{document['stage']} in {launch.processes} processes ended with {process.returncode}"
-        raise LaunchError(f"{ended}:\n{''.join(last)}")
-
-
-def _hand_on(lines: Iterable[str], log: Log, last: deque[str]) -> None:
-    """Log the rows among a process's lines, show all others, and keep the last of these in `last`, in place."""
-    for line in lines:
-        if line.startswith(ROW):
-            log(json.loads(line.removeprefix(ROW)))
-        else:
-            last.append(line)
-            print(line, end="", file=sys.stderr, flush=True)
-
-
-def _launcher_options(launch: Launch) -> list[str]:
-    """Return the options of accelerate's launcher.
-
-    On CPU, too, it is `--multi_gpu` that starts several processes; `--cpu` alone runs one unless MPI is installed.
-    A file from `accelerate config` (FSDP, DeepSpeed) takes the place of these options.
-    """
-    config = os.environ.get("ACCELERATE_CONFIG_FILE")
-    processes = ["--num_processes", str(launch.processes)]
-    if config:
-        return ["--config_file", config, *processes]
-    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return ["--multi_gpu", *processes, *plain]
-
-
-def _child_environment(document: Document, launch: Launch) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0))
-    on_cpu = document["params"]["model"]["device"] == "cpu"
-    return {
-        "ACCELERATE_USE_CPU": str(on_cpu).lower(),
-        "OMP_NUM_THREADS": str(launch.threads or max(cores // launch.processes, 1)),
-    }
-
-
-def _to_parent(row: dict[str, float]) -> None:
-    if is_main_process():
-        print(ROW + json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

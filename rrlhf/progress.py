@@ -6,11 +6,13 @@ The loops are also where a run stops: after Ctrl-C the next step raises `Interru
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
 
 stop = threading.Event()
+
+relay: Callable[[str, int, int], None] | None = None  # where set: told label, total and done, and nothing is shown here
 
 _lock = threading.Lock()
 _shown: Progress | None = None  # the display, while some loop uses it
@@ -37,27 +41,47 @@ def check_stop() -> None:
         raise Interrupted
 
 
+def stop_between_steps(message: str = "") -> None:
+    """Let the first Ctrl-C or SIGTERM end the run after this step, saying `message`, and a second one at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # nothing to tidy up: results appear by one rename, or not at all
+        stop.set()
+        if message:
+            print(message, file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+
+
 def is_main_process() -> bool:
     """Whether this process is the one, of those of a distributed launch, that speaks and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def track(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    """Yield the items and show how many of `total` are done; nothing is shown before the first or after a break."""
+    """Yield the items and show how many of `total` are done."""
+    with meter(total, label) as show:
+        for done, item in enumerate(iterable, 1):
+            yield item
+            show(done)
+            check_stop()
+
+
+@contextmanager
+def meter(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Show how far a loop is; yield a function that takes how many of `total` are done."""
     if not is_main_process():
-        shown: Iterable[Item] = iterable
+        yield lambda done: None
+    elif relay:
+        yield partial(relay, label, total)
     elif sys.stderr.isatty():
-        shown = _bar(iterable, total, label)
+        with _display() as display:
+            task = display.add_task(label, total=total)
+            yield lambda done: display.update(task, completed=done)
     else:
-        shown = _lines(iterable, total, label)
-    for item in shown:
-        yield item
-        check_stop()
-
-
-def _bar(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
-    with _display() as progress:
-        yield from progress.track(iterable, total=total, description=label)
+        yield _lines(total, label)
 
 
 @contextmanager
@@ -89,15 +113,18 @@ def _display() -> Iterator[Progress]:
                 _shown = None
 
 
-def _lines(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
+def _lines(total: int, label: str) -> Callable[[int], None]:
     start = shown = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
+
+    def show(done: int) -> None:
+        nonlocal shown
         now = time.monotonic()
         if now - shown >= SECONDS_BETWEEN_LINES or (done == total and shown > start):
             shown = now
             left = (now - start) / done * (total - done)
             print(f"{label}  {done}/{total}  {in_words(left)} left", file=sys.stderr, flush=True)
+
+    return show
 
 
 def in_words(seconds: float) -> str:

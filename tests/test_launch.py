@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf import launch as launching
+from rrlhf import processes
 from rrlhf.config import Arm, Launch, Ppo, load_params
 from rrlhf.keys import key_document
-from rrlhf.launch import LaunchError, execute
+from rrlhf.launch import execute
+from rrlhf.processes import LaunchError
 from rrlhf.progress import Interrupted, stop
 from rrlhf.stages import nodes
 
@@ -104,9 +105,15 @@ def test_a_run_that_is_asked_to_stop_stops_after_the_step(tmp_path, stage):
 
 
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "_launcher_options", lambda launch: ["--no-such-option"])
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    with pytest.raises(LaunchError, match="no-such-option"):
-        execute(
-            document, inputs={}, out=tmp_path / "out", log=print, launch=Launch(processes=2, threads=1, arms_at_once=1)
-        )
+    two = Launch(processes=2, threads=1, arms_at_once=1)
+    with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
+        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
+
+
+def test_an_error_in_another_process_is_told_in_its_words(tmp_path):
+    node = next(node for node in nodes(load_params(ROOT, "tiny")) if node.name == "sft")
+    away = tmp_path / "away"
+    with pytest.raises(LaunchError, match=f"^.*{away}[^\n]*$"):
+        execute(key_document(node, {}), inputs={"data": away}, out=tmp_path / "out", log=print, launch=HERE, beside=1)

@@ -82,28 +82,29 @@ def test_accumulated_gradients_train_the_same_model(model, settings, data, tmp_p
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3)
 
 
-def test_two_processes_train_the_same_model_as_one(model, settings, data, tmp_path):
+def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, settings, data, tmp_path):
     document = {
         "stage": "sft",
         "params": {"seed": 0, "model": model.model_dump(), "sft": settings.model_dump()},
     }
     weights = []
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
+    for processes, beside in ((1, 0), (1, 1), (2, 0)):
+        out = tmp_path / f"out{processes}{beside}"
         out.mkdir()
         program = (
             "import json, sys; from pathlib import Path;"
             "from rrlhf.config import Launch; from rrlhf.launch import execute;"
             "job = json.loads(sys.argv[1]);"
             "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), log=lambda row: None,"
-            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1))"
+            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1), beside=job['beside'])"
         )
-        job = {"document": document, "data": str(data), "out": str(out), "processes": processes}
+        job = {"document": document, "data": str(data), "out": str(out), "processes": processes, "beside": beside}
         subprocess.run([sys.executable, "-c", program, json.dumps(job)], check=True, cwd=ROOT, timeout=240)
         weights.append(load_file(out / "model.safetensors"))
         assert len((out / "history.jsonl").read_text().splitlines()) == 6
-    one, two = weights
+    one, alone, two = weights
     for name, tensor in one.items():
+        assert torch.equal(alone[name], tensor)
         torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-3)
     start = load_base(model).network.state_dict()
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)

@@ -1,0 +1,130 @@
+"""A stage in other processes: starting them, and the messages by which they tell this one their rows and progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rrlhf import progress
+from rrlhf.environment import end_with_parent
+from rrlhf.keys import Document
+from rrlhf.types import Log
+
+MESSAGE = "@rrlhf "  # starts a line that is a message: JSON with `row`, `progress` or `error`
+LAST_LINES = 15
+INTERRUPTED = 130
+
+
+class LaunchError(RuntimeError):
+    """A stage's processes ended with an error."""
+
+
+def call_in_processes(
+    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, processes: int, threads: int
+) -> None:
+    """Call a stage's `run` in processes of its own, each with `threads` CPU threads; `log` gets its rows.
+
+    Raises LaunchError with what the processes said last, and Interrupted when this process was asked to stop.
+    """
+    folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
+    job = out.with_suffix(".json")
+    job.write_text(json.dumps({"document": document, "inputs": folders, "out": str(out.resolve())}), encoding="utf-8")
+    on_cpu = document["params"]["model"]["device"] == "cpu"
+    told = _Told(log)
+    try:
+        with subprocess.Popen(
+            [sys.executable, *(_launcher(processes) if processes > 1 else ()), "-m", "rrlhf.processes", job],
+            env=os.environ | {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                told.listen(process.stdout or ())
+            except BaseException:
+                process.terminate()
+                raise
+    finally:
+        job.unlink()
+    progress.check_stop()
+    if process.returncode:
+        ended = f"{document['stage']} in {processes} processes" if processes > 1 else document["stage"]
+        raise LaunchError(told.error or f"{ended} ended with {process.returncode}:\n{''.join(told.last)}")
+
+
+class _Told:
+    """What the processes of a stage said."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self.error = ""  # in words, where the stage ended with an error that people can mend
+        self.last: deque[str] = deque(maxlen=LAST_LINES)  # lines that are no messages
+
+    def listen(self, lines: Iterable[str]) -> None:
+        """Log the rows, show the progress, and hand on all other lines."""
+        meters: dict[str, Callable[[int], None]] = {}
+        with ExitStack() as shown:
+            for line in lines:
+                if not line.startswith(MESSAGE):
+                    self.last.append(line)
+                    print(line, end="", file=sys.stderr, flush=True)
+                    continue
+                message = json.loads(line.removeprefix(MESSAGE))
+                if "row" in message:
+                    self._log(message["row"])
+                elif "progress" in message:
+                    label, total, done = message["progress"]
+                    if label not in meters:
+                        meters[label] = shown.enter_context(progress.meter(total, label))
+                    meters[label](done)
+                else:
+                    self.error = message["error"]
+
+
+def _launcher(processes: int) -> list[str]:
+    """Return the call of accelerate's launcher.
+
+    On CPU, too, it is `--multi_gpu` that starts several processes; `--cpu` alone runs one unless MPI is installed.
+    A file from `accelerate config` (FSDP, DeepSpeed) takes the place of these options.
+    """
+    config = os.environ.get("ACCELERATE_CONFIG_FILE")
+    command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    if config:
+        return [*command, "--config_file", config]
+    plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*command, "--multi_gpu", *plain]
+
+
+def main(path: Path) -> int:
+    """Run a stage in this process, as told by a JSON file; return the exit code."""
+    from rrlhf.launch import call
+
+    end_with_parent()
+    progress.stop_between_steps()
+    progress.relay = lambda label, total, done: _tell(progress=[label, total, done])
+    job = json.loads(path.read_bytes())
+    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
+    try:
+        call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, OSError) as error:
+        _tell(error=str(error))
+        return 1
+    return 0
+
+
+def _tell(**message: Any) -> None:
+    if progress.is_main_process():
+        print(MESSAGE + json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))
