@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class Store:
         for row in rows:
             last |= row
         files = {
-            path.relative_to(staged).as_posix(): sha256(path)
+            path.relative_to(staged).as_posix(): self._memo.sha256(path)
             for path in sorted(staged.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
@@ -182,6 +183,7 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(final)
         _sync(final.parent)
+        self._memo.renamed(staged, final)
         return Artifact(final, manifest)
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
@@ -191,6 +193,7 @@ class Store:
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
+        self._memo.renamed(downloaded, final)
         return Artifact(final, manifest)
 
     @contextmanager
@@ -221,6 +224,7 @@ class Memo:
         except (OSError, ValueError):
             self._known = {}
         self._grew = False
+        self._saving = threading.Lock()
 
     def sha256(self, path: Path) -> str:
         """Return the file's sha256, from memory when its metadata is unchanged."""
@@ -235,15 +239,24 @@ class Memo:
         self._grew = True
         return digest
 
+    def renamed(self, old: Path, new: Path) -> None:
+        """Keep what is known of the files in a folder that was renamed."""
+        above = f"{old.resolve()}{os.sep}"
+        for name in [name for name in list(self._known) if name.startswith(above)]:
+            self._known[str(new.resolve() / name.removeprefix(above))] = self._known.pop(name)
+        self._grew = True
+        self.save()
+
     def save(self) -> None:
-        """Write what was learned; losing a race only costs a rereading."""
-        if not self._grew:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(self._known), encoding="utf-8")
-        beside.replace(self.path)
-        self._grew = False
+        """Write what was learned; losing a race to another process only costs a rereading."""
+        with self._saving:
+            if not self._grew:
+                return
+            self._grew = False
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.path.with_suffix(f".{os.getpid()}")
+            beside.write_text(json.dumps(dict(self._known)), encoding="utf-8")
+            beside.replace(self.path)
 
 
 def sha256(path: Path) -> str:

@@ -131,6 +131,12 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
     assert Memo(tmp_path / "memo.json").sha256(path) == digest
 
 
+def test_another_process_need_not_read_what_was_just_published(store, tmp_path, monkeypatch):
+    artifact = publish(store, "sft")
+    monkeypatch.setattr("rrlhf.artifacts.sha256", lambda path: pytest.fail("read again"))
+    assert Store(tmp_path).checked("sft", artifact.key) == artifact
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
