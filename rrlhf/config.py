@@ -23,6 +23,33 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+RewardName = Literal[
+    "single",
+    "robust",
+    "batch_robust",
+    "nominal",
+    "worst",
+    "mean",
+    "median",
+    "uwo",
+    "mean_minus_std",
+    "lower_bound",
+    "entropic",
+    "gaussian_entropic",
+    "constant",
+]
+# The settings that an arm's reward needs; any other reward has none.
+NEEDED = {
+    "robust": {"nominal_weight"},
+    "batch_robust": {"nominal_weight"},
+    "uwo": {"uncertainty_weight"},
+    "mean_minus_std": {"uncertainty_weight"},
+    "lower_bound": {"uncertainty_weight"},
+    "entropic": {"temperature"},
+    "gaussian_entropic": {"temperature"},
+}
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys and lax types are refused."""
 
@@ -136,9 +163,17 @@ class Ppo(Section):
 class Arm(Section):
     """One policy to train: the reward that it sees, and its seed."""
 
-    reward: Literal["single", "robust"]
-    nominal_weight: Share | None
+    reward: RewardName
+    nominal_weight: Share | None = None  # robust, batch_robust: share of the most confident head's reward
+    uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
+    temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
     seed: int
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The settings of its reward, by name."""
+        given = self.model_dump(exclude={"reward", "seed"})
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class Evaluate(Section):
@@ -254,11 +289,11 @@ def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, arm in params.arms.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
             yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
-        if (arm.reward == "robust") != (arm.nominal_weight is not None):
-            yield (
-                ("arms", name),
-                f"arms.{name}: nominal_weight is a number for reward robust, and null for any other",
-            )
+        needed = NEEDED.get(arm.reward, set())
+        for setting in sorted(needed - set(arm.settings)):
+            yield ("arms", name), f"arms.{name}: reward {arm.reward} needs {setting}"
+        for setting in sorted(set(arm.settings) - needed):
+            yield ("arms", name), f"arms.{name}: reward {arm.reward} has no {setting}; leave it out or null"
 
 
 def _merge(under: Any, over: Any) -> Any:

@@ -23,7 +23,7 @@ from rrlhf.hardware import device_kind
 from rrlhf.heads import RewardHeads, win_probability
 from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
-from rrlhf.robust import READINGS, Scores, head_spread, robust_reward
+from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
 from rrlhf.tables import Rows, read_table
 from rrlhf.types import Log
@@ -173,13 +173,13 @@ def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -
     }
     if reading.gold is not None:
         columns = {"gold": reading.gold, **columns}
-    if arm and arm.nominal_weight is not None:
-        columns["robust"] = robust_reward(reading.scores, arm.nominal_weight)
+    if arm and arm.reward != "single":
+        columns["reward"] = AGGREGATIONS[arm.reward](reading.scores, **arm.settings)
     prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
     return {
         "name": name,
         "reward": arm.reward if arm else "none",
-        "nominal_weight": arm.nominal_weight if arm else None,
+        "settings": arm.settings if arm else {},
         "metrics": {key: estimate(column, prompt)._asdict() for key, column in columns.items()},
     }
 

@@ -21,7 +21,7 @@ class Policy(TypedDict):
     """One row of the comparison; `reward` is "none" for the model that every arm starts from."""
 
     name: str
-    nominal_weight: float | None
+    settings: dict[str, float]  # of the reward
     reward: str
     digest: NotRequired[str]
     metrics: dict[str, Measured]

@@ -38,7 +38,7 @@ from rrlhf.models import (
 )
 from rrlhf.progress import track
 from rrlhf.returns import gae, masked_mean, token_rewards, whiten
-from rrlhf.robust import Scores, head_spread, most_confident, nominal_reward, robust_reward, worst_reward
+from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.rollout import Rollout, Samples, response_features, sample, text_lengths
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Metrics
@@ -91,7 +91,7 @@ def run(
     learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
     encoded = [encode_prompt(learner.language, prompt, model) for prompt in prompts(data, "ppo")]
     kept: list[Sampled] = []
-    rows = train(learner, encoded, arm_reward(arm), model, ppo, arm.seed, kept)
+    rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept)
     for row in track(rows, ppo.updates, f"ppo ({arm.reward})"):
         log(row)
     everyone = gather_object(kept)
@@ -103,12 +103,18 @@ def run(
     engine.wait_for_everyone()
 
 
-def arm_reward(arm: Arm) -> Callable[[Judgement], Tensor]:
-    """Return the reward [batch] that an arm's policy sees."""
-    if arm.nominal_weight is None:
+def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
+    """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch."""
+    if arm.reward == "single":
         return lambda judgement: judgement.single
-    weight = arm.nominal_weight
-    return lambda judgement: robust_reward(judgement.ensemble, weight)
+
+    def reward(judgement: Judgement) -> Tensor:
+        mean, std = judgement.ensemble
+        own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
+        everyone = Scores(engine.gather(mean), engine.gather(std))
+        return AGGREGATIONS[arm.reward](everyone, **arm.settings)[own]
+
+    return reward
 
 
 def prepare_learner(

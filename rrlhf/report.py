@@ -20,7 +20,7 @@ from rrlhf.verdict import verdict
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
     "proxy": "Score by the single reward head, which plain PPO is trained to please. High with low gold: hacking.",
-    "robust": "The reward that this arm was trained on: a mixture of the most confident and the lowest head.",
+    "reward": "The reward that this arm was trained on.",
     "nominal": "Score by the most confident head of the ensemble.",
     "worst": "Score by whichever head likes the response least.",
     "mean": "Average score over the heads of the ensemble.",
@@ -84,10 +84,15 @@ def table(evaluation: Evaluation) -> Table:
 
 def reward_in_words(policy: Policy) -> str:
     """Say which reward trained a policy; a mixture names both weights."""
-    weight = policy["nominal_weight"]
-    if weight is not None:
-        return f"{weight:g} most confident + {1 - weight:g} minimum"
-    return {"none": "the start", "single": "one reward head"}.get(policy["reward"], policy["reward"])
+    reward, settings = policy["reward"], dict(policy["settings"])
+    words = {"none": "the start", "single": "one reward head", "constant": "no reward"}.get(
+        reward, f"{reward} of heads"
+    )
+    if "nominal_weight" in settings:
+        weight = settings.pop("nominal_weight")
+        words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
+    rest = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    return f"{words.replace('_', ' ')}, {rest}" if rest else words.replace("_", " ")
 
 
 def visible(text: str) -> str:

@@ -1,11 +1,14 @@
 """Settings: every mistake at once, with its place and the way out."""
 
+import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from rrlhf.config import load_params, parse_override, profiles
+from rrlhf.config import NEEDED, RewardName, load_params, parse_override, profiles
 from rrlhf.located import ParamsError
+from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,8 +84,10 @@ def test_a_weight_is_a_finite_number(value):
         ({"prepare__format": "hh"}, "together"),
         ({"tracking__candidate": "robst"}, "did you mean robust"),
         ({"arms": {"single": None, "robust": None}}, "not an arm"),
-        ({"arms__Bad Name": {"reward": "single", "nominal_weight": None, "seed": 1}}, "lower-case"),
-        ({"arms__single__nominal_weight": 0.5}, "null for any other"),
+        ({"arms__Bad Name": {"reward": "single", "seed": 1}}, "lower-case"),
+        ({"arms__single__nominal_weight": 0.5}, "reward single has no nominal_weight"),
+        ({"arms__robust__nominal_weight": None}, "reward robust needs nominal_weight"),
+        ({"arms__robust__reward": "uwo"}, "reward uwo needs uncertainty_weight"),
     ],
 )
 def test_contradictions_are_told(overrides, word):
@@ -109,3 +114,9 @@ def test_a_malformed_override_is_refused(text):
 def test_a_file_that_is_no_mapping_is_refused(project, content):
     (project / "params.yaml").write_bytes(content)
     assert mistakes(project)[0].startswith("params.yaml")
+
+
+def test_the_rewards_of_arms_are_the_aggregations_with_their_arguments():
+    assert set(get_args(RewardName)) == {"single", *AGGREGATIONS}
+    for name, aggregation in AGGREGATIONS.items():
+        assert set(list(inspect.signature(aggregation).parameters)[1:]) == NEEDED.get(name, set())

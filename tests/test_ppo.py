@@ -9,7 +9,7 @@ from rrlhf.features import TRUNK
 from rrlhf.heads import RewardHeads
 from rrlhf.models import load_base
 from rrlhf.ppo import Judgement, arm_reward, collect, optimise, prepare_learner, train
-from rrlhf.robust import Scores, robust_reward
+from rrlhf.robust import AGGREGATIONS, Scores
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 
@@ -76,12 +76,25 @@ def single(judgement):
     return judgement.single
 
 
-def test_an_arm_sees_the_reward_that_it_names():
-    scores = Scores(torch.randn(4, 3), torch.rand(4, 3))
-    judgement = Judgement(torch.randn(4), scores)
-    assert torch.equal(arm_reward(Arm(reward="single", nominal_weight=None, seed=1))(judgement), judgement.single)
-    robust = arm_reward(Arm(reward="robust", nominal_weight=0.4, seed=1))(judgement)
-    assert torch.equal(robust, robust_reward(scores, 0.4))
+@pytest.mark.parametrize(
+    ("reward", "settings"),
+    [
+        ("robust", {"nominal_weight": 0.4}),
+        ("batch_robust", {"nominal_weight": 0.4}),
+        ("uwo", {"uncertainty_weight": 0.1}),
+        ("entropic", {"temperature": 0.5}),
+        ("median", {}),
+    ],
+)
+def test_an_arm_sees_the_reward_that_it_names(reward, settings):
+    judgement = Judgement(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
+    seen = arm_reward(Arm(reward=reward, seed=1, **settings), Accelerator(cpu=True))(judgement)
+    assert torch.equal(seen, AGGREGATIONS[reward](judgement.ensemble, **settings))
+
+
+def test_the_single_reward_reads_no_ensemble():
+    judgement = Judgement(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
+    assert torch.equal(arm_reward(Arm(reward="single", seed=1), Accelerator(cpu=True))(judgement), judgement.single)
 
 
 def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo, rewards):

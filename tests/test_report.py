@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rrlhf.evaluation import Evaluation, Measured, Policy
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.report import render, table, visible
+from rrlhf.report import render, reward_in_words, table, visible
 from rrlhf.verdict import verdict
 
 
@@ -20,7 +20,8 @@ def measured(mean: float, stderr: float = 0.05) -> Measured:
 
 def policy(name: str, reward: str, weight: float | None = None, **means: float) -> Policy:
     metrics = {metric: measured(mean) for metric, mean in means.items()}
-    return {"name": name, "reward": reward, "nominal_weight": weight, "metrics": metrics}
+    settings: dict[str, float] = {} if weight is None else {"nominal_weight": weight}
+    return {"name": name, "reward": reward, "settings": settings, "metrics": metrics}
 
 
 def curve(name: str, golds: list[float | None], proxies: list[float]) -> list[Point]:
@@ -221,3 +222,17 @@ def test_neighbouring_updates_are_averaged_three_by_three() -> None:
     assert neighbour_means([1, 3]) == [2]
     assert neighbour_means([]) == []
     assert neighbour_stderrs([0.3, 0.6, 0.6]) == [pytest.approx(0.3)]  # sqrt(.09 + .36 + .36) / 3
+
+
+@pytest.mark.parametrize(
+    ("reward", "settings", "words"),
+    [
+        ("none", {}, "the start"),
+        ("robust", {"nominal_weight": 0.4}, "0.4 most confident + 0.6 minimum"),
+        ("batch_robust", {"nominal_weight": 0.4}, "0.4 most confident + 0.6 minimum of the batch"),
+        ("lower_bound", {"uncertainty_weight": 0.5}, "lower bound of heads, uncertainty weight 0.5"),
+        ("constant", {}, "no reward"),
+    ],
+)
+def test_a_reward_is_told_with_its_settings(reward, settings, words):
+    assert reward_in_words({"name": "arm", "reward": reward, "settings": settings, "metrics": {}}) == words

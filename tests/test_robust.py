@@ -1,14 +1,24 @@
+import math
+import statistics
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf.robust import (
+    AGGREGATIONS,
     Scores,
+    batch_robust_reward,
+    entropic_reward,
+    gaussian_entropic_reward,
     head_spread,
     mean_reward,
     most_confident,
     nominal_reward,
     robust_reward,
+    uwo_reward,
     worst_reward,
 )
 
@@ -70,3 +80,113 @@ def test_one_head_is_its_own_robust_reward(table, weight):
 @given(scores(min_heads=2))
 def test_the_mean_of_minima_is_at_most_the_minimum_of_means(table):
     assert worst_reward(table).mean() <= table.mean.mean(0).min() + 1e-12
+
+
+SETTINGS = {
+    "robust": {"nominal_weight": 0.3},
+    "batch_robust": {"nominal_weight": 0.3},
+    "uwo": {"uncertainty_weight": 0.7},
+    "mean_minus_std": {"uncertainty_weight": 0.7},
+    "lower_bound": {"uncertainty_weight": 0.7},
+    "entropic": {"temperature": 0.9},
+    "gaussian_entropic": {"temperature": 0.9},
+}
+CASES = [(name, SETTINGS.get(name, {})) for name in AGGREGATIONS]
+
+
+def slow(name, means, stds, batch, nominal_weight=0.0, uncertainty_weight=0.0, temperature=1.0):
+    """One response's reward from its heads' means and deviations, written with plain numbers; `batch`: all means."""
+    nominal = means[stds.index(min(stds))]
+    average = sum(means) / len(means)
+    variance = sum((mean - average) ** 2 for mean in means) / len(means)
+    totals = [sum(row[head] for row in batch) for head in range(len(means))]
+    lowest_of_batch = means[totals.index(min(totals))]
+    if name == "gaussian_entropic":
+        means = [mean - std**2 / (2 * temperature) for mean, std in zip(means, stds, strict=True)]
+    return {
+        "batch_robust": lambda: nominal_weight * nominal + (1 - nominal_weight) * lowest_of_batch,
+        "constant": lambda: 0.0,
+        "entropic": lambda: -temperature * math.log(statistics.mean(math.exp(-m / temperature) for m in means)),
+        "gaussian_entropic": lambda: (
+            -temperature * math.log(statistics.mean(math.exp(-m / temperature) for m in means))
+        ),
+        "lower_bound": lambda: min(m - uncertainty_weight * s for m, s in zip(means, stds, strict=True)),
+        "mean": lambda: average,
+        "mean_minus_std": lambda: average - uncertainty_weight * variance**0.5,
+        "median": lambda: statistics.median(means),
+        "nominal": lambda: nominal,
+        "robust": lambda: nominal_weight * nominal + (1 - nominal_weight) * min(means),
+        "uwo": lambda: average - uncertainty_weight * variance,
+        "worst": lambda: min(means),
+    }[name]()
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@given(table=scores())
+def test_every_aggregation_equals_its_slow_version(name, settings, table):
+    means, stds = table.mean.tolist(), table.std.tolist()
+    expected = [slow(name, row, std, means, **settings) for row, std in zip(means, stds, strict=True)]
+    assert AGGREGATIONS[name](table, **settings).tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@given(table=scores(), random=st.randoms())
+def test_no_aggregation_minds_the_order_of_heads(name, settings, table, random):
+    order = list(range(table.mean.shape[1]))
+    random.shuffle(order)
+    shuffled = Scores(table.mean[:, order], table.std[:, order])
+    torch.testing.assert_close(AGGREGATIONS[name](shuffled, **settings), AGGREGATIONS[name](table, **settings))
+
+
+@pytest.mark.parametrize(("name", "settings"), [case for case in CASES if case[0] != "constant"])
+@given(table=scores(), shift=st.floats(-5, 5))
+def test_a_shift_of_all_heads_passes_through_every_aggregation(name, settings, table, shift):
+    moved = Scores(table.mean + shift, table.std)
+    torch.testing.assert_close(AGGREGATIONS[name](moved, **settings), AGGREGATIONS[name](table, **settings) + shift)
+
+
+@pytest.mark.parametrize(("name", "settings"), [case for case in CASES if case[0] != "constant"])
+@given(table=scores())
+def test_one_sure_head_is_every_aggregation_of_itself(name, settings, table):
+    sure = Scores(table.mean[:, :1], torch.zeros_like(table.std[:, :1]))
+    torch.testing.assert_close(AGGREGATIONS[name](sure, **settings), sure.mean[:, 0])
+
+
+@given(scores(), st.floats(0.05, 20))
+def test_entropic_lies_between_the_minimum_and_the_mean_and_reaches_both(table, temperature):
+    entropic = entropic_reward(table, temperature)
+    assert (worst_reward(table) <= entropic + 1e-9).all()
+    assert (entropic <= mean_reward(table) + 1e-9).all()
+    torch.testing.assert_close(entropic_reward(table, 1e-4), worst_reward(table), atol=1e-3, rtol=0)
+    torch.testing.assert_close(entropic_reward(table, 1e5), mean_reward(table), atol=1e-4, rtol=0)
+
+
+@given(scores())
+def test_uwo_is_entropic_to_second_order(table):
+    """With c = 1 / (2 b) they differ by the third cumulant over 6 b^2, so ten times b leaves a hundredth."""
+    gaps = [
+        (uwo_reward(table, 1 / (2 * temperature)) - entropic_reward(table, temperature)).abs()
+        for temperature in (100.0, 1000.0)
+    ]
+    third = (table.mean - mean_reward(table)[:, None]) ** 3
+    torch.testing.assert_close(gaps[0], third.mean(1).abs() / (6 * 100.0**2), atol=2e-5, rtol=0.2)
+    assert (gaps[1] <= gaps[0] / 50 + 1e-9).all()
+
+
+@given(scores(), st.floats(0.3, 5))
+def test_gaussian_entropic_is_the_closed_form_of_its_expectation(table, temperature):
+    """Gauss-Hermite quadrature of E exp(-r / b), exact for these Gaussians."""
+    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(80))
+    rewards = table.mean[..., None] + table.std[..., None] * nodes
+    expectation = ((-rewards / temperature).exp() * weights).sum(-1) / weights.sum()
+    expected = -temperature * expectation.mean(1).log()
+    torch.testing.assert_close(gaussian_entropic_reward(table, temperature), expected, atol=1e-6, rtol=1e-6)
+
+
+@given(scores(min_heads=2), WEIGHTS)
+def test_the_minimum_per_batch_is_kinder_than_the_minimum_per_response(table, weight):
+    per_batch = batch_robust_reward(table, weight)
+    assert (robust_reward(table, weight) <= per_batch + 1e-12).all()
+    worst = table.mean.mean(0).min()
+    expected = weight * nominal_reward(table).mean() + (1 - weight) * worst
+    torch.testing.assert_close(per_batch.mean(), expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
-from rrlhf.config import load_params
+from rrlhf.config import Arm, load_params
 from rrlhf.features import PairFeatures
 from rrlhf.heads import RewardHeads
 from rrlhf.tables import SCHEMAS, preferences, prompts, read_table
@@ -146,7 +146,7 @@ def test_the_curves_retell_what_training_logged(made):
 
 def test_a_policy_folder_says_what_it_was_trained_for(made):
     arm = json.loads((made[0] / "robust" / "arm.json").read_text())
-    assert arm == {"reward": "robust", "nominal_weight": 0.4, "seed": 1}
+    assert Arm.model_validate(arm) == Arm(reward="robust", nominal_weight=0.4, seed=1)
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
 
 
