@@ -82,6 +82,7 @@ def test_the_first_run_makes_everything(first, shell):
     assert first.cached == set()
     assert (shell.root / "reports" / "tiny.html").stat().st_size > 10_000
     assert "robust" in first.told
+    assert "ERROR" not in first.told
 
 
 def test_the_second_run_makes_nothing(first, shell):
