@@ -16,6 +16,8 @@ MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}
 POLICIES = {"ppo-single", "ppo-robust"}
 NEW_WEIGHT = ("--set", "ppo.kl_weight=0.3")
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
+
 
 class Done(NamedTuple):
     """How a command ended and what it said."""
