@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -107,7 +108,7 @@ def tracked(project: Project) -> Iterator[Run]:
         tracker.finish_flow(tracking_id, status)
 
 
-@task(task_run_name=DATA)
+@task(task_run_name=DATA, cache_policy=NO_CACHE)
 def prepare(document: Document, run: Run) -> Record:
     """Have the data set ready: DVC decides whether its stage runs."""
     project = run.project
@@ -172,7 +173,7 @@ def restored(node: Node, key: str, run: Run) -> bool:
     return True
 
 
-@task
+@task(cache_policy=NO_CACHE)
 def register(node: Node, run: Run) -> None:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
     arm = node.name.removeprefix("ppo-")
@@ -183,7 +184,7 @@ def register(node: Node, run: Run) -> None:
     run.tracker.register(run.artifacts[node.name], dataset, aliases=aliases, parent=run.tracking_id)
 
 
-@task(task_run_name="report")
+@task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run) -> str:
     """Write the HTML report, print the comparison, and return the report's path."""
     from rich.console import Console

@@ -13,16 +13,17 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
 from rrlhf.environment import end_with_parent
+from rrlhf.locks import locked
 from rrlhf.tracking import Tracker
 
 HOST = "127.0.0.1"
 POOL = "rrlhf"
+STARTING = Path(".rrlhf", "starting")  # held while a server migrates the database, which two at once break
 SECONDS_TO_START = 120.0
 SECONDS_TO_STOP = 15.0
 
@@ -41,8 +42,11 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         "PWD": str(root),  # prefect.yaml names it
     }
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
-    with _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root) as server:
-        _wait_for(f"{api}/health", server)
+    with ExitStack() as services:
+        with locked(root / STARTING):
+            start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
+            server = services.enter_context(start)
+            _wait_for(f"{api}/health", server)
         _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
         _call(_prefect("deploy", "--all"), environment, root)
         worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
@@ -68,10 +72,16 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
     port = _free_port()
     api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
     command = _prefect("server", "start", "--host", HOST, "--port", str(port), "--no-ui")
-    service = _process("run", command, os.environ, root)
-    server = service.__enter__()
-    atexit.register(service.__exit__, None, None, None)
-    return partial(_wait_for, f"{api}/health", server)
+    starting, services = ExitStack(), ExitStack()
+    starting.enter_context(locked(root / STARTING))
+    server = services.enter_context(_process("run", command, os.environ, root))
+    atexit.register(services.close)
+
+    def wait_until_ready() -> None:
+        with starting:
+            _wait_for(f"{api}/health", server)
+
+    return wait_until_ready
 
 
 def _check_answer(api: str) -> None:

@@ -6,16 +6,14 @@ the sha256 of every file, and the content digest that names this artifact as an 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
+from rrlhf.locks import locked
 
 MANIFEST = "artifact.json"
 HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
@@ -196,22 +195,9 @@ class Store:
         self._memo.renamed(downloaded, final)
         return Artifact(final, manifest)
 
-    @contextmanager
-    def locked(self, key: str) -> Iterator[None]:
-        """Hold the lock of a key, waiting for it if need be; the kernel drops it with the process."""
-        path = self.root / ".locks" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                print(f"waiting for {handle.read().strip() or 'another run'}", file=sys.stderr, flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()}, at work since {datetime.now():%H:%M:%S}")
-            handle.flush()
-            yield
+    def locked(self, key: str) -> AbstractContextManager[None]:
+        """Hold the lock of a key, waiting for it if need be."""
+        return locked(self.root / ".locks" / key)
 
 
 class Memo:

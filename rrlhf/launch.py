@@ -17,6 +17,7 @@ from typing import Any
 
 from rrlhf.artifacts import HISTORY
 from rrlhf.config import Arm, Launch, Params, Section
+from rrlhf.environment import release_memory
 from rrlhf.keys import Document
 from rrlhf.processes import call_in_processes
 from rrlhf.progress import check_stop
@@ -44,7 +45,10 @@ def execute(
     import torch
 
     torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
-    call(document, inputs=inputs, out=out, log=recorded)
+    try:
+        call(document, inputs=inputs, out=out, log=recorded)
+    finally:
+        release_memory()  # arms run in processes of their own while this one waits
 
 
 def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log) -> None:

@@ -30,6 +30,8 @@ METRICS = {
     "repetition": "Share of words that occurred before in the same response, 0 to 1.",
     "finished": "Share of responses that came to an end instead of being cut off, 0 to 1.",
 }
+MOST_COLUMNS = 4  # policies that stand side by side in a terminal of 80 characters
+WIDE = {"gold", "proxy", "kl", "words"}  # what the terminal shows of more policies; the HTML shows all
 
 
 class Row(NamedTuple):
@@ -71,15 +73,29 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
 
 
 def table(evaluation: Evaluation) -> Table:
-    """Return the comparison for the terminal: mean ± standard error, the best gold in bold."""
+    """Return the comparison for the terminal: mean ± standard error, the best gold in bold.
+
+    A few policies are columns; more of them are rows, since a terminal is only so wide.
+    """
+    policies, rows = evaluation["policies"], _comparison(evaluation)
     shown = Table(title="mean ± standard error over prompts", title_justify="left")
     shown.add_column("", no_wrap=True)
-    for policy in evaluation["policies"]:
-        shown.add_column(Text(f"{visible(policy['name'])}\n{visible(reward_in_words(policy))}"), justify="right")
-    for row in _comparison(evaluation):
-        cells = [Text(cell, style="bold" if i == row.best else "") for i, cell in enumerate(row.cells)]
-        shown.add_row(Text(visible(row.metric)), *cells)
+    if len(policies) <= MOST_COLUMNS:
+        for policy in policies:
+            shown.add_column(Text(f"{visible(policy['name'])}\n{visible(reward_in_words(policy))}"), justify="right")
+        for row in rows:
+            shown.add_row(Text(visible(row.metric)), *(_cell(row, i) for i in range(len(policies))))
+        return shown
+    columns = [row for row in rows if row.metric in WIDE]
+    for row in columns:
+        shown.add_column(Text(visible(row.metric)), justify="right", no_wrap=True)
+    for i, policy in enumerate(policies):
+        shown.add_row(Text(visible(policy["name"])), *(_cell(row, i) for row in columns))
     return shown
+
+
+def _cell(row: Row, policy: int) -> Text:
+    return Text(row.cells[policy], style="bold" if policy == row.best else "")
 
 
 def reward_in_words(policy: Policy) -> str:

@@ -315,7 +315,7 @@ def test_a_parquet_file_brings_message_lists_and_scores(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("cut.jsonl.gz", gzip.compress(json.dumps(plain()).encode())[:-10], "broken gzip"),
+        ("cut.jsonl.gz", gzip.compress(json.dumps(plain()).encode(), mtime=0)[:-10], "broken gzip"),
         ("plain.jsonl.gz", b"{}", "broken gzip"),
         ("lines.json", b"{}\n{}", "not one JSON document"),
         ("object.json", b"{}", "holds a dict, not a list"),

@@ -16,6 +16,8 @@ MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}
 POLICIES = {"ppo-single", "ppo-robust"}
 NEW_WEIGHT = ("--set", "ppo.kl_weight=0.3")
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
+
 
 class Done(NamedTuple):
     """How a command ended and what it said."""
@@ -82,6 +84,7 @@ def test_the_first_run_makes_everything(first, shell):
     assert first.cached == set()
     assert (shell.root / "reports" / "tiny.html").stat().st_size > 10_000
     assert "robust" in first.told
+    assert "ERROR" not in first.told
 
 
 def test_the_second_run_makes_nothing(first, shell):

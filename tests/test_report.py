@@ -217,6 +217,16 @@ def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> N
     assert re.search(r"robust +│ +– │ +– │ +2.00 ± 0.05", text)
 
 
+def test_many_policies_are_rows_of_the_terminal_table() -> None:
+    many = evaluation()
+    many["policies"] += [policy(f"robust-{n}", "robust", 0.4, gold=0.1 * n, proxy=5.0, kl=16.0) for n in (2, 3)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(many))
+    text = console.export_text()
+    assert re.search(r"robust +│ ★ 1.30 ± 0.05 │ +5.00 ± 0.05 │ +16.00 ± 0.05", text)
+    assert re.search(r"robust-3 +│ +0.30 ± 0.05", text)
+
+
 def test_neighbouring_updates_are_averaged_three_by_three() -> None:
     assert neighbour_means([1, 2, 6, 10]) == [3, 6]
     assert neighbour_means([1, 3]) == [2]

@@ -1,8 +1,7 @@
-"""The connection to MLflow: opening it, its errors, and locks between processes of this machine."""
+"""The connection to MLflow: opening it, and its errors."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sqlite3
@@ -11,6 +10,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+
+from rrlhf.locks import locked
 
 SECONDS_TO_ANSWER = 2
 SECONDS_TO_UPLOAD = 600
@@ -185,12 +186,3 @@ def long_requests() -> Iterator[None]:
             yield
         finally:
             os.environ[name] = before
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel drops with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

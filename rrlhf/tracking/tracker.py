@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from rrlhf.artifacts import Artifact
 from rrlhf.config import Params
+from rrlhf.locks import locked
 from rrlhf.stages import Node
 from rrlhf.tracking.models import MODEL_NAMES, Models
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs
-from rrlhf.tracking.server import connect, errors, locked, long_requests, trouble, warn
+from rrlhf.tracking.server import connect, errors, long_requests, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
