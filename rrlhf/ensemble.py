@@ -5,18 +5,16 @@ K Gaussian heads on the trunk that the single head was trained on, each on its o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Ensemble, Model
 from rrlhf.features import TRUNK, PairFeatures
-from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit, win_probability
-from rrlhf.losses import gaussian_bradley_terry, gaussian_nll, reparameterised_mse
+from rrlhf.heads import RewardHeads, bootstrap_weights, fit, win_probability
 from rrlhf.models import accelerator
+from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
 from rrlhf.robust import READINGS, Scores, head_spread
 from rrlhf.types import Log, Metrics
@@ -52,27 +50,6 @@ def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path,
     log({"step": ensemble.epochs, **judge(heads, features)})
     heads.save(out)
     (out / TRUNK).write_bytes((reward / TRUNK).read_bytes())
-
-
-def stage2_loss(
-    ensemble: Ensemble, single: RewardHeads, train: Pairs, generator: torch.Generator
-) -> Callable[[Scores, Scores, Tensor], Tensor]:
-    """Return the loss per pair and head that `ensemble.loss` and `ensemble.target` name."""
-    if ensemble.loss == "bradley_terry":
-        return lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected)
-    if ensemble.target == "stage1_reward":
-        target_chosen = single.score(train.chosen).mean
-        target_rejected = single.score(train.rejected).mean
-    else:  # chosen and rejected lie one unit apart
-        target_chosen = torch.full((len(train.chosen), 1), 0.5)
-        target_rejected = -target_chosen
-
-    def error(scores: Scores, target: Tensor) -> Tensor:
-        if ensemble.loss == "gaussian_nll":
-            return gaussian_nll(scores, target)
-        return reparameterised_mse(scores, target, torch.randn(scores.mean.shape, generator=generator))
-
-    return lambda chosen, rejected, index: error(chosen, target_chosen[index]) + error(rejected, target_rejected[index])
 
 
 def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:

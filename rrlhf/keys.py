@@ -21,7 +21,15 @@ from rrlhf.stages import Node
 PACKAGE = Path(__file__).parent
 
 # Modules whose every effect on a result is already in the key (as settings), or that only show or store things.
-WITHOUT_EFFECT = {"rrlhf.artifacts", "rrlhf.config", "rrlhf.hardware", "rrlhf.progress", "rrlhf.sources", "rrlhf.types"}
+WITHOUT_EFFECT = {
+    "rrlhf.artifacts",
+    "rrlhf.checks",
+    "rrlhf.config",
+    "rrlhf.hardware",
+    "rrlhf.progress",
+    "rrlhf.sources",
+    "rrlhf.types",
+}
 
 Document = dict[str, Any]
 

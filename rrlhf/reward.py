@@ -10,8 +10,8 @@ from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Model, Reward
 from rrlhf.features import pair_features
 from rrlhf.heads import RewardHeads, fit
-from rrlhf.losses import bradley_terry
 from rrlhf.models import accelerator, load_model
+from rrlhf.objectives import single_loss
 from rrlhf.progress import track
 from rrlhf.tables import preferences
 from rrlhf.types import Log
@@ -31,7 +31,7 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
     rows = fit(
         heads,
-        lambda chosen, rejected, _: bradley_terry(chosen.mean - rejected.mean),
+        single_loss(reward),
         features.train,
         torch.ones(len(features.train.chosen), 1),
         accelerator=engine,
