@@ -118,11 +118,19 @@ class HeadTraining(Section):
     dro_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class Reward(HeadTraining):
-    """The single reward head and the trunk features that all heads share."""
+class TrunkTraining(Section):
+    """The layers below the reward heads: where they come from, and how they train."""
 
+    base: str | None
+    revision: str | None
+    prompt_tokens: PositiveInt | None
+    response_tokens: PositiveInt | None
     layer: PositiveInt
     batch_size: PositiveInt
+
+
+class Reward(HeadTraining, TrunkTraining):
+    """The single reward head and the trunk features that all heads share."""
 
 
 class Ensemble(HeadTraining):

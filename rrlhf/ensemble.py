@@ -11,12 +11,13 @@ import torch
 
 from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Ensemble, Model
-from rrlhf.features import TRUNK, PairFeatures
+from rrlhf.features import PairFeatures
 from rrlhf.heads import RewardHeads, bootstrap_weights, fit, win_probability
 from rrlhf.models import accelerator
 from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
 from rrlhf.robust import READINGS, Scores, head_spread
+from rrlhf.trunk import link_trunk
 from rrlhf.types import Log, Metrics
 
 
@@ -49,7 +50,7 @@ def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path,
     _refuse_identical(heads.score(features.reference))
     log({"step": ensemble.epochs, **judge(heads, features)})
     heads.save(out)
-    (out / TRUNK).write_bytes((reward / TRUNK).read_bytes())
+    link_trunk(reward, out)
 
 
 def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:

@@ -10,23 +10,20 @@ from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Model, Reward
 from rrlhf.features import pair_features
 from rrlhf.heads import RewardHeads, fit
-from rrlhf.models import accelerator, load_model
+from rrlhf.models import accelerator
 from rrlhf.objectives import single_loss
 from rrlhf.progress import track
 from rrlhf.tables import preferences
+from rrlhf.trunk import save_trunk, start_trunk
 from rrlhf.types import Log
 
 
 def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: Path, log: Log) -> None:
     """Compute the trunk's features once, train one head on them, and save both."""
     engine = accelerator(model)
-    language = load_model(sft)
-    if reward.layer > language.layers:
-        raise ValueError(f"reward.layer {reward.layer}: the model has {language.layers} layers")
-    language.network.to(engine.device)
-    features = pair_features(
-        language, preferences(data, "preferences"), preferences(data, "heldout"), reward.layer, reward.batch_size, model
-    )
+    trunk = start_trunk(reward, model, sft)
+    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    features = pair_features(trunk, train, heldout, reward.batch_size)
     torch.manual_seed(seed)
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
     rows = fit(
@@ -57,4 +54,5 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
         }
     )
     heads.save(out)
-    features.save(out, reward.layer)
+    features.save(out)
+    save_trunk(trunk, out, own=reward.base is not None)
