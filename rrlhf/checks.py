@@ -65,6 +65,27 @@ def _reward_models(params: Params) -> Iterator[Mistake]:
             if getattr(ensemble, name) != neutral:
                 yield ("ensemble", name), f"ensemble.{name} belongs to the loss bradley_terry, not to {ensemble.loss}"
 
+    reward = params.reward
+    trains = reward.trunk != "frozen" or ensemble.kind == "lora"
+    if trains and reward.train_layers > reward.layer:
+        yield (
+            ("reward", "train_layers"),
+            f"reward.train_layers {reward.train_layers} is more than the {reward.layer} layers of the trunk",
+        )
+    if reward.revision is not None and reward.base is None:
+        yield ("reward", "revision"), "reward.revision is the commit of reward.base, which is null"
+    if not ensemble.freeze_backbone and ensemble.kind != "heads":
+        yield ("ensemble", "freeze_backbone"), f"ensemble.freeze_backbone is for kind heads; {ensemble.kind} has no use"
+    elif not ensemble.freeze_backbone and reward.trunk == "frozen":
+        yield ("ensemble", "freeze_backbone"), "ensemble.freeze_backbone is false: set reward.trunk to lora or full"
+    if ensemble.diversity and ensemble.kind != "lora":
+        yield ("ensemble", "diversity"), f"ensemble.diversity is for kind lora, not for {ensemble.kind}"
+    if ensemble.kind == "warm" and reward.trunk == "frozen" and ensemble.hidden:
+        yield (
+            ("ensemble", "hidden"),
+            "ensemble.kind warm on a frozen trunk averages linear heads: set ensemble.hidden to 0 or train the trunk",
+        )
+
 
 def _arms(params: Params) -> Iterator[Mistake]:
     if params.tracking.candidate not in params.arms:

@@ -127,21 +127,36 @@ class TrunkTraining(Section):
     response_tokens: PositiveInt | None
     layer: PositiveInt
     batch_size: PositiveInt
+    trunk: Literal["frozen", "lora", "full"]
+    train_layers: PositiveInt
+    lora_rank: PositiveInt
+    trunk_epochs: PositiveInt
+    trunk_pairs_per_batch: PositiveInt
+    trunk_learning_rate: PositiveFloat
+    trunk_max_grad_norm: PositiveFloat
 
 
 class Reward(HeadTraining, TrunkTraining):
     """The single reward head and the trunk features that all heads share."""
 
 
-class Ensemble(HeadTraining):
-    """The Bayesian reward model ensemble (BRME)."""
+class Member(HeadTraining):
+    """One head of an ensemble; a member that is a reward model of its own knows no more than this."""
 
-    heads: PositiveInt
     hidden: Annotated[int, Field(ge=0)]
     loss: Literal["reparam_mse", "gaussian_nll", "bradley_terry"]
     target: Literal["stage1_reward", "margin"]
     head_data: Literal["bootstrap", "all"]
     sigma_floor: PositiveFloat
+
+
+class Ensemble(Member):
+    """The ensemble of reward models; heads on one trunk are the Bayesian reward model ensemble (BRME)."""
+
+    kind: Literal["heads", "members", "lora", "warm"]
+    heads: PositiveInt
+    freeze_backbone: bool
+    diversity: NonNegative
 
 
 class Ppo(Section):

@@ -38,6 +38,8 @@ def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
     """Return the key document of a node, given the content digest of each of its inputs."""
     settings = node.settings
     numerics = {"torch": version("torch"), "transformers": version("transformers")}
+    if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
+        numerics["peft"] = version("peft")
     model = settings.get("model")
     if model:
         model["device"] = device_kind(model["device"])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rrlhf.config import Ensemble, HeadTraining
+from rrlhf.config import HeadTraining, Member
 from rrlhf.heads import Pairs, RewardHeads
 from rrlhf.losses import (
     centring,
@@ -51,7 +51,7 @@ def certain(scores: Scores) -> Scores:
     return Scores(scores.mean, torch.zeros_like(scores.std))
 
 
-def stage2_loss(settings: Ensemble, single: RewardHeads, train: Pairs, generator: torch.Generator) -> PairLoss:
+def stage2_loss(settings: Member, single: RewardHeads, train: Pairs, generator: torch.Generator) -> PairLoss:
     """Return the loss that `ensemble.loss` and `ensemble.target` name.
 
     single: the head of stage 1 and train: the features that it reads, for the target stage1_reward.
@@ -68,6 +68,11 @@ def stage2_loss(settings: Ensemble, single: RewardHeads, train: Pairs, generator
     def error(scores: Scores, target: Tensor) -> Tensor:
         if settings.loss == "gaussian_nll":
             return gaussian_nll(scores, target)
-        return reparameterised_mse(scores, target, torch.randn(scores.mean.shape, generator=generator))
+        noise = torch.randn(scores.mean.shape, generator=generator)
+        return reparameterised_mse(scores, target, noise.to(target.device))
 
-    return lambda chosen, rejected, index: error(chosen, target_chosen[index]) + error(rejected, target_rejected[index])
+    def loss(chosen: Scores, rejected: Scores, index: Tensor) -> Tensor:
+        high, low = (target.to(index.device)[index] for target in (target_chosen, target_rejected))
+        return error(chosen, high) + error(rejected, low)
+
+    return loss

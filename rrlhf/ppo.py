@@ -1,8 +1,8 @@
 """Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
 
 Only the top layers train. The frozen layers below run once per rollout: what they leave serves the policy, its
-value function, the reference (a frozen copy of the top layers) and the reward heads' features. A reward model with a trunk
-of its own scores the decoded text.
+value function, the reference (a frozen copy of the top layers) and the reward heads' features. A reward model with
+its own trunk scores the decoded text.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import cast
 from rrlhf.artifacts import Memo
 from rrlhf.config import Model, Prepare, TrunkTraining
 from rrlhf.located import ParamsError
-from rrlhf.stages import DATA, Node
+from rrlhf.stages import Node
 
 
 def external_digests(node: Node, memo: Memo) -> dict[str, str]:
@@ -20,7 +20,7 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     if node.stage in {"prepare", "sft"}:
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
     trunk = node.sections.get("trunk", node.sections.get("reward"))
-    if isinstance(trunk, TrunkTraining) and trunk.base is not None and DATA in node.inputs:
+    if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:
         own = cast(Model, node.sections["model"]).model_copy(update={"base": trunk.base, "revision": trunk.revision})
         found["base"] = base_digest(own, memo, "reward")
     if node.stage == "prepare":

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.adapters import copies_of, first_adapted, load_adapters
+from rrlhf.adapters import WEIGHTS as ADAPTERS
+from rrlhf.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.artifacts import sha256
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
@@ -124,8 +125,11 @@ def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:
     """
     identity = None
     if own:
+        if hasattr(trunk.language.network, "adapted"):
+            save_adapters(trunk.language.network, folder)
         save_model(cut(trunk), folder / FOLDER)
-        identity = sha256(folder / FOLDER / "model.safetensors")
+        weights = [*sorted((folder / FOLDER).glob("*.safetensors")), *folder.glob(ADAPTERS)]
+        identity = "-".join(sha256(path)[:32] for path in weights)
     described = trunk.model.model_dump() | {"base": FOLDER, "revision": None}
     (folder / FILE).write_text(
         json.dumps({"layer": trunk.layer, "identity": identity, "model": described}), encoding="utf-8"
