@@ -73,6 +73,7 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
     params = load_params(root, profile, overrides)
     with tracked(Project(root, profile, params)) as run:
         data, *models = run.project.nodes
+        run.project.check_sources()
         prepare(run.project.document(data, {}), run)
         for together in independent(models, params.launch.arms_at_once):
             finish([start(node, run, beside=len(together) - 1) for node in together], run)
