@@ -55,7 +55,7 @@ def start(tmp_path_factory):
             good, bad = ("".join(draw.choices(letters, k=draw.randint(4, 12))) for letters in ("aeiou ab", "xyzqw xz"))
             yield {"prompt": prompt, "chosen": good, "rejected": bad, "flipped": None}
 
-    for name, count in {"preferences": 48, "heldout": 16, "ppo": 12, "evaluate": 6}.items():
+    for name, count in {"preferences": 40, "heldout": 16, "ppo": 11, "evaluate": 4}.items():
         asked = list(rows(count, name))
         if name in {"ppo", "evaluate"}:
             asked = [{"prompt": row["prompt"], "topic": None} for row in asked]

@@ -78,7 +78,7 @@ def texts(start):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_scores_text_the_same_in_any_batch(made, texts, kind):
     found = made(kind)
-    heads = 1 if kind.startswith("warm") else 3
+    heads = 1 if kind.startswith("warm") else 2
     for name, width in (("reward", 1), ("ensemble", heads)):
         expected = found.scores(name, *texts)
         assert expected.mean.shape == expected.std.shape == (5, width)
@@ -105,7 +105,7 @@ def test_stored_features_are_those_of_the_stored_trunk(made, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_learns_the_preferences(made, kind):
     rows = made(kind).rows["ensemble"]
-    assert rows[-1]["heldout_accuracy_mean"] > 0.9
+    assert rows[-1]["heldout_accuracy_mean"] > 0.8
 
 
 @pytest.mark.parametrize("kind", ["full", "lora trunk", "joint", "lora"])
@@ -125,7 +125,7 @@ def test_members_are_the_reward_models_that_they_were_made_of(made, texts):
     for kind in ("members", "trained members"):
         found = made(kind)
         together = found.scores("ensemble", *texts)
-        alone = [found.scores(f"member-{number}", *texts) for number in range(3)]
+        alone = [found.scores(f"member-{number}", *texts) for number in range(2)]
         torch.testing.assert_close(together.mean, torch.cat([one.mean for one in alone], dim=1), atol=1e-4, rtol=1e-4)
         assert torch.corrcoef(together.mean.T).fill_diagonal_(0).max() < 0.99999
 
@@ -133,7 +133,7 @@ def test_members_are_the_reward_models_that_they_were_made_of(made, texts):
 def test_averaged_heads_give_the_average_of_the_raw_rewards(made):
     found = made("warm heads")
     features = features_of(found.root / "ensemble", found.root / "reward").heldout.chosen
-    members = [load_reward_model(found.root / f"member-{n}", found.start / "sft").heads for n in range(3)]
+    members = [load_reward_model(found.root / f"member-{n}", found.start / "sft").heads for n in range(2)]
     mean = torch.stack([heads(features).mean for heads in members]).mean(0)
     averaged = load_reward_model(found.root / "ensemble", found.start / "sft").heads
     torch.testing.assert_close(averaged(features).mean, mean, atol=1e-5, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_averaged_heads_give_the_average_of_the_raw_rewards(made):
 def test_averaged_trunks_have_the_mean_of_all_weights(made):
     found = made("warm")
     name = "model.layers.1.mlp.up_proj.weight"
-    members = [load_file(found.root / f"member-{n}" / "trunk" / "model.safetensors")[name] for n in range(3)]
+    members = [load_file(found.root / f"member-{n}" / "trunk" / "model.safetensors")[name] for n in range(2)]
     assert not torch.equal(members[0], members[1])
     averaged = load_file(found.root / "ensemble" / "trunk" / "model.safetensors")[name]
     torch.testing.assert_close(averaged, torch.stack(members).mean(0))
@@ -188,4 +188,4 @@ def test_a_policy_is_trained_and_compared_with_it(made, kind):
             found.run(node)
     result = json.loads((found.root / "evaluate" / "evaluation.json").read_text())
     assert [policy["name"] for policy in result["policies"]] == ["sft", "single", "robust"]
-    assert all(len(point["heads"]) == 3 for point in result["curves"])
+    assert all(len(point["heads"]) == 2 for point in result["curves"])
