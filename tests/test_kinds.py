@@ -22,6 +22,7 @@ TRAINS = {
     "reward.trunk_learning_rate": 1.0e-3,
     "reward.trunk_epochs": 2,
     "ensemble.epochs": 60,
+    "ensemble.heads": 2,
 }
 KINDS = {
     "full": {"reward.trunk": "full"},
