@@ -35,7 +35,7 @@ class Bin(NamedTuple):
 
     confidence: float  # mean of P(the likelier response wins)
     accuracy: float
-    count: int
+    n: int
     interval: Interval  # of the accuracy, 95 %, for pairs that are independent
 
 
@@ -44,7 +44,7 @@ class SigmaBin(NamedTuple):
 
     sigma: float  # mean
     error: float  # root mean square
-    count: int
+    n: int
 
 
 def estimate(values: Tensor, groups: Tensor | None = None) -> Estimate:
@@ -90,7 +90,7 @@ def expected_calibration_error(probability: Tensor, bins: int = 10) -> float:
     arXiv 1706.04599, eq. 5).
     """
     found = reliability(probability, bins)
-    return sum(row.count * abs(row.accuracy - row.confidence) for row in found) / len(probability)
+    return sum(row.n * abs(row.accuracy - row.confidence) for row in found) / len(probability)
 
 
 def maximum_calibration_error(probability: Tensor, bins: int = 10) -> float:
@@ -188,4 +188,5 @@ def _ranks(values: Tensor) -> Tensor:
     """Return ranks from 1; equal values share the mean of theirs."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[group]
+    ranks: Tensor = (last - (counts - 1) / 2)[group]
+    return ranks

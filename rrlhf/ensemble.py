@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Ensemble, Model
 from rrlhf.features import TRUNK, PairFeatures
-from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit, win_probability
+from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit
+from rrlhf.judging import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.losses import gaussian_bradley_terry, gaussian_nll, reparameterised_mse
 from rrlhf.models import accelerator
 from rrlhf.progress import track
-from rrlhf.robust import READINGS, Scores, head_spread
+from rrlhf.robust import Scores, head_spread
 from rrlhf.types import Log, Metrics
 
 
@@ -77,20 +77,8 @@ def stage2_loss(
 
 def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:
     """Return held-out accuracy of each way to read the ensemble, its calibration, and how much its heads agree."""
-    chosen, rejected = heads.score(features.heldout.chosen), heads.score(features.heldout.rejected)
-    metrics: Metrics = {}
-    for name, reading in READINGS.items():
-        accuracy = estimate(correct(reading(chosen) - reading(rejected)), features.heldout_prompts)
-        metrics |= {f"heldout_accuracy_{name}": accuracy.mean, f"heldout_accuracy_{name}_stderr": accuracy.stderr}
-    reference = heads.score(features.reference)
-    correlations = torch.corrcoef(reference.mean.T).reshape(reference.mean.shape[1], -1)
-    between = correlations[~torch.eye(len(correlations), dtype=torch.bool)]
-    return metrics | {
-        "heldout_ece": expected_calibration_error(win_probability(heads, features.heldout)),
-        "head_correlation": between.mean().item() if len(between) else 1.0,
-        "head_spread": head_spread(reference).mean().item(),
-        "head_std": reference.std.mean().item(),
-    }
+    pairs = score_pairs(heads, features.heldout, features.heldout_prompts)
+    return heldout_metrics(judge_ensemble("ensemble", pairs))
 
 
 def _refuse_identical(scores: Scores) -> None:

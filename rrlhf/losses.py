@@ -41,14 +41,21 @@ def bradley_terry(margin: Tensor) -> Tensor:
     return -logsigmoid(margin)
 
 
-def gaussian_bradley_terry(chosen: Scores, rejected: Scores) -> Tensor:
-    """Return the Bradley-Terry loss of two Gaussian rewards, their noise integrated out, [batch, heads].
+def gaussian_log_odds(chosen: Scores, rejected: Scores) -> Tensor:
+    """Return the log-odds, [batch, heads], that the chosen one of two Gaussian rewards wins, noise integrated out.
 
-    E[sigmoid(d)] for d ~ N(m, v) is close to sigmoid(m / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10); a head that
-    cannot tell two responses apart lowers its loss by admitting a larger standard deviation.
+    E[sigmoid(d)] for d ~ N(m, v) is close to sigmoid(m / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10).
     """
     variance = chosen.std**2 + rejected.std**2
-    return bradley_terry((chosen.mean - rejected.mean) / torch.sqrt(1 + math.pi / 8 * variance))
+    return (chosen.mean - rejected.mean) / torch.sqrt(1 + math.pi / 8 * variance)
+
+
+def gaussian_bradley_terry(chosen: Scores, rejected: Scores) -> Tensor:
+    """Return the Bradley-Terry loss of two Gaussian rewards, [batch, heads], see `gaussian_log_odds`.
+
+    A head that cannot tell two responses apart lowers its loss by admitting a larger standard deviation.
+    """
+    return bradley_terry(gaussian_log_odds(chosen, rejected))
 
 
 def reparameterised_mse(scores: Scores, target: Tensor, noise: Tensor) -> Tensor:

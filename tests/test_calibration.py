@@ -99,7 +99,7 @@ def test_the_reliability_table_agrees_with_scikit_learn(numbers):
     found = reliability(probability)
     assert [row.accuracy for row in found] == pytest.approx(list(accuracy))
     assert [row.confidence for row in found] == pytest.approx(list(stated / 2 + 0.5))
-    assert sum(row.count for row in found) == len(numbers)
+    assert sum(row.n for row in found) == len(numbers)
     assert maximum_calibration_error(probability) == pytest.approx(np.abs(accuracy - stated / 2 - 0.5).max())
     assert all(row.interval.low <= row.accuracy <= row.interval.high for row in found)
 
