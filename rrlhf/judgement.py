@@ -92,3 +92,21 @@ class GoldAgreement(TypedDict):
     sigma_bins: list[SigmaBinRow]  # stated standard deviation against the error to standardised gold
     spread_warns: float | None  # rank correlation between the heads' spread and the absolute error
     sigma_warns: float | None
+
+
+class Robustness(TypedDict):
+    """How a reward model ranks pairs under one kind of perturbation."""
+
+    kind: str
+    keeps_meaning: bool
+    wins: Share  # P(chosen wins) when both responses are perturbed
+    turned: Share  # how often the order differs from that of the texts as they are
+    shift: Measured  # of the reward by the perturbation, in normalised units
+
+
+class SubsetAccuracy(TypedDict):
+    """Accuracy on the subsets of a benchmark."""
+
+    subsets: dict[str, Share]
+    macro: Measured  # every subset counts the same
+    micro: Share  # every prompt counts the same
