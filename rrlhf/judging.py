@@ -114,7 +114,7 @@ def heldout_metrics(judgement: RewardJudgement) -> Metrics:
             "head_spread": heads["spread"]["mean"],
             "head_std": heads["sigma"],
         }
-    return {name: value for name, value in metrics.items() if value is not None}
+    return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
 
 def agreement_with_gold(name: str, scores: Scores, gold: Tensor, start: Tensor, prompts: Tensor) -> GoldAgreement:

@@ -43,16 +43,9 @@ class Row(NamedTuple):
 
 def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, facts: Mapping[str, str]) -> str:
     """Return the report as one HTML file; everything in it that others wrote is escaped and made visible."""
-    template = Environment(
-        loader=PackageLoader("rrlhf", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    ).get_template("report.html.j2")
     looks = _looks(evaluation)
-    return template.render(
+    return page(
+        "report.html.j2",
         evaluation=evaluation,
         profile=evaluation.get("profile"),
         rewards={policy["name"]: reward_in_words(policy) for policy in evaluation["policies"]},
@@ -70,6 +63,19 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
         lineage=lineage,
         params=yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True),
     )
+
+
+def page(template: str, **content: object) -> str:
+    """Fill a template of this package; what others wrote is escaped and made visible."""
+    environment = Environment(
+        loader=PackageLoader("rrlhf", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(**content)
 
 
 def table(evaluation: Evaluation) -> Table:

@@ -27,6 +27,7 @@ MISTAKES_SHOWN = 50
 class LabelledPairs(NamedTuple):
     """Pairs in the order of their file, the subset of each where the format has one, and the rows left out."""
 
+    source: str
     pairs: list[Preference]
     subsets: list[str]  # empty, or one a pair
     rejected: list[Rejected]
@@ -42,8 +43,9 @@ def load_pairs(file: Path, format: str, *, max_rejected: float, limit: int | Non
         raise ValueError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
     if not file.is_file():
         raise ValueError(f"{file}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
-    layout, loaded = PAIR_FORMATS[format], LabelledPairs([], [], [])
+    layout = PAIR_FORMATS[format]
     name, rows = open_rows(str(file), None, layout)
+    loaded = LabelledPairs(name, [], [], [])
     columns: dict[str, None] = {}
     seen: dict[str, dict[str, int]] = {}  # by subset: one pair may stand in two
     for line, row in rows:
@@ -64,7 +66,7 @@ def load_pairs(file: Path, format: str, *, max_rejected: float, limit: int | Non
             break
     if columns:
         require_columns(name, list(columns), layout)
-    _refuse_bad_rows(name, loaded, max_rejected)
+    _refuse_bad_rows(loaded, max_rejected)
     return loaded
 
 
@@ -98,7 +100,8 @@ def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) ->
     }
 
 
-def _refuse_bad_rows(file: str, loaded: LabelledPairs, max_rejected: float) -> None:
+def _refuse_bad_rows(loaded: LabelledPairs, max_rejected: float) -> None:
+    file = loaded.source
     bad, total = loaded.rejected, len(loaded.rejected) + len(loaded.pairs)
     if not total:
         raise ValueError(f"{file}: the file is empty: there is no row")

@@ -55,6 +55,12 @@ def shared_trunk_scorer(sft: Path, reward: Path, model: Model, batch_size: int) 
     return scores
 
 
+def log_odds_scale(reward: Path) -> Tensor:
+    """Return how much log-odds one normalised unit of each head is worth, [heads]."""
+    scale: Tensor = RewardHeads.load(reward).score_std
+    return scale
+
+
 def share_cut(sft: Path, texts: Sequence[str], model: Model) -> float:
     """Return the share of responses that are longer than the reward model reads."""
     from transformers import AutoTokenizer
