@@ -26,9 +26,11 @@ def tables(report: RewardReport) -> Iterator[Table]:
     judgement = answer["judgement"]
     title = f"{report['model']} on {report['data']}: {judgement['pairs']} pairs of {judgement['prompts']} prompts"
     shown = _table(title, "", "value", "95 %", "what it means")
+    meaning = "chosen response scores higher; a coin: 0.50"
     for reading, accuracy in judgement["accuracy"].items():
         name = "accuracy" if len(judgement["accuracy"]) == 1 else f"accuracy, {reading}"
-        shown.add_row(name, in_figures(accuracy), _interval(accuracy), "chosen response scores higher; 0.50: a coin")
+        shown.add_row(name, in_figures(accuracy), _interval(accuracy), meaning)
+        meaning = ""
     for row in _calibration_rows(judgement["calibration"]):
         shown.add_row(row[0], row[1], "", row[2])
     if "heads" in judgement:
@@ -118,23 +120,23 @@ def strict(value: object) -> Json:
 
 
 def _calibration_rows(found: Calibration) -> Iterator[tuple[str, str, str]]:
-    yield "ECE", known(found["ece"]), "mean gap between stated confidence and accuracy; 0: honest"
+    yield "ECE", known(found["ece"]), "mean gap of confidence and accuracy; honest: 0"
     yield "MCE", known(found["mce"]), "largest such gap"
-    yield "Brier score", known(found["brier"]), "squared error of P(chosen wins); a coin has 0.250"
-    yield "likelihood loss", known(found["nll"]), "nats; a coin has 0.693"
-    yield "temperature", known(found["temperature"], 2), "log-odds should be divided by it; above 1: too sure"
+    yield "Brier score", known(found["brier"]), "error of P(chosen wins); a coin: 0.250"
+    yield "likelihood loss", known(found["nll"]), "nats; a coin: 0.693"
+    yield "temperature", known(found["temperature"], 2), "divides the log-odds; above 1: too sure"
 
 
 def _head_rows(heads: Heads) -> Iterator[tuple[str, str, str]]:
     each = ", ".join(known(head["mean"], 2) for head in heads["accuracy"])
     yield "accuracy of each head", each, "of its mean"
-    yield "spread of the heads", in_figures(heads["spread"]), "standard deviation between heads, normalised units"
+    yield "spread of the heads", in_figures(heads["spread"]), "standard deviation between them"
     yield "stated σ", known(heads["sigma"], 2), "mean over heads and responses"
+    meaning = "of the other heads' margins; less: too sure"
     for row in heads["coverage"]:
-        if row["level"] in (0.5, 0.9):
-            meaning = "of the other heads' margins; less: they disagree more than they admit"
-            yield f"coverage of {row['level']:.0%}", in_figures(row["share"]), meaning
-    yield "spread warns", known(heads["spread_warns"], 2), "rank correlation with wrong orders; 0: it does not"
+        yield f"coverage of {row['level']:.0%}", in_figures(row["share"]), meaning
+        meaning = ""
+    yield "spread warns", known(heads["spread_warns"], 2), "rank correlation with wrong orders"
     yield "σ warns", known(heads["sigma_warns"], 2), "the same of the stated σ"
 
 
@@ -146,5 +148,5 @@ def _table(title: str, *columns: str) -> Table:
     shown = Table(title=Text(visible(title)), title_justify="left", caption_justify="left")
     for column in columns:
         left = column in {"", "what it means"}
-        shown.add_column(column, justify="left" if left else "right")
+        shown.add_column(column, justify="left" if left else "right", no_wrap=column in {"", "95 %"})
     return shown

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from pathlib import Path
+from hashlib import md5
 
 import pytest
 from typer.testing import CliRunner
@@ -10,14 +10,38 @@ from typer.testing import CliRunner
 from rrlhf.artifacts import Store, clear
 from rrlhf.cli import app
 from rrlhf.config import load_params
-from rrlhf.datasets import prepare_dataset
-from rrlhf.keys import key_digest
+from rrlhf.keys import canonical, key_digest
 from rrlhf.launch import execute
 from rrlhf.plan import Project
-from rrlhf.tables import preferences
+from rrlhf.tables import preferences, write_table
 from rrlhf.tracking import Tracker
 
 PROFILE = ("--profile", "tiny")
+
+
+WORDS = ["the", "old", "bridge", "loved", "by", "many", "was", "rebuilt", "last", "year", "near", "town"]
+
+
+def row(number):
+    text = [" ".join(WORDS[(number * 5 + i * i) % 12] for i in range(1 + (number + more) % 5)) for more in (0, 2)]
+    prompt = [{"role": "user", "content": f"Say {number // 2}"}]
+    return {"prompt": prompt, "chosen": f"{text[0]} {number}", "rejected": text[1], "flipped": False}
+
+
+def prepared_by_hand(project, document):
+    """Put a data set there with the record that DVC keeps of one: no model has to write it."""
+    place = project.place(document)
+    place.data.mkdir(parents=True)
+    for name, rows in {"preferences": range(40), "heldout": range(40, 60)}.items():
+        write_table(place.data, name, [row(n) for n in rows])
+    answers = [{"prompt": row(n)["prompt"], "response": row(n)["chosen"]} for n in range(8)]
+    write_table(place.data, "sft", answers)
+    files = [{"md5": md5(path.read_bytes()).hexdigest(), "relpath": path.name} for path in sorted(place.data.iterdir())]
+    digest = md5(json.dumps(files, sort_keys=True).encode()).hexdigest() + ".dir"
+    key = md5(canonical(document).encode()).hexdigest()
+    record = {"stages": {place.stage: {"deps": [{"md5": key}], "outs": [{"md5": digest}]}}}
+    place.project.with_suffix(".lock").write_text(json.dumps(record))
+    return project.dataset()
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +50,7 @@ def made(shared_project):
     params = load_params(shared_project, "tiny")
     project = Project(shared_project, "tiny", params)
     node, *models = project.nodes
-    document = project.document(node, {})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(shared_project)
-        shutil.copytree(Path(__file__).parents[1] / ".dvc", ".dvc", dirs_exist_ok=True)
-        dataset = prepare_dataset(shared_project, project.place(document), document)
+    dataset = prepared_by_hand(project, project.document(node, {}))
     folders, digests, artifacts = {"data": dataset.path}, {"data": dataset.digest}, {}
     tracker = Tracker.connect(shared_project, params.tracking.experiment)
     for node in models[:3]:
