@@ -1,11 +1,18 @@
-"""How well a reward model ranks and how honest its probabilities are, on held-out pairs."""
+"""How well a reward model ranks and how honest its probabilities are, on held-out pairs.
+
+A pair is written from its preferred side, so its outcome is always 1 and a probability is P(chosen wins). Log-odds
+stand for probabilities wherever a logarithm is taken: they stay finite where a probability rounds to 1.
+"""
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 class Estimate(NamedTuple):
@@ -13,6 +20,30 @@ class Estimate(NamedTuple):
 
     mean: float
     stderr: float
+    n: int
+
+
+class Interval(NamedTuple):
+    """The bounds of a confidence interval."""
+
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    """The pairs whose stated confidence is alike: how sure the model was of them, and how often it was right."""
+
+    confidence: float  # mean of P(the likelier response wins)
+    accuracy: float
+    n: int
+    interval: Interval  # of the accuracy, 95 %, for pairs that are independent
+
+
+class SigmaBin(NamedTuple):
+    """The responses whose stated standard deviation is alike, and the error that was found."""
+
+    sigma: float  # mean
+    error: float  # root mean square
     n: int
 
 
@@ -28,6 +59,25 @@ def estimate(values: Tensor, groups: Tensor | None = None) -> Estimate:
     return Estimate(values.mean().item(), stderr, n)
 
 
+def wilson_interval(share: float, n: float, level: float = 0.95) -> Interval:
+    """Return the score interval of a share of n (Wilson 1927): honest for few rows and for shares near 0 and 1."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(max(centre - half, 0.0), min(centre + half, 1.0))
+
+
+def share_interval(found: Estimate, level: float = 0.95) -> Interval:
+    """Return Wilson's interval of an estimated share, for as many independent rows as its standard error speaks of.
+
+    That number, p (1 - p) / stderr^2, counts the rows of one prompt as the one unit that they are; with no variance
+    to learn it from it is n, the number of units.
+    """
+    p = min(max(found.mean, 0.0), 1.0)
+    rows = p * (1 - p) / found.stderr**2 if found.stderr > 0 and 0 < p < 1 else found.n
+    return wilson_interval(p, rows, level)
+
+
 def correct(margin: Tensor) -> Tensor:
     """Return per pair 1 when the chosen response scores higher, 0.5 on a tie, else 0."""
     return (margin > 0).double() + 0.5 * (margin == 0).double()
@@ -39,8 +89,104 @@ def expected_calibration_error(probability: Tensor, bins: int = 10) -> float:
     sum_b n_b / n * |accuracy_b - confidence_b| over equal bins of confidence in [0.5, 1] (Guo et al. 2017,
     arXiv 1706.04599, eq. 5).
     """
+    found = reliability(probability, bins)
+    return sum(row.n * abs(row.accuracy - row.confidence) for row in found) / len(probability)
+
+
+def maximum_calibration_error(probability: Tensor, bins: int = 10) -> float:
+    """Return the MCE, max_b |accuracy_b - confidence_b| over the bins that hold a pair (arXiv 1706.04599, eq. 6)."""
+    return max(abs(row.accuracy - row.confidence) for row in reliability(probability, bins))
+
+
+def reliability(probability: Tensor, bins: int = 10) -> list[Bin]:
+    """Return the bins of P(chosen wins) [pairs] that hold a pair, in order; each pair is read from its likelier side.
+
+    The bins cut confidences in [0.5, 1] into equal parts.
+    """
     confidence = torch.maximum(probability, 1 - probability).double()
     hit = correct(probability - 0.5)
     bin_of = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).scatter_add_(0, bin_of, hit - confidence)
-    return (gaps.abs().sum() / len(confidence)).item()
+    found = []
+    for number in bin_of.unique():
+        inside = bin_of == number
+        count, accuracy = int(inside.sum()), hit[inside].mean().item()
+        found.append(Bin(confidence[inside].mean().item(), accuracy, count, wilson_interval(accuracy, count)))
+    return found
+
+
+def brier_score(probability: Tensor) -> float:
+    """Return the mean of (1 - P(chosen wins))^2 (Brier 1950): 0 is perfect, 0.25 always says one half."""
+    return ((1 - probability.double()) ** 2).mean().item()
+
+
+def negative_log_likelihood(log_odds: Tensor) -> float:
+    """Return the mean of -log P(chosen wins), in nats, of its log-odds [pairs]: log 2 always says one half."""
+    return softplus(-log_odds.double()).mean().item()
+
+
+def fitted_temperature(log_odds: Tensor) -> float:
+    """Return the T that minimises the likelihood's loss of log_odds / T [pairs] (Guo et al. 2017, arXiv 1706.04599).
+
+    Above 1 the model is too sure of itself, below 1 not sure enough. The loss is convex in 1 / T, so its slope is
+    bisected. There is no finite optimum where every pair is ordered right (0.0 is returned) and where the order is no
+    better than chance (infinity).
+    """
+    x = log_odds.double()
+    if x.sum() <= 0:  # the slope at 1 / T = 0 is -sum(x) / 2n
+        return math.inf
+    if (x >= 0).all():
+        return 0.0
+    low, high = 0.0, 1.0
+
+    def falling(inverse: float) -> bool:
+        return bool((x * torch.sigmoid(-inverse * x)).sum() > 0)
+
+    while falling(high):
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling(middle) else (low, middle)
+    return 2 / (low + high)
+
+
+def within_central_interval(mean: Tensor, std: Tensor, target: Tensor, level: float) -> Tensor:
+    """Return per row 1 when the target lies in the central interval of N(mean, std^2) that holds `level` of it.
+
+    Over rows its mean is the coverage, which equals `level` where the standard deviations are honest.
+    """
+    return ((target - mean).abs() <= NormalDist().inv_cdf((1 + level) / 2) * std).double()
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Return Spearman's correlation of two quantities [rows], ties at their mean rank; NaN when one is constant."""
+    both = torch.stack([_ranks(one), _ranks(other)])
+    centred = both - both.mean(1, keepdim=True)
+    lengths = centred.norm(dim=1)
+    return (centred.prod(0).sum() / lengths.prod()).item() if lengths.min() > 0 else math.nan
+
+
+def error_by_sigma(error: Tensor, sigma: Tensor, bins: int = 5) -> list[SigmaBin]:
+    """Return root mean square errors [rows] by stated standard deviation, in bins of (nearly) equal count.
+
+    Where sigma is honest both columns rise together and agree.
+    """
+    order = sigma.argsort(stable=True)
+    parts = [part for part in order.tensor_split(bins) if len(part)]
+    return [
+        SigmaBin(sigma[part].double().mean().item(), (error[part].double() ** 2).mean().sqrt().item(), len(part))
+        for part in parts
+    ]
+
+
+def head_correlation(mean: Tensor) -> Tensor:
+    """Return Pearson's correlation [heads, heads] of the heads' means [rows, heads]; NaN beside a constant head."""
+    heads = mean.shape[1]
+    return torch.corrcoef(mean.double().T).reshape(heads, heads)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return ranks from 1; equal values share the mean of theirs."""
+    _, group, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts - 1) / 2)[group]
+    return ranks

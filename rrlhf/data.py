@@ -60,7 +60,7 @@ def load_preferences(
     `max_rejected` of the rows read is bad.
     """
     layout = _layout(format)
-    name, rows = _open(source, revision, layout)
+    name, rows = open_rows(source, revision, layout)
     loaded = Loaded([], [], [])
     columns: dict[str, None] = {}
     lines_seen: dict[str, int] = {}
@@ -70,7 +70,7 @@ def load_preferences(
                 raise row
             columns |= dict.fromkeys(row)
             preference, scores = layout.read(row)
-            _refuse_repetition(preference, line, lines_seen)
+            refuse_repetition(preference, line, lines_seen)
         except RowError as error:
             loaded.rejected.append(Rejected(name, line, error.rule, error.detail))
             continue
@@ -79,7 +79,7 @@ def load_preferences(
         if len(loaded.preferences) == limit:
             break
     if columns:
-        _require_columns(name, list(columns), layout)
+        require_columns(name, list(columns), layout)
     _refuse_bad_data(name, loaded, max_rejected)
     return loaded
 
@@ -114,7 +114,7 @@ def _layout(format: str) -> Format:
     return FORMATS[format]
 
 
-def _refuse_repetition(preference: Preference, line: int, lines_seen: dict[str, int]) -> None:
+def refuse_repetition(preference: Preference, line: int, lines_seen: dict[str, int]) -> None:
     """Reject a row that repeats or contradicts an earlier good row; the earlier one stays."""
     prompt, chosen, rejected = prompt_hash(preference.prompt), *map(normalised, preference[1:])
     same, swapped = _sha256([prompt, chosen, rejected]), _sha256([prompt, rejected, chosen])
@@ -125,7 +125,8 @@ def _refuse_repetition(preference: Preference, line: int, lines_seen: dict[str, 
     lines_seen[same] = line
 
 
-def _require_columns(file: str, found: list[str], layout: Format) -> None:
+def require_columns(file: str, found: list[str], layout: Format) -> None:
+    """Raise ValueError naming every column that a format needs and a source lacks."""
     missing = [name for name in layout.fields if name not in found]
     if missing:
         wanted = ", ".join(f"{name!r}{_close_match(name, found)}" for name in missing)
@@ -149,7 +150,7 @@ def _refuse_bad_data(file: str, loaded: Loaded, max_rejected: float) -> None:
     )
 
 
-def _open(source: str, revision: str | None, layout: Format) -> tuple[str, Rows]:
+def open_rows(source: str, revision: str | None, layout: Format) -> tuple[str, Rows]:
     """Return the name of the source for messages, and its rows."""
     path = Path(source).expanduser()
     if not path.exists():
@@ -245,7 +246,7 @@ def _parquet_rows(path: Path, layout: Format) -> Rows:
 
     try:
         with pq.ParquetFile(path) as file:
-            _require_columns(str(path), file.schema_arrow.names, layout)
+            require_columns(str(path), file.schema_arrow.names, layout)
             yield from _arrow_rows(file.iter_batches(_ROWS_PER_BATCH, columns=list(layout.fields)))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
@@ -255,7 +256,7 @@ def _hub_rows(source: str, revision: str, layout: Format) -> Rows:
     import datasets
 
     dataset = datasets.load_dataset(source, revision=revision, split=layout.split)
-    _require_columns(f"{source}@{revision}", dataset.column_names, layout)
+    require_columns(f"{source}@{revision}", dataset.column_names, layout)
     columns = dataset.select_columns(list(layout.fields)).with_format("arrow")
     yield from _arrow_rows(columns.iter(_ROWS_PER_BATCH))
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from rrlhf.adapters import adapt, diversity
-from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Ensemble, Model, TrunkTraining
 from rrlhf.features import PairFeatures, pair_features
 from rrlhf.finetune import finetune, trainable
 from rrlhf.gather import averaged, side_by_side
-from rrlhf.heads import RewardHeads, bootstrap_weights, fit, win_probability
+from rrlhf.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.judging import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models import accelerator
 from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
-from rrlhf.robust import READINGS, Scores, head_spread
+from rrlhf.robust import Scores, head_spread
 from rrlhf.tables import preferences
 from rrlhf.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.types import Log, Metrics
@@ -146,20 +146,8 @@ def _averaged(
 
 def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:
     """Return held-out accuracy of each way to read the ensemble, its calibration, and how much its heads agree."""
-    chosen, rejected = heads.score(features.heldout.chosen), heads.score(features.heldout.rejected)
-    metrics: Metrics = {}
-    for name, reading in READINGS.items():
-        accuracy = estimate(correct(reading(chosen) - reading(rejected)), features.heldout_prompts)
-        metrics |= {f"heldout_accuracy_{name}": accuracy.mean, f"heldout_accuracy_{name}_stderr": accuracy.stderr}
-    reference = heads.score(features.reference)
-    correlations = torch.corrcoef(reference.mean.T).reshape(reference.mean.shape[1], -1)
-    between = correlations[~torch.eye(len(correlations), dtype=torch.bool)]
-    return metrics | {
-        "heldout_ece": expected_calibration_error(win_probability(heads, features.heldout)),
-        "head_correlation": between.mean().item() if len(between) else 1.0,
-        "head_spread": head_spread(reference).mean().item(),
-        "head_std": reference.std.mean().item(),
-    }
+    pairs = score_pairs(heads, features.heldout, features.heldout_prompts)
+    return heldout_metrics(judge_ensemble("ensemble", pairs))
 
 
 def _refuse_identical(scores: Scores) -> None:

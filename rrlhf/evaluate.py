@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.calibration import correct, estimate, expected_calibration_error
+from rrlhf.calibration import estimate
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.features import PairFeatures, features_of
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
-from rrlhf.heads import RewardHeads, win_probability
+from rrlhf.heads import RewardHeads
+from rrlhf.judgement import GoldAgreement, RewardJudgement
+from rrlhf.judging import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
 from rrlhf.reward_model import RewardModel, load_for_policy, read_by
@@ -89,7 +91,8 @@ def run(
         "policies": compared,
         "curves": [point for name, folder in policies.items() for point in _curve(name, folder, data, judges.gold)],
         "samples": _samples(readings, rows, evaluate),
-        "reward_models": _reward_models(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
+        "reward_models": _judgements(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
+        "gold_agreement": _agreements(readings, evaluate),
     }
     for policy in compared:
         log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
@@ -240,24 +243,22 @@ def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Ro
     return shown
 
 
-def _reward_models(judges: Judges, features: PairFeatures, several: PairFeatures) -> Rows:
-    """Return held-out accuracy and calibration of the single head and of each reading of the ensemble."""
-    single, ensemble, pairs = judges.single.cpu(), judges.ensemble.cpu(), features.heldout
-    with torch.no_grad():
-        margin = single(pairs.chosen).mean[:, 0] - single(pairs.rejected).mean[:, 0]
-    chosen, rejected = ensemble.score(several.heldout.chosen), ensemble.score(several.heldout.rejected)
-    accuracies = {"single head": estimate(correct(margin), features.heldout_prompts)} | {
-        f"ensemble, {name}": estimate(correct(read(chosen) - read(rejected)), features.heldout_prompts)
-        for name, read in READINGS.items()
-    }
-    calibration = {
-        "single head": expected_calibration_error(margin.sigmoid()),
-        "ensemble, mean": expected_calibration_error(win_probability(ensemble, several.heldout)),
-    }
-    return [
-        {"name": name, "accuracy": accuracy._asdict(), "ece": calibration.get(name)}
-        for name, accuracy in accuracies.items()
-    ]
+def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -> list[RewardJudgement]:
+    """Judge the single head and the ensemble on pairs that neither was trained on, each on its own features."""
+    single = score_pairs(judges.single.cpu(), features.heldout, features.heldout_prompts)
+    ensemble = score_pairs(judges.ensemble.cpu(), several.heldout, several.heldout_prompts)
+    return [judge_single("single head", single), judge_ensemble("ensemble", ensemble)]
+
+
+def _agreements(readings: dict[str, Reading], evaluate: Evaluate) -> list[GoldAgreement]:
+    """Compare the ensemble's beliefs about every policy's responses with gold; none without a gold judge."""
+    start = readings["sft"].gold
+    agreements = []
+    for name, reading in readings.items():
+        if start is not None and reading.gold is not None:
+            prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
+            agreements.append(agreement_with_gold(name, reading.scores, reading.gold, start, prompt))
+    return agreements
 
 
 def _mean(numbers: Any) -> float:

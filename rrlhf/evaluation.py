@@ -6,15 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
+from rrlhf.judgement import GoldAgreement, Measured, RewardJudgement
 from rrlhf.plots import Point
 
-
-class Measured(TypedDict):
-    """A mean with its standard error over n independent units; the error is NaN when n is 1."""
-
-    mean: float
-    stderr: float
-    n: int
+__all__ = ["Evaluation", "Measured", "Policy", "Response", "Sample", "highest", "in_figures", "measured"]
 
 
 class Policy(TypedDict):
@@ -43,14 +38,6 @@ class Sample(TypedDict):
     responses: dict[str, Response]
 
 
-class RewardModel(TypedDict):
-    """How well one reward model, or one reading of the ensemble, ranks held-out pairs."""
-
-    name: str
-    accuracy: Measured
-    ece: float | None
-
-
 class Evaluation(TypedDict):
     """The content of evaluation.json."""
 
@@ -58,7 +45,8 @@ class Evaluation(TypedDict):
     policies: list[Policy]
     curves: list[Point]
     samples: list[Sample]
-    reward_models: list[RewardModel]
+    reward_models: list[RewardJudgement]
+    gold_agreement: NotRequired[list[GoldAgreement]]
 
 
 def measured(evaluation: Evaluation, metric: str) -> dict[str, Measured]:

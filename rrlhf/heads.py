@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rrlhf.losses import gaussian_bradley_terry
 from rrlhf.robust import Scores
 
 WEIGHTS = "heads.safetensors"
@@ -151,12 +150,6 @@ def fit(
             optimizer.step()
             total += mean.detach().mean() * len(index)
         yield {"step": epoch + 1, "loss": total.item() / len(weights)}
-
-
-@torch.no_grad()
-def win_probability(heads: RewardHeads, pairs: Pairs) -> Tensor:
-    """Return P(chosen wins) [pairs], averaged over heads, from raw scores."""
-    return (-gaussian_bradley_terry(heads(pairs.chosen), heads(pairs.rejected))).exp().mean(1)
 
 
 def bootstrap_weights(pairs: int, heads: int, generator: torch.Generator) -> Tensor:

@@ -20,10 +20,13 @@ SHOWN = 8  # hex digits of a digest that a person reads
 def resolve(reference: str, versions: Sequence[Version]) -> Version:
     """Find "rrlhf-policy@candidate", "rrlhf-policy/3", or the start of a digest (6 hex digits or more).
 
+    "@latest" is the newest version of a name. `versions` come newest first.
+
     Raises ValueError with the closest names when there is none, or more than one.
     """
     wanted = reference.removeprefix("models:/")
-    named = {name: version for version in reversed(versions) for name in _references(version)}
+    named = {f"{version.name}@latest": version for version in reversed(versions)}
+    named |= {name: version for version in reversed(versions) for name in _references(version)}
     if wanted in named:
         return named[wanted]
     if re.fullmatch("[0-9a-f]{6,64}", wanted):

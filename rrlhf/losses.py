@@ -72,10 +72,11 @@ def dro_weights(losses: Tensor, temperature: float, cap: float) -> Tensor:
     return (scaled.softmax(dim=0) * len(losses)).clamp(max=cap)
 
 
-def probit_difference(chosen: Scores, rejected: Scores, margin: float = 0.0) -> Tensor:
-    """Return (m - margin) / sqrt(1 + pi v / 8) for the difference d ~ N(m, v) of two Gaussian rewards, [batch, heads].
+def gaussian_log_odds(chosen: Scores, rejected: Scores, margin: float = 0.0) -> Tensor:
+    """Return the log-odds, [batch, heads], that the chosen one of two Gaussian rewards wins by more than `margin`.
 
-    E[sigmoid(d)] is close to its sigmoid (MacKay 1992, eq. 10). Swapping the arguments gives the flipped pair's.
+    E[sigmoid(d - margin)] for a difference d ~ N(m, v), its noise integrated out, is close to
+    sigmoid((m - margin) / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10).
     """
     variance = chosen.std**2 + rejected.std**2
     return (chosen.mean - rejected.mean - margin) / torch.sqrt(1 + math.pi / 8 * variance)
@@ -87,7 +88,7 @@ def gaussian_bradley_terry(chosen: Scores, rejected: Scores, margin: float = 0.0
     A head that cannot tell two responses apart lowers its loss by admitting a larger standard deviation. With
     standard deviations of 0 it is the plain Bradley-Terry loss.
     """
-    return bradley_terry(probit_difference(chosen, rejected, margin))
+    return bradley_terry(gaussian_log_odds(chosen, rejected, margin))
 
 
 def reparameterised_mse(scores: Scores, target: Tensor, noise: Tensor) -> Tensor:

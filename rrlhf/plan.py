@@ -12,7 +12,7 @@ from rrlhf.datasets import Place, place_of, prepared, restorable
 from rrlhf.keys import Document, differences, key_digest, key_document
 from rrlhf.sources import external_digests
 from rrlhf.stages import DATA, Node, nodes
-from rrlhf.types import Json
+from rrlhf.types import Dataset, Json
 
 Action = Literal["run", "reuse", "upstream"]
 
@@ -71,6 +71,24 @@ class Project:
             else:
                 planned.append(Planned(node.name, "run", self._reasons(node, document, earlier), _took(node, earlier)))
         return planned
+
+    def artifact(self, name: str) -> Artifact | None:
+        """Return the checked result of a node under the present settings; None when a run would make it first."""
+        digests: dict[str, str] = {}
+        for node in self.nodes:
+            if not set(node.inputs.values()) <= set(digests):
+                continue
+            document = self.document(node, digests)
+            if node.name == name:
+                return self.store.checked(node.stage, key_digest(document))
+            if digest := self._existing(node, document):
+                digests[node.name] = digest
+        return None
+
+    def dataset(self) -> Dataset | None:
+        """Return the data set of the present settings, checked, if it is there."""
+        document = self.document(self.nodes[0], {})
+        return prepared(self.root, self.place(document), document)
 
     def _existing(self, node: Node, document: Document) -> str | None:
         if node.name == DATA:

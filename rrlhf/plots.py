@@ -104,13 +104,17 @@ def neighbour_stderrs(stderrs: Sequence[float]) -> list[float]:
     return [math.hypot(*window) / len(window) for window in _windows(stderrs)]
 
 
-def progress_charts(curves: Sequence[Point], looks: Mapping[str, Look]) -> list[Chart]:
-    """Draw every panel for which some arm has numbers."""
+def progress_charts(
+    curves: Sequence[Point], looks: Mapping[str, Look], heldout_spread: float | None = None
+) -> list[Chart]:
+    """Draw every panel for which some arm has numbers; the heads' spread on held-out pairs is a line of its own."""
     charts = []
     for y, x, title, description in PANELS:
         measured = {name: having(having(points, y), x) for name, points in courses(curves).items()}
         if any(measured.values()):
-            charts.append(Chart(title, description, _progress_image(measured, looks, y, x)))
+            level = heldout_spread if y == "spread" else None
+            said = f"{description} Dashed: on held-out pairs." if level is not None else description
+            charts.append(Chart(title, said, _progress_image(measured, looks, y, x, level)))
     return charts
 
 
@@ -134,8 +138,12 @@ def _windows(values: Sequence[float]) -> list[Sequence[float]]:
     return [values[start : start + NEIGHBOURS] for start in starts]
 
 
-def _progress_image(arms: Mapping[str, list[Point]], looks: Mapping[str, Look], y: Quantity, x: Quantity) -> str:
-    figure, axes = _empty_chart(AXIS_LABELS[x], AXIS_LABELS[y])
+def _progress_image(
+    arms: Mapping[str, list[Point]], looks: Mapping[str, Look], y: Quantity, x: Quantity, level: float | None
+) -> str:
+    figure, axes = empty_chart(AXIS_LABELS[x], AXIS_LABELS[y])
+    if level is not None:
+        axes.axhline(level, color=REFERENCE_LOOK.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
     for name, points in arms.items():
         look = looks[name]
         across, up = _positions(points, x), [point[y] for point in points]
@@ -148,7 +156,7 @@ def _progress_image(arms: Mapping[str, list[Point]], looks: Mapping[str, Look], 
             axes.plot(
                 smooth_across[peak], smooth_up[peak], "*", color=look.color, markersize=15, markeredgecolor="white"
             )
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
 def _draw_band(axes: Any, points: Sequence[Point], across: list[float], up: list[float], look: Look) -> None:
@@ -164,7 +172,7 @@ def _positions(points: Sequence[Point], x: Quantity) -> list[float]:
 
 
 def _heads_image(points: Sequence[Point], look: Look, limits: tuple[float, float]) -> str:
-    figure, axes = _empty_chart("PPO update", "score of each head")
+    figure, axes = empty_chart("PPO update", "score of each head")
     updates = [point["update"] for point in points]
     for scores in zip(*(point["heads"] for point in points), strict=True):
         axes.plot(updates, scores, color=look.color, alpha=0.6, linewidth=1.2)
@@ -172,10 +180,10 @@ def _heads_image(points: Sequence[Point], look: Look, limits: tuple[float, float
         updates, [min(point["heads"]) for point in points], color="#222222", linewidth=2.2, linestyle=(0, (4, 1.5))
     )
     axes.set_ylim(*limits)
-    return _data_uri(figure)
+    return data_uri(figure)
 
 
-def _empty_chart(across: str, up: str) -> tuple[Any, Any]:
+def empty_chart(across: str, up: str) -> tuple[Any, Any]:
     """Return a figure and its axes, without pyplot: nothing global changes."""
     from matplotlib.figure import Figure  # here, so that the terminal table does not wait for it
     from matplotlib.ticker import MaxNLocator
@@ -190,7 +198,7 @@ def _empty_chart(across: str, up: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _data_uri(figure: Any) -> str:
+def data_uri(figure: Any) -> str:
     """Return the figure as an SVG image inside a URI; same numbers, same bytes."""
     import matplotlib as mpl
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from rrlhf import plots
+from rrlhf import plots, reward_plots
 from rrlhf.evaluation import Evaluation, Policy, highest, in_figures, measured
 from rrlhf.plots import Look
 from rrlhf.types import Json
@@ -45,16 +45,9 @@ class Row(NamedTuple):
 
 def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, facts: Mapping[str, str]) -> str:
     """Return the report as one HTML file; everything in it that others wrote is escaped and made visible."""
-    template = Environment(
-        loader=PackageLoader("rrlhf", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    ).get_template("report.html.j2")
     looks = _looks(evaluation)
-    return template.render(
+    return page(
+        "report.html.j2",
         evaluation=evaluation,
         profile=evaluation.get("profile"),
         rewards={policy["name"]: reward_in_words(policy) for policy in evaluation["policies"]},
@@ -63,13 +56,28 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
         rows=_comparison(evaluation),
         looks=looks,
         arms=[policy["name"] for policy in evaluation["policies"] if policy["reward"] != "none"],
-        progress=plots.progress_charts(evaluation["curves"], looks),
+        progress=plots.progress_charts(evaluation["curves"], looks, _heldout_spread(evaluation)),
         heads=plots.head_charts(evaluation["curves"], looks),
+        reward_charts=reward_plots.charts(evaluation["reward_models"]),
         measured=in_figures,
+        known=known,
         facts=facts,
         lineage=lineage,
         params=yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True),
     )
+
+
+def page(template: str, **content: object) -> str:
+    """Fill a template of this package; what others wrote is escaped and made visible."""
+    environment = Environment(
+        loader=PackageLoader("rrlhf", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(**content)
 
 
 def table(evaluation: Evaluation) -> Table:
@@ -111,6 +119,11 @@ def reward_in_words(policy: Policy) -> str:
     return f"{words.replace('_', ' ')}, {rest}" if rest else words.replace("_", " ")
 
 
+def known(value: float | None, decimals: int = 3) -> str:
+    """Write a number; an undetermined one is a dash."""
+    return "–" if value is None else f"{value:z.{decimals}f}"
+
+
 def visible(text: str) -> str:
     """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
     return "".join(character if character in "\n\t" else _seen(character) for character in text)
@@ -129,6 +142,11 @@ def _looks(evaluation: Evaluation) -> dict[str, Look]:
     names += [name for sample in evaluation["samples"] for name in sample["responses"]]
     arms = [name for name in dict.fromkeys(names) if name not in start]
     return dict.fromkeys(start, plots.REFERENCE_LOOK) | plots.arm_looks(arms)
+
+
+def _heldout_spread(evaluation: Evaluation) -> float | None:
+    spreads = [model["heads"]["spread"]["mean"] for model in evaluation["reward_models"] if "heads" in model]
+    return spreads[0] if spreads else None
 
 
 def _comparison(evaluation: Evaluation) -> list[Row]:

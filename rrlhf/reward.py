@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Model, Reward
 from rrlhf.features import pair_features
 from rrlhf.finetune import finetune, trainable
 from rrlhf.heads import RewardHeads, fit
+from rrlhf.judging import heldout_metrics, judge_single, score_pairs
 from rrlhf.models import accelerator
 from rrlhf.objectives import single_loss
 from rrlhf.progress import track
@@ -50,17 +50,8 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
         features = pair_features(trunk, train, heldout, reward.batch_size, "reward: trained features")
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
-    with torch.no_grad():
-        margin = heads(features.heldout.chosen).mean[:, 0] - heads(features.heldout.rejected).mean[:, 0]
-    accuracy = estimate(correct(margin), features.heldout_prompts)
-    log(
-        {
-            "step": reward.epochs,
-            "heldout_accuracy": accuracy.mean,
-            "heldout_accuracy_stderr": accuracy.stderr,
-            "heldout_ece": expected_calibration_error(margin.sigmoid()),
-        }
-    )
+    judged = judge_single("single head", score_pairs(heads, features.heldout, features.heldout_prompts))
+    log({"step": reward.epochs, **heldout_metrics(judged)})
     heads.save(out)
     features.save(out)
     save_trunk(trunk, out, own=reward.base is not None or reward.trunk != "frozen")

@@ -81,6 +81,11 @@ def plain_row(row: Row) -> tuple[Preference, None]:
     return _distinct(_prompt(_field(row, "prompt")), chosen, rejected), None
 
 
+def subset_of(row: Row) -> str:
+    """Return the part of a benchmark that a row belongs to."""
+    return _text(_field(row, "subset"), "subset")
+
+
 FORMATS = {
     "hh": Format(("chosen", "rejected"), hh_row, "train"),
     "ultrafeedback": Format(

@@ -1,9 +1,32 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm, spearmanr
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss, log_loss
 
-from rrlhf.calibration import correct, estimate, expected_calibration_error
+from rrlhf.calibration import (
+    Estimate,
+    brier_score,
+    correct,
+    error_by_sigma,
+    estimate,
+    expected_calibration_error,
+    fitted_temperature,
+    head_correlation,
+    maximum_calibration_error,
+    negative_log_likelihood,
+    rank_correlation,
+    reliability,
+    share_interval,
+    wilson_interval,
+    within_central_interval,
+)
 
 
 def test_standard_error_of_a_small_sample_by_hand():
@@ -47,3 +70,101 @@ def test_ece_equals_the_loop_over_bins(numbers):
         inside = [i for i, c in enumerate(confidence) if min(int((c - 0.5) * 20), 9) == b]
         total += abs(sum(hits[i] for i in inside) - sum(confidence[i] for i in inside))
     assert expected_calibration_error(probability) == pytest.approx(total / len(numbers), abs=1e-6)
+
+
+LOG_ODDS = st.lists(st.integers(-80, 80).map(lambda tenths: tenths / 10), min_size=2, max_size=60).map(torch.tensor)
+
+
+@given(LOG_ODDS)
+def test_brier_and_likelihood_agree_with_scikit_learn_from_either_side(log_odds):
+    """A pair read from the other side, outcome 0 and probability 1 - p, is the same pair."""
+    p = log_odds.double().sigmoid().numpy()
+    outcome = np.ones(len(p))
+    outcome[::2] = 0
+    sided = np.where(outcome == 1, p, 1 - p)
+    assert brier_score(log_odds.double().sigmoid()) == pytest.approx(brier_score_loss(outcome, sided, pos_label=1))
+    assert negative_log_likelihood(log_odds) == pytest.approx(log_loss(outcome, sided, labels=[0, 1]), abs=1e-9)
+
+
+def test_certain_mistakes_cost_finite_likelihood():
+    assert negative_log_likelihood(torch.tensor([-200.0, 200.0])) == pytest.approx(100.0)
+
+
+@given(st.lists(OFF_THE_EDGES.filter(lambda p: p != 0.5), min_size=1, max_size=60))
+def test_the_reliability_table_agrees_with_scikit_learn(numbers):
+    probability = torch.tensor(numbers, dtype=torch.float64)
+    hit = (probability > 0.5).numpy()
+    confidence = torch.maximum(probability, 1 - probability).numpy()
+    accuracy, stated = calibration_curve(hit, (confidence - 0.5) * 2, n_bins=10)
+    found = reliability(probability)
+    assert [row.accuracy for row in found] == pytest.approx(list(accuracy))
+    assert [row.confidence for row in found] == pytest.approx(list(stated / 2 + 0.5))
+    assert sum(row.n for row in found) == len(numbers)
+    assert maximum_calibration_error(probability) == pytest.approx(np.abs(accuracy - stated / 2 - 0.5).max())
+    assert all(row.interval.low <= row.accuracy <= row.interval.high for row in found)
+
+
+@given(st.floats(0.2, 5.0), st.integers(0, 2**31))
+def test_the_temperature_minimises_the_loss(scale, seed):
+    log_odds = torch.randn(200, generator=torch.Generator().manual_seed(seed)).double() * scale + 0.3 * scale
+    found = minimize_scalar(
+        lambda inverse: negative_log_likelihood(log_odds * inverse), bounds=(1e-6, 200), options={"xatol": 1e-9}
+    )
+    assert 1 / fitted_temperature(log_odds) == pytest.approx(found.x, rel=1e-4, abs=1e-4)
+
+
+def test_the_temperature_undoes_what_log_odds_were_multiplied_by():
+    true = torch.randn(400_000, generator=torch.Generator().manual_seed(0)).double() * 2
+    chosen_won = torch.rand(len(true), generator=torch.Generator().manual_seed(1)).double() < true.sigmoid()
+    seen = torch.where(chosen_won, true, -true)
+    assert fitted_temperature(seen) == pytest.approx(1, abs=0.02)
+    assert fitted_temperature(3 * seen) == pytest.approx(3 * fitted_temperature(seen))
+
+
+def test_there_is_no_finite_temperature_for_perfect_or_chance_orders():
+    assert fitted_temperature(torch.tensor([0.1, 2.0])) == 0
+    assert fitted_temperature(torch.tensor([1.0, -1.0])) == math.inf
+    assert fitted_temperature(torch.tensor([1.0, -3.0])) == math.inf
+
+
+def test_wilson_by_hand_and_its_use_of_the_standard_error():
+    low, high = wilson_interval(0.5, 100)
+    assert (low, high) == (pytest.approx(0.403832, abs=1e-6), pytest.approx(0.596168, abs=1e-6))
+    assert share_interval(Estimate(0.5, 0.05, 400)) == wilson_interval(0.5, 100)  # .25 / .05^2 rows
+    assert share_interval(Estimate(1.0, 0.0, 8)) == wilson_interval(1.0, 8)
+    assert share_interval(Estimate(0.5, math.nan, 1)) == wilson_interval(0.5, 1)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.9, 0.95])
+def test_honest_gaussians_are_covered_as_often_as_they_say(level):
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(100_000, generator=generator), torch.rand(100_000, generator=generator) + 0.1
+    target = mean + std * torch.randn(100_000, generator=generator)
+    inside = within_central_interval(mean, std, target, level)
+    assert inside.mean().item() == pytest.approx(level, abs=0.006)
+    low, high = norm.interval(level, mean[:50].numpy(), std[:50].numpy())
+    assert inside[:50].tolist() == ((low <= target[:50].numpy()) & (target[:50].numpy() <= high)).tolist()
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=40))
+def test_rank_correlation_agrees_with_scipy_with_ties(rows):
+    one, other = torch.tensor(rows).double().T
+    found = rank_correlation(one, other)
+    if len(one.unique()) == 1 or len(other.unique()) == 1:
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(spearmanr(one, other).statistic, abs=1e-9)
+
+
+def test_errors_are_gathered_by_stated_sigma():
+    sigma, error = torch.tensor([0.3, 0.1, 0.2, 0.4]), torch.tensor([3.0, 1.0, -1.0, -4.0])
+    low, high = error_by_sigma(error, sigma, bins=2)
+    assert low == (pytest.approx(0.15), pytest.approx(1.0), 2)
+    assert high == (pytest.approx(0.35), pytest.approx(12.5**0.5), 2)
+    assert len(error_by_sigma(error, sigma, bins=9)) == 4
+
+
+def test_head_correlation_agrees_with_numpy():
+    mean = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    assert head_correlation(mean).numpy() == pytest.approx(np.corrcoef(mean.double().numpy().T))
+    assert head_correlation(mean[:, :1]).tolist() == [[pytest.approx(1.0)]]

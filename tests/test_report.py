@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from rrlhf.evaluation import Evaluation, Measured, Policy
+from rrlhf.judgement import GoldAgreement, Heads, RewardJudgement, Share
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
 from rrlhf.report import render, reward_in_words, table, visible
 from rrlhf.verdict import verdict
@@ -41,6 +42,47 @@ def curve(name: str, golds: list[float | None], proxies: list[float]) -> list[Po
     return points
 
 
+def share(mean: float) -> Share:
+    return {**measured(mean), "low": mean - 0.1, "high": mean + 0.1}
+
+
+def judgement(name: str, accuracies: dict[str, float]) -> RewardJudgement:
+    return {
+        "name": name,
+        "pairs": 96,
+        "prompts": 48,
+        "accuracy": {reading: share(accuracy) for reading, accuracy in accuracies.items()},
+        "calibration": {
+            "ece": 0.05,
+            "mce": 0.12,
+            "brier": 0.21,
+            "nll": 0.61,
+            "temperature": None,
+            "reliability": [{"confidence": 0.61, "accuracy": 0.66, "n": 96, "low": 0.56, "high": 0.75}],
+        },
+    }
+
+
+def agreement(name: str) -> GoldAgreement:
+    return {
+        "name": name,
+        "rank_correlation": 0.51,
+        "coverage": [{"level": 0.9, "share": measured(0.77)}],
+        "sigma_bins": [{"sigma": 0.5, "error": 0.9, "n": 96}],
+        "spread_warns": 0.21,
+        "sigma_warns": None,
+    }
+
+
+HEADS: Heads = {
+    "accuracy": [share(0.61), share(0.6)],
+    "correlation": [[1.0, 0.7], [0.7, None]],
+    "spread": measured(0.5),
+    "sigma": 0.3,
+    "coverage": [{"level": 0.9, "share": measured(0.42)}],
+    "spread_warns": 0.11,
+    "sigma_warns": None,
+}
 RISING = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 HACKED: list[float | None] = [0.4, 0.8, 1.0, 1.0, 1.0, 0.2, -0.5, -1.2]
 HELD: list[float | None] = [0.4, 0.8, 1.0, 1.2, 1.3, 1.3, 1.2, 1.3]
@@ -63,9 +105,10 @@ def evaluation(
         "curves": curve("single", hacked, RISING) + curve("robust", HELD, RISING),
         "samples": [{"prompt": "Write a line.", "responses": responses}],
         "reward_models": [
-            {"name": "single head", "accuracy": measured(0.62), "ece": 0.05},
-            {"name": "ensemble, worst", "accuracy": measured(0.64), "ece": None},
+            judgement("single head", {"single head": 0.62}),
+            {**judgement("ensemble", {"mean": 0.63, "worst": 0.64}), "heads": HEADS},
         ],
+        "gold_agreement": [agreement("sft"), agreement("single")],
     }
 
 
@@ -148,6 +191,7 @@ def test_the_verdict_has_two_to_five_sentences_for_any_number_of_policies(arms: 
 
 def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
     lonely = evaluation()
+    lonely.pop("gold_agreement")
     lonely["policies"], lonely["curves"], lonely["samples"], lonely["reward_models"] = (
         lonely["policies"][:1],
         [],
@@ -182,7 +226,7 @@ def test_twenty_heads_or_one_can_be_drawn() -> None:
 def test_the_page_loads_nothing() -> None:
     page = html(evaluation())
     loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert len(loaded) == 8
+    assert len(loaded) == 11  # six panels, the heads of two arms, two reliabilities, one correlation
     assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded)
     assert not re.search(r"<script|<link|@import|url\(|http://|https://", page)
 
@@ -197,6 +241,17 @@ def test_text_from_models_and_settings_is_escaped() -> None:
     assert page.count("&lt;script&gt;alert(1)") == 6  # prompt, response, params, lineage, fact and its name
     assert "⟨U+001B⟩[31mred⟨U+202E⟩der" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
+
+
+def test_reward_models_are_shown_with_calibration_heads_and_gold() -> None:
+    page = html(evaluation())
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert re.search(r"ensemble, worst\s+0.64 ± 0.05\s+\(n = 96\)\s+0.54 to 0.74", text)
+    assert re.search(r"single head\s+0.050\s+0.120\s+0.210\s+0.610\s+–", text)
+    assert re.search(r"coverage of 90 %\s+0.42 ± 0.05", text)
+    assert re.search(r"single\s+0.51\s+0.77 ± 0.05\s+0.21\s+–", text)
+    assert "Dashed: on held-out pairs." in page
+    assert page.count("Chart: Reliability of") == 2
 
 
 def test_visible_keeps_ordinary_text() -> None:

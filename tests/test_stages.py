@@ -134,6 +134,18 @@ def test_the_evaluation_compares_every_policy_on_the_same_prompts(made, params):
     assert set(found["samples"][0]["responses"]) == {"sft", "single", "robust"}
 
 
+def test_the_evaluation_judges_the_reward_models_and_their_agreement_with_gold(made):
+    root, rows = made
+    found = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    single, several = found["reward_models"]
+    assert single["accuracy"]["single head"]["mean"] == rows["reward"][-1]["heldout_accuracy"]
+    assert several["accuracy"]["worst"]["mean"] == rows["ensemble"][-1]["heldout_accuracy_worst"]
+    assert several["calibration"]["ece"] == pytest.approx(rows["ensemble"][-1]["heldout_ece"], abs=1e-6)
+    assert single["calibration"]["ece"] == pytest.approx(rows["reward"][-1]["heldout_ece"], abs=1e-6)
+    assert [row["name"] for row in found["gold_agreement"]] == ["sft", "single", "robust"]
+    assert all(0 <= row["share"]["mean"] <= 1 for policy in found["gold_agreement"] for row in policy["coverage"])
+
+
 def test_the_curves_retell_what_training_logged(made):
     root, rows = made
     found = json.loads((root / "evaluate" / "evaluation.json").read_text())
