@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from rrlhf.artifacts import Artifact
-from rrlhf.config import Model, Params
+from rrlhf.config import Params
 from rrlhf.judgement import RewardJudgement, Robustness, SubsetAccuracy
 from rrlhf.lookup import Lookup
 from rrlhf.plan import Project
@@ -74,31 +75,31 @@ def evaluate_reward(
     if labelled is None:
         answer: Answer = {"judgement": _judged(artifact, _stored_scores(artifact, features, limit))}
     else:
-        settings = Model.model_validate(features.manifest["document"]["params"]["model"])
-        settings = settings.model_copy(update={"device": params.model.device})
-        answer = _judged_texts(artifact, lookup.input_of(features, "sft"), settings, labelled, perturb, params)
+        answer = _judged_texts(artifact, lookup.input_of(features, "sft").path, labelled, perturb, params)
     return {**about, "answer": answer}
 
 
-def _judged_texts(
-    artifact: Artifact, sft: Artifact, model: Model, labelled: LabelledPairs, perturb: int, params: Params
-) -> Answer:
+def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, perturb: int, params: Params) -> Answer:
     """Score the pairs' texts, whole and perturbed."""
+    import torch
+
     from rrlhf.calibration import correct
+    from rrlhf.hardware import device_kind
     from rrlhf.judging import PairScores
+    from rrlhf.reward_model import load_reward_model
     from rrlhf.robust import Scores, mean_reward
     from rrlhf.robustness import robustness
-    from rrlhf.scoring import log_odds_scale, share_cut, shared_trunk_scorer
 
     pairs, prompts = labelled.pairs, prompt_numbers(labelled.pairs)
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    score = shared_trunk_scorer(sft.path, artifact.path, model, params.reward.batch_size)
+    model = load_reward_model(artifact.path, sft, torch.device(device_kind(params.model.device)))
+    score = partial(model.score, batch_size=params.reward.batch_size, label="scoring")
     mean, std = score([pair.prompt for pair in pairs] * 2, texts)
     chosen, rejected = Scores(mean[: len(pairs)], std[: len(pairs)]), Scores(mean[len(pairs) :], std[len(pairs) :])
     answer: Answer = {
-        "judgement": _judged(artifact, PairScores(chosen, rejected, log_odds_scale(artifact.path), prompts)),
+        "judgement": _judged(artifact, PairScores(chosen, rejected, model.heads.score_std.cpu(), prompts)),
         "left_out": len(labelled.rejected),
-        "cut": share_cut(sft.path, texts, model),
+        "cut": model.share_cut(texts),
     }
     if labelled.subsets:
         wins = correct(mean_reward(chosen) - mean_reward(rejected))
@@ -116,11 +117,11 @@ def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
 
 
 def _stored_scores(artifact: Artifact, features: Artifact, limit: int | None) -> PairScores:
-    from rrlhf.features import PairFeatures
+    from rrlhf.features import features_of
     from rrlhf.heads import Pairs, RewardHeads
     from rrlhf.judging import score_pairs
 
-    stored = PairFeatures.load(features.path)
+    stored = features_of(artifact.path, features.path)
     first = Pairs(*(side[:limit] for side in stored.heldout))
     return score_pairs(RewardHeads.load(artifact.path), first, stored.heldout_prompts[:limit])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rrlhf.heads import RewardHeads
+from rrlhf.models import encode_text
 from rrlhf.robust import Scores
 from rrlhf.trunk import FILE, Trunk, identity_of, load_trunk
 from rrlhf.types import Message
@@ -23,21 +24,30 @@ class RewardModel(NamedTuple):
     trunks: tuple[Trunk, ...]
     identity: str | None  # equal for reward models whose features are the same; None: the policy's own frozen layers
 
-    def features(self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int) -> Tensor:
+    def features(
+        self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int, label: str = ""
+    ) -> Tensor:
         """Return what the heads read, [responses, width] or [responses, heads, width], on the CPU."""
         found = [
-            trunk.features([trunk.encode(*pair) for pair in zip(prompts, responses, strict=True)], batch_size)
+            trunk.features([trunk.encode(*pair) for pair in zip(prompts, responses, strict=True)], batch_size, label)
             for trunk in self.trunks
         ]
         return found[0] if len(found) == 1 else torch.stack(found, dim=1)
 
-    def score(self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int = 32) -> Scores:
-        """Return normalised scores [responses, heads] on the CPU.
+    def score(
+        self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int = 32, label: str = ""
+    ) -> Scores:
+        """Return normalised scores [responses, heads] on the CPU; with a label, show how far it is.
 
         Texts are cut to the model's token limits. Order and batch size change nothing but rounding.
         """
-        mean, std = self.heads.score(self.features(prompts, responses, batch_size))
+        mean, std = self.heads.score(self.features(prompts, responses, batch_size, label))
         return Scores(mean.cpu(), std.cpu())
+
+    def share_cut(self, responses: Sequence[str]) -> float:
+        """Return the share of responses that are longer than the model reads."""
+        cut = [len(encode_text(t.language, text)) > t.model.response_tokens for t in self.trunks for text in responses]
+        return sum(cut) / len(cut)
 
 
 def load_reward_model(folder: Path, shared_trunk: Path | None, device: torch.device | None = None) -> RewardModel:

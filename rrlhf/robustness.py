@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from rrlhf.calibration import correct, estimate
 from rrlhf.judgement import Measured, Robustness
 from rrlhf.judging import measured_share
 from rrlhf.perturbations import PERTURBATIONS, perturbed
-from rrlhf.robust import mean_reward
-from rrlhf.scoring import Scorer
-from rrlhf.types import Preference
+from rrlhf.robust import Scores, mean_reward
+from rrlhf.types import Message, Preference
+
+# Prompts and responses in, normalised scores [responses, heads] out.
+Scorer = Callable[[Sequence[list[Message]], Sequence[str]], Scores]
 
 
 def robustness(

@@ -1,5 +1,6 @@
 """A score belongs to a prompt and a response, whatever else is scored beside them; and perturbed texts are scored."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from rrlhf.features import PairFeatures
 from rrlhf.heads import RewardHeads
 from rrlhf.models import load_base, save_model
 from rrlhf.perturbations import PERTURBATIONS
+from rrlhf.reward_model import load_reward_model
 from rrlhf.robust import Scores, mean_reward
 from rrlhf.robustness import robustness
-from rrlhf.scoring import share_cut, shared_trunk_scorer
 from rrlhf.tables import preferences, write_table
 from rrlhf.types import Message, Preference
 
@@ -53,8 +54,8 @@ def asked(made):
 
 
 def scorer(made, batch_size):
-    root, model = made
-    return shared_trunk_scorer(root / "sft", root / "ensemble", model, batch_size)
+    root, _ = made
+    return partial(load_reward_model(root / "ensemble", root / "sft").score, batch_size=batch_size)
 
 
 def test_text_scores_like_the_stored_features(made, asked):
@@ -79,12 +80,12 @@ def test_neither_batch_size_nor_order_nor_padding_matter(made, asked, batch_size
 
 
 def test_responses_are_cut_as_in_training_and_that_is_told(made, asked):
-    root, model = made
+    root, _ = made
     prompt, long = asked[0][0], text(1, 40)
     score = scorer(made, 4)
     whole, more = score([prompt], [long]), score([prompt], [f"{long} and more"])
     torch.testing.assert_close(whole.mean, more.mean)
-    assert share_cut(root / "sft", ["a", long], model) == 0.5
+    assert load_reward_model(root / "ensemble", root / "sft").share_cut(["a", long]) == 0.5
 
 
 def length_scorer(prompts, responses):
