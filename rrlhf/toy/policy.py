@@ -55,7 +55,7 @@ def train(rewards: Tensor, beta: float, steps: int) -> Iterator[tuple[int, Tenso
     """
     seeds, arms, prompts, responses = rewards.shape
     policies = Policies(seeds, arms, prompts, responses)
-    optimizer = torch.optim.Adam(policies.parameters(), lr=LEARNING_RATE, eps=1e-5)  # no steps on rounding alone
+    optimizer = torch.optim.Adam(policies.parameters(), lr=LEARNING_RATE)
     reference = policies().detach()
     for step in range(steps + 1):
         log_policy = policies()
