@@ -1,0 +1,147 @@
+"""rrlhf's side of benchmarks/reward.py: `python -m benchmarks.ours TASK JOB.json ANSWER.json`, on one thread.
+
+Tasks: `prepare` writes the model's folder and the tokens that every competitor trains on; `frozen` trains K heads on
+features of the frozen trunk, as the stages `reward` and `ensemble` do; `full` trains the whole trunk.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rrlhf.config import Model, Reward, load_params
+from rrlhf.features import PairFeatures, pair_features
+from rrlhf.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.losses import gaussian_bradley_terry
+from rrlhf.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
+from rrlhf.types import Message, Preference
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 16  # pairs whose features are computed before the clock is read
+SCORING_S = 0.3  # CPU-seconds over which scoring is averaged
+
+Job = dict[str, Any]
+
+
+def main(task: str, asked: Path, answer: Path) -> None:
+    """Do one task and write what it measured."""
+    torch.set_num_threads(1)
+    job = json.loads(asked.read_text(encoding="utf-8"))
+    tasks = {"prepare": prepare, "frozen": frozen, "full": full}
+    answer.write_text(json.dumps(tasks[task](job)), encoding="utf-8")
+
+
+def prepare(job: Job) -> Job:
+    """Save the base model as a folder; return the token ids of every pair, chosen and rejected."""
+    language = load_base(_model(job))
+    save_model(language, Path(job["folder"]))
+    shared = {"schedule": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0}
+    return shared | {f"{part}_ids": _tokens(language, _pairs(job, part), _model(job)) for part in ("train", "heldout")}
+
+
+def frozen(job: Job) -> Job:
+    """Measure features of the default layer (half of the trunk), the training of K heads on them, and scoring."""
+    language, model = load_model(Path(job["folder"])), _model(job)
+    train, heldout = _pairs(job, "train"), _pairs(job, "heldout")
+    settings = load_params(ROOT).reward
+    layer = language.layers // 2
+
+    def features(pairs: list[Preference], others: list[Preference]) -> PairFeatures:
+        return pair_features(language, pairs, others, layer, settings.batch_size, model)
+
+    features(heldout[:WARM_UP], heldout[:1])
+    start = time.process_time()
+    found = features(train, train[:1])  # a pair of its own adds no work
+    features_s = time.process_time() - start
+    _trained(found, job, settings, epochs=2)
+    start = time.process_time()
+    heads = _trained(found, job, settings, settings.epochs)
+    fit_s = time.process_time() - start
+    score_s = _scoring(heads, found)
+    peak_mib = _peak_mib()
+    unseen = features(heldout, heldout[:1]).train
+    margin = (heads(unseen.chosen).mean - heads(unseen.rejected).mean).mean(1)
+    accuracy = (margin > 0).float().mean().item()
+    times = {"features_s": features_s, "fit_s": fit_s, "score_s": score_s, "train_s": features_s + fit_s}
+    return times | {"pairs": len(train), "accuracy": accuracy, "peak_mib": peak_mib}
+
+
+def full(job: Job) -> Job:
+    raise NotImplementedError
+
+
+def _trained(features: PairFeatures, job: Job, settings: Reward, epochs: int) -> RewardHeads:
+    """Train Gaussian heads on bootstrap samples with the reward stage's settings."""
+    torch.manual_seed(job["seed"])
+    generator = torch.Generator().manual_seed(job["seed"])
+    pairs, width = features.train.chosen.shape
+    heads = RewardHeads(width, job["heads"], hidden=0, sigma_floor=0.05)
+    rows = fit(
+        heads,
+        lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected),
+        features.train,
+        bootstrap_weights(pairs, job["heads"], generator),
+        accelerator=Accelerator(cpu=True),
+        generator=generator,
+        epochs=epochs,
+        pairs_per_batch=settings.pairs_per_batch,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    for _ in rows:
+        pass
+    return heads.eval()
+
+
+def _scoring(heads: RewardHeads, features: PairFeatures) -> float:
+    """Return CPU-seconds to score every response of the pairs once, from its features."""
+    responses = torch.cat(features.train)
+    heads.normalise(responses)
+    passes, start = 0, time.process_time()
+    while time.process_time() - start < SCORING_S:
+        heads.score(responses)
+        passes += 1
+    return (time.process_time() - start) / passes
+
+
+def _tokens(language: LanguageModel, pairs: list[Preference], model: Model) -> dict[str, list[list[int]]]:
+    rows: dict[str, list[list[int]]] = {"chosen_ids": [], "rejected_ids": []}
+    for pair in pairs:
+        prompt = encode_prompt(language, pair.prompt, model)
+        for name, text in ("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected):
+            rows[name].append([*prompt, *encode_text(language, text)[: model.response_tokens]])
+    return rows
+
+
+def _model(job: Job) -> Model:
+    return Model(
+        base=job["base"],
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        system_prompt="",
+        prompt_tokens=job["prompt_tokens"],
+        response_tokens=job["response_tokens"],
+    )
+
+
+def _pairs(job: Job, part: str) -> list[Preference]:
+    return [
+        Preference([Message(role="user", content=pair["prompt"])], pair["chosen"], pair["rejected"])
+        for pair in job[part]
+    ]
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
