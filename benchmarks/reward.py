@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -112,7 +113,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table whose columns also line up on a terminal."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def speed_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -147,7 +150,7 @@ def head_costs(kinds: dict[str, list[dict[str, float]]], heads: int) -> dict[str
     The pass over the trunk is the same work whatever the number of heads, so its median is taken over all processes.
     """
     trunk = spread(run["features_s"] for number in HEADS for run in kinds[f"frozen-{number}"]).median
-    costs = {}
+    costs: dict[str, float] = {}
     for name in "fit_s", "score_s":
         many = spread(run[name] for run in kinds[f"frozen-{heads}"]).median
         one = spread(run[name] for run in kinds["frozen-1"]).median
@@ -232,8 +235,13 @@ def measured(command: list[str], job: dict[str, Any], folder: Path) -> dict[str,
     return found
 
 
-def compare(size: Size, python: Path, repeats: int, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """Measure every kind of training of one size, taking turns; return the measurements by kind."""
+def compare(
+    size: Size, python: Path | None, full: bool, repeats: int, say: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure the kinds of training of one size, taking turns; return the measurements by kind.
+
+    python: an interpreter with TRL, or None to leave TRL out. full: whether ours trains the whole trunk too.
+    """
     ours = [sys.executable, "-m", "benchmarks.ours"]
     with tempfile.TemporaryDirectory(prefix="rrlhf-bench-") as name:
         folder = Path(name)
@@ -241,7 +249,11 @@ def compare(size: Size, python: Path, repeats: int, say: Callable[[str], None]) 
         pairs = {"train": synthetic_pairs(size.pairs, SEED), "heldout": heldout}
         job = dataclasses.asdict(size) | {"seed": SEED, "folder": str(folder / "model"), **pairs}
         tokens = measured([*ours, "prepare"], job, folder)
-        commands = {"trl": ([str(python), str(PEER)], tokens), "full": ([*ours, "full"], {})}
+        commands: dict[str, tuple[list[str], dict[str, Any]]] = {}
+        if python is not None:
+            commands["trl"] = [str(python), str(PEER)], tokens
+        if full:
+            commands["full"] = [*ours, "full"], {}
         commands |= {f"frozen-{heads}": ([*ours, "frozen"], {"heads": heads}) for heads in HEADS}
         results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in commands}
         for turn in range(repeats):
@@ -269,17 +281,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="models to compare")
+    parser.add_argument("--skip", nargs="+", choices=["trl", "full"], default=[], help="trainings to leave out")
     parser.add_argument("--peer-python", type=Path, help="Python of an environment with TRL; default: make one")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="where the JSON goes")
     asked = parser.parse_args()
     if asked.repeats < 1:
         parser.error(f"--repeats {asked.repeats}: at least 1")
-    python, repeats = peer_python(asked.peer_python), 2 if asked.quick else asked.repeats
+    python = None if "trl" in asked.skip else peer_python(asked.peer_python)
+    repeats = 2 if asked.quick else asked.repeats
     results = {}
     for name in asked.sizes:
         size = SIZES[name]
         size = dataclasses.replace(size, pairs=max(3 * size.batch_size, size.pairs // 4)) if asked.quick else size
-        results[name] = compare(size, python, repeats, lambda line, name=name: print(name, line, file=sys.stderr))
+        say = functools.partial(print, name, file=sys.stderr, flush=True)
+        results[name] = compare(size, python, "full" not in asked.skip, repeats, say)
     sizes = {name: dataclasses.asdict(SIZES[name]) for name in asked.sizes}
     facts = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "quick": asked.quick, "sizes": sizes}
     document = json.dumps({**facts, "results": results}, indent=1)
