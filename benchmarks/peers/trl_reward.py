@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
-WARM_UP = 2  # optimizer steps
+WARM_UP = 1  # optimizer steps
 
 
 class Clock(TrainerCallback):
