@@ -240,7 +240,8 @@ def compare(
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure the kinds of training of one size, taking turns; return the measurements by kind.
 
-    python: an interpreter with TRL, or None to leave TRL out. full: whether ours trains the whole trunk too.
+    python: an interpreter with TRL, or None to leave TRL out. full: whether ours trains the whole trunk too, where
+    it can.
     """
     ours = [sys.executable, "-m", "benchmarks.ours"]
     with tempfile.TemporaryDirectory(prefix="rrlhf-bench-") as name:
@@ -248,11 +249,11 @@ def compare(
         heldout = synthetic_pairs(64 if size.pairs <= 64 else 192, SEED + 1)
         pairs = {"train": synthetic_pairs(size.pairs, SEED), "heldout": heldout}
         job = dataclasses.asdict(size) | {"seed": SEED, "folder": str(folder / "model"), **pairs}
-        tokens = measured([*ours, "prepare"], job, folder)
+        prepared = measured([*ours, "prepare"], job, folder)
         commands: dict[str, tuple[list[str], dict[str, Any]]] = {}
         if python is not None:
-            commands["trl"] = [str(python), str(PEER)], tokens
-        if full:
+            commands["trl"] = [str(python), str(PEER)], prepared
+        if full and "full" in prepared["tasks"]:
             commands["full"] = [*ours, "full"], {}
         commands |= {f"frozen-{heads}": ([*ours, "frozen"], {"heads": heads}) for heads in HEADS}
         results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in commands}
@@ -297,7 +298,7 @@ def main() -> None:
     python = None if "trl" in asked.skip else peer_python(asked.peer_python)
     repeats = 2 if asked.quick else asked.repeats
     document: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "cpu": processor(), "trl": PEER_VERSION}
-    document |= {"sizes": {}, "results": {}}
+    document |= {"quick": asked.quick, "sizes": {}, "results": {}}
     for name in asked.sizes:
         size = SIZES[name]
         size = dataclasses.replace(size, pairs=max(3 * size.batch_size, size.pairs // 4)) if asked.quick else size
