@@ -73,6 +73,7 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
     params = load_params(root, profile, overrides)
     with tracked(Project(root, profile, params)) as run:
         data, *models = run.project.nodes
+        run.project.check_sources()
         prepare(run.project.document(data, {}), run)
         for together in independent(models, params.launch.arms_at_once):
             finish([start(node, run, beside=len(together) - 1) for node in together], run)
@@ -84,7 +85,7 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
 
 
 def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
-    """Group nodes that do not depend on each other, which are the arms of ppo, at most `at_once` together."""
+    """Group nodes that do not depend on each other: arms of ppo, members of an ensemble; at most `at_once` together."""
     for _, mapped in groupby(models, key=lambda node: node.stage):
         arms = list(mapped)
         yield from (arms[i : i + at_once] for i in range(0, len(arms), at_once))

@@ -7,13 +7,14 @@ overrides come last. Mappings merge; null removes an arm.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rrlhf.checks import contradictions
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
 
@@ -38,16 +39,6 @@ RewardName = Literal[
     "gaussian_entropic",
     "constant",
 ]
-# The settings that an arm's reward needs; any other reward has none.
-NEEDED = {
-    "robust": {"nominal_weight"},
-    "batch_robust": {"nominal_weight"},
-    "uwo": {"uncertainty_weight"},
-    "mean_minus_std": {"uncertainty_weight"},
-    "lower_bound": {"uncertainty_weight"},
-    "entropic": {"temperature"},
-    "gaussian_entropic": {"temperature"},
-}
 
 
 class Section(BaseModel):
@@ -114,30 +105,58 @@ class Sft(Section):
 
 
 class HeadTraining(Section):
-    """What every reward head's training needs."""
+    """What every reward head's training needs; from `margin` on, of the Bradley-Terry loss alone."""
 
     epochs: PositiveInt
     pairs_per_batch: PositiveInt
     learning_rate: PositiveFloat
     weight_decay: NonNegative
+    margin: NonNegative
+    centring: NonNegative
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    dro_temperature: PositiveFloat | None
+    dro_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class Reward(HeadTraining):
-    """The single reward head and the trunk features that all heads share."""
+class TrunkTraining(Section):
+    """The layers below the reward heads: where they come from, and how they train."""
 
+    base: str | None
+    revision: str | None
+    prompt_tokens: PositiveInt | None
+    response_tokens: PositiveInt | None
     layer: PositiveInt
     batch_size: PositiveInt
+    trunk: Literal["frozen", "lora", "full"]
+    train_layers: PositiveInt
+    lora_rank: PositiveInt
+    trunk_epochs: PositiveInt
+    trunk_pairs_per_batch: PositiveInt
+    trunk_learning_rate: PositiveFloat
+    trunk_max_grad_norm: PositiveFloat
 
 
-class Ensemble(HeadTraining):
-    """The Bayesian reward model ensemble (BRME)."""
+class Reward(HeadTraining, TrunkTraining):
+    """The single reward head and the trunk features that all heads share."""
 
-    heads: PositiveInt
+
+class Member(HeadTraining):
+    """One head of an ensemble; a member that is a reward model of its own knows no more than this."""
+
     hidden: Annotated[int, Field(ge=0)]
     loss: Literal["reparam_mse", "gaussian_nll", "bradley_terry"]
     target: Literal["stage1_reward", "margin"]
     head_data: Literal["bootstrap", "all"]
     sigma_floor: PositiveFloat
+
+
+class Ensemble(Member):
+    """The ensemble of reward models; heads on one trunk are the Bayesian reward model ensemble (BRME)."""
+
+    kind: Literal["heads", "members", "lora", "warm"]
+    heads: PositiveInt
+    freeze_backbone: bool
+    diversity: NonNegative
 
 
 class Ppo(Section):
@@ -245,7 +264,7 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     except ValidationError as error:
         mistakes += [_explain(detail, where) for detail in error.errors()]
         raise ParamsError("\n".join(mistakes)) from None
-    mistakes += [f"{place(path, where)}: {text}" for path, text in _contradictions(params)]
+    mistakes += [f"{place(path, where)}: {text}" for path, text in contradictions(params)]
     if mistakes:
         raise ParamsError("\n".join(mistakes))
     return params
@@ -260,40 +279,6 @@ def parse_override(text: str) -> tuple[str, Json]:
         return dotted.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ParamsError(f"--set {text}: the value is not valid YAML") from None
-
-
-def _contradictions(params: Params) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are fine alone and wrong together."""
-    shares = params.prepare.shares.model_dump()
-    if abs(sum(shares.values()) - 1) > 1e-9:
-        yield ("prepare", "shares"), f"prepare.shares sum to {sum(shares.values()):g}, not to 1"
-    ppo = params.ppo
-    if ppo.prompts_per_update % ppo.minibatch_size:
-        yield (
-            ("ppo", "minibatch_size"),
-            f"ppo.minibatch_size {ppo.minibatch_size} does not divide prompts_per_update {ppo.prompts_per_update}",
-        )
-    batch = params.launch.processes
-    for path, size in (("sft", "batch_size"), params.sft.batch_size), (("ppo", "minibatch_size"), ppo.minibatch_size):
-        if size % batch:
-            yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
-    if params.launch.processes > 1 and params.launch.arms_at_once > 1:
-        yield ("launch", "arms_at_once"), "launch.arms_at_once must be 1 where launch.processes is above 1"
-    if (params.prepare.source == "written") != (params.prepare.format == "written"):
-        yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
-    if params.tracking.candidate not in params.arms:
-        hint = did_you_mean(params.tracking.candidate, list(params.arms))
-        yield ("tracking", "candidate"), f"tracking.candidate {params.tracking.candidate!r} is not an arm{hint}"
-    if not params.arms:
-        yield ("arms",), "arms is empty: name at least one policy to train"
-    for name, arm in params.arms.items():
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
-            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
-        needed = NEEDED.get(arm.reward, set())
-        for setting in sorted(needed - set(arm.settings)):
-            yield ("arms", name), f"arms.{name}: reward {arm.reward} needs {setting}"
-        for setting in sorted(set(arm.settings) - needed):
-            yield ("arms", name), f"arms.{name}: reward {arm.reward} has no {setting}; leave it out or null"
 
 
 def _merge(under: Any, over: Any) -> Any:

@@ -1,29 +1,84 @@
-"""Stage 4: the Bayesian reward model ensemble, BRME (Yan et al. 2024, arXiv 2409.15360).
+"""Stage 4: the ensemble of reward models, by default BRME (Yan et al. 2024, arXiv 2409.15360).
 
-K Gaussian heads on the trunk that the single head was trained on, each on its own bootstrap sample of the pairs.
+BRME is K Gaussian heads on the trunk that the single head was trained on, each on its own bootstrap sample of the
+pairs. Other kinds are independent members, adapters beside one trunk (UP-RLHF, arXiv 2401.00243), and the average of
+members' weights (WARM, arXiv 2401.12187).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rrlhf.adapters import adapt, diversity
 from rrlhf.calibration import correct, estimate, expected_calibration_error
-from rrlhf.config import Ensemble, Model
-from rrlhf.features import TRUNK, PairFeatures
-from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit, win_probability
-from rrlhf.losses import gaussian_bradley_terry, gaussian_nll, reparameterised_mse
+from rrlhf.config import Ensemble, Model, TrunkTraining
+from rrlhf.features import PairFeatures, pair_features
+from rrlhf.finetune import finetune, trainable
+from rrlhf.gather import averaged, side_by_side
+from rrlhf.heads import RewardHeads, bootstrap_weights, fit, win_probability
 from rrlhf.models import accelerator
+from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
 from rrlhf.robust import READINGS, Scores, head_spread
+from rrlhf.tables import preferences
+from rrlhf.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.types import Log, Metrics
 
 
-def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path, log: Log) -> None:
-    """Train all heads in one pass over the stored features and save them."""
+def run(
+    *,
+    seed: int,
+    model: Model,
+    ensemble: Ensemble,
+    reward: Path,
+    out: Path,
+    log: Log,
+    trunk: TrunkTraining | None = None,
+    data: Path | None = None,
+    sft: Path | None = None,
+    members: dict[str, Path] | None = None,
+) -> None:
+    """Train the ensemble that `ensemble.kind` names, or gather it from its members, and save it.
+
+    trunk, data, sft: given where a trunk trains or runs anew; members: their folders by name.
+    """
+    if ensemble.kind == "members" and members:
+        heads, own = side_by_side(members, reward, out)
+    elif ensemble.kind == "warm" and members and data and trunk:
+        heads, own = _averaged(members, reward, trunk, data, out)
+    else:
+        heads, own = _trained(seed, model, ensemble, reward, log, out, trunk=trunk, data=data, sft=sft)
+    features = own or PairFeatures.load(reward)
+    heads = heads.cpu().eval()
+    heads.normalise(features.reference)
+    _refuse_identical(heads.score(features.reference))
+    log({"step": ensemble.epochs, **judge(heads, features)})
+    heads.save(out)
+    if own:
+        own.save(out)
+
+
+def _trained(
+    seed: int,
+    model: Model,
+    ensemble: Ensemble,
+    reward: Path,
+    log: Log,
+    out: Path,
+    *,
+    trunk: TrunkTraining | None,
+    data: Path | None,
+    sft: Path | None,
+) -> tuple[RewardHeads, PairFeatures | None]:
+    """Train K heads in one pass over the stored features, then their trunk or adapters if these train.
+
+    Writes the trunk; returns the heads, and the features of a trunk that is no longer the reward model's.
+    """
     features = PairFeatures.load(reward)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -32,12 +87,14 @@ def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path,
     weights = torch.ones(pairs, ensemble.heads)
     if ensemble.head_data == "bootstrap":
         weights = bootstrap_weights(pairs, ensemble.heads, generator)
+    loss = stage2_loss(ensemble, RewardHeads.load(reward), features.train, generator)
+    engine = accelerator(model)
     rows = fit(
         heads,
-        stage2_loss(ensemble, RewardHeads.load(reward), features.train, generator),
+        loss,
         features.train,
         weights,
-        accelerator=accelerator(model),
+        accelerator=engine,
         generator=generator,
         epochs=ensemble.epochs,
         pairs_per_batch=ensemble.pairs_per_batch,
@@ -46,33 +103,45 @@ def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path,
     )
     for row in track(rows, ensemble.epochs, "ensemble"):
         log(row)
-    heads = heads.cpu().eval()
-    heads.normalise(features.reference)
-    _refuse_identical(heads.score(features.reference))
-    log({"step": ensemble.epochs, **judge(heads, features)})
-    heads.save(out)
-    (out / TRUNK).write_bytes((reward / TRUNK).read_bytes())
+    if trunk is None or data is None:
+        link_trunk(reward, out)
+        return heads, None
+    started = load_trunk(reward, sft)
+    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    tuning, penalty = _tuning(started, ensemble, trunk)
+    with tuning:
+        steps = finetune(
+            started, heads, loss, train, weights, trunk, engine=engine, generator=generator, penalty=penalty
+        )
+        for row in steps:
+            log(row)
+    own = pair_features(started, train, heldout, trunk.batch_size, "ensemble: trained features")
+    save_trunk(started, out, own=True)
+    return heads, own
 
 
-def stage2_loss(
-    ensemble: Ensemble, single: RewardHeads, train: Pairs, generator: torch.Generator
-) -> Callable[[Scores, Scores, Tensor], Tensor]:
-    """Return the loss per pair and head that `ensemble.loss` and `ensemble.target` name."""
-    if ensemble.loss == "bradley_terry":
-        return lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected)
-    if ensemble.target == "stage1_reward":
-        target_chosen = single.score(train.chosen).mean
-        target_rejected = single.score(train.rejected).mean
-    else:  # chosen and rejected lie one unit apart
-        target_chosen = torch.full((len(train.chosen), 1), 0.5)
-        target_rejected = -target_chosen
+def _tuning(
+    trunk: Trunk, ensemble: Ensemble, settings: TrunkTraining
+) -> tuple[AbstractContextManager[None], Callable[[], Tensor] | None]:
+    """Make ready what trains with the heads: an adapter for each, or the trunk that all share."""
+    if ensemble.kind != "lora":
+        return trainable(trunk, settings), None
+    network = trunk.language.network
+    adapt(network, trunk.layer - settings.train_layers, trunk.layer, ensemble.heads, settings.lora_rank)
+    return nullcontext(), (lambda: -ensemble.diversity * diversity(network)) if ensemble.diversity else None
 
-    def error(scores: Scores, target: Tensor) -> Tensor:
-        if ensemble.loss == "gaussian_nll":
-            return gaussian_nll(scores, target)
-        return reparameterised_mse(scores, target, torch.randn(scores.mean.shape, generator=generator))
 
-    return lambda chosen, rejected, index: error(chosen, target_chosen[index]) + error(rejected, target_rejected[index])
+def _averaged(
+    members: dict[str, Path], reward: Path, settings: TrunkTraining, data: Path, out: Path
+) -> tuple[RewardHeads, PairFeatures | None]:
+    heads, trunk = averaged(members)
+    if trunk is None:
+        link_trunk(reward, out)
+        return heads, None
+    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    own = pair_features(trunk, train, heldout, settings.batch_size, "ensemble: averaged features")
+    save_trunk(trunk, out, own=True)
+    return heads, own
 
 
 def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.features import PairFeatures, trunk_layer
+from rrlhf.features import PairFeatures, features_of
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
 from rrlhf.heads import RewardHeads, win_probability
 from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
+from rrlhf.reward_model import RewardModel, load_for_policy, read_by
 from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
 from rrlhf.tables import Rows, read_table
+from rrlhf.trunk import trunk_layer
 from rrlhf.types import Log
 
 
@@ -35,9 +37,18 @@ class Judges(NamedTuple):
     language: LanguageModel
     top: PolicyTop  # the reference's layers above the trunk
     layer: int
-    single: RewardHeads
-    ensemble: RewardHeads
+    models: tuple[RewardModel, RewardModel]
     gold: GoldJudge | None
+
+    @property
+    def single(self) -> RewardHeads:
+        """The single head."""
+        return self.models[0].heads
+
+    @property
+    def ensemble(self) -> RewardHeads:
+        """The ensemble's heads."""
+        return self.models[1].heads
 
 
 class Reading(NamedTuple):
@@ -78,7 +89,7 @@ def run(
         "policies": compared,
         "curves": [point for name, folder in policies.items() for point in _curve(name, folder, data, judges.gold)],
         "samples": _samples(readings, rows, evaluate),
-        "reward_models": _reward_models(judges, PairFeatures.load(reward)),
+        "reward_models": _reward_models(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
     }
     for policy in compared:
         log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
@@ -94,10 +105,10 @@ def repetition(text: str) -> float:
 def _judges(model: Model, gold: Gold, sft: Path, reward: Path, ensemble: Path, *, has_gold: bool) -> Judges:
     language = load_model(sft)
     language.network.to(device_kind(model.device)).requires_grad_(False)
-    layer = trunk_layer(reward)
+    single, several = (load_for_policy(folder, language.device) for folder in (reward, ensemble))
+    layer = trunk_layer(reward) if None in {single.identity, several.identity} else language.layers
     top = PolicyTop(language, language.layers - layer)
-    single, several = (RewardHeads.load(folder).to(language.device) for folder in (reward, ensemble))
-    return Judges(language, top, layer, single, several, GoldJudge(gold) if has_gold else None)
+    return Judges(language, top, layer, (single, several), GoldJudge(gold) if has_gold else None)
 
 
 def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int) -> list[Response]:
@@ -131,13 +142,13 @@ def _read(
     texts = [decode(judges.language, response.tokens) for response in responses]
     finished = [response.finished for response in responses]
     own = torch.tensor([response.logprob for response in responses])
-    scores = judges.ensemble.score(pooled)
+    single, scores = read_by(judges.models, pooled, [row["prompt"] for row in asked], texts, evaluate.batch_size)
     gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
     return Reading(
         texts=texts,
         finished=finished,
         kl=own - torch.cat(logprobs).cpu(),
-        proxy=judges.single.score(pooled).mean[:, 0].cpu(),
+        proxy=single.mean[:, 0].cpu(),
         scores=Scores(scores.mean.cpu(), scores.std.cpu()),
         gold=torch.tensor(gold) if gold is not None else None,
     )
@@ -229,19 +240,19 @@ def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Ro
     return shown
 
 
-def _reward_models(judges: Judges, features: PairFeatures) -> Rows:
+def _reward_models(judges: Judges, features: PairFeatures, several: PairFeatures) -> Rows:
     """Return held-out accuracy and calibration of the single head and of each reading of the ensemble."""
     single, ensemble, pairs = judges.single.cpu(), judges.ensemble.cpu(), features.heldout
     with torch.no_grad():
         margin = single(pairs.chosen).mean[:, 0] - single(pairs.rejected).mean[:, 0]
-    chosen, rejected = ensemble.score(pairs.chosen), ensemble.score(pairs.rejected)
+    chosen, rejected = ensemble.score(several.heldout.chosen), ensemble.score(several.heldout.rejected)
     accuracies = {"single head": estimate(correct(margin), features.heldout_prompts)} | {
         f"ensemble, {name}": estimate(correct(read(chosen) - read(rejected)), features.heldout_prompts)
         for name, read in READINGS.items()
     }
     calibration = {
         "single head": expected_calibration_error(margin.sigmoid()),
-        "ensemble, mean": expected_calibration_error(win_probability(ensemble, pairs)),
+        "ensemble, mean": expected_calibration_error(win_probability(ensemble, several.heldout)),
     }
     return [
         {"name": name, "accuracy": accuracy._asdict(), "ece": calibration.get(name)}

@@ -1,4 +1,4 @@
-"""Reward heads on pooled features of a frozen trunk: one head or K Gaussian heads, trained together.
+"""Reward heads on pooled features of a trunk: one head or K Gaussian heads, trained together.
 
 The trunk is never run here: features are computed once, and a head costs seconds ("Reusing embeddings",
 arXiv 2502.04357).
@@ -24,10 +24,10 @@ SHAPE = "heads.json"
 
 
 class Pairs(NamedTuple):
-    """Features of preference pairs, one row a pair."""
+    """Features of preference pairs, one row a pair: [pairs, width], or [pairs, heads, width] for a trunk per head."""
 
-    chosen: Tensor  # [pairs, width]
-    rejected: Tensor  # [pairs, width]
+    chosen: Tensor
+    rejected: Tensor
 
 
 class RewardHeads(nn.Module):
@@ -38,7 +38,7 @@ class RewardHeads(nn.Module):
     makes sense before that. All statistics are stored with the weights.
     """
 
-    feature_mean: Tensor  # [width]
+    feature_mean: Tensor  # [width], or [heads, width]
     feature_std: Tensor
     score_mean: Tensor  # [heads]
     score_std: Tensor
@@ -57,13 +57,17 @@ class RewardHeads(nn.Module):
         self.register_buffer("score_std", torch.ones(heads))
 
     def forward(self, features: Tensor) -> Scores:
-        """Return raw scores [batch, heads] of features [batch, width], before normalisation."""
+        """Return raw scores [batch, heads], before normalisation, of features [batch, width] or [batch, heads, width].
+
+        With an axis for heads, every head reads the features of a trunk of its own.
+        """
         x = (features - self.feature_mean) / self.feature_std
+        axes = "bw" if x.dim() == 2 else "bkw"
         if self.shape["hidden"]:
-            states = torch.einsum("bw,kwh->kbh", x, self.inner).tanh()
+            states = torch.einsum(f"{axes},kwh->kbh", x, self.inner).tanh()
             out = torch.einsum("kbh,kho->bko", states, self.outer) + self.bias
         else:
-            out = torch.einsum("bw,kwo->bko", x, self.outer) + self.bias
+            out = torch.einsum(f"{axes},kwo->bko", x, self.outer) + self.bias
         mean, log_std = out.unbind(-1)
         return Scores(mean, self.shape["sigma_floor"] + log_std.clamp(max=5.0).exp())
 
@@ -75,9 +79,9 @@ class RewardHeads(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
-        """Take the feature statistics from the training set [rows, width], in place."""
-        self.feature_mean.copy_(features.mean(0))
-        self.feature_std.copy_(features.std(0).clamp(min=1e-6))
+        """Take the feature statistics from the training set [rows, ..., width], in place."""
+        self.feature_mean = features.mean(0).to(self.bias.device)
+        self.feature_std = features.std(0).clamp(min=1e-6).to(self.bias.device)
 
     @torch.no_grad()
     def normalise(self, features: Tensor) -> None:
@@ -102,8 +106,14 @@ class RewardHeads(nn.Module):
     def load(cls, folder: Path) -> RewardHeads:
         """Read what `save` wrote."""
         heads = cls(**json.loads((folder / SHAPE).read_text(encoding="utf-8")))
-        heads.load_state_dict(load_file(folder / WEIGHTS))
-        return heads.eval()
+        return heads.filled(load_file(folder / WEIGHTS))
+
+    def filled(self, tensors: dict[str, Tensor]) -> RewardHeads:
+        """Take weights and statistics, in place, and return itself, ready to score."""
+        self.feature_mean = torch.empty_like(tensors["feature_mean"])  # with or without an axis for heads
+        self.feature_std = torch.empty_like(tensors["feature_std"])
+        self.load_state_dict(tensors)
+        return self.eval()
 
 
 def fit(

@@ -21,7 +21,15 @@ from rrlhf.stages import Node
 PACKAGE = Path(__file__).parent
 
 # Modules whose every effect on a result is already in the key (as settings), or that only show or store things.
-WITHOUT_EFFECT = {"rrlhf.artifacts", "rrlhf.config", "rrlhf.hardware", "rrlhf.progress", "rrlhf.sources", "rrlhf.types"}
+WITHOUT_EFFECT = {
+    "rrlhf.artifacts",
+    "rrlhf.checks",
+    "rrlhf.config",
+    "rrlhf.hardware",
+    "rrlhf.progress",
+    "rrlhf.sources",
+    "rrlhf.types",
+}
 
 Document = dict[str, Any]
 
@@ -30,6 +38,8 @@ def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
     """Return the key document of a node, given the content digest of each of its inputs."""
     settings = node.settings
     numerics = {"torch": version("torch"), "transformers": version("transformers")}
+    if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
+        numerics["peft"] = version("peft")
     model = settings.get("model")
     if model:
         model["device"] = device_kind(model["device"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.artifacts import HISTORY
-from rrlhf.config import Arm, Launch, Params, Section
+from rrlhf.config import Arm, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.keys import Document
 from rrlhf.processes import call_in_processes
 from rrlhf.progress import check_stop
@@ -55,7 +55,8 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
 
 def _sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
     """Rebuild the typed sections from the settings of a key document."""
-    classes: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()} | {"arm": Arm}
+    classes: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+    classes |= {"arm": Arm, "member": Member, "trunk": TrunkTraining}
     return {
         name: classes[name].model_validate(value) if isinstance(value, dict) else value
         for name, value in settings.items()
@@ -63,10 +64,16 @@ def _sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
 
 
 def _arguments(inputs: Mapping[str, Path]) -> dict[str, Path | dict[str, Path]]:
-    """Name the input folders as a stage's arguments; the policies of all arms are one argument."""
-    arguments: dict[str, Path | dict[str, Path]] = {k: v for k, v in inputs.items() if not k.startswith("ppo-")}
+    """Name the input folders as a stage's arguments.
+
+    The policies of all arms are one argument, by the arm's name; so are the members of an ensemble, in their order.
+    """
+    mapped = ("ppo-", "member-")
+    arguments: dict[str, Path | dict[str, Path]] = {k: v for k, v in inputs.items() if not k.startswith(mapped)}
     policies = {name.removeprefix("ppo-"): folder for name, folder in inputs.items() if name.startswith("ppo-")}
-    return arguments | ({"policies": policies} if policies else {})
+    numbers = sorted(int(name.removeprefix("member-")) for name in inputs if name.startswith("member-"))
+    members = {f"member-{number}": inputs[f"member-{number}"] for number in numbers}
+    return arguments | ({"policies": policies} if policies else {}) | ({"members": members} if members else {})
 
 
 def _keep_checkpoint(out: Path) -> None:

@@ -36,19 +36,58 @@ def approximate_kl(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
 
 
-def bradley_terry(margin: Tensor) -> Tensor:
-    """Return -log sigmoid(r_chosen - r_rejected) per pair (Bradley and Terry 1952)."""
-    return -logsigmoid(margin)
+def bradley_terry(difference: Tensor, margin: float = 0.0) -> Tensor:
+    """Return -log sigmoid(r_chosen - r_rejected - margin) per pair (Bradley and Terry 1952).
+
+    A margin asks every pair to be ranked right by more than that (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+    """
+    return -logsigmoid(difference - margin)
 
 
-def gaussian_bradley_terry(chosen: Scores, rejected: Scores) -> Tensor:
-    """Return the Bradley-Terry loss of two Gaussian rewards, their noise integrated out, [batch, heads].
+def smoothed(loss: Tensor, flipped_loss: Tensor, flip_rate: float) -> Tensor:
+    """Return (1 - e) * loss + e * flipped_loss for labels of which a share e is wrong.
 
-    E[sigmoid(d)] for d ~ N(m, v) is close to sigmoid(m / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10); a head that
-    cannot tell two responses apart lowers its loss by admitting a larger standard deviation.
+    The cross-entropy with a label believed at 1 - e: conservative DPO's (Mitchell 2023; Chowdhury et al. 2024,
+    arXiv 2403.00409). For the Bradley-Terry loss it is least where sigmoid(d) = 1 - e, so no pair asks for an endless
+    difference.
+    """
+    return torch.lerp(loss, flipped_loss, flip_rate)
+
+
+def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Return (r_chosen + r_rejected)^2, which fixes the offset that Bradley-Terry leaves open.
+
+    Eisenstein et al. 2023 (arXiv 2312.09244, section 2).
+    """
+    return (chosen + rejected) ** 2
+
+
+def dro_weights(losses: Tensor, temperature: float, cap: float) -> Tensor:
+    """Return the weight of each row [batch, ...] of the worst distribution near the data's, without gradient.
+
+    Instance reweighting (IR-DRO, arXiv 2402.14270): w ~ exp((loss - max) / temperature) with mean 1 over the batch.
+    Then no weight is above `cap`: where labels are noisy, the highest losses are the wrong labels.
+    """
+    scaled = losses.detach() / temperature
+    return (scaled.softmax(dim=0) * len(losses)).clamp(max=cap)
+
+
+def probit_difference(chosen: Scores, rejected: Scores, margin: float = 0.0) -> Tensor:
+    """Return (m - margin) / sqrt(1 + pi v / 8) for the difference d ~ N(m, v) of two Gaussian rewards, [batch, heads].
+
+    E[sigmoid(d)] is close to its sigmoid (MacKay 1992, eq. 10). Swapping the arguments gives the flipped pair's.
     """
     variance = chosen.std**2 + rejected.std**2
-    return bradley_terry((chosen.mean - rejected.mean) / torch.sqrt(1 + math.pi / 8 * variance))
+    return (chosen.mean - rejected.mean - margin) / torch.sqrt(1 + math.pi / 8 * variance)
+
+
+def gaussian_bradley_terry(chosen: Scores, rejected: Scores, margin: float = 0.0) -> Tensor:
+    """Return the Bradley-Terry loss of two Gaussian rewards, their noise integrated out, [batch, heads].
+
+    A head that cannot tell two responses apart lowers its loss by admitting a larger standard deviation. With
+    standard deviations of 0 it is the plain Bradley-Terry loss.
+    """
+    return bradley_terry(probit_difference(chosen, rejected, margin))
 
 
 def reparameterised_mse(scores: Scores, target: Tensor, noise: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class Project:
         inputs = {argument: digests[name] for argument, name in node.inputs.items()}
         return key_document(node, inputs | external_digests(node, self._memo))
 
+    def check_sources(self) -> None:
+        """Raise ParamsError when a base model or the source data cannot be had, before anything is computed."""
+        for node in self.nodes:
+            external_digests(node, self._memo)
+
     def place(self, document: Document) -> Place:
         """Return where the data set lies."""
         return place_of(self.root, self.profile, self.nodes[0], document)

@@ -1,7 +1,8 @@
 """Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
 
 Only the top layers train. The frozen layers below run once per rollout: what they leave serves the policy, its
-value function, the reference (a frozen copy of the top layers) and the reward heads' features.
+value function, the reference (a frozen copy of the top layers) and the reward heads' features. A reward model with
+its own trunk scores the decoded text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rrlhf.config import Arm, Model, Ppo
-from rrlhf.features import trunk_layer
-from rrlhf.heads import RewardHeads
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import (
     LanguageModel,
@@ -38,10 +37,12 @@ from rrlhf.models import (
 )
 from rrlhf.progress import track
 from rrlhf.returns import gae, masked_mean, token_rewards, whiten
+from rrlhf.reward_model import RewardModel, load_for_policy, read_by
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.rollout import Rollout, Samples, response_features, sample, text_lengths
 from rrlhf.tables import prompts
-from rrlhf.types import Log, Metrics
+from rrlhf.trunk import trunk_layer
+from rrlhf.types import Log, Message, Metrics
 
 
 class Judgement(NamedTuple):
@@ -74,9 +75,9 @@ class Learner:
     policy: nn.Module  # `top`, wrapped for data parallelism
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    single: RewardHeads
-    ensemble: RewardHeads
-    reward_layer: int
+    single: RewardModel
+    ensemble: RewardModel
+    reward_layer: int | None  # whose states the reward heads read; None: no reward model reads the policy's pass
     boundary: int  # layers below it are frozen
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
@@ -89,9 +90,10 @@ def run(
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
     learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
-    encoded = [encode_prompt(learner.language, prompt, model) for prompt in prompts(data, "ppo")]
+    asked = prompts(data, "ppo")
+    encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
     kept: list[Sampled] = []
-    rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept)
+    rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept, asked)
     for row in track(rows, ppo.updates, f"ppo ({arm.reward})"):
         log(row)
     everyone = gather_object(kept)
@@ -121,11 +123,13 @@ def prepare_learner(
     engine: Accelerator, language: LanguageModel, model: Model, ppo: Ppo, seed: int, reward: Path, ensemble: Path
 ) -> Learner:
     """Freeze what does not train and build the optimizer. Raises ValueError when the layers do not fit together."""
-    boundary, layer = language.layers - ppo.train_layers, trunk_layer(reward)
-    if boundary < layer:
+    single, several = (load_for_policy(folder, engine.device) for folder in (reward, ensemble))
+    shared = None in {single.identity, several.identity}
+    boundary, layer = language.layers - ppo.train_layers, trunk_layer(reward) if shared else None
+    if boundary < (layer or 0):
         raise ValueError(
             f"ppo.train_layers {ppo.train_layers} of {language.layers} layers would train the reward trunk, whose "
-            f"features are read at reward.layer {layer}: at most {language.layers - layer} layers can train"
+            f"features are read at reward.layer {layer or 0}: at most {language.layers - (layer or 0)} layers can train"
         )
     language.network.requires_grad_(False).to(engine.device)
     top = PolicyTop(language, ppo.train_layers)
@@ -145,8 +149,8 @@ def prepare_learner(
         policy=policy,
         optimizer=optimizer,
         schedule=schedule,
-        single=RewardHeads.load(reward).to(engine.device),
-        ensemble=RewardHeads.load(ensemble).to(engine.device),
+        single=single,
+        ensemble=several,
         reward_layer=layer,
         boundary=boundary,
         generator=torch.Generator(engine.device).manual_seed(own),
@@ -162,23 +166,28 @@ def train(
     ppo: Ppo,
     seed: int,
     kept: list[Sampled],
+    asked: Sequence[list[Message]] = (),
 ) -> Iterator[Metrics]:
-    """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`."""
+    """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`.
+
+    encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own.
+    """
     rank, processes = learner.engine.process_index, learner.engine.num_processes
     cursor = _endless(len(encoded), seed)
     for update in range(ppo.updates):
         began = time.perf_counter()
         batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
-        rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo)
+        texts = [asked[i] for i in batch] if asked else []
+        rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo, texts)
         metrics |= optimise(learner, rollout, model, ppo)
         learner.schedule.step()
         kl = metrics.pop("_kl_per_response")
-        texts = [decode(learner.language, row) for row in sampled.lists()]
+        responses = [decode(learner.language, row) for row in sampled.lists()]
         kept += [
             Sampled(update, i, *rest)
             for i, *rest in zip(
                 batch,
-                texts,
+                responses,
                 sampled.finished.tolist(),
                 kl,
                 judgement.single.tolist(),
@@ -192,10 +201,15 @@ def train(
 
 @torch.no_grad()
 def collect(
-    learner: Learner, batch: list[list[int]], reward: Callable[[Judgement], Tensor], model: Model, ppo: Ppo
+    learner: Learner,
+    batch: list[list[int]],
+    reward: Callable[[Judgement], Tensor],
+    model: Model,
+    ppo: Ppo,
+    asked: Sequence[list[Message]] = (),
 ) -> tuple[Rollout, Judgement, Samples, dict[str, Any]]:
     """Sample responses, judge them, and turn scores into advantages."""
-    layers = (learner.reward_layer, learner.boundary)
+    layers = (learner.boundary, *([] if learner.reward_layer is None else [learner.reward_layer]))
     with autocast(model):
         samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=layers)
         hidden = samples.states[learner.boundary]
@@ -205,8 +219,7 @@ def collect(
         reference_logprobs, _ = learner.reference(*place)
         if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
             old_logprobs, values = learner.top(*place)
-    features = response_features(samples.states[learner.reward_layer], samples.prompt_lengths, text_lengths(samples))
-    judgement = Judgement(learner.single.score(features).mean[:, 0], learner.ensemble.score(features))
+    judgement = _judgement(learner, samples, asked, ppo)
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
     mask = samples.mask
     log_ratio = (old_logprobs - reference_logprobs) * mask
@@ -244,6 +257,19 @@ def collect(
     for head, share in enumerate(_shares_of_nominal(judgement.ensemble)):
         metrics[f"head_{head}_nominal"] = share
     return rollout, judgement, samples, metrics
+
+
+def _judgement(learner: Learner, samples: Samples, asked: Sequence[list[Message]], ppo: Ppo) -> Judgement:
+    """Score the responses, from the policy's own pass where a reward model shares its layers, else from their text."""
+    pooled = None
+    if learner.reward_layer is not None:
+        states = samples.states[learner.reward_layer]
+        pooled = response_features(states, samples.prompt_lengths, text_lengths(samples))
+    models = (learner.single, learner.ensemble)
+    reads_text = any(model.trunks for model in models)
+    texts = [decode(learner.language, row) for row in samples.lists()] if reads_text else []
+    single, several = read_by(models, pooled, asked, texts, ppo.microbatch_size)
+    return Judgement(single.mean[:, 0], several)
 
 
 def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:

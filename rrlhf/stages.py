@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rrlhf.config import Params, Section
+from rrlhf.config import Member, Params, Section, TrunkTraining
 
 DATA = "data"
 
@@ -38,7 +38,7 @@ def nodes(params: Params) -> list[Node]:
         Node(DATA, "prepare", {"seed": seed, "model": model, "prepare": params.prepare, "gold": params.gold}, {}),
         Node("sft", "sft", {"seed": seed, "model": model, "sft": params.sft}, {DATA: DATA}),
         Node("reward", "reward", {"seed": seed, "model": model, "reward": params.reward}, base),
-        Node("ensemble", "ensemble", {"seed": seed, "model": model, "ensemble": params.ensemble}, {"reward": "reward"}),
+        *_reward_ensemble(params),
         *(
             Node(
                 name,
@@ -55,3 +55,33 @@ def nodes(params: Params) -> list[Node]:
             {**base, "reward": "reward", "ensemble": "ensemble", **{name: name for name in arms}},
         ),
     ]
+
+
+def _reward_ensemble(params: Params) -> list[Node]:
+    """Return the ensemble's node, behind its members' when it has some.
+
+    A member knows neither how many there are nor what becomes of them: one more trains one, and averaging trains none.
+    """
+    seed, model, ensemble = params.seed, params.model, params.ensemble
+    before = {DATA: DATA, "sft": "sft", "reward": "reward"}
+    trunk = TrunkTraining.model_validate(params.reward.model_dump(include=set(TrunkTraining.model_fields)))
+    sections: dict[str, Section | int] = {"seed": seed, "model": model, "ensemble": ensemble}
+    if ensemble.kind in {"members", "warm"}:
+        member = Member.model_validate(ensemble.model_dump(include=set(Member.model_fields)))
+        members = [
+            Node(
+                f"member-{number}",
+                "member",
+                {"seed": 1000 * seed + number, "model": model, "member": member, "trunk": trunk},
+                before,
+            )
+            for number in range(ensemble.heads)
+        ]
+        names = {node.name: node.name for node in members}
+        if ensemble.kind == "members":
+            return [*members, Node("ensemble", "ensemble", sections, {"reward": "reward", **names})]
+        inputs = {DATA: DATA, "reward": "reward", **names}
+        return [*members, Node("ensemble", "ensemble", sections | {"trunk": trunk}, inputs)]
+    if ensemble.kind == "lora" or not ensemble.freeze_backbone:
+        return [Node("ensemble", "ensemble", sections | {"trunk": trunk}, before)]
+    return [Node("ensemble", "ensemble", sections, {"reward": "reward"})]

@@ -6,7 +6,8 @@ from typing import get_args
 
 import pytest
 
-from rrlhf.config import NEEDED, RewardName, load_params, parse_override, profiles
+from rrlhf.checks import NEEDED
+from rrlhf.config import RewardName, load_params, parse_override, profiles
 from rrlhf.located import ParamsError
 from rrlhf.robust import AGGREGATIONS
 
@@ -87,6 +88,16 @@ def test_a_weight_is_a_finite_number(value):
         ({"arms__Bad Name": {"reward": "single", "seed": 1}}, "lower-case"),
         ({"arms__single__nominal_weight": 0.5}, "reward single has no nominal_weight"),
         ({"arms__robust__nominal_weight": None}, "reward robust needs nominal_weight"),
+        (
+            {"ensemble__loss": "gaussian_nll", "ensemble__margin": 0.1},
+            "ensemble.margin belongs to the loss bradley_terry",
+        ),
+        ({"reward__trunk": "full", "reward__train_layers": 16}, "train_layers 16 is more than the 15 layers"),
+        ({"reward__revision": "abc"}, "reward.base, which is null"),
+        ({"ensemble__freeze_backbone": False}, "set reward.trunk to lora or full"),
+        ({"ensemble__freeze_backbone": False, "ensemble__kind": "members"}, "freeze_backbone is for kind heads"),
+        ({"ensemble__diversity": 0.1}, "diversity is for kind lora"),
+        ({"ensemble__kind": "warm", "ensemble__hidden": 8}, "averages linear heads"),
         ({"arms__robust__reward": "uwo"}, "reward uwo needs uncertainty_weight"),
     ],
 )

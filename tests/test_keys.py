@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf import keys
+from rrlhf.artifacts import Memo
 from rrlhf.config import load_params
 from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.sources import external_digests
 from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,14 @@ def test_any_changed_setting_changes_the_key_of_its_stage():
     changed = load_params(ROOT, "tiny", {"ppo.kl_weight": 0.3, "arms.robust.seed": 2})
     after = {node.name: key_digest(key_document(node, {})) for node in nodes(changed)}
     assert {name for name in before if before[name] != after[name]} == {"ppo-single", "ppo-robust"}
+
+
+def test_a_reward_base_of_its_own_is_an_input_of_what_starts_from_it(tmp_path):
+    chosen = {"reward.base": "random:3x48", "ensemble.kind": "members", "reward.trunk": "full"}
+    found = nodes(load_params(ROOT, "tiny", chosen | {"reward.train_layers": 1}))
+    memo = Memo(tmp_path / "memo.json")
+    given = {node.name for node in found if external_digests(node, memo).get("base") == "random:3x48"}
+    assert given == {"reward", "member-0", "member-1", "member-2"}
 
 
 def test_settings_that_change_no_number_are_in_no_key():

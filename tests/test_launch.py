@@ -55,6 +55,13 @@ def test_the_policies_of_all_arms_are_one_argument(tmp_path, stage):
     assert seen["sft"] == Path("a")
 
 
+def test_members_are_one_argument_in_the_order_of_their_numbers(tmp_path, stage):
+    seen = {}
+    stage.run = lambda **arguments: seen.update(arguments)
+    run(tmp_path / "out", **{f"member-{number}": Path(str(number)) for number in (10, 2, 0)})
+    assert list(seen["members"].items()) == [(f"member-{n}", Path(str(n))) for n in (0, 2, 10)]
+
+
 def test_every_row_is_written_and_handed_on(tmp_path, stage):
     handed = []
     stage.run = lambda log, **_: [log({"step": step, "loss": 1 / step}) for step in (1, 2)]

@@ -6,11 +6,14 @@ import torch
 from rrlhf.losses import (
     approximate_kl,
     bradley_terry,
+    centring,
     clipped_policy_loss,
     clipped_value_loss,
+    dro_weights,
     gaussian_bradley_terry,
     gaussian_nll,
     reparameterised_mse,
+    smoothed,
 )
 from rrlhf.robust import Scores
 
@@ -103,3 +106,83 @@ def test_gaussian_nll_agrees_with_torch_distributions():
     mean, std, target = torch.randn(5, 3).double(), torch.rand(5, 3).double() + 0.1, torch.randn(5, 1).double()
     expected = -torch.distributions.Normal(mean, std).log_prob(target) - 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(gaussian_nll(Scores(mean, std), target), expected)
+
+
+def test_a_margin_moves_the_loss_to_the_left():
+    difference = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    assert bradley_terry(torch.tensor([0.5]).double(), 0.5).item() == pytest.approx(math.log(2), abs=1e-12)
+    torch.testing.assert_close(bradley_terry(difference, 0.7), bradley_terry(difference - 0.7), rtol=0, atol=1e-12)
+
+
+def test_gaussians_without_spread_are_plain_bradley_terry():
+    chosen, rejected = torch.randn(2, 5, 3, dtype=torch.float64)
+    none = torch.zeros(5, 3, dtype=torch.float64)
+    found = gaussian_bradley_terry(Scores(chosen, none), Scores(rejected, none), 0.3)
+    torch.testing.assert_close(found, bradley_terry(chosen - rejected, 0.3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.25, 0.4])
+def test_the_smoothed_loss_is_least_where_the_model_believes_the_label_at_one_minus_the_rate(rate):
+    best = math.log((1 - rate) / rate)
+    difference = torch.tensor([best], dtype=torch.float64, requires_grad=True)
+    loss = smoothed(bradley_terry(difference), bradley_terry(-difference), rate).sum()
+    loss.backward()
+    entropy = -(1 - rate) * math.log(1 - rate) - rate * math.log(rate)
+    assert loss.item() == pytest.approx(entropy, abs=1e-12)
+    assert difference.grad.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_smoothing_at_rate_zero_changes_nothing():
+    loss, flipped = torch.rand(2, 6, 2)
+    assert torch.equal(smoothed(loss, flipped, 0.0), loss)
+
+
+def test_centring_is_least_for_opposite_rewards_and_finds_the_offset_that_bradley_terry_leaves_open():
+    chosen, rejected = torch.tensor([2.0, 1.0]).double(), torch.tensor([-2.0, 1.0]).double()
+    assert centring(chosen, rejected).tolist() == [0.0, 4.0]
+    offset = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    bradley_terry((chosen + offset) - (rejected + offset)).sum().backward()
+    assert offset.grad.item() == pytest.approx(0, abs=1e-12)
+    best = -(chosen + rejected).mean() / 2
+    moved = [side + best for side in (chosen, rejected)]
+    assert centring(*moved).mean() <= min(
+        centring(chosen + o, rejected + o).mean() for o in torch.linspace(-2, 2, 41).double()
+    )
+
+
+def test_dro_weights_equal_the_loop_and_average_to_one():
+    losses = torch.rand(7, 3, dtype=torch.float64) * 3
+    found = dro_weights(losses, 0.5, cap=1e9)
+    for head in range(3):
+        column = losses[:, head].tolist()
+        raw = [math.exp((loss - max(column)) / 0.5) for loss in column]
+        expected = [weight * 7 / sum(raw) for weight in raw]
+        assert found[:, head].tolist() == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(found.mean(0), torch.ones(3).double())
+
+
+def test_dro_weights_end_at_the_cap_and_turn_uniform_as_the_temperature_grows():
+    losses = torch.tensor([0.0, 0.0, 0.0, 9.0])
+    assert dro_weights(losses, 0.1, cap=2.5).max() == 2.5
+    torch.testing.assert_close(dro_weights(losses, 1e6, cap=5.0), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_no_gradient_flows_through_dro_weights():
+    losses = torch.rand(4, requires_grad=True)
+    assert not dro_weights(losses, 0.5, cap=5.0).requires_grad
+    (losses * dro_weights(losses, 0.5, cap=5.0)).sum().backward()
+    torch.testing.assert_close(losses.grad, dro_weights(losses, 0.5, cap=5.0))
+
+
+def test_training_on_reparameterised_mse_takes_sigma_to_its_floor():
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([mean, log_std], lr=0.2)
+    for _ in range(600):
+        scores = Scores(mean.expand(64, 1), 0.05 + log_std.exp().expand(64, 1))
+        loss = reparameterised_mse(scores, torch.ones(64, 1), torch.randn(64, 1, generator=generator)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert mean.item() == pytest.approx(1.0, abs=0.02)
+    assert 0.05 + log_std.exp().item() < 0.06

@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Arm, Model, Ppo
-from rrlhf.features import TRUNK
 from rrlhf.heads import RewardHeads
 from rrlhf.models import load_base
 from rrlhf.ppo import Judgement, arm_reward, collect, optimise, prepare_learner, train
 from rrlhf.robust import AGGREGATIONS, Scores
+from rrlhf.trunk import FILE
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 
@@ -56,7 +56,7 @@ def rewards(tmp_path):
         folder.mkdir()
         torch.manual_seed(heads)
         RewardHeads(32, heads, 0, 0.05).save(folder)
-        (folder / TRUNK).write_text('{"layer": 1}')
+        (folder / FILE).write_text('{"layer": 1}')
     return tmp_path / "reward", tmp_path / "ensemble"
 
 

@@ -21,7 +21,13 @@ from rrlhf.tracking.records import (
 from rrlhf.tracking.server import long_requests
 from rrlhf.types import Dataset
 
-MODEL_NAMES = {"sft": "rrlhf-sft", "reward": "rrlhf-reward", "ensemble": "rrlhf-ensemble", "ppo": "rrlhf-policy"}
+MODEL_NAMES = {
+    "sft": "rrlhf-sft",
+    "reward": "rrlhf-reward",
+    "member": "rrlhf-reward-member",
+    "ensemble": "rrlhf-ensemble",
+    "ppo": "rrlhf-policy",
+}
 
 
 class Models:

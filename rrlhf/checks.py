@@ -1,0 +1,103 @@
+"""Settings that are fine alone and wrong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rrlhf.located import did_you_mean
+
+if TYPE_CHECKING:
+    from rrlhf.config import Params
+
+Mistake = tuple[tuple[str, ...], str]  # the path of the setting to blame, and what is wrong
+
+# The settings that an arm's reward needs; any other reward has none.
+NEEDED = {
+    "robust": {"nominal_weight"},
+    "batch_robust": {"nominal_weight"},
+    "uwo": {"uncertainty_weight"},
+    "mean_minus_std": {"uncertainty_weight"},
+    "lower_bound": {"uncertainty_weight"},
+    "entropic": {"temperature"},
+    "gaussian_entropic": {"temperature"},
+}
+# Settings of the Bradley-Terry loss, with the value that changes nothing.
+BRADLEY_TERRY_ONLY = {"margin": 0.0, "centring": 0.0, "label_smoothing": 0.0, "dro_temperature": None}
+
+
+def contradictions(params: Params) -> Iterator[Mistake]:
+    """Yield every contradiction between settings."""
+    yield from _preparation(params)
+    yield from _training(params)
+    yield from _reward_models(params)
+    yield from _arms(params)
+
+
+def _preparation(params: Params) -> Iterator[Mistake]:
+    shares = params.prepare.shares.model_dump()
+    if abs(sum(shares.values()) - 1) > 1e-9:
+        yield ("prepare", "shares"), f"prepare.shares sum to {sum(shares.values()):g}, not to 1"
+    if (params.prepare.source == "written") != (params.prepare.format == "written"):
+        yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
+
+
+def _training(params: Params) -> Iterator[Mistake]:
+    ppo = params.ppo
+    if ppo.prompts_per_update % ppo.minibatch_size:
+        yield (
+            ("ppo", "minibatch_size"),
+            f"ppo.minibatch_size {ppo.minibatch_size} does not divide prompts_per_update {ppo.prompts_per_update}",
+        )
+    batch = params.launch.processes
+    for path, size in (("sft", "batch_size"), params.sft.batch_size), (("ppo", "minibatch_size"), ppo.minibatch_size):
+        if size % batch:
+            yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
+    if params.launch.processes > 1 and params.launch.arms_at_once > 1:
+        yield ("launch", "arms_at_once"), "launch.arms_at_once must be 1 where launch.processes is above 1"
+
+
+def _reward_models(params: Params) -> Iterator[Mistake]:
+    ensemble = params.ensemble
+    if ensemble.loss != "bradley_terry":
+        for name, neutral in BRADLEY_TERRY_ONLY.items():
+            if getattr(ensemble, name) != neutral:
+                yield ("ensemble", name), f"ensemble.{name} belongs to the loss bradley_terry, not to {ensemble.loss}"
+
+    reward = params.reward
+    trains = reward.trunk != "frozen" or ensemble.kind == "lora"
+    if trains and reward.train_layers > reward.layer:
+        yield (
+            ("reward", "train_layers"),
+            f"reward.train_layers {reward.train_layers} is more than the {reward.layer} layers of the trunk",
+        )
+    if reward.revision is not None and reward.base is None:
+        yield ("reward", "revision"), "reward.revision is the commit of reward.base, which is null"
+    if not ensemble.freeze_backbone and ensemble.kind != "heads":
+        yield ("ensemble", "freeze_backbone"), f"ensemble.freeze_backbone is for kind heads; {ensemble.kind} has no use"
+    elif not ensemble.freeze_backbone and reward.trunk == "frozen":
+        yield ("ensemble", "freeze_backbone"), "ensemble.freeze_backbone is false: set reward.trunk to lora or full"
+    if ensemble.diversity and ensemble.kind != "lora":
+        yield ("ensemble", "diversity"), f"ensemble.diversity is for kind lora, not for {ensemble.kind}"
+    if ensemble.kind == "warm" and reward.trunk == "frozen" and ensemble.hidden:
+        yield (
+            ("ensemble", "hidden"),
+            "ensemble.kind warm on a frozen trunk averages linear heads: set ensemble.hidden to 0 or train the trunk",
+        )
+
+
+def _arms(params: Params) -> Iterator[Mistake]:
+    if params.tracking.candidate not in params.arms:
+        hint = did_you_mean(params.tracking.candidate, list(params.arms))
+        yield ("tracking", "candidate"), f"tracking.candidate {params.tracking.candidate!r} is not an arm{hint}"
+    if not params.arms:
+        yield ("arms",), "arms is empty: name at least one policy to train"
+    for name, arm in params.arms.items():
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
+            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
+        needed = NEEDED.get(arm.reward, set())
+        for setting in sorted(needed - set(arm.settings)):
+            yield ("arms", name), f"arms.{name}: reward {arm.reward} needs {setting}"
+        for setting in sorted(set(arm.settings) - needed):
+            yield ("arms", name), f"arms.{name}: reward {arm.reward} has no {setting}; leave it out or null"

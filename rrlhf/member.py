@@ -1,0 +1,108 @@
+"""Stage 3b: one member of an ensemble of independent reward models; its seed is its number.
+
+On a frozen trunk a member is one head on the reward stage's features. Otherwise all members start at the same trunk
+and the same head, trained on all pairs, so that their weights may be averaged (WARM, arXiv 2401.12187); they differ by
+the pairs that they draw and by the order of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from rrlhf.calibration import correct, estimate
+from rrlhf.config import Member, Model, TrunkTraining
+from rrlhf.features import PairFeatures, pair_features
+from rrlhf.finetune import finetune, trainable
+from rrlhf.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.models import accelerator
+from rrlhf.objectives import stage2_loss
+from rrlhf.progress import track
+from rrlhf.tables import preferences
+from rrlhf.trunk import Trunk, link_trunk, save_trunk, start_trunk
+from rrlhf.types import Log, Metrics
+
+START = "start.json"  # what members must share before their weights may be averaged
+COMMON_SEED = 0
+
+
+def run(
+    *,
+    seed: int,
+    model: Model,
+    member: Member,
+    trunk: TrunkTraining,
+    data: Path,
+    sft: Path,
+    reward: Path,
+    out: Path,
+    log: Log,
+) -> None:
+    """Train one reward model with a single head, and save it with its trunk if that is its own."""
+    stored = PairFeatures.load(reward)
+    frozen = trunk.trunk == "frozen"
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.ones(len(stored.train.chosen), 1)
+    if member.head_data == "bootstrap":
+        weights = bootstrap_weights(len(weights), 1, generator)
+    loss = stage2_loss(member, RewardHeads.load(reward), stored.train, generator)
+    start = None if frozen else start_trunk(trunk, model, sft)
+    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    features = pair_features(start, train, heldout, trunk.batch_size, "member: features") if start else stored
+    torch.manual_seed(seed if frozen else COMMON_SEED)
+    heads = RewardHeads(features.train.chosen.shape[-1], 1, member.hidden, member.sigma_floor)
+    engine = accelerator(model)
+    rows = fit(
+        heads,
+        loss,
+        features.train,
+        weights if frozen else torch.ones_like(weights),
+        accelerator=engine,
+        generator=generator if frozen else torch.Generator().manual_seed(COMMON_SEED),
+        epochs=member.epochs,
+        pairs_per_batch=member.pairs_per_batch,
+        learning_rate=member.learning_rate,
+        weight_decay=member.weight_decay,
+    )
+    for row in track(rows, member.epochs, "member"):
+        log(row)
+    (out / START).write_text(json.dumps({"start": _start(heads, start)}), encoding="utf-8")
+    if start:
+        torch.manual_seed(seed)
+        with trainable(start, trunk):
+            for row in finetune(start, heads, loss, train, weights, trunk, engine=engine, generator=generator):
+                log(row)
+        features = pair_features(start, train, heldout, trunk.batch_size, "member: trained features")
+        features.save(out)
+        save_trunk(start, out, own=True)
+    else:
+        link_trunk(reward, out)
+    heads = heads.cpu().eval()
+    heads.normalise(features.reference)
+    log({"step": member.epochs, **_judged(heads, features)})
+    heads.save(out)
+
+
+def _start(heads: RewardHeads, trunk: Trunk | None) -> str:
+    """Return a digest of all that members share at the start of their own training.
+
+    On a frozen trunk that is the trunk alone, known by its features' statistics: linear heads have one optimum.
+    """
+    if trunk is None:
+        tensors = iter([heads.feature_mean, heads.feature_std])
+    else:
+        tensors = chain(heads.state_dict().values(), trunk.language.network.model.layers[: trunk.layer].parameters())
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _judged(heads: RewardHeads, features: PairFeatures) -> Metrics:
+    chosen, rejected = heads.score(features.heldout.chosen).mean, heads.score(features.heldout.rejected).mean
+    accuracy = estimate(correct((chosen - rejected)[:, 0]), features.heldout_prompts)
+    return {"heldout_accuracy": accuracy.mean, "heldout_accuracy_stderr": accuracy.stderr}
