@@ -15,6 +15,7 @@ from rrlhf.trunk import Trunk
 from rrlhf.types import Message, Preference
 
 FILE = "features.safetensors"
+START = "start"  # sub-folder with the features of a trunk before it was trained
 
 
 class PairFeatures(NamedTuple):
@@ -48,6 +49,11 @@ class PairFeatures(NamedTuple):
         train = Pairs(stored["train.chosen"], stored["train.rejected"])
         heldout = Pairs(stored["heldout.chosen"], stored["heldout.rejected"])
         return cls(train, heldout, stored["heldout.prompts"])
+
+
+def started(reward: Path) -> PairFeatures:
+    """Return the features that a reward model's trunk gave before it was trained itself."""
+    return PairFeatures.load(reward / START if (reward / START).is_dir() else reward)
 
 
 def features_of(ensemble: Path, reward: Path) -> PairFeatures:

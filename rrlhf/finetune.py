@@ -29,6 +29,7 @@ from rrlhf.rollout import hidden_states, response_features
 from rrlhf.trunk import Encoded, Trunk, by_copy, expanded, lengths
 from rrlhf.types import Metrics, Preference
 
+ROWS_TOGETHER = 8  # responses in one pass on a CPU: more only adds padding there
 CACHED_SHARE = 0.5  # of the free memory that states of the lower layers may take
 
 
@@ -122,13 +123,8 @@ def finetune(
 
     weights: [pairs, heads] as in rrlhf.heads.fit. penalty: what each step adds to the loss.
     """
-    texts = distinct(pairs)
-    number = {name: i for i, name in enumerate(texts)}
-    rows = [trunk.encode(*response) for response in texts.values()]
-    sides = [[number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]] for pair in pairs]
-    first = trunk.layer - settings.train_layers
-    states = LowerStates(trunk, rows, first, settings.batch_size)
-    top = TrunkTop(trunk, heads, first)
+    responses = PairedResponses(trunk, pairs, settings)
+    top = TrunkTop(trunk, heads, responses.first)
     trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.trunk_learning_rate, weight_decay=0.0, fused=True)
     steps = settings.trunk_epochs * math.ceil(len(pairs) / settings.trunk_pairs_per_batch)
@@ -138,13 +134,13 @@ def finetune(
     for _ in range(settings.trunk_epochs):
         order = torch.randperm(len(pairs), generator=generator)
         for index in order.split(settings.trunk_pairs_per_batch):
-            batch = sorted(index.tolist(), key=lambda i: max(len(rows[side].tokens) for side in sides[i]))
             counted = weights[index.to(engine.device)].sum(0).clamp(min=1)
             total = torch.zeros((), device=engine.device)
-            for part, synchronised in microbatches(engine, model, batch, max(settings.batch_size // 2, 1)):
+            for part, synchronised in microbatches(
+                engine, model, responses.by_length(index.tolist()), max(settings.batch_size // 2, 1)
+            ):
                 with synchronised:
-                    both = model(*states.of([sides[i][0] for i in part] + [sides[i][1] for i in part]))
-                    chosen, rejected = (Scores(*halves) for halves in zip(*(x.chunk(2) for x in both), strict=True))
+                    chosen, rejected = responses.scores(model, part)
                     here = torch.tensor(part, device=engine.device)
                     share = ((loss(chosen, rejected, here) * weights[here]).sum(0) / counted).sum()
                     engine.backward(share)
@@ -159,3 +155,37 @@ def finetune(
             step += 1
             row = {"step": step, "trunk_loss": total.item(), "trunk_gradient_norm": float(norm)}
             yield row | ({} if extra is None else {"penalty": extra.item()})
+
+
+class PairedResponses:
+    """The responses of preference pairs as token rows, each distinct one once, and what the frozen layers leave."""
+
+    def __init__(self, trunk: Trunk, pairs: list[Preference], settings: TrunkTraining) -> None:
+        texts = distinct(pairs)
+        number = {name: i for i, name in enumerate(texts)}
+        self.first = trunk.layer - settings.train_layers
+        self._rows = [trunk.encode(*response) for response in texts.values()]
+        self._sides = [(number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]) for pair in pairs]
+        self._states = LowerStates(trunk, self._rows, self.first, settings.batch_size)
+        self._together = ROWS_TOGETHER if trunk.language.device.type == "cpu" else settings.batch_size
+
+    def by_length(self, pairs: list[int]) -> list[int]:
+        """Order pairs by their longer response."""
+        return sorted(pairs, key=lambda i: max(self._length(side) for side in self._sides[i]))
+
+    def scores(self, model: Callable[..., Scores], pairs: list[int]) -> tuple[Scores, Scores]:
+        """Return raw scores [pairs, heads] of chosen and rejected responses.
+
+        All of them share one graph, but responses of similar length run together, whichever pair they are of: a
+        pair's two lengths differ, and padding costs as much as text.
+        """
+        index = [self._sides[i][side] for side in (0, 1) for i in pairs]
+        order = sorted(range(len(index)), key=lambda at: self._length(index[at]))
+        parts = [order[i : i + self._together] for i in range(0, len(order), self._together)]
+        found = [model(*self._states.of([index[at] for at in part])) for part in parts]
+        back = torch.tensor(order).argsort().to(found[0].mean.device)
+        mean, std = (torch.cat(each)[back].chunk(2) for each in zip(*found, strict=True))
+        return Scores(mean[0], std[0]), Scores(mean[1], std[1])
+
+    def _length(self, row: int) -> int:
+        return len(self._rows[row].tokens)

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 
-from rrlhf.calibration import correct, estimate
 from rrlhf.config import Member, Model, TrunkTraining
-from rrlhf.features import PairFeatures, pair_features
+from rrlhf.features import PairFeatures, pair_features, started
 from rrlhf.finetune import finetune, trainable
 from rrlhf.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.judging import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models import accelerator
 from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
 from rrlhf.tables import preferences
 from rrlhf.trunk import Trunk, link_trunk, save_trunk, start_trunk
-from rrlhf.types import Log, Metrics
+from rrlhf.types import Log
 
 START = "start.json"  # what members must share before their weights may be averaged
 COMMON_SEED = 0
@@ -43,19 +43,17 @@ def run(
     log: Log,
 ) -> None:
     """Train one reward model with a single head, and save it with its trunk if that is its own."""
-    stored = PairFeatures.load(reward)
-    frozen = trunk.trunk == "frozen"
+    features = started(reward)
+    pairs = len(features.train.chosen)
     generator = torch.Generator().manual_seed(seed)
-    weights = torch.ones(len(stored.train.chosen), 1)
+    weights = torch.ones(pairs, 1)
     if member.head_data == "bootstrap":
-        weights = bootstrap_weights(len(weights), 1, generator)
+        weights = bootstrap_weights(pairs, 1, generator)
+    stored = PairFeatures.load(reward)  # what the single head reads, for losses that aim at its rewards
     loss = stage2_loss(member, RewardHeads.load(reward), stored.train, generator)
-    start = None if frozen else start_trunk(trunk, model, sft)
-    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
-    features = pair_features(start, train, heldout, trunk.batch_size, "member: features") if start else stored
+    frozen, engine = trunk.trunk == "frozen", accelerator(model)
     torch.manual_seed(seed if frozen else COMMON_SEED)
     heads = RewardHeads(features.train.chosen.shape[-1], 1, member.hidden, member.sigma_floor)
-    engine = accelerator(model)
     rows = fit(
         heads,
         loss,
@@ -70,20 +68,23 @@ def run(
     )
     for row in track(rows, member.epochs, "member"):
         log(row)
-    (out / START).write_text(json.dumps({"start": _start(heads, start)}), encoding="utf-8")
-    if start:
+    own = None if frozen else start_trunk(trunk, model, sft)
+    (out / START).write_text(json.dumps({"start": _start(heads, own)}), encoding="utf-8")
+    if own:
         torch.manual_seed(seed)
-        with trainable(start, trunk):
-            for row in finetune(start, heads, loss, train, weights, trunk, engine=engine, generator=generator):
+        train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+        with trainable(own, trunk):
+            for row in finetune(own, heads, loss, train, weights, trunk, engine=engine, generator=generator):
                 log(row)
-        features = pair_features(start, train, heldout, trunk.batch_size, "member: trained features")
+        features = pair_features(own, train, heldout, trunk.batch_size, "member: trained features")
         features.save(out)
-        save_trunk(start, out, own=True)
+        save_trunk(own, out, own=True)
     else:
         link_trunk(reward, out)
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
-    log({"step": member.epochs, **_judged(heads, features)})
+    judged = judge_ensemble("member", score_pairs(heads, features.heldout, features.heldout_prompts))
+    log({"step": member.epochs, **heldout_metrics(judged)})
     heads.save(out)
 
 
@@ -100,9 +101,3 @@ def _start(heads: RewardHeads, trunk: Trunk | None) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _judged(heads: RewardHeads, features: PairFeatures) -> Metrics:
-    chosen, rejected = heads.score(features.heldout.chosen).mean, heads.score(features.heldout.rejected).mean
-    accuracy = estimate(correct((chosen - rejected)[:, 0]), features.heldout_prompts)
-    return {"heldout_accuracy": accuracy.mean, "heldout_accuracy_stderr": accuracy.stderr}

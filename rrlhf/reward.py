@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rrlhf.config import Model, Reward
-from rrlhf.features import pair_features
+from rrlhf.features import START, pair_features
 from rrlhf.finetune import finetune, trainable
 from rrlhf.heads import RewardHeads, fit
 from rrlhf.judging import heldout_metrics, judge_single, score_pairs
@@ -24,7 +24,7 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     engine = accelerator(model)
     trunk = start_trunk(reward, model, sft)
     train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
-    features = pair_features(trunk, train, heldout, reward.batch_size)
+    features = start = pair_features(trunk, train, heldout, reward.batch_size)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
@@ -54,4 +54,7 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     log({"step": reward.epochs, **heldout_metrics(judged)})
     heads.save(out)
     features.save(out)
+    if start is not features:  # members start here too
+        (out / START).mkdir()
+        start.save(out / START)
     save_trunk(trunk, out, own=reward.base is not None or reward.trunk != "frozen")
