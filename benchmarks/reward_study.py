@@ -63,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--layer", type=int, default=10, help="reward.layer; 4 layers below it train where a trunk does"
     )
+    parser.add_argument("--rest", type=float, default=0.01, help="share of prompts of each split that is not used")
     parser.add_argument("--work", type=Path, default=Path(".rrlhf", "study"))
     return parser.parse_args()
 
@@ -70,13 +71,18 @@ def _options() -> argparse.Namespace:
 def _seed(
     seed: int, source: Path, data_format: str, options: argparse.Namespace
 ) -> Iterator[tuple[str, dict[str, float]]]:
+    rest = options.rest
     common: dict[str, Json] = {
         "seed": seed,
         "prepare.source": str(source.resolve()),
         "prepare.format": data_format,
         "prepare.revision": None,
         "prepare.limit": options.limit,
-        "prepare.shares": {"sft": 0.01, "preferences": 0.58, "heldout": 0.39, "ppo": 0.01, "evaluate": 0.01},
+        "prepare.shares": {
+            "preferences": 0.61 - 3 * rest,
+            "heldout": 0.39,
+            **dict.fromkeys(("sft", "ppo", "evaluate"), rest),
+        },
         "model.prompt_tokens": 64,
         "model.response_tokens": 32,
         "reward.layer": options.layer,
@@ -134,17 +140,24 @@ def _metrics(folder: Path) -> dict[str, float]:
 
 def _pandalm(file: Path, work: Path) -> Path:
     """Write PandaLM's test set as rows of prompt, chosen and rejected."""
-    rows = []
+    rows: dict[str, None] = {}  # in order, repetitions once
     for item in json.loads(file.read_text(encoding="utf-8")):
         (label, votes), *_ = Counter(item[f"annotator{i}"] for i in (1, 2, 3)).most_common()
-        if label and votes > 1 and item["response1"].strip() and item["response2"].strip():
-            first, second = item["response1"], item["response2"]
+        first, second = item["response1"], item["response2"]
+        if (
+            label
+            and votes > 1
+            and isinstance(first, str)
+            and isinstance(second, str)
+            and first.strip()
+            and second.strip()
+        ):
             prompt = "\n".join(part for part in (item["instruction"], item["input"]) if part)
             chosen, rejected = (first, second) if label == 1 else (second, first)
             if chosen != rejected:
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                rows[json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected})] = None
     path = work / "pandalm.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     return path
 
 
