@@ -18,13 +18,13 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Model, Reward, load_params
-from rrlhf.features import pair_features
-from rrlhf.finetune import finetune, trainable
-from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit
 from rrlhf.losses import gaussian_bradley_terry
 from rrlhf.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
-from rrlhf.objectives import single_loss
-from rrlhf.trunk import Trunk
+from rrlhf.reward_models.features import pair_features
+from rrlhf.reward_models.finetune import finetune, trainable
+from rrlhf.reward_models.heads import Pairs, RewardHeads, bootstrap_weights, fit
+from rrlhf.reward_models.objectives import single_loss
+from rrlhf.reward_models.trunk import Trunk
 from rrlhf.types import Message, Preference
 
 ROOT = Path(__file__).resolve().parents[1]

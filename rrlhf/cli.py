@@ -158,9 +158,9 @@ def evaluate_reward(
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
     from rrlhf.config import load_params
-    from rrlhf.evaluate_reward import evaluate_reward as judged
-    from rrlhf.reward_bench import load_pairs
-    from rrlhf.reward_report import show, strict, write
+    from rrlhf.judging.command import evaluate_reward as judged
+    from rrlhf.judging.labelled import load_pairs
+    from rrlhf.judging.report import show, strict, write
 
     overrides = _overrides(profile, set_)
     with _clear_errors():

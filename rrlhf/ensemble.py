@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rrlhf.adapters import adapt, diversity
 from rrlhf.config import Ensemble, Model, TrunkTraining
-from rrlhf.features import PairFeatures, pair_features
-from rrlhf.finetune import finetune, trainable
-from rrlhf.gather import averaged, side_by_side
-from rrlhf.heads import RewardHeads, bootstrap_weights, fit
-from rrlhf.judging import heldout_metrics, judge_ensemble, score_pairs
+from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models import accelerator
-from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
+from rrlhf.reward_models.adapters import adapt, diversity
+from rrlhf.reward_models.features import PairFeatures, pair_features
+from rrlhf.reward_models.finetune import finetune, trainable
+from rrlhf.reward_models.gather import averaged, side_by_side
+from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.reward_models.objectives import stage2_loss
+from rrlhf.reward_models.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.robust import Scores, head_spread
 from rrlhf.tables import preferences
-from rrlhf.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.types import Log, Metrics
 
 

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from rrlhf.calibration import estimate
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.features import PairFeatures, features_of
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
-from rrlhf.heads import RewardHeads
-from rrlhf.judgement import GoldAgreement, RewardJudgement
-from rrlhf.judging import agreement_with_gold, judge_ensemble, judge_single, score_pairs
+from rrlhf.judging.content import GoldAgreement, RewardJudgement
+from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
-from rrlhf.reward_model import RewardModel, load_for_policy, read_by
+from rrlhf.reward_models.features import PairFeatures, features_of
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
+from rrlhf.reward_models.trunk import trunk_layer
 from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
 from rrlhf.tables import Rows, read_table
-from rrlhf.trunk import trunk_layer
 from rrlhf.types import Log
 
 

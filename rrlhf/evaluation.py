@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
-from rrlhf.judgement import GoldAgreement, Measured, RewardJudgement
+from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
 from rrlhf.plots import Point
 
 __all__ = ["Evaluation", "Measured", "Policy", "Response", "Sample", "highest", "in_figures", "measured"]

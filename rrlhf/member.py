@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from rrlhf.config import Member, Model, TrunkTraining
-from rrlhf.features import PairFeatures, pair_features, started
-from rrlhf.finetune import finetune, trainable
-from rrlhf.heads import RewardHeads, bootstrap_weights, fit
-from rrlhf.judging import heldout_metrics, judge_ensemble, score_pairs
+from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models import accelerator
-from rrlhf.objectives import stage2_loss
 from rrlhf.progress import track
+from rrlhf.reward_models.features import PairFeatures, pair_features, started
+from rrlhf.reward_models.finetune import finetune, trainable
+from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.reward_models.objectives import stage2_loss
+from rrlhf.reward_models.trunk import Trunk, link_trunk, save_trunk, start_trunk
 from rrlhf.tables import preferences
-from rrlhf.trunk import Trunk, link_trunk, save_trunk, start_trunk
 from rrlhf.types import Log
 
 START = "start.json"  # what members must share before their weights may be averaged

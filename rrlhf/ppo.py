@@ -37,11 +37,11 @@ from rrlhf.models import (
 )
 from rrlhf.progress import track
 from rrlhf.returns import gae, masked_mean, token_rewards, whiten
-from rrlhf.reward_model import RewardModel, load_for_policy, read_by
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
+from rrlhf.reward_models.trunk import trunk_layer
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.rollout import Rollout, Samples, response_features, sample, text_lengths
 from rrlhf.tables import prompts
-from rrlhf.trunk import trunk_layer
 from rrlhf.types import Log, Message, Metrics
 
 

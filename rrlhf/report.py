@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from rrlhf import plots, reward_plots
+from rrlhf import plots
 from rrlhf.evaluation import Evaluation, Policy, highest, in_figures, measured
+from rrlhf.judging import plots as reward_plots
 from rrlhf.plots import Look
 from rrlhf.types import Json
 from rrlhf.verdict import verdict
@@ -70,7 +71,7 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
 def page(template: str, **content: object) -> str:
     """Fill a template of this package; what others wrote is escaped and made visible."""
     environment = Environment(
-        loader=PackageLoader("rrlhf", ""),
+        loader=PackageLoader("rrlhf"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

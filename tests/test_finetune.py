@@ -6,15 +6,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rrlhf import finetune as module
-from rrlhf.adapters import Adapted, adapt, adapters, diversity
 from rrlhf.config import TrunkTraining, load_params
-from rrlhf.features import pair_features
-from rrlhf.finetune import finetune, trainable
-from rrlhf.heads import RewardHeads, bootstrap_weights
-from rrlhf.objectives import single_loss
+from rrlhf.reward_models import finetune as module
+from rrlhf.reward_models.adapters import Adapted, adapt, adapters, diversity
+from rrlhf.reward_models.features import pair_features
+from rrlhf.reward_models.finetune import finetune, trainable
+from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights
+from rrlhf.reward_models.objectives import single_loss
+from rrlhf.reward_models.trunk import start_trunk
 from rrlhf.tables import preferences
-from rrlhf.trunk import start_trunk
 
 ROOT = Path(__file__).parents[1]
 

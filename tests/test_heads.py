@@ -2,8 +2,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rrlhf.heads import Pairs, RewardHeads, bootstrap_weights, fit
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
+from rrlhf.reward_models.heads import Pairs, RewardHeads, bootstrap_weights, fit
 
 
 @pytest.fixture

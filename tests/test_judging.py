@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from rrlhf.heads import Pairs, RewardHeads
-from rrlhf.judging import (
+from rrlhf.judging.metrics import (
     LEVELS,
     PairScores,
     agreement_with_gold,
@@ -17,6 +16,7 @@ from rrlhf.judging import (
     score_pairs,
 )
 from rrlhf.losses import gaussian_bradley_terry
+from rrlhf.reward_models.heads import Pairs, RewardHeads
 from rrlhf.robust import READINGS, Scores
 
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from rrlhf.config import load_params
-from rrlhf.features import features_of
 from rrlhf.keys import key_digest, key_document
 from rrlhf.launch import call
-from rrlhf.reward_model import load_reward_model
+from rrlhf.reward_models.features import features_of
+from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.stages import nodes
 from rrlhf.tables import prompts
 

@@ -6,7 +6,7 @@ import torch
 
 from rrlhf.config import load_params
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
-from rrlhf.objectives import preference_loss, single_loss
+from rrlhf.reward_models.objectives import preference_loss, single_loss
 from rrlhf.robust import Scores
 
 ROOT = Path(__file__).parents[1]

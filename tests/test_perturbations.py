@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.perturbations import MARKS, NEUTRAL_SENTENCES, PERTURBATIONS, perturbed
+from rrlhf.judging.perturbations import MARKS, NEUTRAL_SENTENCES, PERTURBATIONS, perturbed
 
 TEXT = st.one_of(
     st.lists(st.sampled_from(["love", "the", "Old", "bridge.", "wait,", "why?", "İı", "straße"]), min_size=1).map(

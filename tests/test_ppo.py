@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Arm, Model, Ppo
-from rrlhf.heads import RewardHeads
 from rrlhf.models import load_base
 from rrlhf.ppo import Judgement, arm_reward, collect, optimise, prepare_learner, train
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
-from rrlhf.trunk import FILE
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 

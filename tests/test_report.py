@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from rrlhf.evaluation import Evaluation, Measured, Policy
-from rrlhf.judgement import GoldAgreement, Heads, RewardJudgement, Share
+from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
 from rrlhf.report import render, reward_in_words, table, visible
 from rrlhf.verdict import verdict

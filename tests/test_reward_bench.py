@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.reward_bench import accuracy_by_subset, load_pairs, prompt_numbers
+from rrlhf.judging.labelled import accuracy_by_subset, load_pairs, prompt_numbers
 
 ROWS = [
     {"prompt": f"Question {n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}", "subset": "ab"[n % 2]}

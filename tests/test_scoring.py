@@ -8,13 +8,13 @@ import torch
 
 from rrlhf import ensemble, reward
 from rrlhf.config import load_params
-from rrlhf.features import PairFeatures
-from rrlhf.heads import RewardHeads
+from rrlhf.judging.perturbations import PERTURBATIONS
+from rrlhf.judging.robustness import robustness
 from rrlhf.models import load_base, save_model
-from rrlhf.perturbations import PERTURBATIONS
-from rrlhf.reward_model import load_reward_model
+from rrlhf.reward_models.features import PairFeatures
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.robust import Scores, mean_reward
-from rrlhf.robustness import robustness
 from rrlhf.tables import preferences, write_table
 from rrlhf.types import Message, Preference
 
@@ -106,7 +106,7 @@ def test_robustness_counts_what_a_reward_of_length_does():
 
 def test_robustness_is_the_share_of_draws_that_keep_the_order():
     """Against a loop over draws, for a reward that counts capitals."""
-    from rrlhf.perturbations import perturbed
+    from rrlhf.judging.perturbations import perturbed
 
     def capitals(prompts, responses):
         mean = torch.tensor([[float(sum(map(str.isupper, response)))] for response in responses])

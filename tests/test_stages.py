@@ -9,8 +9,8 @@ import torch
 
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm, load_params
-from rrlhf.features import PairFeatures
-from rrlhf.heads import RewardHeads
+from rrlhf.reward_models.features import PairFeatures
+from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.tables import SCHEMAS, preferences, prompts, read_table
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rrlhf.heads import Pairs, RewardHeads, fit
 from rrlhf.losses import gaussian_bradley_terry
+from rrlhf.reward_models.heads import Pairs, RewardHeads, fit
 from rrlhf.robust import Scores
 from rrlhf.toy.problem import Worlds, moments
 from rrlhf.types import Metrics

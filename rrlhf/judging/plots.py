@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rrlhf.judgement import ReliabilityBin, RewardJudgement
+from rrlhf.judging.content import ReliabilityBin, RewardJudgement
 from rrlhf.plots import ARM_LOOKS, Chart, data_uri, empty_chart
 
 COLOR = ARM_LOOKS[1].color

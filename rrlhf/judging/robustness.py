@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rrlhf.calibration import correct, estimate
-from rrlhf.judgement import Measured, Robustness
-from rrlhf.judging import measured_share
-from rrlhf.perturbations import PERTURBATIONS, perturbed
+from rrlhf.judging.content import Measured, Robustness
+from rrlhf.judging.metrics import measured_share
+from rrlhf.judging.perturbations import PERTURBATIONS, perturbed
 from rrlhf.robust import Scores, mean_reward
 from rrlhf.types import Message, Preference
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rrlhf import reward_plots
-from rrlhf.evaluate_reward import RewardReport
 from rrlhf.evaluation import in_figures
-from rrlhf.judgement import Calibration, Heads, Share
+from rrlhf.judging import plots as reward_plots
+from rrlhf.judging.command import RewardReport
+from rrlhf.judging.content import Calibration, Heads, Share
 from rrlhf.report import known, page, visible
 from rrlhf.types import Json
 

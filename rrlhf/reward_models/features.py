@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rrlhf.heads import Pairs
-from rrlhf.trunk import Trunk
+from rrlhf.reward_models.heads import Pairs
+from rrlhf.reward_models.trunk import Trunk
 from rrlhf.types import Message, Preference
 
 FILE = "features.safetensors"

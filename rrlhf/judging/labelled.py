@@ -18,7 +18,7 @@ from rrlhf.types import Preference
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rrlhf.judgement import SubsetAccuracy
+    from rrlhf.judging.content import SubsetAccuracy
 
 PAIR_FORMATS = FORMATS | {"rewardbench": Format(("prompt", "chosen", "rejected", "subset"), plain_row, "filtered")}
 MISTAKES_SHOWN = 50
@@ -84,7 +84,7 @@ def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) ->
     """Return the accuracy of wins [pairs] (1, or 0.5 on a tie) on every subset, and the two ways to average it."""
     import torch
 
-    from rrlhf.judging import measured_share
+    from rrlhf.judging.metrics import measured_share
 
     of = {
         name: torch.tensor([subset == name for subset in subsets], device=wins.device) for name in sorted(set(subsets))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import HeadTraining, Member
-from rrlhf.heads import Pairs, RewardHeads
 from rrlhf.losses import (
     centring,
     dro_weights,
@@ -17,6 +16,7 @@ from rrlhf.losses import (
     reparameterised_mse,
     smoothed,
 )
+from rrlhf.reward_models.heads import Pairs, RewardHeads
 from rrlhf.robust import Scores
 
 # Maps raw scores of chosen and rejected responses, and the rows' index, to a loss [batch, heads].

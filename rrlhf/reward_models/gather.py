@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rrlhf.features import FILE as FEATURES
-from rrlhf.features import PairFeatures
-from rrlhf.heads import WEIGHTS as HEADS
-from rrlhf.heads import Pairs, RewardHeads
 from rrlhf.member import START
-from rrlhf.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
+from rrlhf.reward_models.features import FILE as FEATURES
+from rrlhf.reward_models.features import PairFeatures
+from rrlhf.reward_models.heads import WEIGHTS as HEADS
+from rrlhf.reward_models.heads import Pairs, RewardHeads
+from rrlhf.reward_models.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
 
 WEIGHTS = "model.safetensors"
 

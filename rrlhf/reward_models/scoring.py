@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.heads import RewardHeads
 from rrlhf.models import encode_text
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.trunk import FILE, Trunk, identity_of, load_trunk
 from rrlhf.robust import Scores
-from rrlhf.trunk import FILE, Trunk, identity_of, load_trunk
 from rrlhf.types import Message
 
 

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.adapters import WEIGHTS as ADAPTERS
-from rrlhf.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.artifacts import sha256
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
@@ -32,6 +30,8 @@ from rrlhf.models import (
     save_model,
 )
 from rrlhf.progress import track
+from rrlhf.reward_models.adapters import WEIGHTS as ADAPTERS
+from rrlhf.reward_models.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.rollout import hidden_states, response_features
 from rrlhf.types import Message
 
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """The layers below `layer`. With adapters inside (rrlhf/adapters.py) it gives one feature vector per adapter."""
+    """The layers below `layer`; with adapters inside (see adapters.py) it gives one feature vector per adapter."""
 
     language: LanguageModel
     layer: int

@@ -31,8 +31,7 @@ from rrlhf.calibration import (
     share_interval,
     within_central_interval,
 )
-from rrlhf.heads import Pairs, RewardHeads
-from rrlhf.judgement import (
+from rrlhf.judging.content import (
     Calibration,
     Coverage,
     GoldAgreement,
@@ -43,6 +42,7 @@ from rrlhf.judgement import (
     Share,
 )
 from rrlhf.losses import gaussian_log_odds
+from rrlhf.reward_models.heads import Pairs, RewardHeads
 from rrlhf.robust import READINGS, Scores, head_spread, mean_reward
 from rrlhf.types import Metrics
 

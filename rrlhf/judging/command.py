@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from rrlhf.artifacts import Artifact
 from rrlhf.config import Params
-from rrlhf.judgement import RewardJudgement, Robustness, SubsetAccuracy
+from rrlhf.judging.content import RewardJudgement, Robustness, SubsetAccuracy
+from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers
 from rrlhf.lookup import Lookup
 from rrlhf.plan import Project
-from rrlhf.reward_bench import LabelledPairs, accuracy_by_subset, prompt_numbers
 from rrlhf.stages import DATA
 
 if TYPE_CHECKING:
-    from rrlhf.judging import PairScores
+    from rrlhf.judging.metrics import PairScores
 
 STAGES = ("reward", "ensemble")
 HELDOUT = "held-out pairs"
@@ -85,10 +85,10 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
 
     from rrlhf.calibration import correct
     from rrlhf.hardware import device_kind
-    from rrlhf.judging import PairScores
-    from rrlhf.reward_model import load_reward_model
+    from rrlhf.judging.metrics import PairScores
+    from rrlhf.judging.robustness import robustness
+    from rrlhf.reward_models.scoring import load_reward_model
     from rrlhf.robust import Scores, mean_reward
-    from rrlhf.robustness import robustness
 
     pairs, prompts = labelled.pairs, prompt_numbers(labelled.pairs)
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -110,16 +110,16 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
 
 
 def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
-    from rrlhf.judging import judge_ensemble, judge_single
+    from rrlhf.judging.metrics import judge_ensemble, judge_single
 
     judge = judge_single if artifact.stage == "reward" else judge_ensemble
     return judge(artifact.name, scores)
 
 
 def _stored_scores(artifact: Artifact, features: Artifact, limit: int | None) -> PairScores:
-    from rrlhf.features import features_of
-    from rrlhf.heads import Pairs, RewardHeads
-    from rrlhf.judging import score_pairs
+    from rrlhf.judging.metrics import score_pairs
+    from rrlhf.reward_models.features import features_of
+    from rrlhf.reward_models.heads import Pairs, RewardHeads
 
     stored = features_of(artifact.path, features.path)
     first = Pairs(*(side[:limit] for side in stored.heldout))

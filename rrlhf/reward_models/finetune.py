@@ -18,15 +18,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rrlhf.adapters import copies_of
 from rrlhf.config import TrunkTraining
-from rrlhf.features import distinct, identity
-from rrlhf.heads import RewardHeads
 from rrlhf.models import autocast, microbatches, run_layers
-from rrlhf.objectives import PairLoss
+from rrlhf.reward_models.adapters import copies_of
+from rrlhf.reward_models.features import distinct, identity
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.objectives import PairLoss
+from rrlhf.reward_models.trunk import Encoded, Trunk, by_copy, expanded, lengths
 from rrlhf.robust import Scores
 from rrlhf.rollout import hidden_states, response_features
-from rrlhf.trunk import Encoded, Trunk, by_copy, expanded, lengths
 from rrlhf.types import Metrics, Preference
 
 ROWS_TOGETHER = 8  # responses in one pass on a CPU: more only adds padding there
@@ -121,7 +121,7 @@ def finetune(
 ) -> Iterator[Metrics]:
     """Train what is trainable in the trunk, and the heads, in place; yield metrics after every optimizer step.
 
-    weights: [pairs, heads] as in rrlhf.heads.fit. penalty: what each step adds to the loss.
+    weights: [pairs, heads] as in rrlhf.reward_models.heads.fit. penalty: what each step adds to the loss.
     """
     responses = PairedResponses(trunk, pairs, settings)
     top = TrunkTop(trunk, heads, responses.first)
