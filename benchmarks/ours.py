@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 4  # pairs whose features are computed before the clock is read
 FIRST_STEPS = 1  # optimizer steps of `full` before the clock is read
 SCALED = 16  # pairs whose features tell the head their scale
-ROWS_PER_PASS = 8  # responses per forward pass of `full`: neighbours in length, so that little is padded
 SCORING_S = 0.3  # CPU-seconds over which scoring is averaged
 
 Job = dict[str, Any]
@@ -68,7 +67,7 @@ def frozen(job: Job) -> Job:
     fit_s = time.process_time() - start
     score_s = _scoring(heads, found)
     times = {"features_s": features_s, "fit_s": fit_s, "score_s": score_s, "train_s": features_s + fit_s}
-    measured = times | {"pairs": len(train), "peak_mib": _peak_mib()}
+    measured = times | {"pairs": len(train), "epochs": settings.epochs, "peak_mib": _peak_mib()}
     if job["heads"] == 1:  # accuracy is shown once, and costs another pass of the trunk
         measured["accuracy"] = _accuracy(heads, _features(trunk, heldout, settings.batch_size))
     return measured
@@ -105,7 +104,7 @@ def _full_settings(job: Job, layers: int) -> Reward:
         "trunk_epochs": job["epochs"],
         "trunk_pairs_per_batch": job["batch_size"],
         "trunk_learning_rate": job["learning_rate"],
-        "batch_size": ROWS_PER_PASS,
+        "batch_size": 2 * job["batch_size"],  # one graph a step, as TRL's
     }
     return load_params(ROOT).reward.model_copy(update=wanted)
 
