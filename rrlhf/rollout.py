@@ -50,7 +50,8 @@ class Rollout(NamedTuple):
     responses: Tensor  # [batch, response tokens]
     mask: Tensor  # [batch, response tokens] bool
     logprobs: Tensor  # [batch, response tokens] of the sampling policy
-    values: Tensor  # [batch, response tokens]
+    reference_logprobs: Tensor  # [batch, response tokens]
+    values: Tensor  # [batch, response tokens]; 0 without a value function
     advantages: Tensor  # [batch, response tokens]
     returns: Tensor  # [batch, response tokens]
 
