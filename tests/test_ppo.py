@@ -244,11 +244,11 @@ def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, r
 def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, rewards, kl):
     """The optimum is pi_ref * exp(r / beta) / Z, with reward 1 for ending at once and -1 for all else."""
     model = model.model_copy(update={"response_tokens": 1})
-    settings = {"updates": 50, "minibatch_size": 64, "epochs": 1, "kl_weight": 0.3, "learning_rate": 0.01}
+    settings = {"updates": 50, "minibatch_size": 64, "epochs": 1, "kl_weight": 0.4, "learning_rate": 0.01}
     ppo = ppo.model_copy(update=settings | GROUPS | kl | {"estimator": "rloo"})
     found = sure(learner(model, ppo, rewards))
     start = ending(found, PROMPTS[1])
-    good, bad = start * math.exp(1 / 0.3), (1 - start) * math.exp(-1 / 0.3)
+    good, bad = start * math.exp(1 / 0.4), (1 - start) * math.exp(-1 / 0.4)
     list(train(found, PROMPTS[1:2], one_for_all, model, ppo, 0, []))
     assert start < 0.05
     assert ending(found, PROMPTS[1]) == pytest.approx(good / (good + bad), abs=0.15)
@@ -280,8 +280,7 @@ def test_rloo_compares_each_score_with_the_prompts_other_responses(model, ppo, r
 def test_without_a_critic_no_value_is_learnt_or_told(model, ppo, rewards, estimator):
     ppo = ppo.model_copy(update={"estimator": estimator, "responses_per_prompt": 2, "updates": 2})
     found, rows, _ = trained(model, ppo, rewards, single)
-    assert not found.top.value.weight.any()
-    assert not found.top.value.bias.any()
+    assert not any(weight.any() or weight.requires_grad for weight in found.top.value.parameters())
     assert not {"value_loss", "explained_variance"} & set(rows[-1])
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
