@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rrlhf.advantages import estimate, has_critic
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
-from rrlhf.kl import ESTIMATORS, adapted_weight, k3
+from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import (
     LanguageModel,
@@ -42,7 +42,7 @@ from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
-from rrlhf.rollout import Rollout, Samples, sample
+from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Message, Metrics
 
@@ -240,16 +240,12 @@ def collect(
     metrics: dict[str, Any] = {
         "_kl_per_response": log_ratio.sum(1).tolist(),
         "score": score.mean().item(),
-        **reward_metrics(judgement),
-        "kl": log_ratio.sum(1).mean().item(),
-        "kl_k3": (k3(log_ratio) * mask).sum().item() / len(mask),
         "kl_weight": learner.kl_weight,
-        "entropy": masked_mean(samples.entropy, mask).item(),
-        "response_tokens": mask.sum(1).float().mean().item(),
-        "finished": samples.finished.float().mean().item(),
+        **reward_metrics(judgement),
+        **rollout_metrics(rollout, samples),
     }
     if has_critic(ppo):
-        metrics["explained_variance"] = _explained_variance(rollout)
+        metrics["explained_variance"] = explained_variance(rollout)
     return rollout, judgement, samples, metrics
 
 
@@ -329,14 +325,6 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, p
 def _over_processes(engine: Accelerator, value: float) -> float:
     """Return the mean over processes of a number that each of them has."""
     return float(engine.reduce(torch.tensor(value, device=engine.device), reduction="mean"))
-
-
-def _explained_variance(rollout: Rollout) -> float:
-    """Return which share of the returns' variance the value function foresaw; 1 is all of it."""
-    mask, values, returns = rollout.mask, rollout.values, rollout.returns
-    unexplained = masked_mean((returns - values) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return 1 - (unexplained / variance.clamp(min=1e-8)).item()
 
 
 def _endless(rows: int, seed: int) -> Iterator[int]:
