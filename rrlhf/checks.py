@@ -31,6 +31,7 @@ def contradictions(params: Params) -> Iterator[Mistake]:
     """Yield every contradiction between settings."""
     yield from _preparation(params)
     yield from _training(params)
+    yield from _advantages_and_kl(params)
     yield from _reward_models(params)
     yield from _arms(params)
 
@@ -45,17 +46,42 @@ def _preparation(params: Params) -> Iterator[Mistake]:
 
 def _training(params: Params) -> Iterator[Mistake]:
     ppo = params.ppo
-    if ppo.prompts_per_update % ppo.minibatch_size:
+    if ppo.responses_per_update % ppo.minibatch_size:
+        per_prompt = f" * responses_per_prompt {ppo.responses_per_prompt}" if ppo.responses_per_prompt > 1 else ""
         yield (
             ("ppo", "minibatch_size"),
-            f"ppo.minibatch_size {ppo.minibatch_size} does not divide prompts_per_update {ppo.prompts_per_update}",
+            f"ppo.minibatch_size {ppo.minibatch_size} does not divide prompts_per_update {ppo.prompts_per_update}"
+            f"{per_prompt}",
         )
     batch = params.launch.processes
-    for path, size in (("sft", "batch_size"), params.sft.batch_size), (("ppo", "minibatch_size"), ppo.minibatch_size):
+    for path, size in (
+        (("sft", "batch_size"), params.sft.batch_size),
+        (("ppo", "minibatch_size"), ppo.minibatch_size),
+        (("ppo", "prompts_per_update"), ppo.prompts_per_update),
+    ):
         if size % batch:
             yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
     if params.launch.processes > 1 and params.launch.arms_at_once > 1:
         yield ("launch", "arms_at_once"), "launch.arms_at_once must be 1 where launch.processes is above 1"
+
+
+def _advantages_and_kl(params: Params) -> Iterator[Mistake]:
+    ppo = params.ppo
+    if ppo.estimator in {"rloo", "grpo"} and ppo.responses_per_prompt < 2:
+        yield (
+            ("ppo", "responses_per_prompt"),
+            f"ppo.estimator {ppo.estimator} compares responses to one prompt: set responses_per_prompt to 2 or more",
+        )
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        yield (
+            ("ppo", "kl_estimator"),
+            "ppo.kl_estimator k1 has a gradient of expectation 0, so in the loss it holds nothing: set it to k2 or k3, "
+            "or ppo.kl_in to reward",
+        )
+    if ppo.kl_target is not None and ppo.kl_weight == 0:
+        yield ("ppo", "kl_weight"), "ppo.kl_weight 0 stays 0 whatever ppo.kl_target: start above 0"
+    if ppo.kl_target is not None and ppo.max_kl is not None and ppo.max_kl <= ppo.kl_target:
+        yield ("ppo", "max_kl"), f"ppo.max_kl {ppo.max_kl:g} ends the training before ppo.kl_target {ppo.kl_target:g}"
 
 
 def _reward_models(params: Params) -> Iterator[Mistake]:

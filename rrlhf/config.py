@@ -164,12 +164,19 @@ class Ppo(Section):
 
     updates: PositiveInt
     prompts_per_update: PositiveInt
+    responses_per_prompt: PositiveInt
     minibatch_size: PositiveInt
     microbatch_size: PositiveInt
     epochs: PositiveInt
     train_layers: PositiveInt
     learning_rate: PositiveFloat
     kl_weight: NonNegative
+    kl_estimator: Literal["k1", "k2", "k3"]
+    kl_in: Literal["reward", "loss"]
+    kl_target: PositiveFloat | None
+    kl_horizon: PositiveFloat
+    max_kl: PositiveFloat | None
+    estimator: Literal["gae", "rloo", "grpo", "reinforce++"]
     gae_lambda: Share
     clip_ratio: PositiveFloat
     clip_value: PositiveFloat
@@ -177,6 +184,11 @@ class Ppo(Section):
     max_grad_norm: PositiveFloat
     missing_eos_score: float
     max_step_kl: PositiveFloat
+
+    @property
+    def responses_per_update(self) -> int:
+        """Responses in one rollout, over all processes."""
+        return self.prompts_per_update * self.responses_per_prompt
 
 
 class Arm(Section):

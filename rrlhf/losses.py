@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rrlhf.kl import k3
 from rrlhf.returns import masked_mean
 from rrlhf.robust import Scores
 
@@ -31,9 +32,9 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask
 def approximate_kl(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of k3 = (rho - 1) - log rho: unbiased when the old policy sampled, and never negative.
 
-    Schulman 2020, "Approximating KL divergence".
+    log_ratio: log rho, of the new policy to the old one; [batch, tokens]. Schulman 2020 (rrlhf/kl.py).
     """
-    return masked_mean(log_ratio.exp() - 1 - log_ratio, mask)
+    return masked_mean(k3(-log_ratio), mask)
 
 
 def bradley_terry(difference: Tensor, margin: float = 0.0) -> Tensor:

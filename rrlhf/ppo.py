@@ -22,7 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from rrlhf.advantages import estimate, has_critic
 from rrlhf.config import Arm, Model, Ppo
+from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
+from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import (
     LanguageModel,
@@ -36,20 +39,12 @@ from rrlhf.models import (
     save_model,
 )
 from rrlhf.progress import track
-from rrlhf.returns import gae, masked_mean, token_rewards, whiten
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
+from rrlhf.returns import masked_mean, token_rewards
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
-from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
-from rrlhf.rollout import Rollout, Samples, response_features, sample, text_lengths
+from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Message, Metrics
-
-
-class Judgement(NamedTuple):
-    """What the reward models say about a batch of responses."""
-
-    single: Tensor  # [batch] normalised score of the single head: the proxy
-    ensemble: Scores  # [batch, heads] normalised
 
 
 class Sampled(NamedTuple):
@@ -79,6 +74,7 @@ class Learner:
     ensemble: RewardModel
     reward_layer: int | None  # whose states the reward heads read; None: no reward model reads the policy's pass
     boundary: int  # layers below it are frozen
+    kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
 
@@ -105,20 +101,6 @@ def run(
     engine.wait_for_everyone()
 
 
-def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
-    """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch."""
-    if arm.reward == "single":
-        return lambda judgement: judgement.single
-
-    def reward(judgement: Judgement) -> Tensor:
-        mean, std = judgement.ensemble
-        own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
-        everyone = Scores(engine.gather(mean), engine.gather(std))
-        return AGGREGATIONS[arm.reward](everyone, **arm.settings)[own]
-
-    return reward
-
-
 def prepare_learner(
     engine: Accelerator, language: LanguageModel, model: Model, ppo: Ppo, seed: int, reward: Path, ensemble: Path
 ) -> Learner:
@@ -136,6 +118,7 @@ def prepare_learner(
     reference = top.reference()
     for part in (top.layers, top.norm, top.value):
         part.requires_grad_(True)
+    top.value.requires_grad_(has_critic(ppo))
     trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=ppo.learning_rate, eps=1e-5)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ppo.updates)
@@ -153,6 +136,7 @@ def prepare_learner(
         ensemble=several,
         reward_layer=layer,
         boundary=boundary,
+        kl_weight=ppo.kl_weight,
         generator=torch.Generator(engine.device).manual_seed(own),
         shuffle=torch.Generator().manual_seed(own),
     )
@@ -171,16 +155,21 @@ def train(
     """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`.
 
     encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own.
+    Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not train on it.
     """
     rank, processes = learner.engine.process_index, learner.engine.num_processes
     cursor = _endless(len(encoded), seed)
     for update in range(ppo.updates):
         began = time.perf_counter()
         batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
+        batch = [i for i in batch for _ in range(ppo.responses_per_prompt)]
         texts = [asked[i] for i in batch] if asked else []
         rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo, texts)
-        metrics |= optimise(learner, rollout, model, ppo)
-        learner.schedule.step()
+        ended = exceeds_budget(learner, metrics, ppo)
+        if not ended:
+            metrics |= optimise(learner, rollout, model, ppo)
+            learner.schedule.step()
+            adapt_kl_weight(learner, metrics["kl"], ppo)
         kl = metrics.pop("_kl_per_response")
         responses = [decode(learner.language, row) for row in sampled.lists()]
         kept += [
@@ -197,6 +186,8 @@ def train(
         ]
         metrics["tokens_per_second"] = rollout.mask.sum().item() * processes / (time.perf_counter() - began)
         yield {"step": update, **metrics}
+        if ended:
+            return
 
 
 @torch.no_grad()
@@ -219,57 +210,64 @@ def collect(
         reference_logprobs, _ = learner.reference(*place)
         if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
             old_logprobs, values = learner.top(*place)
-    judgement = _judgement(learner, samples, asked, ppo)
+    judgement = judge(
+        samples,
+        learner.single,
+        learner.ensemble,
+        reward_layer=learner.reward_layer,
+        language=learner.language,
+        asked=asked,
+        microbatch_size=ppo.microbatch_size,
+    )
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
     mask = samples.mask
     log_ratio = (old_logprobs - reference_logprobs) * mask
-    values = values * mask
-    advantages = gae(token_rewards(score, log_ratio, mask, ppo.kl_weight), values, mask, ppo.gae_lambda)
-    returns = advantages + values
+    values = values * mask if has_critic(ppo) else torch.zeros_like(values)
+    kl_cost = learner.kl_weight if ppo.kl_in == "reward" else 0.0
+    rewards = token_rewards(score, ESTIMATORS[ppo.kl_estimator](log_ratio), mask, kl_cost)
+    advantages, returns = estimate(learner.engine, ppo, rewards, values, mask)
     rollout = Rollout(
         hidden=hidden,
         prompt_lengths=samples.prompt_lengths,
         responses=samples.responses,
         mask=mask,
         logprobs=old_logprobs * mask,
+        reference_logprobs=reference_logprobs * mask,
         values=values,
-        advantages=_whiten_over_processes(learner.engine, advantages, mask),
+        advantages=advantages,
         returns=returns,
     )
-    unexplained = masked_mean((returns - values) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     metrics: dict[str, Any] = {
         "_kl_per_response": log_ratio.sum(1).tolist(),
         "score": score.mean().item(),
-        "proxy": judgement.single.mean().item(),
-        "nominal": nominal_reward(judgement.ensemble).mean().item(),
-        "worst": worst_reward(judgement.ensemble).mean().item(),
-        "spread": head_spread(judgement.ensemble).mean().item(),
-        "kl": log_ratio.sum(1).mean().item(),
-        "kl_k3": approximate_kl(-log_ratio, mask).item() * mask.sum().item() / len(mask),
-        "entropy": masked_mean(samples.entropy, mask).item(),
-        "response_tokens": mask.sum(1).float().mean().item(),
-        "finished": samples.finished.float().mean().item(),
-        "explained_variance": 1 - (unexplained / variance.clamp(min=1e-8)).item(),
+        "kl_weight": learner.kl_weight,
+        **reward_metrics(judgement),
+        **rollout_metrics(rollout, samples),
     }
-    for head, mean in enumerate(judgement.ensemble.mean.mean(0).tolist()):
-        metrics[f"head_{head}"] = mean
-    for head, share in enumerate(_shares_of_nominal(judgement.ensemble)):
-        metrics[f"head_{head}_nominal"] = share
+    if has_critic(ppo):
+        metrics["explained_variance"] = explained_variance(rollout)
     return rollout, judgement, samples, metrics
 
 
-def _judgement(learner: Learner, samples: Samples, asked: Sequence[list[Message]], ppo: Ppo) -> Judgement:
-    """Score the responses, from the policy's own pass where a reward model shares its layers, else from their text."""
-    pooled = None
-    if learner.reward_layer is not None:
-        states = samples.states[learner.reward_layer]
-        pooled = response_features(states, samples.prompt_lengths, text_lengths(samples))
-    models = (learner.single, learner.ensemble)
-    reads_text = any(model.trunks for model in models)
-    texts = [decode(learner.language, row) for row in samples.lists()] if reads_text else []
-    single, several = read_by(models, pooled, asked, texts, ppo.microbatch_size)
-    return Judgement(single.mean[:, 0], several)
+def exceeds_budget(learner: Learner, metrics: Metrics, ppo: Ppo) -> bool:
+    """Whether a rollout's KL to the reference is above `ppo.max_kl`; notes it in the metrics where there is a limit."""
+    if ppo.max_kl is None:
+        return False
+    exceeds = _over_processes(learner.engine, metrics["kl"]) > ppo.max_kl
+    metrics["kl_budget_exceeded"] = float(exceeds)
+    return exceeds
+
+
+def adapt_kl_weight(learner: Learner, kl: float, ppo: Ppo) -> None:
+    """Move the learner's KL weight towards where a response's KL, in nats, is `ppo.kl_target`."""
+    if ppo.kl_target is not None:
+        learner.kl_weight = adapted_weight(
+            learner.kl_weight,
+            _over_processes(learner.engine, kl),
+            target=ppo.kl_target,
+            responses=ppo.responses_per_update,
+            horizon=ppo.kl_horizon,
+        )
 
 
 def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
@@ -279,8 +277,7 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
     for _ in range(ppo.epochs):
         order = torch.randperm(len(rollout.mask), generator=learner.shuffle).to(rollout.mask.device)
         rows += [_step(learner, rollout.rows(index), model, ppo) for index in order.split(size)]
-        step_kl = torch.tensor(rows[-1]["step_kl"], device=learner.engine.device)
-        if learner.engine.reduce(step_kl, reduction="mean") > ppo.max_step_kl:
+        if _over_processes(learner.engine, rows[-1]["step_kl"]) > ppo.max_step_kl:
             break
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return means | {"optimizer_steps": len(rows), "learning_rate": float(learner.schedule.get_last_lr()[0])}
@@ -306,28 +303,28 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, p
         logprobs, values = learner.policy(part.hidden, part.prompt_lengths, part.responses, part.mask)
     log_ratio = (logprobs - part.logprobs) * part.mask
     policy_loss = clipped_policy_loss(log_ratio, part.advantages, part.mask, ppo.clip_ratio)
-    value_loss = clipped_value_loss(values, part.values, part.returns, part.mask, ppo.clip_value)
-    learner.engine.backward(share * (policy_loss + ppo.value_weight * value_loss))
     ratio = log_ratio.detach().exp()
     means = {
         "policy_loss": policy_loss,
-        "value_loss": value_loss,
         "ratio": masked_mean(ratio, part.mask),
         "clip_fraction": masked_mean(((ratio - 1).abs() > ppo.clip_ratio).float(), part.mask),
         "step_kl": approximate_kl(log_ratio.detach(), part.mask),
     }
+    loss = policy_loss
+    if has_critic(ppo):
+        means["value_loss"] = clipped_value_loss(values, part.values, part.returns, part.mask, ppo.clip_value)
+        loss = loss + ppo.value_weight * means["value_loss"]
+    if ppo.kl_in == "loss":
+        drift = ESTIMATORS[ppo.kl_estimator]((logprobs - part.reference_logprobs) * part.mask)
+        means["kl_loss"] = masked_mean(drift, part.mask)
+        loss = loss + learner.kl_weight * means["kl_loss"]
+    learner.engine.backward(share * loss)
     return {name: (share * mean).item() for name, mean in means.items()}
 
 
-def _whiten_over_processes(engine: Accelerator, values: Tensor, mask: Tensor) -> Tensor:
-    """Whiten with the statistics of all processes' tokens; return this process's rows."""
-    rows = slice(engine.process_index * len(values), (engine.process_index + 1) * len(values))
-    return whiten(engine.gather(values), engine.gather(mask))[rows]
-
-
-def _shares_of_nominal(scores: Scores) -> list[float]:
-    counts = torch.bincount(most_confident(scores), minlength=scores.mean.shape[1])
-    return [float(count) / len(scores.mean) for count in counts]
+def _over_processes(engine: Accelerator, value: float) -> float:
+    """Return the mean over processes of a number that each of them has."""
+    return float(engine.reduce(torch.tensor(value, device=engine.device), reduction="mean"))
 
 
 def _endless(rows: int, seed: int) -> Iterator[int]:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import Model
+from rrlhf.kl import k3
 from rrlhf.models import LanguageModel, autocast, embed, run_layers
 from rrlhf.progress import track
+from rrlhf.returns import masked_mean
+from rrlhf.types import Metrics
 
 
 class Samples(NamedTuple):
@@ -50,13 +53,34 @@ class Rollout(NamedTuple):
     responses: Tensor  # [batch, response tokens]
     mask: Tensor  # [batch, response tokens] bool
     logprobs: Tensor  # [batch, response tokens] of the sampling policy
-    values: Tensor  # [batch, response tokens]
+    reference_logprobs: Tensor  # [batch, response tokens]
+    values: Tensor  # [batch, response tokens]; 0 without a value function
     advantages: Tensor  # [batch, response tokens]
     returns: Tensor  # [batch, response tokens]
 
     def rows(self, index: Tensor) -> Rollout:
         """Return the rows of `index`."""
         return Rollout(*(field[index] for field in self))
+
+
+def rollout_metrics(rollout: Rollout, samples: Samples) -> Metrics:
+    """Return a rollout's KL to the reference in nats per response (k1 and k3), entropy per token, and lengths."""
+    mask, log_ratio = rollout.mask, rollout.logprobs - rollout.reference_logprobs
+    return {
+        "kl": log_ratio.sum(1).mean().item(),
+        "kl_k3": (k3(log_ratio) * mask).sum().item() / len(mask),
+        "entropy": masked_mean(samples.entropy, mask).item(),
+        "response_tokens": mask.sum(1).float().mean().item(),
+        "finished": samples.finished.float().mean().item(),
+    }
+
+
+def explained_variance(rollout: Rollout) -> float:
+    """Return which share of the returns' variance the value function foresaw; 1 is all of it."""
+    mask, values, returns = rollout.mask, rollout.values, rollout.returns
+    unexplained = masked_mean((returns - values) ** 2, mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    return 1 - (unexplained / variance.clamp(min=1e-8)).item()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Arm, Model, Ppo
+from rrlhf.kl import adapted_weight
 from rrlhf.models import load_base
 from rrlhf.ppo import Judgement, arm_reward, collect, optimise, prepare_learner, train
 from rrlhf.reward_models.heads import RewardHeads
@@ -32,12 +33,19 @@ def ppo():
     return Ppo(
         updates=3,
         prompts_per_update=8,
+        responses_per_prompt=1,
         minibatch_size=4,
         microbatch_size=64,
         epochs=2,
         train_layers=2,
         learning_rate=1e-3,
         kl_weight=0.05,
+        kl_estimator="k1",
+        kl_in="reward",
+        kl_target=None,
+        kl_horizon=80,
+        max_kl=None,
+        estimator="gae",
         gae_lambda=0.95,
         clip_ratio=0.2,
         clip_value=0.2,
@@ -193,3 +201,142 @@ def test_ppo_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, seed
         logits = found.language.network(torch.tensor([PROMPTS[0]])).logits[0, -1]
     assert logits.argmax() == eos  # ending at once is rewarded with 1, anything else with -1
     assert rows[-1]["finished"] > 0.9 > rows[0]["finished"]
+
+
+GROUPS = {"prompts_per_update": 8, "responses_per_prompt": 8}
+
+
+def sure(found):
+    """Scale the unembedding, which does not train: at its initial scale no policy could be sure of a token."""
+    with torch.no_grad():
+        found.top.unembed.weight.mul_(8)
+    return found
+
+
+def ending(found, prompt):
+    """How likely a response ends at once."""
+    with torch.no_grad():
+        logits = found.language.network(torch.tensor([prompt])).logits[0, -1]
+    return logits.softmax(0)[found.language.tokenizer.eos_token_id].item()
+
+
+def one_for_all(judgement):
+    return torch.ones(len(judgement.single))
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [{"estimator": "reinforce++"}, {"estimator": "rloo", **GROUPS}, {"estimator": "grpo", **GROUPS}],
+    ids=lambda settings: settings["estimator"],
+)
+def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, estimator):
+    model = model.model_copy(update={"response_tokens": 1})
+    settings = {"updates": 100, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}
+    ppo = ppo.model_copy(update=settings | estimator)
+    found = sure(learner(model, ppo, rewards))
+    assert ending(found, PROMPTS[0]) < 0.1
+    rows = train(found, PROMPTS, one_for_all, model, ppo, 0, [])
+    assert any(row["finished"] > 0.95 for row in rows)
+    assert all(ending(found, prompt) > 0.85 for prompt in PROMPTS)
+
+
+@pytest.mark.parametrize("kl", [{"kl_in": "reward", "kl_estimator": "k1"}, {"kl_in": "loss", "kl_estimator": "k2"}])
+def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, rewards, kl):
+    """The optimum is pi_ref * exp(r / beta) / Z, with reward 1 for ending at once and -1 for all else."""
+    model = model.model_copy(update={"response_tokens": 1})
+    settings = {"updates": 50, "minibatch_size": 64, "epochs": 1, "kl_weight": 0.4, "learning_rate": 0.01}
+    ppo = ppo.model_copy(update=settings | GROUPS | kl | {"estimator": "rloo"})
+    found = sure(learner(model, ppo, rewards))
+    start = ending(found, PROMPTS[1])
+    good, bad = start * math.exp(1 / 0.4), (1 - start) * math.exp(-1 / 0.4)
+    list(train(found, PROMPTS[1:2], one_for_all, model, ppo, 0, []))
+    assert start < 0.05
+    assert ending(found, PROMPTS[1]) == pytest.approx(good / (good + bad), abs=0.15)
+
+
+def test_the_responses_to_a_prompt_stand_together(model, ppo, rewards):
+    ppo = ppo.model_copy(update={"prompts_per_update": 3, "responses_per_prompt": 4, "estimator": "grpo"})
+    arm = Arm(reward="robust", nominal_weight=0.4, seed=1)
+    _, rows, kept = trained(model, ppo, rewards, arm_reward(arm, Accelerator(cpu=True)))
+    assert rows[0]["optimizer_steps"] == ppo.epochs * 12 / ppo.minibatch_size
+    asked = [row.prompt for row in kept if row.update == 0]
+    assert asked == [prompt for prompt in asked[::4] for _ in range(4)]
+    assert sorted(asked[::4]) == [0, 1, 2]
+    assert len({row.response for row in kept}) > 3
+
+
+def test_rloo_compares_each_score_with_the_prompts_other_responses(model, ppo, rewards):
+    ppo = ppo.model_copy(update={"estimator": "rloo", "responses_per_prompt": 2, "kl_weight": 0.0})
+    rollout, judgement, samples, _ = collect(
+        learner(model, ppo, rewards), [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], single, model, ppo
+    )
+    score = torch.where(samples.finished, judgement.single, -1.0)
+    difference = score[0::2] - score[1::2]
+    expected = torch.stack([difference, -difference], dim=1).flatten()[:, None] * samples.mask
+    torch.testing.assert_close(rollout.advantages, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce++"])
+def test_without_a_critic_no_value_is_learnt_or_told(model, ppo, rewards, estimator):
+    ppo = ppo.model_copy(update={"estimator": estimator, "responses_per_prompt": 2, "updates": 2})
+    found, rows, _ = trained(model, ppo, rewards, single)
+    assert not any(weight.any() or weight.requires_grad for weight in found.top.value.parameters())
+    assert not {"value_loss", "explained_variance"} & set(rows[-1])
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_the_kl_loss_is_the_mean_over_tokens_of_its_estimate(model, ppo, rewards):
+    ppo = ppo.model_copy(update={"kl_in": "loss", "kl_estimator": "k3", "epochs": 1, "minibatch_size": 8})
+    found = learner(model, ppo, rewards)
+    with torch.no_grad():
+        found.top.norm.weight.add_(0.3)
+    rollout, _, _, metrics = collect(found, (PROMPTS * 3)[:8], single, model, ppo)
+    terms = [
+        math.exp(old - new) - 1 + new - old
+        for new, old, kept in zip(
+            rollout.logprobs.flatten().tolist(),
+            rollout.reference_logprobs.flatten().tolist(),
+            rollout.mask.flatten().tolist(),
+            strict=True,
+        )
+        if kept
+    ]
+    step = optimise(found, rollout, model, ppo)
+    assert step["kl_loss"] == pytest.approx(sum(terms) / len(terms), abs=1e-6)
+    assert metrics["kl_k3"] == pytest.approx(sum(terms) / 8, abs=1e-5)
+    assert step["kl_loss"] > 1e-4
+
+
+def test_a_kl_term_in_the_loss_leaves_the_rewards_alone(model, ppo, rewards):
+    def advantages(**kl):
+        settings = ppo.model_copy(update={"estimator": "reinforce++", **kl})
+        found = learner(model, settings, rewards)
+        with torch.no_grad():
+            found.top.norm.weight.add_(0.3)
+        return collect(found, PROMPTS, single, model, settings)[0].advantages
+
+    free = advantages(kl_weight=0.0)
+    assert torch.equal(advantages(kl_in="loss", kl_estimator="k2", kl_weight=0.5), free)
+    assert not torch.allclose(advantages(kl_in="reward", kl_estimator="k2", kl_weight=0.5), free)
+
+
+def test_the_kl_weight_moves_with_each_update_where_there_is_a_target(model, ppo, rewards):
+    ppo = ppo.model_copy(update={"kl_target": 0.01, "learning_rate": 0.02})
+    found, rows, _ = trained(model, ppo, rewards, single)
+    weights = [*(row["kl_weight"] for row in rows), found.kl_weight]
+    for row, before, after in zip(rows, weights, weights[1:], strict=False):
+        expected = adapted_weight(before, row["kl"], target=0.01, responses=8, horizon=80)
+        assert after == pytest.approx(expected, rel=1e-6)
+    assert weights[0] == 0.05 != weights[-1]
+
+
+def test_training_ends_with_the_first_rollout_beyond_the_kl_budget(model, ppo, rewards):
+    far = ppo.model_copy(update={"updates": 8, "learning_rate": 0.02, "kl_weight": 0.0})
+    free, budget = trained(model, far, rewards, single)[1], 0.2
+    ends = next(n for n, row in enumerate(free) if row["kl"] > budget)
+    _, rows, kept = trained(model, far.model_copy(update={"max_kl": budget}), rewards, single)
+    assert [row["kl"] for row in rows] == [row["kl"] for row in free[: ends + 1]]
+    assert [row["kl_budget_exceeded"] for row in rows] == [*[0.0] * ends, 1.0]
+    assert 0 < ends < 7
+    assert "optimizer_steps" not in rows[-1]
+    assert {row.update for row in kept} == set(range(ends + 1))
