@@ -20,13 +20,13 @@ from rrlhf.models import accelerator
 from rrlhf.progress import track
 from rrlhf.reward_models.features import PairFeatures, pair_features, started
 from rrlhf.reward_models.finetune import finetune, trainable
+from rrlhf.reward_models.gather import START
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
 from rrlhf.reward_models.objectives import stage2_loss
 from rrlhf.reward_models.trunk import Trunk, link_trunk, save_trunk, start_trunk
 from rrlhf.tables import preferences
 from rrlhf.types import Log
 
-START = "start.json"  # what members must share before their weights may be averaged
 COMMON_SEED = 0
 
 

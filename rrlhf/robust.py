@@ -21,6 +21,11 @@ class Scores(NamedTuple):
     std: Tensor  # [batch, heads]
 
 
+def certain(scores: Scores) -> Scores:
+    """Return the means with standard deviations of 0."""
+    return Scores(scores.mean, torch.zeros_like(scores.std))
+
+
 def most_confident(scores: Scores) -> Tensor:
     """Return the index [batch] of the head with the least standard deviation, i* = argmin_i sigma_i."""
     return scores.std.argmin(dim=1)

@@ -43,7 +43,7 @@ from rrlhf.judging.content import (
 )
 from rrlhf.losses import gaussian_log_odds
 from rrlhf.reward_models.heads import Pairs, RewardHeads
-from rrlhf.robust import READINGS, Scores, head_spread, mean_reward
+from rrlhf.robust import READINGS, Scores, certain, head_spread, mean_reward
 from rrlhf.types import Metrics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -72,8 +72,8 @@ def score_pairs(heads: RewardHeads, pairs: Pairs, prompts: Tensor) -> PairScores
 
 def judge_single(name: str, pairs: PairScores) -> RewardJudgement:
     """Judge a head that was trained by its mean alone: its standard deviation means nothing and is not read."""
-    certain = pairs._replace(chosen=_certain(pairs.chosen), rejected=_certain(pairs.rejected))
-    return _judgement(name, certain, {"single head": mean_reward})
+    means = pairs._replace(chosen=certain(pairs.chosen), rejected=certain(pairs.rejected))
+    return _judgement(name, means, {"single head": mean_reward})
 
 
 def judge_ensemble(name: str, pairs: PairScores) -> RewardJudgement:
@@ -205,10 +205,6 @@ def _coverage(mean: Tensor, std: Tensor, target: Tensor, prompts: Tensor) -> lis
 def _measured(values: Tensor, prompts: Tensor) -> Measured:
     found = estimate(values, prompts)
     return {"mean": found.mean, "stderr": found.stderr, "n": found.n}
-
-
-def _certain(scores: Scores) -> Scores:
-    return Scores(scores.mean, torch.zeros_like(scores.std))
 
 
 def _scaled(scores: Scores, scale: Tensor) -> Scores:

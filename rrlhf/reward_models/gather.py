@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rrlhf.member import START
 from rrlhf.reward_models.features import FILE as FEATURES
 from rrlhf.reward_models.features import PairFeatures
+from rrlhf.reward_models.heads import SHAPE, Pairs, RewardHeads
 from rrlhf.reward_models.heads import WEIGHTS as HEADS
-from rrlhf.reward_models.heads import Pairs, RewardHeads
 from rrlhf.reward_models.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
 
 WEIGHTS = "model.safetensors"
+START = "start.json"  # what members must share before their weights may be averaged
 
 
 def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[RewardHeads, PairFeatures | None]:
@@ -94,7 +94,7 @@ def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _refuse_strangers(members: Mapping[str, Path]) -> None:
     for (one, before), (other, after) in pairwise(members.items()):
-        for file, what in ((START, "start"), ("heads.json", "shape")):
+        for file, what in ((START, "start"), (SHAPE, "shape")):
             if (before / file).read_bytes() != (after / file).read_bytes():
                 raise ValueError(
                     f"{one} and {other} have not the same {what}, so their weights cannot be averaged: "

@@ -17,7 +17,7 @@ from rrlhf.losses import (
     smoothed,
 )
 from rrlhf.reward_models.heads import Pairs, RewardHeads
-from rrlhf.robust import Scores
+from rrlhf.robust import Scores, certain
 
 # Maps raw scores of chosen and rejected responses, and the rows' index, to a loss [batch, heads].
 PairLoss = Callable[[Scores, Scores, Tensor], Tensor]
@@ -44,11 +44,6 @@ def single_loss(settings: HeadTraining) -> PairLoss:
     """Return the loss of a head that claims no uncertainty: `preference_loss` of its means alone."""
     loss = preference_loss(settings)
     return lambda chosen, rejected, index: loss(certain(chosen), certain(rejected), index)
-
-
-def certain(scores: Scores) -> Scores:
-    """Return the means with standard deviations of 0."""
-    return Scores(scores.mean, torch.zeros_like(scores.std))
 
 
 def stage2_loss(settings: Member, single: RewardHeads, train: Pairs, generator: torch.Generator) -> PairLoss:
