@@ -34,7 +34,7 @@ execute(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: pr
 """
 
 
-class Kill(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -85,7 +85,7 @@ def result(out):
 def stops_at(step):
     def log(row):
         if row["step"] == step:
-            raise Kill
+            raise KilledError
 
     return log
 
@@ -100,7 +100,7 @@ def whole(inputs, tmp_path_factory):
 @pytest.mark.parametrize("steps", [(0,), (3,), (1, 2, 5)])
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, whole, steps):
     for step in steps:
-        with pytest.raises(Kill):
+        with pytest.raises(KilledError):
             run(inputs, tmp_path, stops_at(step))
     run(inputs, tmp_path)
     assert result(tmp_path) == whole
@@ -109,7 +109,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, wh
 def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path, monkeypatch):
     from rrlhf import ppo
 
-    with pytest.raises(Kill):
+    with pytest.raises(KilledError):
         run(inputs, tmp_path, stops_at(4))
     computed, collect = [], ppo.collect
     monkeypatch.setattr(ppo, "collect", lambda *arguments: computed.append(1) or collect(*arguments))
@@ -133,7 +133,7 @@ def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole
 
 @pytest.mark.parametrize("harm", ["half-written", "changed", "no manifest"])
 def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, tmp_path, whole, harm):
-    with pytest.raises(Kill):
+    with pytest.raises(KilledError):
         run(inputs, tmp_path, stops_at(3))
     saved = tmp_path / CHECKPOINT / "00000004"
     if harm == "half-written":
@@ -147,7 +147,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, tmp_path, whole, har
 
 
 def test_a_checkpoint_of_other_settings_is_not_used(inputs, tmp_path, whole, capsys):
-    with pytest.raises(Kill):
+    with pytest.raises(KilledError):
         run(inputs, tmp_path, stops_at(3), kl_weight=0.5)
     run(inputs, tmp_path)
     assert "made with other settings (ppo)" in capsys.readouterr().err
