@@ -24,6 +24,7 @@ from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
 
 MANIFEST = "artifact.json"
+CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
 HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
 
 
@@ -177,11 +178,11 @@ class Store:
         }
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in staged.rglob("*"):
-            _sync(path)
+            sync(path)
         final = self.folder(document["stage"], key)
         final.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         self._memo.renamed(staged, final)
         return Artifact(final, manifest)
 
@@ -274,7 +275,8 @@ def git_commit(root: Path) -> str | None:
     return done.stdout.strip()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

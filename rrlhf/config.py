@@ -228,6 +228,7 @@ class Launch(Section):
     processes: PositiveInt
     threads: Annotated[int, Field(ge=0)]
     arms_at_once: PositiveInt
+    checkpoint_every: PositiveInt
 
 
 class Params(Section):

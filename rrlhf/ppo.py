@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,16 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rrlhf.advantages import estimate, has_critic
+from rrlhf.artifacts import CHECKPOINT
+from rrlhf.checkpoint import (
+    Checkpoints,
+    State,
+    load_optimizer,
+    optimizer_groups,
+    optimizer_tensors,
+    random_states,
+    set_random_states,
+)
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.kl import ESTIMATORS, adapted_weight
@@ -38,7 +49,7 @@ from rrlhf.models import (
     microbatches,
     save_model,
 )
-from rrlhf.progress import track
+from rrlhf.progress import stop, track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
@@ -80,25 +91,80 @@ class Learner:
 
 
 def run(
-    *, model: Model, ppo: Ppo, arm: Arm, data: Path, sft: Path, reward: Path, ensemble: Path, out: Path, log: Log
+    *,
+    model: Model,
+    ppo: Ppo,
+    arm: Arm,
+    data: Path,
+    sft: Path,
+    reward: Path,
+    ensemble: Path,
+    out: Path,
+    log: Log,
+    checkpoint_every: int,
 ) -> None:
-    """Train one arm's policy from the SFT model and save it with the responses it gave on the way."""
+    """Train one arm's policy from the SFT model and save it with the responses it gave on the way.
+
+    Goes on from the checkpoint in `out`, if there is one, and then logs the rows before it again. checkpoint_every: in
+    updates; changes nothing in the result.
+    """
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
     learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
     asked = prompts(data, "ppo")
     encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
-    kept: list[Sampled] = []
-    rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept, asked)
-    for row in track(rows, ppo.updates, f"ppo ({arm.reward})"):
-        log(row)
-    everyone = gather_object(kept)
+    made_for = {"model": model.model_dump(), "ppo": ppo.model_dump(), "arm": arm.model_dump()}
+    with Checkpoints(out / CHECKPOINT, engine, made_for, checkpoint_every) as checkpoints:
+        kept, before = resume(learner, checkpoints)
+        told, done = list(before), len(before)
+        rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept, asked, done)
+        for row in track(chain(before, rows), ppo.updates, f"ppo ({arm.reward})"):
+            if row["step"] >= done:
+                told.append(row)
+                if checkpoints.due(len(told), stop.is_set()):
+                    checkpoints.save(len(told), snapshot(learner, kept, told))
+            log(row)
+        _save(learner, kept, arm, out)
+
+
+def _save(learner: Learner, kept: list[Sampled], arm: Arm, out: Path) -> None:
+    engine, everyone = learner.engine, gather_object(kept)
     if engine.is_main_process:
         save_model(learner.language, out)
         columns = [row._asdict() for row in sorted(everyone, key=lambda row: row.update)]
         pq.write_table(pa.Table.from_pylist(columns), out / "rollouts.parquet")
         (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
     engine.wait_for_everyone()
+
+
+def snapshot(learner: Learner, kept: list[Sampled], told: list[Metrics]) -> State:
+    """Return all that a learner needs to go on, with the responses and the rows so far."""
+    weights = {f"weights.{name}": weight for name, weight in learner.top.named_parameters() if weight.requires_grad}
+    return State(
+        shared=weights | optimizer_tensors(learner.optimizer),
+        own=random_states(generator=learner.generator, shuffle=learner.shuffle),
+        notes={
+            "groups": optimizer_groups(learner.optimizer),
+            "schedule": learner.schedule.state_dict(),
+            "kept": kept,
+            "rows": told,
+        },
+    )
+
+
+@torch.no_grad()
+def resume(learner: Learner, checkpoints: Checkpoints) -> tuple[list[Sampled], list[Metrics]]:
+    """Put the learner where its last checkpoint was; return the responses and the rows so far, none without one."""
+    state = checkpoints.newest()
+    if state is None:
+        return [], []
+    for name, weight in learner.top.named_parameters():
+        if weight.requires_grad:
+            weight.copy_(state.shared[f"weights.{name}"])
+    load_optimizer(learner.optimizer, state.shared, state.notes["groups"])
+    learner.schedule.load_state_dict(state.notes["schedule"])
+    set_random_states(state.own, generator=learner.generator, shuffle=learner.shuffle)
+    return [Sampled(*row) for row in state.notes["kept"]], state.notes["rows"]
 
 
 def prepare_learner(
@@ -151,15 +217,17 @@ def train(
     seed: int,
     kept: list[Sampled],
     asked: Sequence[list[Message]] = (),
+    done: int = 0,
 ) -> Iterator[Metrics]:
     """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`.
 
     encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own.
     Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not train on it.
+    done: updates that lie behind a learner that was resumed.
     """
     rank, processes = learner.engine.process_index, learner.engine.num_processes
-    cursor = _endless(len(encoded), seed)
-    for update in range(ppo.updates):
+    cursor = islice(_endless(len(encoded), seed), done * ppo.prompts_per_update, None)
+    for update in range(done, ppo.updates):
         began = time.perf_counter()
         batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
         batch = [i for i in batch for _ in range(ppo.responses_per_prompt)]
