@@ -28,6 +28,7 @@ from rrlhf.locks import locked
 MANIFEST = "checkpoint.json"
 SHARED = "shared.safetensors"
 PARTIAL = ".partial"
+DOUBTFUL = "-doubtful"  # ends the name of one that was saved for being interrupted, not for being sound
 WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}  # every process holds all weights
 
 
@@ -42,12 +43,13 @@ class State(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run; a context, in which no other run writes into the same folder.
 
-    made_for: settings that a checkpoint must share to be used, as JSON; the number of processes is added. every: steps
-    between checkpoints. Where weights are spread over processes (FSDP, DeepSpeed) nothing is kept.
+    Two stay: the newest, and the newest good one, to which a run can roll back. made_for: settings that a checkpoint
+    must share to be used, as JSON; the number of processes is added. Where weights are spread over processes (FSDP,
+    DeepSpeed) nothing is kept.
     """
 
-    def __init__(self, folder: Path, engine: Accelerator, made_for: Mapping[str, Any], every: int) -> None:
-        self._folder, self._engine, self._every = folder, engine, every
+    def __init__(self, folder: Path, engine: Accelerator, made_for: Mapping[str, Any]) -> None:
+        self._folder, self._engine = folder, engine
         self._made_for = {**made_for, "processes": engine.num_processes}
         self._works = engine.distributed_type in WHOLE
         self._held = ExitStack()
@@ -61,12 +63,10 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def due(self, done: int, stopping: bool) -> bool:
-        """Whether to save after `done` steps; `stopping`, since processes hear of it at different steps, for one."""
-        return self._works and (done % self._every == 0 or (stopping and self._engine.num_processes == 1))
-
-    def save(self, done: int, state: State) -> None:
-        """Write the checkpoint after `done` steps in the place of the last one; all processes call it together."""
+    def save(self, done: int, state: State, good: bool = True) -> None:
+        """Write the checkpoint after `done` steps in the place of older ones; all processes call it together."""
+        if not self._works:
+            return
         partial, rank = self._folder / PARTIAL, self._engine.process_index
         if self._engine.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -77,23 +77,22 @@ class Checkpoints:
         _write_json(partial / f"own-{rank}.json", state.notes)
         self._engine.wait_for_everyone()
         if self._engine.is_main_process:
-            self._publish(partial, done)
+            self._publish(partial, done, good)
 
-    def _publish(self, partial: Path, done: int) -> None:
+    def _publish(self, partial: Path, done: int, good: bool) -> None:
         files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        _write_json(partial / MANIFEST, {"done": done, "made_for": self._made_for, "files": files})
+        _write_json(partial / MANIFEST, {"made_for": self._made_for, "files": files})
         sync(partial)
-        older, final = self._saved(), self._folder / f"{done:08d}"
+        final = self._folder / f"{done:08d}{'' if good else DOUBTFUL}"
         shutil.rmtree(final, ignore_errors=True)  # there only if it was not whole: else the run had gone on from it
         partial.rename(final)
         sync(self._folder)
-        for path in older:
-            if path != final:
-                shutil.rmtree(path)
+        for path in set(self._saved()) - {final, *([] if good else self._saved(good=True)[-1:])}:
+            shutil.rmtree(path)
 
-    def newest(self) -> State | None:
+    def newest(self, good: bool = False) -> State | None:
         """Return the last state that was saved whole and for these settings, or None; all processes find the same."""
-        for folder in reversed(self._saved()):
+        for folder in reversed(self._saved(good)):
             problem = self._problem(folder)
             if problem is None:
                 return self._read(folder)
@@ -101,8 +100,10 @@ class Checkpoints:
                 print(f"checkpoint {folder.name} is not used: {problem}", file=sys.stderr, flush=True)
         return None
 
-    def _saved(self) -> list[Path]:
-        return sorted(path for path in self._folder.glob("[0-9]*") if path.is_dir())
+    def _saved(self, good: bool = False) -> list[Path]:
+        """Return the folders of the checkpoints, or of the good ones, oldest first."""
+        saved = sorted(path for path in self._folder.glob("[0-9]*") if path.is_dir())
+        return [path for path in saved if not (good and path.name.endswith(DOUBTFUL))]
 
     def _problem(self, folder: Path) -> str | None:
         """Say why a checkpoint cannot be used."""

@@ -166,9 +166,11 @@ class Ppo(Section):
     prompts_per_update: PositiveInt
     responses_per_prompt: PositiveInt
     minibatch_size: PositiveInt
-    microbatch_size: PositiveInt
+    microbatch_tokens: PositiveInt
     epochs: PositiveInt
+    trains: Literal["layers", "lora", "full"]
     train_layers: PositiveInt
+    lora_rank: PositiveInt
     learning_rate: PositiveFloat
     kl_weight: NonNegative
     kl_estimator: Literal["k1", "k2", "k3"]
@@ -189,6 +191,19 @@ class Ppo(Section):
     def responses_per_update(self) -> int:
         """Responses in one rollout, over all processes."""
         return self.prompts_per_update * self.responses_per_prompt
+
+
+class Health(Section):
+    """When a policy's training counts as gone wrong, and what is then tried (rrlhf/health.py)."""
+
+    checkpoint_every: PositiveInt
+    rollbacks: Annotated[int, Field(ge=0)]
+    rollback_learning_rate: Annotated[float, Field(gt=0, le=1)]
+    patience: PositiveInt
+    max_skipped_steps: Annotated[int, Field(ge=0)]
+    max_token_kl: PositiveFloat
+    min_entropy: Share
+    max_unfinished: Share
 
 
 class Arm(Section):
@@ -228,7 +243,6 @@ class Launch(Section):
     processes: PositiveInt
     threads: Annotated[int, Field(ge=0)]
     arms_at_once: PositiveInt
-    checkpoint_every: PositiveInt
 
 
 class Params(Section):
@@ -242,6 +256,7 @@ class Params(Section):
     reward: Reward
     ensemble: Ensemble
     ppo: Ppo
+    health: Health
     arms: dict[str, Arm]
     evaluate: Evaluate
     tracking: Tracking

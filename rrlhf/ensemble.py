@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rrlhf.adapters import adapt, diversity
 from rrlhf.config import Ensemble, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models import accelerator
 from rrlhf.progress import track
-from rrlhf.reward_models.adapters import adapt, diversity
 from rrlhf.reward_models.features import PairFeatures, pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.gather import averaged, side_by_side

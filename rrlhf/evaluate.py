@@ -110,7 +110,7 @@ def _judges(model: Model, gold: Gold, sft: Path, reward: Path, ensemble: Path, *
     language.network.to(device_kind(model.device)).requires_grad_(False)
     single, several = (load_for_policy(folder, language.device) for folder in (reward, ensemble))
     layer = trunk_layer(reward) if None in {single.identity, several.identity} else language.layers
-    top = PolicyTop(language, language.layers - layer)
+    top = PolicyTop(language, layer)
     return Judges(language, top, layer, (single, several), GoldJudge(gold) if has_gold else None)
 
 

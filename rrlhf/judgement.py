@@ -43,15 +43,18 @@ def judge(
     single: RewardModel,
     ensemble: RewardModel,
     *,
-    reward_layer: int | None,
+    states: Tensor | None,
     language: LanguageModel,
     asked: Sequence[list[Message]],
     microbatch_size: int,
 ) -> Judgement:
-    """Score the responses, from the policy's own pass where a reward model shares its layers, else from their text."""
+    """Score the responses, from a pass of the SFT model's layers where reward heads read those, else from their text.
+
+    states: [batch, tokens, width] at the reward heads' layer, padded on the right; None: no model reads them.
+    """
     pooled = None
-    if reward_layer is not None:
-        pooled = response_features(samples.states[reward_layer], samples.prompt_lengths, text_lengths(samples))
+    if states is not None:
+        pooled = response_features(states, samples.prompt_lengths, text_lengths(samples))
     models = (single, ensemble)
     reads_text = any(model.trunks for model in models)
     texts = [decode(language, row) for row in samples.lists()] if reads_text else []

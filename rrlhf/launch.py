@@ -24,7 +24,6 @@ from rrlhf.progress import check_stop
 from rrlhf.types import Log
 
 TRAINING = {"sft", "ppo"}  # the stages that several processes share
-CHECKPOINTING = {"ppo"}  # the stages that go on where they were interrupted
 
 
 def execute(
@@ -38,29 +37,24 @@ def execute(
     _keep_checkpoint(out)
     recorded = _recorder(out / HISTORY, document["stage"], log)
     processes = launch.processes if document["stage"] in TRAINING else 1
-    extra = {"checkpoint_every": launch.checkpoint_every} if document["stage"] in CHECKPOINTING else {}
     if processes > 1 or beside:
         threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
-        call_in_processes(
-            document, inputs=inputs, out=out, log=recorded, processes=processes, threads=threads, extra=extra
-        )
+        call_in_processes(document, inputs=inputs, out=out, log=recorded, processes=processes, threads=threads)
     else:
         import torch
 
         torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
         try:
-            call(document, inputs=inputs, out=out, log=recorded, extra=extra)
+            call(document, inputs=inputs, out=out, log=recorded)
         finally:
             release_memory()  # arms run in processes of their own while this one waits
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)  # no part of the result
 
 
-def call(
-    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, extra: Mapping[str, int] | None = None
-) -> None:
-    """Call the stage's `run` in this process; `extra` are arguments that change nothing in its result."""
+def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log) -> None:
+    """Call the stage's `run` in this process."""
     stage = import_module(f"rrlhf.{document['stage']}")
-    stage.run(**_sections(document["params"]), **_arguments(inputs), **(extra or {}), out=out, log=log)
+    stage.run(**_sections(document["params"]), **_arguments(inputs), out=out, log=log)
 
 
 def _sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:

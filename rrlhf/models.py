@@ -12,7 +12,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +28,7 @@ from rrlhf.sources import base_location
 from rrlhf.types import Message
 
 Row = TypeVar("Row")
+Part = TypeVar("Part")
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -70,7 +71,13 @@ def microbatches(
 
     Gradients accumulate over the parts and are exchanged between processes with the last one only.
     """
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    yield from accumulated(engine, network, [rows[i : i + size] for i in range(0, len(rows), size)])
+
+
+def accumulated(
+    engine: Accelerator, network: nn.Module, parts: Sequence[Part]
+) -> Iterator[tuple[Part, AbstractContextManager[object]]]:
+    """Yield the parts of a batch, each with the context of its backward pass: only the last exchanges gradients."""
     for part in parts[:-1]:
         yield part, engine.no_sync(network)
     yield parts[-1], contextlib.nullcontext()
@@ -194,14 +201,25 @@ def _through(layers: Any, rotary: Any, hidden: Tensor, positions: Tensor | None,
     return hidden
 
 
-class PolicyTop(nn.Module):
-    """The trainable upper layers of a policy with its value head; the language model's own modules, not copies."""
+class Read(NamedTuple):
+    """What a policy says about given responses."""
 
-    def __init__(self, language: LanguageModel, train_layers: int) -> None:
+    logprobs: Tensor  # [batch, response tokens]; 0 off the mask
+    values: Tensor  # [batch, response tokens]; 0 off the mask
+    states: Tensor | None  # [batch, tokens, width] that enter the layer that was asked for
+
+
+class PolicyTop(nn.Module):
+    """The trainable part of a policy with its value head; the language model's own modules, not copies."""
+
+    def __init__(self, language: LanguageModel, first: int | None) -> None:
+        """Take the layers from `first` on; None: the embeddings too."""
         super().__init__()
         network = language.network
+        self.first = first
+        self.embed = network.model.embed_tokens if first is None else None
         self.rotary = network.model.rotary_emb
-        self.layers = network.model.layers[language.layers - train_layers :]
+        self.layers = network.model.layers[first or 0 :]
         self.norm = network.model.norm
         self.unembed = network.lm_head
         self.value = nn.Linear(network.config.hidden_size, 1)
@@ -209,27 +227,41 @@ class PolicyTop(nn.Module):
         nn.init.zeros_(self.value.bias)
         self.to(language.device)
 
-    def forward(self, hidden: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask.
+    def forward(
+        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask."""
+        logprobs, values, _ = self.read(entering, prompt_lengths, responses, mask)
+        return logprobs, values
 
-        hidden: what the frozen layers left, [batch, tokens, width], padded on the right. Logits, the largest tensor
-        by far, exist only for the tokens that count.
+    def read(
+        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None = None
+    ) -> Read:
+        """Read responses in one pass, with the states that enter `layer`, counted from the network's first.
+
+        entering: what the frozen layers left, [batch, tokens, width], or tokens [batch, tokens] where everything
+        trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count.
         """
-        hidden = _through(self.layers, self.rotary, hidden, None, None, None)
+        hidden = entering if self.embed is None else self.embed(entering)
+        below = 0 if layer is None else layer - (self.first or 0)
+        states = None
+        if layer is not None:
+            hidden = states = _through(self.layers[:below], self.rotary, hidden, None, None, None)
+        hidden = _through(self.layers[below:], self.rotary, hidden, None, None, None)
         row, step = mask.nonzero(as_tuple=True)
-        states = self.norm(hidden[row, prompt_lengths[row] + step - 1])
-        logits = self.unembed(states).float()
+        final = self.norm(hidden[row, prompt_lengths[row] + step - 1])
+        logits = self.unembed(final).float()
         logprobs = -nn.functional.cross_entropy(logits, responses[mask], reduction="none")
-        values = self.value(states).float().squeeze(-1)
+        values = self.value(final).float().squeeze(-1)
         empty = torch.zeros(mask.shape, device=hidden.device)
-        return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values)
+        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
 
     def reference(self) -> PolicyTop:
-        """Return a frozen copy: with the shared lower layers it is the reference policy."""
-        unembed, self.unembed = self.unembed, nn.Identity()
-        frozen = copy.deepcopy(self)
-        self.unembed = frozen.unembed = unembed  # the largest matrix never trains, so both share it
-        return frozen.requires_grad_(False).eval()
+        """Return a frozen copy: with what is shared below it is the reference policy."""
+        shared = (
+            {} if self.first is None else {id(self.unembed): self.unembed}
+        )  # the largest matrix, if it never trains
+        return copy.deepcopy(self, shared).requires_grad_(False).eval()
 
 
 def _template_tokens(language: LanguageModel, text: str) -> list[int]:

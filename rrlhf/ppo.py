@@ -1,99 +1,48 @@
 """Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
 
-Only the top layers train. The frozen layers below run once per rollout: what they leave serves the policy, its
-value function, the reference (a frozen copy of the top layers) and the reward heads' features. A reward model with
-its own trunk scores the decoded text.
+An update samples a rollout, scores it, and takes a few optimizer steps on it. What trains and what is frozen stands
+in rrlhf/learner.py; what is done when training goes wrong, in rrlhf/guard.py.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
+from rrlhf.adapters import merge_adapters
 from rrlhf.advantages import estimate, has_critic
 from rrlhf.artifacts import CHECKPOINT
-from rrlhf.checkpoint import (
-    Checkpoints,
-    State,
-    load_optimizer,
-    optimizer_groups,
-    optimizer_tensors,
-    random_states,
-    set_random_states,
-)
-from rrlhf.config import Arm, Model, Ppo
+from rrlhf.checkpoint import Checkpoints
+from rrlhf.config import Arm, Health, Model, Ppo
+from rrlhf.guard import DivergedError, Guard
 from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.kl import ESTIMATORS, adapted_weight
+from rrlhf.learner import Course, Learner, Sampled, prepare_learner, resume
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
-from rrlhf.models import (
-    LanguageModel,
-    PolicyTop,
-    accelerator,
-    autocast,
-    decode,
-    encode_prompt,
-    load_model,
-    microbatches,
-    save_model,
-)
-from rrlhf.progress import stop, track
+from rrlhf.models import accelerator, accumulated, autocast, decode, encode_prompt, load_model, save_model
+from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy
-from rrlhf.reward_models.trunk import trunk_layer
-from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample
+from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample, tokens_of
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Message, Metrics
-
-
-class Sampled(NamedTuple):
-    """One rollout response, kept so that other judges can read it later."""
-
-    update: int
-    prompt: int  # row of the ppo table
-    response: str
-    finished: bool
-    kl: float  # log(pi / pi_ref) of the response, nats
-    proxy: float
-    heads: list[float]
-
-
-@dataclass
-class Learner:
-    """All that changes while a policy trains, and the frozen models that it is compared with."""
-
-    engine: Accelerator
-    language: LanguageModel
-    top: PolicyTop
-    reference: PolicyTop
-    policy: nn.Module  # `top`, wrapped for data parallelism
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    single: RewardModel
-    ensemble: RewardModel
-    reward_layer: int | None  # whose states the reward heads read; None: no reward model reads the policy's pass
-    boundary: int  # layers below it are frozen
-    kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
-    generator: torch.Generator  # sampling
-    shuffle: torch.Generator  # order of minibatches
 
 
 def run(
     *,
     model: Model,
     ppo: Ppo,
+    health: Health,
     arm: Arm,
     data: Path,
     sft: Path,
@@ -101,111 +50,42 @@ def run(
     ensemble: Path,
     out: Path,
     log: Log,
-    checkpoint_every: int,
 ) -> None:
     """Train one arm's policy from the SFT model and save it with the responses it gave on the way.
 
-    Goes on from the checkpoint in `out`, if there is one, and then logs the rows before it again. checkpoint_every: in
-    updates; changes nothing in the result.
+    Goes on from the checkpoint in `out`, if there is one, and then logs the rows before it again. Raises DivergedError
+    when the training went wrong and rolling back did not help.
     """
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
-    learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
+    learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble)
     asked = prompts(data, "ppo")
     encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
-    made_for = {"model": model.model_dump(), "ppo": ppo.model_dump(), "arm": arm.model_dump()}
-    with Checkpoints(out / CHECKPOINT, engine, made_for, checkpoint_every) as checkpoints:
-        kept, before = resume(learner, checkpoints)
-        told, done = list(before), len(before)
-        rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, kept, asked, done)
-        for row in track(chain(before, rows), ppo.updates, f"ppo ({arm.reward})"):
-            if row["step"] >= done:
-                told.append(row)
-                if checkpoints.due(len(told), stop.is_set()):
-                    checkpoints.save(len(told), snapshot(learner, kept, told))
+    made_for = {
+        name: part.model_dump() for name, part in {"model": model, "ppo": ppo, "health": health, "arm": arm}.items()
+    }
+    label = f"ppo ({arm.reward})"
+    with Checkpoints(out / CHECKPOINT, engine, made_for) as checkpoints:
+        course = resume(learner, checkpoints.newest())
+        guard = Guard(learner, course, checkpoints, health, label)
+        before = list(course.rows)
+        rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard)
+        for row in track(chain(before, rows), ppo.updates, label):
             log(row)
-        _save(learner, kept, arm, out)
+        _save(learner, course, arm, out)
 
 
-def _save(learner: Learner, kept: list[Sampled], arm: Arm, out: Path) -> None:
-    engine, everyone = learner.engine, gather_object(kept)
+def _save(learner: Learner, course: Course, arm: Arm, out: Path) -> None:
+    engine, everyone = learner.engine, gather_object(course.kept)
     if engine.is_main_process:
+        merge_adapters(learner.language.network)
         save_model(learner.language, out)
         columns = [row._asdict() for row in sorted(everyone, key=lambda row: row.update)]
         pq.write_table(pa.Table.from_pylist(columns), out / "rollouts.parquet")
         (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+        events = [event._asdict() for event in course.events]
+        (out / "health.json").write_text(json.dumps(events, indent=1), encoding="utf-8")
     engine.wait_for_everyone()
-
-
-def snapshot(learner: Learner, kept: list[Sampled], told: list[Metrics]) -> State:
-    """Return all that a learner needs to go on, with the responses and the rows so far."""
-    weights = {f"weights.{name}": weight for name, weight in learner.top.named_parameters() if weight.requires_grad}
-    return State(
-        shared=weights | optimizer_tensors(learner.optimizer),
-        own=random_states(generator=learner.generator, shuffle=learner.shuffle),
-        notes={
-            "groups": optimizer_groups(learner.optimizer),
-            "schedule": learner.schedule.state_dict(),
-            "kept": kept,
-            "rows": told,
-        },
-    )
-
-
-@torch.no_grad()
-def resume(learner: Learner, checkpoints: Checkpoints) -> tuple[list[Sampled], list[Metrics]]:
-    """Put the learner where its last checkpoint was; return the responses and the rows so far, none without one."""
-    state = checkpoints.newest()
-    if state is None:
-        return [], []
-    for name, weight in learner.top.named_parameters():
-        if weight.requires_grad:
-            weight.copy_(state.shared[f"weights.{name}"])
-    load_optimizer(learner.optimizer, state.shared, state.notes["groups"])
-    learner.schedule.load_state_dict(state.notes["schedule"])
-    set_random_states(state.own, generator=learner.generator, shuffle=learner.shuffle)
-    return [Sampled(*row) for row in state.notes["kept"]], state.notes["rows"]
-
-
-def prepare_learner(
-    engine: Accelerator, language: LanguageModel, model: Model, ppo: Ppo, seed: int, reward: Path, ensemble: Path
-) -> Learner:
-    """Freeze what does not train and build the optimizer. Raises ValueError when the layers do not fit together."""
-    single, several = (load_for_policy(folder, engine.device) for folder in (reward, ensemble))
-    shared = None in {single.identity, several.identity}
-    boundary, layer = language.layers - ppo.train_layers, trunk_layer(reward) if shared else None
-    if boundary < (layer or 0):
-        raise ValueError(
-            f"ppo.train_layers {ppo.train_layers} of {language.layers} layers would train the reward trunk, whose "
-            f"features are read at reward.layer {layer or 0}: at most {language.layers - (layer or 0)} layers can train"
-        )
-    language.network.requires_grad_(False).to(engine.device)
-    top = PolicyTop(language, ppo.train_layers)
-    reference = top.reference()
-    for part in (top.layers, top.norm, top.value):
-        part.requires_grad_(True)
-    top.value.requires_grad_(has_critic(ppo))
-    trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=ppo.learning_rate, eps=1e-5)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ppo.updates)
-    policy, optimizer = engine.prepare(top, optimizer)
-    own = seed * 1000 + engine.process_index
-    return Learner(
-        engine=engine,
-        language=language,
-        top=top,
-        reference=reference,
-        policy=policy,
-        optimizer=optimizer,
-        schedule=schedule,
-        single=single,
-        ensemble=several,
-        reward_layer=layer,
-        boundary=boundary,
-        kl_weight=ppo.kl_weight,
-        generator=torch.Generator(engine.device).manual_seed(own),
-        shuffle=torch.Generator().manual_seed(own),
-    )
 
 
 def train(
@@ -215,47 +95,57 @@ def train(
     model: Model,
     ppo: Ppo,
     seed: int,
-    kept: list[Sampled],
+    course: Course,
     asked: Sequence[list[Message]] = (),
-    done: int = 0,
+    guard: Guard | None = None,
 ) -> Iterator[Metrics]:
-    """Alternate rollouts and optimisation; yield one row of metrics per update and append responses to `kept`.
+    """Alternate rollouts and optimisation; yield one row of metrics per rollout.
 
-    encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own.
-    Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not train on it.
-    done: updates that lie behind a learner that was resumed.
+    encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own. course:
+    what lies behind the learner, to which its rows and responses are added. Ends before `ppo.updates` with the first
+    rollout whose KL is above `ppo.max_kl`, and does not train on it. Raises DivergedError as `guard` says.
     """
+    cursor = islice(_endless(len(encoded), seed), course.step * ppo.prompts_per_update, None)
     rank, processes = learner.engine.process_index, learner.engine.num_processes
-    cursor = islice(_endless(len(encoded), seed), done * ppo.prompts_per_update, None)
-    for update in range(done, ppo.updates):
+    if guard:
+        guard.begin()
+    while course.update < ppo.updates and not (course.rows and course.rows[-1].get("kl_budget_exceeded")):
         began = time.perf_counter()
         batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
         batch = [i for i in batch for _ in range(ppo.responses_per_prompt)]
         texts = [asked[i] for i in batch] if asked else []
         rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo, texts)
-        ended = exceeds_budget(learner, metrics, ppo)
-        if not ended:
+        course.kept += _kept(learner, course.step, batch, rollout, judgement, sampled)
+        metrics = mean_over_processes(learner.engine, metrics)
+        if ppo.max_kl is not None:
+            metrics["kl_budget_exceeded"] = float(metrics["kl"] > ppo.max_kl)
+        if not metrics.get("kl_budget_exceeded"):
             metrics |= optimise(learner, rollout, model, ppo)
-            learner.schedule.step()
-            adapt_kl_weight(learner, metrics["kl"], ppo)
-        kl = metrics.pop("_kl_per_response")
-        responses = [decode(learner.language, row) for row in sampled.lists()]
-        kept += [
-            Sampled(update, i, *rest)
-            for i, *rest in zip(
-                batch,
-                responses,
-                sampled.finished.tolist(),
-                kl,
-                judgement.single.tolist(),
-                judgement.ensemble.mean.tolist(),
-                strict=True,
-            )
-        ]
+            if metrics["optimizer_steps"]:
+                learner.schedule.step()
+            learner.kl_weight = _adapted(learner.kl_weight, metrics["kl"], ppo)
         metrics["tokens_per_second"] = rollout.mask.sum().item() * processes / (time.perf_counter() - began)
-        yield {"step": update, **metrics}
-        if ended:
-            return
+        course.rows.append({"step": course.step, **metrics})
+        course.update += 1
+        row, diverged = course.rows[-1], guard.look() if guard else None
+        yield row
+        if diverged:
+            raise DivergedError(diverged)
+
+
+def _kept(
+    learner: Learner, step: int, batch: list[int], rollout: Rollout, judgement: Judgement, sampled: Samples
+) -> list[Sampled]:
+    """Return the rollout's responses as they are kept."""
+    columns = (
+        batch,
+        [decode(learner.language, row) for row in sampled.lists()],
+        sampled.finished.tolist(),
+        (rollout.logprobs - rollout.reference_logprobs).sum(1).tolist(),
+        judgement.single.tolist(),
+        judgement.ensemble.mean.tolist(),
+    )
+    return [Sampled(step, *row) for row in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
@@ -266,48 +156,49 @@ def collect(
     model: Model,
     ppo: Ppo,
     asked: Sequence[list[Message]] = (),
-) -> tuple[Rollout, Judgement, Samples, dict[str, Any]]:
+) -> tuple[Rollout, Judgement, Samples, Metrics]:
     """Sample responses, judge them, and turn scores into advantages."""
-    layers = (learner.boundary, *([] if learner.reward_layer is None else [learner.reward_layer]))
+    boundary, layer = learner.boundary, learner.reward_layer
+    elsewhere = None if learner.shares_trunk else layer  # the reference's pass gives the reward heads' states
     with autocast(model):
-        samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=layers)
-        hidden = samples.states[learner.boundary]
-        hidden = hidden[:, : int((samples.prompt_lengths + samples.mask.sum(1)).max())]
-        place = (hidden, samples.prompt_lengths, samples.responses, samples.mask)
+        samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=learner.kept_layers)
+        longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
+        entering = tokens_of(batch, samples) if boundary is None else samples.states[boundary][:, :longest]
+        place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
         old_logprobs, values = samples.logprobs, learner.top.value(samples.top).float().squeeze(-1)
-        reference_logprobs, _ = learner.reference(*place)
+        reference = learner.reference(*place, layer=elsewhere)
         if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
             old_logprobs, values = learner.top(*place)
     judgement = judge(
         samples,
         learner.single,
         learner.ensemble,
-        reward_layer=learner.reward_layer,
+        states=samples.states[layer] if layer is not None and learner.shares_trunk else reference.states,
         language=learner.language,
         asked=asked,
-        microbatch_size=ppo.microbatch_size,
+        microbatch_size=max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1),
     )
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
     mask = samples.mask
-    log_ratio = (old_logprobs - reference_logprobs) * mask
+    log_ratio = (old_logprobs - reference.logprobs) * mask
     values = values * mask if has_critic(ppo) else torch.zeros_like(values)
     kl_cost = learner.kl_weight if ppo.kl_in == "reward" else 0.0
     rewards = token_rewards(score, ESTIMATORS[ppo.kl_estimator](log_ratio), mask, kl_cost)
     advantages, returns = estimate(learner.engine, ppo, rewards, values, mask)
     rollout = Rollout(
-        hidden=hidden,
+        entering=entering,
         prompt_lengths=samples.prompt_lengths,
         responses=samples.responses,
         mask=mask,
         logprobs=old_logprobs * mask,
-        reference_logprobs=reference_logprobs * mask,
+        reference_logprobs=reference.logprobs * mask,
         values=values,
         advantages=advantages,
         returns=returns,
     )
-    metrics: dict[str, Any] = {
-        "_kl_per_response": log_ratio.sum(1).tolist(),
+    metrics = {
         "score": score.mean().item(),
+        "score_std": score.std(correction=0).item(),
         "kl_weight": learner.kl_weight,
         **reward_metrics(judgement),
         **rollout_metrics(rollout, samples),
@@ -317,58 +208,52 @@ def collect(
     return rollout, judgement, samples, metrics
 
 
-def exceeds_budget(learner: Learner, metrics: Metrics, ppo: Ppo) -> bool:
-    """Whether a rollout's KL to the reference is above `ppo.max_kl`; notes it in the metrics where there is a limit."""
-    if ppo.max_kl is None:
-        return False
-    exceeds = _over_processes(learner.engine, metrics["kl"]) > ppo.max_kl
-    metrics["kl_budget_exceeded"] = float(exceeds)
-    return exceeds
-
-
-def adapt_kl_weight(learner: Learner, kl: float, ppo: Ppo) -> None:
-    """Move the learner's KL weight towards where a response's KL, in nats, is `ppo.kl_target`."""
-    if ppo.kl_target is not None:
-        learner.kl_weight = adapted_weight(
-            learner.kl_weight,
-            _over_processes(learner.engine, kl),
-            target=ppo.kl_target,
-            responses=ppo.responses_per_update,
-            horizon=ppo.kl_horizon,
-        )
-
-
 def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
-    """Take the update's optimizer steps on one rollout; return the means over them."""
+    """Take the update's optimizer steps on one rollout; return the means over them.
+
+    A step whose gradient is not finite is left out and counted in `skipped_steps`.
+    """
     size = ppo.minibatch_size // learner.engine.num_processes
     rows: list[Metrics] = []
+    skipped = 0
     for _ in range(ppo.epochs):
         order = torch.randperm(len(rollout.mask), generator=learner.shuffle).to(rollout.mask.device)
-        rows += [_step(learner, rollout.rows(index), model, ppo) for index in order.split(size)]
-        if _over_processes(learner.engine, rows[-1]["step_kl"]) > ppo.max_step_kl:
+        steps = [_step(learner, rollout.rows(index), model, ppo) for index in order.split(size)]
+        taken = [step for step in steps if step is not None]
+        rows += taken
+        skipped += len(steps) - len(taken)
+        if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
             break
-    means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return means | {"optimizer_steps": len(rows), "learning_rate": float(learner.schedule.get_last_lr()[0])}
+    means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+    counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
+    rate = float(learner.optimizer.param_groups[0]["lr"])
+    return mean_over_processes(learner.engine, means) | counts | {"learning_rate": rate}
 
 
-def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
-    metrics: Counter[str] = Counter()
+def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics | None:
+    """Take one optimizer step; None if its gradient was not finite and nothing was done."""
+    shares: list[dict[str, Tensor]] = []
     tokens = rollout.mask.sum()
-    rows = list(range(len(rollout.mask)))
-    for part, synchronised in microbatches(learner.engine, learner.policy, rows, ppo.microbatch_size):
+    parts = [index.to(rollout.mask.device) for index in rollout.packed(ppo.microbatch_tokens)]
+    for index, synchronised in accumulated(learner.engine, learner.policy, parts):
         with synchronised:
-            metrics.update(_accumulate(learner, rollout.rows(torch.tensor(part)), tokens, model, ppo))
-    norm = learner.engine.clip_grad_norm_(learner.policy.parameters(), ppo.max_grad_norm)
-    learner.optimizer.step()
+            shares.append(_accumulate(learner, rollout.rows(index), tokens, model, ppo))
+    norm = float(learner.engine.clip_grad_norm_(learner.policy.parameters(), ppo.max_grad_norm))
+    is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
+    if is_finite:
+        learner.optimizer.step()
     learner.optimizer.zero_grad()
-    return {**metrics, "gradient_norm": float(norm)}
+    if not is_finite:
+        return None
+    totals = torch.stack([torch.stack(list(share.values())) for share in shares]).sum(0).tolist()
+    return dict(zip(shares[0], totals, strict=True)) | {"gradient_norm": norm}
 
 
-def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, ppo: Ppo) -> Metrics:
+def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, ppo: Ppo) -> dict[str, Tensor]:
     """Add a part's share of the minibatch's gradient; return its share of the minibatch's means over `tokens`."""
     share = part.mask.sum() / tokens
     with autocast(model):
-        logprobs, values = learner.policy(part.hidden, part.prompt_lengths, part.responses, part.mask)
+        logprobs, values = learner.policy(part.entering, part.prompt_lengths, part.responses, part.mask)
     log_ratio = (logprobs - part.logprobs) * part.mask
     policy_loss = clipped_policy_loss(log_ratio, part.advantages, part.mask, ppo.clip_ratio)
     ratio = log_ratio.detach().exp()
@@ -387,12 +272,24 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, p
         means["kl_loss"] = masked_mean(drift, part.mask)
         loss = loss + learner.kl_weight * means["kl_loss"]
     learner.engine.backward(share * loss)
-    return {name: (share * mean).item() for name, mean in means.items()}
+    return {name: share * mean.detach() for name, mean in means.items()}
 
 
-def _over_processes(engine: Accelerator, value: float) -> float:
-    """Return the mean over processes of a number that each of them has."""
-    return float(engine.reduce(torch.tensor(value, device=engine.device), reduction="mean"))
+def _adapted(kl_weight: float, kl: float, ppo: Ppo) -> float:
+    """Move the KL weight towards where a response's KL, in nats, is `ppo.kl_target`."""
+    if ppo.kl_target is None:
+        return kl_weight
+    return adapted_weight(
+        kl_weight, kl, target=ppo.kl_target, responses=ppo.responses_per_update, horizon=ppo.kl_horizon
+    )
+
+
+def mean_over_processes(engine: Accelerator, metrics: Metrics) -> Metrics:
+    """Return the mean over processes of numbers that each of them has."""
+    if engine.num_processes == 1 or not metrics:
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=engine.device)
+    return dict(zip(metrics, engine.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def _endless(rows: int, seed: int) -> Iterator[int]:

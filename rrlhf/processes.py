@@ -27,14 +27,7 @@ class LaunchError(RuntimeError):
 
 
 def call_in_processes(
-    document: Document,
-    *,
-    inputs: Mapping[str, Path],
-    out: Path,
-    log: Log,
-    processes: int,
-    threads: int,
-    extra: Mapping[str, int],
+    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, processes: int, threads: int
 ) -> None:
     """Call a stage's `run` in processes of its own, each with `threads` CPU threads; `log` gets its rows.
 
@@ -42,8 +35,7 @@ def call_in_processes(
     """
     folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
     job = out.with_suffix(".json")
-    asked = {"document": document, "inputs": folders, "out": str(out.resolve()), "extra": extra}
-    job.write_text(json.dumps(asked), encoding="utf-8")
+    job.write_text(json.dumps({"document": document, "inputs": folders, "out": str(out.resolve())}), encoding="utf-8")
     on_cpu = document["params"]["model"]["device"] == "cpu"
     told = _Told(log)
     try:
@@ -120,13 +112,7 @@ def main(path: Path) -> int:
     job = json.loads(path.read_bytes())
     inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
     try:
-        call(
-            job["document"],
-            inputs=inputs,
-            out=Path(job["out"]),
-            log=lambda row: _tell(row=row),
-            extra=job["extra"],
-        )
+        call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:

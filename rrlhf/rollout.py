@@ -48,7 +48,7 @@ class Response(NamedTuple):
 class Rollout(NamedTuple):
     """One batch of responses and all that PPO must remember about them."""
 
-    hidden: Tensor  # [batch, tokens, width] below the trained layers, padded on the right
+    entering: Tensor  # [batch, tokens, width] below the trained layers, or tokens [batch, tokens]; padded on the right
     prompt_lengths: Tensor  # [batch] tokens
     responses: Tensor  # [batch, response tokens]
     mask: Tensor  # [batch, response tokens] bool
@@ -59,8 +59,22 @@ class Rollout(NamedTuple):
     returns: Tensor  # [batch, response tokens]
 
     def rows(self, index: Tensor) -> Rollout:
-        """Return the rows of `index`."""
-        return Rollout(*(field[index] for field in self))
+        """Return the rows of `index`, without the padding that none of them needs."""
+        some = Rollout(*(field[index] for field in self))
+        steps = some.mask.sum(1)
+        longest, most = int((some.prompt_lengths + steps).max()), int(steps.max())
+        responses = (field[:, :most] for field in some[2:])
+        return Rollout(some.entering[:, :longest], some.prompt_lengths, *responses)
+
+    def packed(self, tokens: int) -> list[Tensor]:
+        """Split the rows into groups of similar length, each of at most so many tokens with its padding."""
+        lengths = self.prompt_lengths + self.mask.sum(1)
+        groups: list[list[int]] = []
+        for row in lengths.argsort(stable=True).tolist():  # each is at least as long as those before it
+            if not groups or (len(groups[-1]) + 1) * int(lengths[row]) > tokens:
+                groups.append([])
+            groups[-1].append(row)
+        return [torch.tensor(group) for group in groups]
 
 
 def rollout_metrics(rollout: Rollout, samples: Samples) -> Metrics:
@@ -70,9 +84,17 @@ def rollout_metrics(rollout: Rollout, samples: Samples) -> Metrics:
         "kl": log_ratio.sum(1).mean().item(),
         "kl_k3": (k3(log_ratio) * mask).sum().item() / len(mask),
         "entropy": masked_mean(samples.entropy, mask).item(),
+        "repetition": _repetition(samples.responses, mask),
         "response_tokens": mask.sum(1).float().mean().item(),
         "finished": samples.finished.float().mean().item(),
     }
+
+
+def _repetition(responses: Tensor, mask: Tensor) -> float:
+    """Return the share of a batch's pairs of neighbouring tokens that occurred before in the same response."""
+    row = torch.arange(len(responses), device=responses.device)[:, None].expand_as(responses)[:, 1:]
+    pairs = torch.stack([row, responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]
+    return 1 - len(pairs.unique(dim=0)) / max(len(pairs), 1)
 
 
 def explained_variance(rollout: Rollout) -> float:
@@ -200,6 +222,12 @@ def response_features(states: Tensor, prompt_lengths: Tensor, text_lengths: Tens
     first = torch.where(text_lengths > 0, prompt_lengths, prompt_lengths - 1)
     inside = (at >= first[:, None]) & (at < (first + text_lengths.clamp(min=1))[:, None])
     return (states.float() * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)
+
+
+def tokens_of(prompts: list[list[int]], samples: Samples) -> Tensor:
+    """Return prompts with their responses as one tensor of tokens [batch, tokens], padded on the right."""
+    rows = [torch.tensor(prompt + row) for prompt, row in zip(prompts, samples.lists(), strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(samples.mask.device)
 
 
 def text_lengths(samples: Samples) -> Tensor:

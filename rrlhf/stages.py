@@ -43,7 +43,7 @@ def nodes(params: Params) -> list[Node]:
             Node(
                 name,
                 "ppo",
-                {"model": model, "ppo": params.ppo, "arm": arm},
+                {"model": model, "ppo": params.ppo, "health": params.health, "arm": arm},
                 {**base, "reward": "reward", "ensemble": "ensemble"},
             )
             for name, arm in arms.items()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rrlhf.adapters import Adapted, adapt, adapters, diversity
 from rrlhf.config import TrunkTraining, load_params
 from rrlhf.reward_models import finetune as module
-from rrlhf.reward_models.adapters import Adapted, adapt, adapters, diversity
 from rrlhf.reward_models.features import pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights

@@ -16,7 +16,7 @@ from rrlhf.progress import Interrupted, stop
 from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]
-HERE = Launch(processes=1, threads=0, arms_at_once=1, checkpoint_every=5)
+HERE = Launch(processes=1, threads=0, arms_at_once=1)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_run_that_is_asked_to_stop_stops_after_the_step(tmp_path, stage):
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    two = Launch(processes=2, threads=1, arms_at_once=1, checkpoint_every=5)
+    two = Launch(processes=2, threads=1, arms_at_once=1)
     with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
         execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
 

@@ -71,7 +71,7 @@ def test_the_policy_top_gives_the_networks_own_log_probabilities(language):
     responses, lengths = tokens[:, 5:], torch.tensor([5, 5])
     with torch.no_grad():
         hidden = run_layers(language.network, embed(language.network, tokens), 0, 1)
-        logprobs, values = PolicyTop(language, 2)(hidden, lengths, responses, torch.ones_like(responses).bool())
+        logprobs, values = PolicyTop(language, 1)(hidden, lengths, responses, torch.ones_like(responses).bool())
         whole = language.network(tokens).logits.log_softmax(-1)[:, 4:-1].gather(2, responses[..., None])[..., 0]
     torch.testing.assert_close(logprobs, whole, atol=1e-5, rtol=1e-5)
     assert (values == 0).all()  # the value head starts at zero

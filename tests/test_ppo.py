@@ -4,14 +4,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rrlhf.adapters import merge_adapters
 from rrlhf.config import Arm, Model, Ppo
+from rrlhf.judgement import Judgement, arm_reward
 from rrlhf.kl import adapted_weight
+from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base
-from rrlhf.ppo import Judgement, arm_reward, collect, optimise, prepare_learner, train
+from rrlhf.ppo import collect, optimise, train
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
 
+WAYS = [{"trains": "layers"}, {"trains": "layers", "train_layers": 3}, {"trains": "lora"}, {"trains": "full"}]
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 
 
@@ -35,9 +39,11 @@ def ppo():
         prompts_per_update=8,
         responses_per_prompt=1,
         minibatch_size=4,
-        microbatch_size=64,
+        microbatch_tokens=4096,
         epochs=2,
+        trains="layers",
         train_layers=2,
+        lora_rank=4,
         learning_rate=1e-3,
         kl_weight=0.05,
         kl_estimator="k1",
@@ -70,14 +76,14 @@ def rewards(tmp_path):
 
 def learner(model, ppo, rewards, seed=0):
     torch.manual_seed(seed)
-    return prepare_learner(Accelerator(cpu=True), load_base(model), model, ppo, seed, *rewards)
+    return prepare_learner(Accelerator(cpu=True), load_base(model), ppo, seed, *rewards)
 
 
 def trained(model, ppo, rewards, reward, seed=0):
     found = learner(model, ppo, rewards, seed)
-    kept = []
-    rows = list(train(found, PROMPTS, reward, model, ppo, seed, kept))
-    return found, rows, kept
+    course = Course()
+    rows = list(train(found, PROMPTS, reward, model, ppo, seed, course))
+    return found, rows, course.kept
 
 
 def single(judgement):
@@ -105,10 +111,12 @@ def test_the_single_reward_reads_no_ensemble():
     assert torch.equal(arm_reward(Arm(reward="single", seed=1), Accelerator(cpu=True))(judgement), judgement.single)
 
 
-def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo, rewards):
+@pytest.mark.parametrize("trains", WAYS)
+def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo, rewards, trains):
+    ppo = ppo.model_copy(update=trains)
     found = learner(model, ppo, rewards)
     rollout, _, _, metrics = collect(found, PROMPTS, single, model, ppo)
-    logprobs, values = found.policy(rollout.hidden, rollout.prompt_lengths, rollout.responses, rollout.mask)
+    logprobs, values = found.policy(rollout.entering, rollout.prompt_lengths, rollout.responses, rollout.mask)
     assert (((logprobs - rollout.logprobs) * rollout.mask).exp() - 1).abs().max() < 1e-4
     torch.testing.assert_close(values * rollout.mask, rollout.values, atol=1e-5, rtol=1e-4)
     assert abs(metrics["kl"]) < 1e-4
@@ -122,12 +130,13 @@ def test_optimizer_steps_are_epochs_times_minibatches(model, ppo, rewards, epoch
     assert optimise(found, rollout, model, ppo)["optimizer_steps"] == epochs * 8 // minibatch
 
 
-def test_accumulated_gradients_train_the_same_policy(model, ppo, rewards):
-    def weights(size):
-        found, rows, _ = trained(model, ppo.model_copy(update={"microbatch_size": size}), rewards, single)
-        return found.language.network.model.layers[2].mlp.up_proj.weight, rows
+@pytest.mark.parametrize("trains", WAYS)
+def test_accumulated_gradients_train_the_same_policy(model, ppo, rewards, trains):
+    def weights(tokens):
+        found, rows, _ = trained(model, ppo.model_copy(update={"microbatch_tokens": tokens, **trains}), rewards, single)
+        return torch.cat([weight.flatten() for weight in found.top.parameters() if weight.requires_grad]), rows
 
-    (whole, rows), (parts, part_rows) = weights(64), weights(3)
+    (whole, rows), (parts, part_rows) = weights(4096), weights(20)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
     assert part_rows[-1]["policy_loss"] == pytest.approx(rows[-1]["policy_loss"], abs=1e-4)
 
@@ -139,16 +148,67 @@ def test_a_far_step_ends_the_epochs_of_an_update(model, ppo, rewards):
     assert optimise(found, rollout, model, ppo)["optimizer_steps"] == 2
 
 
-def test_the_same_seed_trains_the_same_weights_and_another_seed_others(model, ppo, rewards):
+@pytest.mark.parametrize("trains", WAYS)
+def test_the_same_seed_trains_the_same_weights_and_another_seed_others(model, ppo, rewards, trains):
     def weights(seed):
-        found, _, kept = trained(model, ppo, rewards, single, seed)
-        return found.language.network.model.layers[2].mlp.up_proj.weight, kept
+        found, _, kept = trained(model, ppo.model_copy(update=trains), rewards, single, seed)
+        return torch.cat([weight.flatten() for weight in found.top.parameters()]), kept
 
     one, texts = weights(0)
     again, same_texts = weights(0)
     assert torch.equal(one, again)
     assert texts == same_texts
     assert not torch.equal(one, weights(1)[0])
+
+
+@pytest.mark.parametrize("trains", WAYS)
+def test_every_way_of_training_pays_the_same_reward_for_the_same_response(model, ppo, rewards, trains):
+    """The reward heads read the SFT model's states, wherever these come from, and never the trained policy's."""
+    plain = collect(learner(model, ppo, rewards), PROMPTS, single, model, ppo)[1]
+    settings = ppo.model_copy(update=trains)
+    found = learner(model, settings, rewards)
+    with torch.no_grad():
+        for weight in found.top.layers.parameters():
+            if weight.requires_grad:
+                weight.mul_(1.0 + 1e-4)
+    judged = collect(found, PROMPTS, single, model, settings)[1]
+    torch.testing.assert_close(judged.ensemble.mean, plain.ensemble.mean, atol=1e-5, rtol=1e-4)
+
+
+def test_everything_trains_in_full_and_only_adapters_in_lora(model, ppo, rewards):
+    start = load_base(model).network.state_dict()
+
+    def changed(trains):
+        found, _, _ = trained(model, ppo.model_copy(update={"trains": trains}), rewards, single)
+        merge_adapters(found.language.network)
+        now = found.language.network.state_dict()
+        assert now.keys() == start.keys()
+        return {name for name in now if not torch.equal(now[name], start[name])}
+
+    assert changed("full") == set(start)
+    maps = {f"model.layers.{layer}.self_attn.{name}.weight" for layer in (1, 2) for name in ("q_proj", "v_proj")}
+    assert changed("lora") == maps
+
+
+def test_merged_adapters_give_the_trained_policy(model, ppo, rewards):
+    found, _, _ = trained(model, ppo.model_copy(update={"trains": "lora"}), rewards, single)
+    tokens, network = torch.tensor([PROMPTS[1]]), found.language.network
+    with torch.no_grad():
+        trained_logits, start = network(tokens).logits, load_base(model).network(tokens).logits
+        merge_adapters(network)
+        torch.testing.assert_close(network(tokens).logits, trained_logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(trained_logits, start, atol=1e-3)
+
+
+def test_packing_by_tokens_covers_every_row_once_within_the_limit(model, ppo, rewards):
+    rollout, *_ = collect(learner(model, ppo, rewards), (PROMPTS * 3)[:8], single, model, ppo)
+    groups = rollout.packed(20)
+    assert sorted(torch.cat(groups).tolist()) == list(range(8))
+    assert len(groups) > 2
+    for group in groups:
+        part = rollout.rows(group)
+        assert part.entering.shape[1] == (part.prompt_lengths + part.mask.sum(1)).max()
+        assert part.entering.shape[0] == 1 or part.entering.shape[:2].numel() <= 20
 
 
 def test_only_the_top_layers_train(model, ppo, rewards):
@@ -180,11 +240,6 @@ def test_a_response_without_an_end_gets_the_penalty_instead_of_its_score(model, 
     torch.testing.assert_close(rollout.returns[:, 0], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_training_the_reward_trunk_is_refused(model, ppo, rewards):
-    with pytest.raises(ValueError, match=r"at most 2 layers can train"):
-        learner(model, ppo.model_copy(update={"train_layers": 3}), rewards)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, seed):
     """With reward 1 for one first token and no KL term, the policy ends up choosing it."""
@@ -196,7 +251,7 @@ def test_ppo_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, seed
     with torch.no_grad():
         found.top.unembed.weight.mul_(8)  # it does not train; at its initial scale no policy could be sure
     eos = found.language.tokenizer.eos_token_id
-    rows = list(train(found, PROMPTS, lambda judgement: torch.ones(len(judgement.single)), model, ppo, seed, []))
+    rows = list(train(found, PROMPTS, lambda judgement: torch.ones(len(judgement.single)), model, ppo, seed, Course()))
     with torch.no_grad():
         logits = found.language.network(torch.tensor([PROMPTS[0]])).logits[0, -1]
     assert logits.argmax() == eos  # ending at once is rewarded with 1, anything else with -1
@@ -235,7 +290,7 @@ def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, r
     ppo = ppo.model_copy(update=settings | estimator)
     found = sure(learner(model, ppo, rewards))
     assert ending(found, PROMPTS[0]) < 0.1
-    rows = train(found, PROMPTS, one_for_all, model, ppo, 0, [])
+    rows = train(found, PROMPTS, one_for_all, model, ppo, 0, Course())
     assert any(row["finished"] > 0.95 for row in rows)
     assert all(ending(found, prompt) > 0.85 for prompt in PROMPTS)
 
@@ -249,7 +304,7 @@ def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, re
     found = sure(learner(model, ppo, rewards))
     start = ending(found, PROMPTS[1])
     good, bad = start * math.exp(1 / 0.4), (1 - start) * math.exp(-1 / 0.4)
-    list(train(found, PROMPTS[1:2], one_for_all, model, ppo, 0, []))
+    list(train(found, PROMPTS[1:2], one_for_all, model, ppo, 0, Course()))
     assert start < 0.05
     assert ending(found, PROMPTS[1]) == pytest.approx(good / (good + bad), abs=0.15)
 

@@ -60,7 +60,7 @@ def test_the_training_path_repeats_the_samplers_log_probabilities(language):
     """The ratio of the first minibatch is 1: what the optimiser sees is what was sampled."""
     samples = drawn(language, PROMPTS * 4, keep=(2,))
     with torch.no_grad():
-        logprobs, _ = PolicyTop(language, 1)(samples.states[2], samples.prompt_lengths, samples.responses, samples.mask)
+        logprobs, _ = PolicyTop(language, 2)(samples.states[2], samples.prompt_lengths, samples.responses, samples.mask)
     ratio = ((logprobs - samples.logprobs) * samples.mask).exp()
     assert (ratio - 1).abs().max() < 1e-4
 

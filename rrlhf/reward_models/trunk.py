@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rrlhf.adapters import WEIGHTS as ADAPTERS
+from rrlhf.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.artifacts import sha256
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
@@ -30,8 +32,6 @@ from rrlhf.models import (
     save_model,
 )
 from rrlhf.progress import track
-from rrlhf.reward_models.adapters import WEIGHTS as ADAPTERS
-from rrlhf.reward_models.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.rollout import hidden_states, response_features
 from rrlhf.types import Message
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear, copies: int, rank: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.off = False
         device = base.weight.device
         start = torch.randn(copies, rank, base.in_features) * base.in_features**-0.5
         self.down = nn.Parameter(start.to(device))
@@ -30,10 +33,12 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [adapters * rows, tokens, in] to [adapters * rows, tokens, out]."""
+        mapped: Tensor = self.base(x)
+        if self.off:
+            return mapped
         blocks = x.unflatten(0, (len(self.down), -1))
         low = torch.einsum("kbti,kri->kbtr", blocks, self.down.to(x.dtype))
         added = torch.einsum("kbtr,kor->kbto", low, self.up.to(x.dtype)).flatten(0, 1)
-        mapped: Tensor = self.base(x)
         return mapped + added
 
 
@@ -48,6 +53,25 @@ def adapt(network: Any, first: int, last: int, copies: int, rank: int) -> None:
 def adapters(network: Any) -> list[Adapted]:
     """Return every adapted map, from the bottom up."""
     return [module for module in network.modules() if isinstance(module, Adapted)]
+
+
+@contextmanager
+def without_adapters(network: Any) -> Iterator[None]:
+    """Have the network as it was before it was adapted."""
+    for module in adapters(network):
+        module.off = True
+    try:
+        yield
+    finally:
+        for module in adapters(network):
+            module.off = False
+
+
+@torch.no_grad()
+def merge_adapters(network: Any) -> None:
+    """Make a network with one adapter on each map a plain one, W + B A, in place; one without stays as it is."""
+    for adapted in _detached(network):
+        adapted.base.weight += adapted.up[0] @ adapted.down[0]
 
 
 def copies_of(network: Any) -> int:
@@ -78,12 +102,7 @@ def save_adapters(network: Any, folder: Path) -> None:
         tensors |= {f"{number}.down": module.down.detach().cpu(), f"{number}.up": module.up.detach().cpu()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     (folder / SHAPE).write_text(json.dumps(network.adapted), encoding="utf-8")
-    for layer in network.model.layers:
-        for name in ("q_proj", "v_proj"):
-            module = getattr(layer.self_attn, name)
-            if isinstance(module, Adapted):
-                setattr(layer.self_attn, name, module.base)
-    del network.adapted
+    _detached(network)
 
 
 def load_adapters(network: Any, folder: Path) -> None:
@@ -96,3 +115,16 @@ def load_adapters(network: Any, folder: Path) -> None:
         for number, module in enumerate(adapters(network)):
             module.down.copy_(stored[f"{number}.down"])
             module.up.copy_(stored[f"{number}.up"])
+
+
+def _detached(network: Any) -> list[Adapted]:
+    """Put the frozen maps back in the place of the adapted ones, which are returned."""
+    taken = adapters(network)
+    for layer in network.model.layers:
+        for name in ("q_proj", "v_proj"):
+            module = getattr(layer.self_attn, name)
+            if isinstance(module, Adapted):
+                setattr(layer.self_attn, name, module.base)
+    if taken:
+        del network.adapted
+    return taken

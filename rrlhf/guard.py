@@ -1,0 +1,102 @@
+"""What a training does about its health: rolls back, ends as diverged, or warns; and when it is saved."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from rrlhf.checkpoint import Checkpoints
+from rrlhf.config import Health
+from rrlhf.health import Finding, findings, hacking_suspected, is_healthy
+from rrlhf.learner import Course, Event, Learner, restore, snapshot
+from rrlhf.progress import stop
+
+NONFINITE = "health_nonfinite"  # marks the rows that lack what was not finite
+ADVICE = "a smaller ppo.learning_rate or a larger ppo.kl_weight may help; docs/metrics.md tells what each name means"
+
+
+class DivergedError(ValueError):
+    """Training went wrong for good; nothing of it is kept as a result."""
+
+
+class Guard:
+    """Looks at every row of one training, and keeps its checkpoints.
+
+    Only a healthy policy becomes a good checkpoint, so what a rollback returns to was sound when it was saved.
+    """
+
+    def __init__(self, learner: Learner, course: Course, checkpoints: Checkpoints, health: Health, name: str) -> None:
+        self._learner, self._course, self._checkpoints = learner, course, checkpoints
+        self._health, self._name = health, name
+
+    def begin(self) -> None:
+        """Save what a rollback before the first checkpoint returns to."""
+        if self._course.step == 0:
+            self._save(good=True)
+
+    def look(self) -> str | None:
+        """Act on the last row of the course; returns why the training must end, or None."""
+        course, health = self._course, self._health
+        recent = course.rows[max([0, *course.rollbacks]) :]
+        start = next((row for row in course.rows if NONFINITE not in row), course.rows[-1])
+        ended = None
+        for finding in (found := findings(recent, start, health)):
+            course.rows[-1][f"health_{finding.name}"] = 1.0
+        if found:
+            ended = self._roll_back(found)
+        elif warning := hacking_suspected([row for row in course.rows if NONFINITE not in row]):
+            self._warn(warning)
+        _keep_finite(course)
+        if not ended:
+            due = course.update % health.checkpoint_every == 0
+            if due or (stop.is_set() and self._learner.engine.num_processes == 1):
+                self._save(good=due and not found and is_healthy(course.rows[-1], start, health))
+        return ended
+
+    def _roll_back(self, found: list[Finding]) -> str | None:
+        course, health = self._course, self._health
+        what = "; ".join(f"{finding.name} ({finding.detail})" for finding in found)
+        saved = self._checkpoints.newest(good=True) if len(course.rollbacks) < health.rollbacks else None
+        if saved is None:
+            course.rows[-1]["diverged"] = 1.0
+            self._tell(found, "ended as DIVERGED")
+            tried = f" after {len(course.rollbacks)} rollbacks" if course.rollbacks else ""
+            return (
+                f"{self._name} DIVERGED at step {course.rows[-1]['step']:g}{tried}: {what}. Nothing was saved; {ADVICE}"
+            )
+        restore(self._learner, saved)
+        before = saved.notes["course"]
+        course.update = before["update"]
+        course.rollbacks.append(course.step)
+        factor = health.rollback_learning_rate ** (len(course.rollbacks) - len(before["rollbacks"]))
+        for group in self._learner.optimizer.param_groups:
+            group["lr"] *= factor
+        self._tell(found, f"rolled back to update {course.update}, learning rate times {factor:g}")
+        return None
+
+    def _warn(self, warning: Finding) -> None:
+        if all(event.name != warning.name for event in self._course.events):
+            self._course.rows[-1][f"health_{warning.name}"] = 1.0
+            self._tell([warning], "warned")
+
+    def _tell(self, found: list[Finding], action: str) -> None:
+        step = int(self._course.rows[-1]["step"])
+        for finding in found:
+            self._course.events.append(Event(step, finding.name, finding.detail, action))
+            self._say(f"step {step}: {finding.name}: {finding.detail}; {action}")
+
+    def _say(self, text: str) -> None:
+        if self._learner.engine.is_main_process:
+            print(f"{self._name}: {text}", file=sys.stderr, flush=True)
+
+    def _save(self, good: bool) -> None:
+        self._checkpoints.save(self._course.step, snapshot(self._learner, self._course), good)
+        if stop.is_set():
+            self._say(f"saved after update {self._course.update}; the same command goes on from there")
+
+
+def _keep_finite(course: Course) -> None:
+    """Leave out of the last row what no log can hold."""
+    row = course.rows[-1]
+    for name in [name for name, value in row.items() if not math.isfinite(value)]:
+        del row[name]

@@ -1,0 +1,112 @@
+"""Signs that a policy's training went wrong, each with a name, and the rule by which it shows in the logged metrics.
+
+A finding asks for a rollback; `hacking_suspected` only warns. Rules read rows of metrics, one for each rollout, and
+know no tensors: what is healthy can be judged from a log alone, and again from the same log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, variance
+from typing import NamedTuple
+
+from rrlhf.config import Health
+from rrlhf.types import Metrics
+
+WINDOW = 5  # rollouts at the start and at the end that hacking compares
+STANDARD_ERRORS = 3.0
+
+
+class Finding(NamedTuple):
+    """A detector that fired."""
+
+    name: str
+    detail: str
+
+
+def findings(rows: Sequence[Metrics], start: Metrics, health: Health) -> list[Finding]:
+    """Return what is wrong after the last of `rows`, which are those since the start or since the last rollback.
+
+    start: the very first row, of the policy as it was before training.
+    """
+    row = rows[-1]
+    found = [Finding(name, detail) for name, detail in _at_once(row, health) if detail]
+    for name, rule in _LASTING.items():
+        lately = [rule(row, start, health) for row in rows[-health.patience :]]
+        if len(lately) == health.patience and all(lately):
+            found.append(Finding(name, f"{lately[-1]} in {health.patience} rollouts one after another"))
+    return found
+
+
+def is_healthy(row: Metrics, start: Metrics, health: Health) -> bool:
+    """Whether no rule, however long it has to hold before it fires, holds for this row."""
+    at_once = [detail for _, detail in _at_once(row, health)]
+    return not any([*at_once, *(rule(row, start, health) for rule in _LASTING.values())])
+
+
+def _at_once(row: Metrics, health: Health) -> list[tuple[str, str]]:
+    """Return the rules that need no patience, each with what it found or an empty text."""
+    broken = [name for name, value in row.items() if not math.isfinite(value)]
+    skipped, steps = row.get("skipped_steps", 0), row.get("optimizer_steps", 1)
+    if skipped > health.max_skipped_steps or (skipped and not steps):
+        broken.append(f"{skipped:g} gradients of the update")
+    per_token = row.get("kl", 0.0) / max(row.get("response_tokens", 1.0), 1.0)
+    far = f"KL to the reference of {per_token:.2f} nats per token" if per_token > health.max_token_kl else ""
+    return [("nonfinite", f"not finite: {', '.join(broken)}" if broken else ""), ("kl_blowup", far)]
+
+
+def _entropy_collapse(row: Metrics, start: Metrics, health: Health) -> str:
+    now, before = row["entropy"], start["entropy"]
+    return f"entropy {now:.3g} nats per token, at first {before:.3g}" if now < health.min_entropy * before else ""
+
+
+def _length_explosion(row: Metrics, start: Metrics, health: Health) -> str:
+    unfinished, before = 1 - row["finished"], 1 - start["finished"]
+    ran_on = unfinished > health.max_unfinished and before <= health.max_unfinished / 2
+    return f"{unfinished:.0%} of responses hit the length limit, at first {before:.0%}" if ran_on else ""
+
+
+def _dead_reward(row: Metrics, start: Metrics, health: Health) -> str:
+    constant = row["score_std"] <= 1e-6
+    return f"all responses score {row['score']:.3g}: there is nothing to learn from" if constant else ""
+
+
+_LASTING: dict[str, Callable[[Metrics, Metrics, Health], str]] = {
+    "entropy_collapse": _entropy_collapse,
+    "length_explosion": _length_explosion,
+    "dead_reward": _dead_reward,
+}
+
+
+def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
+    """Return a warning where the reward rose and something that should stay drifted with it, or None.
+
+    Compares the last WINDOW rollouts with the first: the score rose by more than three standard errors of the
+    difference, and so did one of: head spread by half of what it was, mean length up or down by half, repetition by
+    .05. A policy that becomes better can do this too: it says where to look, and changes nothing.
+    """
+    if len(rows) < 2 * WINDOW:
+        return None
+    first, last = rows[:WINDOW], rows[-WINDOW:]
+    if _rise(first, last, "score") <= 0:
+        return None
+    drifted = []
+    for name, least in (("spread", 0.5), ("response_tokens", 0.5), ("repetition", 0.0)):
+        before, now = fmean(row[name] for row in first), fmean(row[name] for row in last)
+        enough = abs(now - before) > (0.05 if name == "repetition" else least * before)
+        signed = abs(_rise(first, last, name)) if name == "response_tokens" else _rise(first, last, name)
+        if enough and signed > 0:
+            drifted.append(f"{name.replace('_', ' ')} from {before:.2f} to {now:.2f}")
+    if not drifted:
+        return None
+    scores = [fmean(row["score"] for row in part) for part in (first, last)]
+    return Finding("hacking_suspected", f"score from {scores[0]:.2f} to {scores[1]:.2f} with {', '.join(drifted)}")
+
+
+def _rise(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float:
+    """Return by how much a metric changed where that is beyond chance, else 0."""
+    before, now = [row[name] for row in first], [row[name] for row in last]
+    error = math.sqrt((variance(before) + variance(now)) / WINDOW)
+    change = fmean(now) - fmean(before)
+    return change if abs(change) > STANDARD_ERRORS * error else 0.0
