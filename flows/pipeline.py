@@ -24,7 +24,7 @@ from rrlhf.environment import find_root, set_environment
 from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
 from rrlhf.plan import Project
-from rrlhf.progress import check_stop
+from rrlhf.progress import STOPPING, check_stop, stop_between_steps
 from rrlhf.stages import DATA, Node
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset
@@ -69,6 +69,7 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
     Returns what ran, the folder of every result, and the report.
     """
+    stop_between_steps(STOPPING)  # here, since Prefect's own handler of SIGTERM ends a step in its middle
     root = find_root(Path.cwd())
     set_environment(root)
     params = load_params(root, profile, overrides)

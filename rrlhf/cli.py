@@ -15,7 +15,7 @@ import typer
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.types import Json
 
-FAILED, USAGE, VERIFICATION_FAILED, BUSY, INTERRUPTED = 1, 2, 3, 4, 130
+FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
 
 app = typer.Typer(
     name="rrlhf",
@@ -274,12 +274,12 @@ def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
         wait_until_ready = start_temporary_server(root)
         # Both imports take seconds, in which the server starts.
         from flows.pipeline import pipeline
-        from rrlhf.progress import stop_between_steps
+        from rrlhf.progress import STOPPING, stop_between_steps
         from rrlhf.tracking import Tracker
 
         Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
         wait_until_ready()
-        stop_between_steps("\nstopping after this step; once more stops at once")
+        stop_between_steps(STOPPING)
         _quiet_console()
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = pipeline(profile=profile, overrides=overrides)
@@ -314,6 +314,7 @@ def _overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
 def _clear_errors() -> Iterator[None]:
     """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
     from flows.serve import ServeError
+    from rrlhf import progress
     from rrlhf.artifacts import TamperedError
     from rrlhf.datasets import BusyError, PrepareError
     from rrlhf.located import ParamsError
@@ -328,10 +329,15 @@ def _clear_errors() -> Iterator[None]:
         _end(VERIFICATION_FAILED, str(error))
     except BusyError as error:
         _end(BUSY, str(error))
-    except (PrepareError, LaunchError, ServeError, TrackingError, ValueError, OSError) as error:
+    except (PrepareError, LaunchError, ServeError, TrackingError, ValueError) as error:
+        _end(FAILED, str(error))
+    except OSError as error:
         _end(FAILED, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
-        _end(INTERRUPTED, "interrupted; finished stages are kept, and the same command goes on from there")
+        _end(
+            SIGNALLED + progress.signalled,
+            "interrupted; finished stages are kept, and the same command goes on from there",
+        )
 
 
 def _end(code: int, message: str) -> NoReturn:

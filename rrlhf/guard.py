@@ -9,7 +9,6 @@ from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Health
 from rrlhf.health import Finding, findings, hacking_suspected, is_healthy
 from rrlhf.learner import Course, Event, Learner, restore, snapshot
-from rrlhf.progress import stop
 
 NONFINITE = "health_nonfinite"  # marks the rows that lack what was not finite
 ADVICE = "a smaller ppo.learning_rate or a larger ppo.kl_weight may help; docs/metrics.md tells what each name means"
@@ -47,11 +46,15 @@ class Guard:
         elif warning := hacking_suspected([row for row in course.rows if NONFINITE not in row]):
             self._warn(warning)
         _keep_finite(course)
-        if not ended:
-            due = course.update % health.checkpoint_every == 0
-            if due or (stop.is_set() and self._learner.engine.num_processes == 1):
-                self._save(good=due and not found and is_healthy(course.rows[-1], start, health))
+        if not ended and course.update % health.checkpoint_every == 0:
+            self._save(good=not found and is_healthy(course.rows[-1], start, health))
         return ended
+
+    def interrupted(self) -> None:
+        """Save between two updates, where the run was asked to stop; processes hear of it at different steps."""
+        if self._learner.engine.num_processes == 1:
+            self._save(good=False)
+            self._say(f"saved after update {self._course.update}")
 
     def _roll_back(self, found: list[Finding]) -> str | None:
         course, health = self._course, self._health
@@ -91,8 +94,6 @@ class Guard:
 
     def _save(self, good: bool) -> None:
         self._checkpoints.save(self._course.step, snapshot(self._learner, self._course), good)
-        if stop.is_set():
-            self._say(f"saved after update {self._course.update}; the same command goes on from there")
 
 
 def _keep_finite(course: Course) -> None:

@@ -92,28 +92,34 @@ def _keep_checkpoint(out: Path) -> None:
 
 
 def _recorder(history: Path, stage: str, log: Log) -> Log:
-    """Return a log that writes each row, with the seconds passed, before it hands it on."""
+    """Return a log that writes each row, with the seconds passed, before it hands it on.
+
+    A resumed stage logs the rows before its checkpoint again: these keep their times, and the clock goes on from there.
+    What an interrupted run wrote after its checkpoint is dropped, for it is computed again.
+    """
+    before = {row.get("step"): row["seconds"] for row in _rows(history)}
+    history.write_text("", encoding="utf-8")
     start = time.monotonic()
-    first = True
 
     def record(row: dict[str, float]) -> None:
-        nonlocal first
+        nonlocal start
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"{stage}: {', '.join(bad)} at step {row.get('step')}; a smaller learning rate may help")
-        if first:
-            _forget_from(history, row.get("step", 0))
-            first = False
+        seconds = before.pop(row.get("step"), None)
+        if seconds is None:
+            seconds = round(time.monotonic() - start, 2)
+        else:
+            start = time.monotonic() - seconds
         with history.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row | {"seconds": round(time.monotonic() - start, 2)}) + "\n")
+            handle.write(json.dumps(row | {"seconds": seconds}) + "\n")
         log(row)
         check_stop()
 
     return record
 
 
-def _forget_from(history: Path, step: float) -> None:
-    """Drop the rows that an interrupted run wrote after its last checkpoint: they are computed again."""
+def _rows(history: Path) -> list[dict[str, float]]:
+    """Return the rows of an interrupted run; the last may be half a line."""
     lines = history.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) < step]
-    history.write_text("".join(kept), encoding="utf-8")
+    return [json.loads(line) for line in lines if line.endswith("\n")]

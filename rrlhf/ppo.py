@@ -31,7 +31,7 @@ from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.learner import Course, Learner, Sampled, prepare_learner, resume
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import accelerator, accumulated, autocast, decode, encode_prompt, load_model, save_model
-from rrlhf.progress import track
+from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample, tokens_of
 from rrlhf.tables import prompts
@@ -70,8 +70,12 @@ def run(
         guard = Guard(learner, course, checkpoints, health, label)
         before = list(course.rows)
         rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard)
-        for row in track(chain(before, rows), ppo.updates, label):
-            log(row)
+        try:
+            for row in track(chain(before, rows), ppo.updates, label):
+                log(row)
+        except Interrupted:
+            guard.interrupted()
+            raise
         _save(learner, course, arm, out)
 
 

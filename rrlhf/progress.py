@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 10.0
+STOPPING = "\nstopping after this step; once more stops at once"
 
 stop = threading.Event()
 
@@ -35,6 +36,9 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and did between two steps."""
 
 
+signalled = signal.SIGINT  # what asked it to
+
+
 def check_stop() -> None:
     """Raise Interrupted when the run was asked to stop."""
     if stop.is_set():
@@ -42,17 +46,23 @@ def check_stop() -> None:
 
 
 def stop_between_steps(message: str = "") -> None:
-    """Let the first Ctrl-C or SIGTERM end the run after this step, saying `message`, and a second one at once."""
+    """Let the first Ctrl-C or SIGTERM end the run after this step, saying `message`, and a second one at once.
+
+    Does nothing in other threads than the main one, which Python hands its signals to.
+    """
 
     def ask(number: int, frame: object) -> None:
+        global signalled
+        signalled = signal.Signals(number)
         if stop.is_set():
             os._exit(128 + number)  # nothing to tidy up: results appear by one rename, or not at all
         stop.set()
         if message:
             print(message, file=sys.stderr, flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
 
 
 def is_main_process() -> bool:
@@ -121,7 +131,7 @@ def _lines(total: int, label: str) -> Callable[[int], None]:
         now = time.monotonic()
         if now - shown >= SECONDS_BETWEEN_LINES or (done == total and shown > start):
             shown = now
-            left = (now - start) / done * (total - done)
+            left = (now - start) / done * max(total - done, 0)
             print(f"{label}  {done}/{total}  {in_words(left)} left", file=sys.stderr, flush=True)
 
     return show

@@ -80,13 +80,16 @@ def test_a_stage_starts_clean_without_a_checkpoint(tmp_path, stage):
     assert rows_of(out) == []
 
 
-def test_a_resumed_stage_keeps_the_rows_before_its_checkpoint(tmp_path, stage):
+def test_a_resumed_stage_tells_every_row_once_with_the_time_of_its_first_telling(tmp_path, stage):
     out = tmp_path / "out"
     (out / "checkpoint").mkdir(parents=True)
-    (out / "history.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    stage.run = lambda log, **_: [log({"step": step}) for step in (3, 4)]
+    (out / "history.jsonl").write_text('{"step": 1, "seconds": 50}\n{"step": 2, "seconds": 99}\n{"st')
+    stage.run = lambda log, **_: [log({"step": step}) for step in (1, 2, 3)]
     run(out)
-    assert [row["step"] for row in rows_of(out)] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(out)] == [1, 2, 3]
+    first, second, third = (row["seconds"] for row in rows_of(out))
+    assert (first, second) == (50, 99)
+    assert 99 <= third < 110  # the clock goes on, however long the interruption was
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -41,7 +41,8 @@ def made(params, tmp_path_factory):
     several = run("ensemble", ensemble, **common, ensemble=params.ensemble, reward=single)
     inputs = {"data": data, "sft": start, "reward": single, "ensemble": several}
     policies = {
-        name: run(name, ppo, model=params.model, ppo=params.ppo, arm=arm, **inputs) for name, arm in params.arms.items()
+        name: run(name, ppo, model=params.model, ppo=params.ppo, health=params.health, arm=arm, **inputs)
+        for name, arm in params.arms.items()
     }
     run("evaluate", evaluate, **common, gold=params.gold, evaluate=params.evaluate, **inputs, policies=policies)
     return root, rows
