@@ -40,6 +40,7 @@ from rrlhf.models import (
 )
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
+from rrlhf.reward_functions import RewardFunction, load_functions
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample
@@ -77,6 +78,7 @@ class Learner:
     kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
+    functions: Sequence[RewardFunction] = ()  # of the arm
 
 
 def run(
@@ -85,7 +87,9 @@ def run(
     """Train one arm's policy from the SFT model and save it with the responses it gave on the way."""
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
+    functions = load_functions(arm.functions)
     learner = prepare_learner(engine, load_model(sft), model, ppo, arm.seed, reward, ensemble)
+    learner.functions = functions
     asked = prompts(data, "ppo")
     encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
     kept: list[Sampled] = []
@@ -218,6 +222,7 @@ def collect(
         language=learner.language,
         asked=asked,
         microbatch_size=ppo.microbatch_size,
+        functions=learner.functions,
     )
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
     mask = samples.mask
