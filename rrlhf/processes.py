@@ -15,6 +15,7 @@ from typing import Any
 from rrlhf import progress
 from rrlhf.environment import end_with_parent
 from rrlhf.keys import Document
+from rrlhf.sourcecode import changed_since
 from rrlhf.types import Log
 
 MESSAGE = "@rrlhf "  # starts a line that is a message: JSON with `row`, `progress` or `error`
@@ -112,13 +113,20 @@ def main(path: Path) -> int:
     job = json.loads(path.read_bytes())
     inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
     try:
+        _check_functions(job["document"])
         call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
-        _tell(error=str(error))
+        print(MESSAGE + json.dumps({"error": str(error)}), flush=True)  # also where another process met it
         return 1
     return 0
+
+
+def _check_functions(document: Document) -> None:
+    """Raise ValueError when the reward functions' code is not that of the key: this process imports it anew."""
+    if changed := changed_since(document.get("functions", {}), Path.cwd()):
+        raise ValueError(f"{', '.join(changed)} changed since the run began, and its results would have the wrong key")
 
 
 def _tell(**message: Any) -> None:
