@@ -117,10 +117,10 @@ def reward_in_words(policy: Policy) -> str:
         weight = settings.pop("nominal_weight")
         words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
     rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
-    functions = " + ".join(f"{weight:g} {path}" for path, weight in sorted(policy.get("functions", {}).items()))
+    functions = "".join(f" {weight:+g} {path}" for path, weight in sorted(policy.get("functions", {}).items()))
     if functions and reward == "constant":
-        return functions
-    return f"{words.replace('_', ' ')}{rest}{f' + {functions}' if functions else ''}"
+        return functions.strip()
+    return f"{words.replace('_', ' ')}{rest}{functions}"
 
 
 def known(value: float | None, decimals: int = 3) -> str:

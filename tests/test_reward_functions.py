@@ -17,6 +17,7 @@ from rrlhf.config import Arm, load_params
 from rrlhf.judgement import Judgement, arm_reward, reward_metrics
 from rrlhf.located import ParamsError
 from rrlhf.models import load_base, save_model
+from rrlhf.plan import Project
 from rrlhf.reward_functions import load_functions, metric_names
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
@@ -148,6 +149,20 @@ def test_a_function_that_cannot_be_had_is_told_in_words(rules, tmp_path, path, t
 def test_all_functions_that_cannot_be_had_are_told_at_once(rules):
     rules("def f(**_): pass\n")
     assert len(mistakes("my_rules:f", "my_rules:g", "nowhere:f")) == 2
+
+
+def test_a_run_tells_them_with_its_other_mistakes_before_it_computes(rules, tmp_path):
+    chosen = {"arms.robust.functions": {"nowhere:f": 1}, "arms.single.functions": {"nowhere:f": 1, "my_rules:g": 1}}
+    source = {"prepare.source": "nowhere.jsonl", "prepare.format": "rows"}
+    rules("def f(**_): pass\n")
+    with pytest.raises(ParamsError) as error:
+        Project(tmp_path, "tiny", load_params(Path(__file__).parents[1], "tiny", chosen | source)).check_sources()
+    told = str(error.value).splitlines()
+    assert [line.split("'")[1] if "'" in line else line.split(":")[0] for line in told] == [
+        "nowhere.jsonl",
+        "reward function my_rules",
+        "reward function nowhere",
+    ]
 
 
 def test_functions_lie_in_packages_with_and_without_init(rules):
