@@ -127,3 +127,9 @@ def _arms(params: Params) -> Iterator[Mistake]:
             yield ("arms", name), f"arms.{name}: reward {arm.reward} needs {setting}"
         for setting in sorted(set(arm.settings) - needed):
             yield ("arms", name), f"arms.{name}: reward {arm.reward} has no {setting}; leave it out or null"
+        for path in arm.functions:
+            if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
+                yield (
+                    ("arms", name, "functions", path),
+                    f"arms.{name}.functions: {path!r} is not module:function, for example my_rules:no_lists",
+                )

@@ -22,6 +22,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 RewardName = Literal[
@@ -213,12 +214,13 @@ class Arm(Section):
     nominal_weight: Share | None = None  # robust, batch_robust: share of the most confident head's reward
     uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
     temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
+    functions: dict[str, Finite] = {}  # by "module:function": what one unit of its value adds to the reward
     seed: int
 
     @property
     def settings(self) -> dict[str, float]:
         """The settings of its reward, by name."""
-        given = self.model_dump(exclude={"reward", "seed"})
+        given = self.model_dump(exclude={"reward", "functions", "seed"})
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -19,10 +19,12 @@ from rrlhf.calibration import estimate
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
+from rrlhf.judgement import function_values, with_functions
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
+from rrlhf.reward_functions import RewardFunction, load_functions, metric_names
 from rrlhf.reward_models.features import PairFeatures, features_of
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
@@ -34,12 +36,13 @@ from rrlhf.types import Log
 
 
 class Judges(NamedTuple):
-    """All that reads responses: the reference with its trunk, the reward heads, and the gold judge if there is one."""
+    """All that reads responses: the reference with its trunk, reward heads and functions, and the gold judge if any."""
 
     language: LanguageModel
     top: PolicyTop  # the reference's layers above the trunk
     layer: int
     models: tuple[RewardModel, RewardModel]
+    functions: list[RewardFunction]  # of all arms
     gold: GoldJudge | None
 
     @property
@@ -61,6 +64,7 @@ class Reading(NamedTuple):
     kl: Tensor  # [responses] log(pi / pi_ref), nats
     proxy: Tensor  # [responses]
     scores: Scores  # [responses, heads]
+    functions: dict[str, Tensor]  # [responses] value of each function, by import path
     gold: Tensor | None  # [responses]
 
 
@@ -80,12 +84,13 @@ def run(
 ) -> None:
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
     rows = read_table(data, "evaluate")
-    judges = _judges(model, gold, sft, reward, ensemble, has_gold=rows[0]["topic"] is not None)
+    arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
+    functions = load_functions(path for arm in arms.values() for path in arm.functions)
+    judges = _judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     readings = {
         name: _read(judges, _sample(folder, name, rows, model, evaluate, seed), rows, model, evaluate, name)
         for name, folder in {"sft": sft, **policies}.items()
     }
-    arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
     compared = [_summary(name, reading, arms.get(name), evaluate) for name, reading in readings.items()]
     result = {
         "policies": compared,
@@ -105,13 +110,22 @@ def repetition(text: str) -> float:
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
-def _judges(model: Model, gold: Gold, sft: Path, reward: Path, ensemble: Path, *, has_gold: bool) -> Judges:
+def _judges(
+    model: Model,
+    gold: Gold,
+    sft: Path,
+    reward: Path,
+    ensemble: Path,
+    functions: list[RewardFunction],
+    *,
+    has_gold: bool,
+) -> Judges:
     language = load_model(sft)
     language.network.to(device_kind(model.device)).requires_grad_(False)
     single, several = (load_for_policy(folder, language.device) for folder in (reward, ensemble))
     layer = trunk_layer(reward) if None in {single.identity, several.identity} else language.layers
     top = PolicyTop(language, layer)
-    return Judges(language, top, layer, (single, several), GoldJudge(gold) if has_gold else None)
+    return Judges(language, top, layer, (single, several), functions, GoldJudge(gold) if has_gold else None)
 
 
 def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int) -> list[Response]:
@@ -145,7 +159,8 @@ def _read(
     texts = [decode(judges.language, response.tokens) for response in responses]
     finished = [response.finished for response in responses]
     own = torch.tensor([response.logprob for response in responses])
-    single, scores = read_by(judges.models, pooled, [row["prompt"] for row in asked], texts, evaluate.batch_size)
+    prompts = [row["prompt"] for row in asked]
+    single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
     gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
     return Reading(
         texts=texts,
@@ -153,6 +168,7 @@ def _read(
         kl=own - torch.cat(logprobs).cpu(),
         proxy=single.mean[:, 0].cpu(),
         scores=Scores(scores.mean.cpu(), scores.std.cpu()),
+        functions=function_values(judges.functions, prompts, texts, [row.tokens for row in responses], finished),
         gold=torch.tensor(gold) if gold is not None else None,
     )
 
@@ -187,15 +203,23 @@ def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -
     }
     if reading.gold is not None:
         columns = {"gold": reading.gold, **columns}
-    if arm and arm.reward != "single":
-        columns["reward"] = AGGREGATIONS[arm.reward](reading.scores, **arm.settings)
+    names = metric_names(reading.functions)
+    columns |= {names[path]: value for path, value in reading.functions.items()}
+    if arm and (arm.reward != "single" or arm.functions):
+        columns["reward"] = with_functions(arm, _bare_reward(arm, reading), reading.functions)
     prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
     return {
         "name": name,
         "reward": arm.reward if arm else "none",
         "settings": arm.settings if arm else {},
+        **({"functions": arm.functions} if arm and arm.functions else {}),
         "metrics": {key: estimate(column, prompt)._asdict() for key, column in columns.items()},
     }
+
+
+def _bare_reward(arm: Arm, reading: Reading) -> Tensor:
+    """Return what an arm's reward models say, [responses]."""
+    return reading.proxy if arm.reward == "single" else AGGREGATIONS[arm.reward](reading.scores, **arm.settings)
 
 
 def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:

@@ -18,6 +18,7 @@ class Policy(TypedDict):
     name: str
     settings: dict[str, float]  # of the reward
     reward: str
+    functions: NotRequired[dict[str, float]]  # weight of each reward function, by import path
     digest: NotRequired[str]
     metrics: dict[str, Measured]
 

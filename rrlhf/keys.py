@@ -1,7 +1,8 @@
 """Identity: the key of a stage's result is a small JSON document and its sha256.
 
 Two results with equal keys are interchangeable. The document holds the stage, its settings, the digests of its
-inputs, the digests of the code it imports, and what changes numerics; never a path, a time or a host name.
+inputs, the digests of the code it imports and of the reward functions it calls, and what changes numerics; never a
+path, a time or a host name.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, reduce
 from importlib.metadata import version
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.sourcecode import code_behind, tree_digest
 from rrlhf.stages import Node
 
 PACKAGE = Path(__file__).parent
@@ -26,7 +29,9 @@ WITHOUT_EFFECT = {
     "rrlhf.checks",
     "rrlhf.config",
     "rrlhf.hardware",
+    "rrlhf.located",
     "rrlhf.progress",
+    "rrlhf.sourcecode",
     "rrlhf.sources",
     "rrlhf.types",
 }
@@ -44,12 +49,24 @@ def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
     if model:
         model["device"] = device_kind(model["device"])
         model["dtype"] = dtype_name(model["dtype"], model["device"])
-    return {
+    document = {
         "stage": node.stage,
         "params": settings,
         "inputs": dict(sorted(inputs.items())),
         "code": code_digests(f"rrlhf.{node.stage}"),
         "numerics": numerics,
+    }
+    return _with_functions(document, node.functions) if node.functions else document
+
+
+def _with_functions(document: Document, functions: Sequence[str]) -> Document:
+    """Add the code of reward functions: the user's files, the modules of this package and the distributions in use."""
+    found = [code_behind(path.partition(":")[0], Path.cwd()) for path in functions]
+    ours = [name for code in found for name in code.ours if _source(name).exists()]
+    return document | {
+        "code": reduce(or_, map(code_digests, ours), document["code"]),
+        "functions": reduce(or_, (code.sources for code in found)),
+        "numerics": reduce(or_, (code.versions for code in found), document["numerics"]),
     }
 
 
@@ -83,7 +100,7 @@ def code_digests(module: str) -> dict[str, str]:
         if name in found or name in WITHOUT_EFFECT:
             continue
         tree = ast.parse(_source(name).read_text(encoding="utf-8"))
-        found[name] = hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()[:16]
+        found[name] = tree_digest(tree)
         waiting += _imports(tree)
     return dict(sorted(found.items()))
 
@@ -104,15 +121,6 @@ def _imports(tree: ast.Module) -> Iterator[str]:
         yield from (name for name in candidates if name.startswith("rrlhf.") and _source(name).exists())
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:]
-    return tree
-
-
 def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in document.items():
         if isinstance(value, dict):
@@ -123,7 +131,7 @@ def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[t
 
 def _in_words(path: tuple[str, ...], old: Any, new: Any) -> str:
     group, name = path[0], ".".join(path[1:])
-    if group == "code":
+    if group in {"code", "functions"}:
         return f"{name.replace('.', '/')}.py changed"
     if group == "inputs":
         return f"input {name} changed"

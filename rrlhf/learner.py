@@ -7,7 +7,7 @@ are the reference. `full`: everything, embeddings included, with a reference of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from rrlhf.checkpoint import (
 )
 from rrlhf.config import Ppo
 from rrlhf.models import LanguageModel, PolicyTop, Read
+from rrlhf.reward_functions import RewardFunction
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
 from rrlhf.types import Metrics
@@ -87,6 +88,7 @@ class Learner:
     kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
+    functions: Sequence[RewardFunction]  # of the arm
 
     @property
     def boundary(self) -> int | None:
@@ -106,7 +108,13 @@ class Learner:
 
 
 def prepare_learner(
-    engine: Accelerator, language: LanguageModel, ppo: Ppo, seed: int, reward: Path, ensemble: Path
+    engine: Accelerator,
+    language: LanguageModel,
+    ppo: Ppo,
+    seed: int,
+    reward: Path,
+    ensemble: Path,
+    functions: Sequence[RewardFunction] = (),
 ) -> Learner:
     """Freeze what does not train and build the optimizer."""
     single, several = (load_for_policy(folder, engine.device) for folder in (reward, ensemble))
@@ -133,6 +141,7 @@ def prepare_learner(
         kl_weight=ppo.kl_weight,
         generator=torch.Generator(engine.device).manual_seed(own),
         shuffle=torch.Generator().manual_seed(own),
+        functions=functions,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -10,6 +12,7 @@ from rrlhf.artifacts import Artifact, Memo, Store
 from rrlhf.config import Params
 from rrlhf.datasets import Place, place_of, prepared, restorable
 from rrlhf.keys import Document, differences, key_digest, key_document
+from rrlhf.located import ParamsError
 from rrlhf.sources import external_digests
 from rrlhf.stages import DATA, Node, nodes
 from rrlhf.types import Dataset, Json
@@ -45,9 +48,20 @@ class Project:
         return key_document(node, inputs | external_digests(node, self._memo))
 
     def check_sources(self) -> None:
-        """Raise ParamsError when a base model or the source data cannot be had, before anything is computed."""
+        """Raise ParamsError when a base model, the source data or a reward function cannot be had.
+
+        This comes before anything is computed, and tells every mistake.
+        """
+        from rrlhf.reward_functions import load_functions
+
+        mistakes: list[str] = []
         for node in self.nodes:
-            external_digests(node, self._memo)
+            with collected(mistakes):
+                external_digests(node, self._memo)
+        with collected(mistakes):
+            load_functions(path for node in self.nodes for path in node.functions)
+        if mistakes:
+            raise ParamsError("\n".join(dict.fromkeys(mistakes)))
 
     def place(self, document: Document) -> Place:
         """Return where the data set lies."""
@@ -106,6 +120,15 @@ class Project:
         if not known:
             return ["no result of it is here"]
         return min((differences(old, document) for old in known), key=len) or ["its result is gone"]
+
+
+@contextmanager
+def collected(mistakes: list[str]) -> Iterator[None]:
+    """Note a mistake in the settings instead of raising it."""
+    try:
+        yield
+    except ParamsError as error:
+        mistakes.append(str(error))
 
 
 def _took(node: Node, earlier: list[Artifact]) -> float | None:

@@ -33,6 +33,7 @@ from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import accelerator, accumulated, autocast, decode, encode_prompt, load_model, save_model
 from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
+from rrlhf.reward_functions import load_functions
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample, tokens_of
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Message, Metrics
@@ -58,7 +59,8 @@ def run(
     """
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
-    learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble)
+    functions = load_functions(arm.functions)
+    learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
     asked = prompts(data, "ppo")
     encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
     made_for = {
@@ -180,6 +182,7 @@ def collect(
         states=samples.states[layer] if layer is not None and learner.shares_trunk else reference.states,
         language=learner.language,
         asked=asked,
+        functions=learner.functions,
         microbatch_size=max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1),
     )
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)

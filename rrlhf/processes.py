@@ -15,9 +15,10 @@ from typing import Any
 from rrlhf import progress
 from rrlhf.environment import end_with_parent
 from rrlhf.keys import Document
+from rrlhf.sourcecode import changed_since
 from rrlhf.types import Log
 
-MESSAGE = "@rrlhf "  # starts a line that is a message: JSON with `row`, `progress` or `error`
+MESSAGE = "@rrlhf "  # starts a message, JSON with `row`, `progress` or `error`, that goes to the end of the line
 LAST_LINES = 15
 INTERRUPTED = 130
 
@@ -72,11 +73,13 @@ class _Told:
         meters: dict[str, Callable[[int], None]] = {}
         with ExitStack() as shown:
             for line in lines:
-                if not line.startswith(MESSAGE):
-                    self.last.append(line)
-                    print(line, end="", file=sys.stderr, flush=True)
+                said, is_message, rest = line.partition(MESSAGE)
+                if said:
+                    self.last.append(said if said.endswith("\n") else said + "\n")
+                    print(self.last[-1], end="", file=sys.stderr, flush=True)
+                if not is_message:
                     continue
-                message = json.loads(line.removeprefix(MESSAGE))
+                message = json.loads(rest)
                 if "row" in message:
                     self._log(message["row"])
                 elif "progress" in message:
@@ -112,18 +115,30 @@ def main(path: Path) -> int:
     job = json.loads(path.read_bytes())
     inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
     try:
+        _check_functions(job["document"])
         call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
-        _tell(error=str(error))
+        _send(error=str(error))  # of whichever process: each has its own responses, and its own errors
         return 1
     return 0
 
 
+def _check_functions(document: Document) -> None:
+    """Raise ValueError when the reward functions' code is not that of the key: this process imports it anew."""
+    if changed := changed_since(document.get("functions", {}), Path.cwd()):
+        raise ValueError(f"{', '.join(changed)} changed since the run began, and its results would have the wrong key")
+
+
 def _tell(**message: Any) -> None:
     if progress.is_main_process():
-        print(MESSAGE + json.dumps(message), flush=True)
+        _send(**message)
+
+
+def _send(**message: Any) -> None:
+    sys.stdout.write(f"{MESSAGE}{json.dumps(message)}\n")  # at once: what other processes print would come in between
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

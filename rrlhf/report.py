@@ -116,8 +116,11 @@ def reward_in_words(policy: Policy) -> str:
     if "nominal_weight" in settings:
         weight = settings.pop("nominal_weight")
         words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
-    rest = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
-    return f"{words.replace('_', ' ')}, {rest}" if rest else words.replace("_", " ")
+    rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
+    functions = "".join(f" {weight:+g} {path}" for path, weight in sorted(policy.get("functions", {}).items()))
+    if functions and reward == "constant":
+        return functions.strip()
+    return f"{words.replace('_', ' ')}{rest}{functions}"
 
 
 def known(value: float | None, decimals: int = 3) -> str:
@@ -161,5 +164,10 @@ def _comparison(evaluation: Evaluation) -> list[Row]:
         best = names.index(highest(known)) if metric == "gold" and known else None
         if best is not None:
             cells[best] = f"★ {cells[best]}"
-        rows.append(Row(metric, METRICS.get(metric, ""), cells, best))
+        rows.append(Row(metric, _meaning(metric), cells, best))
     return rows
+
+
+def _meaning(metric: str) -> str:
+    function = metric.removeprefix("function_")
+    return METRICS.get(metric, f"Value of the reward function {function}." if function != metric else "")

@@ -12,14 +12,15 @@ DATA = "data"
 class Node(NamedTuple):
     """One unit of work: a stage, the sections of params it may read, and the nodes whose results it reads.
 
-    `inputs` maps the stage function's argument to a node's name. Nothing else reaches the stage, so nothing else
-    belongs to its key.
+    `inputs` maps the stage function's argument to a node's name. Nothing else reaches the stage but reward functions,
+    so nothing else belongs to its key.
     """
 
     name: str
     stage: str
     sections: dict[str, Section | int]
     inputs: dict[str, str]
+    functions: tuple[str, ...] = ()  # import paths of the reward functions that it calls
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def nodes(params: Params) -> list[Node]:
                 "ppo",
                 {"model": model, "ppo": params.ppo, "health": params.health, "arm": arm},
                 {**base, "reward": "reward", "ensemble": "ensemble"},
+                tuple(sorted(arm.functions)),
             )
             for name, arm in arms.items()
         ),
@@ -53,6 +55,7 @@ def nodes(params: Params) -> list[Node]:
             "evaluate",
             {"seed": seed, "model": model, "gold": params.gold, "evaluate": params.evaluate},
             {**base, "reward": "reward", "ensemble": "ensemble", **{name: name for name in arms}},
+            tuple(sorted({path for arm in arms.values() for path in arm.functions})),
         ),
     ]
 

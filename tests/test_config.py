@@ -109,6 +109,10 @@ def test_a_weight_is_a_finite_number(value):
             "ppo.prompts_per_update 5 is not a multiple of launch.processes 2",
         ),
         ({"arms__robust__reward": "uwo"}, "reward uwo needs uncertainty_weight"),
+        ({"arms__robust__functions": {"no_lists": 0.5}}, "'no_lists' is not module:function"),
+        ({"arms__robust__functions": {"my_rules.py:no_lists()": 0.5}}, "is not module:function"),
+        ({"arms__robust__functions": {"my_rules:no_lists": "0.5"}}, "arms.robust.functions.my_rules:no_lists"),
+        ({"arms__robust__functions": {"my_rules:no_lists": float("inf")}}, "a finite number"),
     ],
 )
 def test_contradictions_are_told(overrides, word):
@@ -118,6 +122,13 @@ def test_contradictions_are_told(overrides, word):
 def test_null_removes_an_arm():
     params = load_params(ROOT, overrides={"arms.single": None})
     assert list(params.arms) == ["robust"]
+
+
+def test_a_reward_function_is_named_by_import_path():
+    chosen = dict([parse_override("arms.robust.functions={my_rules:no_lists: -0.5, package.verify:correct: 2}")])
+    arm = load_params(ROOT, overrides=chosen).arms["robust"]
+    assert arm.functions == {"my_rules:no_lists": -0.5, "package.verify:correct": 2.0}
+    assert arm.settings == {"nominal_weight": 0.4}
 
 
 def test_an_override_is_read_as_yaml():

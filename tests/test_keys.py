@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from rrlhf import keys
 from rrlhf.artifacts import Memo
 from rrlhf.config import load_params
 from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.located import ParamsError
+from rrlhf.sourcecode import changed_since, code_behind
 from rrlhf.sources import external_digests
 from rrlhf.stages import nodes
 
@@ -127,3 +130,94 @@ def test_a_module_that_a_stage_does_not_import_is_not(sources):
 def test_every_stage_sees_only_its_own_code():
     assert "rrlhf.ppo" not in code_digests("rrlhf.sft")
     assert not {"rrlhf.tracking", "rrlhf.cli", "rrlhf.config"} & code_digests("rrlhf.evaluate").keys()
+
+
+RULES = {
+    "my_rules.py": "from checks.deep import size\n\ndef short(completions): return [size.limit]\n",
+    "checks/__init__.py": "",
+    "checks/deep/size.py": "from ..words import words\nimport json, hypothesis, rrlhf.gold\nlimit = 3\n",
+    "checks/words.py": "words = ()\n",
+    "checks/others.py": "raise SystemExit('imported')\n",
+}
+
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch):
+    """A project's folder with reward functions; the keys of a run with them, from the code as it is at the time."""
+    for name, text in RULES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("raise SystemExit('imported')\n" + text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    code_behind.cache_clear()
+
+
+def documents(*paths):
+    code_behind.cache_clear()
+    params = load_params(ROOT, "tiny", {"arms.robust.functions": dict.fromkeys(paths or ["my_rules:short"], 0.5)})
+    return {node.name: key_document(node, {}) for node in nodes(params)}
+
+
+def reruns(rules, file, change):
+    before, path = documents(), rules / file
+    path.write_text(change(path.read_text()))
+    after = documents()
+    return {name: differences(before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def test_the_code_of_a_reward_function_is_in_the_keys_of_what_calls_it(rules):
+    found = documents()
+    assert {name for name in found if "functions" in found[name]} == {"ppo-robust", "evaluate"}
+    for name in ("ppo-robust", "evaluate"):
+        assert set(found[name]["functions"]) == {"my_rules", "checks.__init__", "checks.deep.size", "checks.words"}
+        assert "rrlhf.gold" in found[name]["code"]
+        assert set(found[name]["numerics"]) == {"torch", "transformers", "hypothesis"}
+    assert found["ppo-single"] == key_document(nodes(load_params(ROOT, "tiny"))[4], {})
+
+
+@pytest.mark.parametrize("file", ["my_rules.py", "checks/__init__.py", "checks/deep/size.py", "checks/words.py"])
+def test_a_changed_line_of_a_reward_function_reruns_its_arm_and_the_comparison(rules, file):
+    assert reruns(rules, file, lambda text: text + "\nANSWER = 42\n") == {
+        name: [f"{file} changed"] for name in ("ppo-robust", "evaluate")
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("my_rules.py", lambda text: "# why\n" + text),
+        ("checks/deep/size.py", lambda text: text.replace("\n", "\n\n\n") + "# end\n"),
+        ("checks/others.py", lambda text: "another = 1\n"),
+    ],
+)
+def test_a_comment_in_a_reward_function_or_a_file_it_does_not_import_changes_no_key(rules, file, change):
+    assert reruns(rules, file, change) == {}
+
+
+def test_a_weight_changes_the_key_of_its_arm_alone(rules):
+    before = documents()
+    params = load_params(ROOT, "tiny", {"arms.robust.functions": {"my_rules:short": 2}})
+    after = {node.name: key_document(node, {}) for node in nodes(params)}
+    assert differences(before["ppo-robust"], after["ppo-robust"]) == ["arm.functions.my_rules:short 0.5 -> 2.0"]
+    assert {name for name in before if before[name] != after[name]} == {"ppo-robust"}
+
+
+def test_an_installed_function_counts_with_its_version(rules):
+    found = documents("yaml.reader:f")["ppo-robust"]
+    assert list(found["functions"]) == ["yaml.reader"]
+    assert "PyYAML" in found["numerics"]
+
+
+def test_a_reward_function_that_is_not_there_has_no_key(rules):
+    with pytest.raises(ParamsError, match=r"no module my_rulez in .*: did you mean my_rules\?"):
+        documents("my_rulez:short")
+
+
+def test_code_that_changed_after_the_key_is_noticed(rules):
+    noted = documents()["ppo-robust"]["functions"]
+    assert changed_since(noted, rules) == []
+    (rules / "checks" / "words.py").write_text("words = ('a',)\n")
+    (rules / "my_rules.py").unlink()
+    assert changed_since(noted, rules) == ["checks.words", "my_rules"]

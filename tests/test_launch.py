@@ -122,6 +122,27 @@ def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
         execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
 
 
+def test_messages_are_found_among_what_user_code_prints(tmp_path, monkeypatch, capsys):
+    lines = ["hello", '@rrlhf {"row": {"step": 1}}', 'half a line@rrlhf {"error": "nan of response 3"}', "bye"]
+    monkeypatch.setattr(
+        processes, "_launcher", lambda count: ["-c", f"print(*{lines}, sep='\\n'); raise SystemExit(1)"]
+    )
+    document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
+    two, rows = Launch(processes=2, threads=1, arms_at_once=1), []
+    with pytest.raises(LaunchError, match=r"^nan of response 3$"):
+        execute(document, inputs={}, out=tmp_path / "out", log=rows.append, launch=two)
+    assert rows == [{"step": 1}]
+    assert capsys.readouterr().err == "hello\nhalf a line\nbye\n"
+
+
+def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rules.py").write_text("def f(**_): return []")
+    document = {"stage": "sft", "params": {"model": {"device": "cpu"}}, "functions": {"my_rules": "of other code"}}
+    with pytest.raises(LaunchError, match=r"^my_rules changed since the run began"):
+        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=HERE, beside=1)
+
+
 def test_an_error_in_another_process_is_told_in_its_words(tmp_path):
     node = next(node for node in nodes(load_params(ROOT, "tiny")) if node.name == "sft")
     away = tmp_path / "away"

@@ -132,6 +132,16 @@ def html(of: Evaluation, **changes: Any) -> str:
     return render(of, **(arguments | changes))
 
 
+def test_reward_functions_are_named_with_their_weights() -> None:
+    arm = policy("rules", "robust", 0.4, gold=0.0)
+    assert reward_in_words(arm) == "0.4 most confident + 0.6 minimum"
+    weights = {"my_rules:no_lists": 0.5, "package.verify:correct": -2.0}
+    told = reward_in_words({**arm, "functions": weights})
+    assert told == "0.4 most confident + 0.6 minimum +0.5 my_rules:no_lists -2 package.verify:correct"
+    alone = policy("rules", "constant", gold=0.0)
+    assert reward_in_words({**alone, "functions": weights}) == "+0.5 my_rules:no_lists -2 package.verify:correct"
+
+
 def test_the_verdict_names_the_highest_arm_and_its_distance_from_the_start() -> None:
     first, second, *_ = verdict(evaluation())
     assert first.startswith(

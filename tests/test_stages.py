@@ -1,6 +1,8 @@
 """The data, reward, ensemble and evaluation stages on a tiny random model, as plain functions."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -161,6 +163,31 @@ def test_a_policy_folder_says_what_it_was_trained_for(made):
     arm = json.loads((made[0] / "robust" / "arm.json").read_text())
     assert Arm.model_validate(arm) == Arm(reward="robust", nominal_weight=0.4, seed=1)
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
+
+
+def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, tmp_path, monkeypatch):
+    root, _ = made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rule = "def length(completions, **_):\n    return [len(one[0]['content']) for one in completions]\n"
+    (tmp_path / "length_rule.py").write_text(rule)
+    arm = Arm(reward="single", functions={"length_rule:length": 0.5}, seed=1)
+    policies = {"single": root / "single", "rules": tmp_path / "rules"}
+    shutil.copytree(root / "single", policies["rules"])
+    (policies["rules"] / "arm.json").write_text(arm.model_dump_json())
+    inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")} | {"policies": policies}
+    settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": params.evaluate}
+    out = tmp_path / "out"
+    out.mkdir()
+    evaluate.run(**settings, **inputs, out=out, log=lambda row: None)
+    found = json.loads((out / "evaluation.json").read_text())["policies"]
+    metrics = {policy["name"]: policy["metrics"] for policy in found}
+    assert all(0 < metrics[name]["function_length"]["mean"] <= 12 for name in ("sft", "single", "rules"))
+    assert all(metrics[name]["function_length"]["stderr"] > 0 for name in metrics)
+    expected = metrics["rules"]["proxy"]["mean"] + 0.5 * metrics["rules"]["function_length"]["mean"]
+    assert metrics["rules"]["reward"]["mean"] == pytest.approx(expected, abs=1e-6)
+    assert "reward" not in metrics["single"]
+    assert found[2]["functions"] == {"length_rule:length": 0.5}
 
 
 def test_repetition_is_the_share_of_words_said_before():
