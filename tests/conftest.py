@@ -63,3 +63,69 @@ def start(tmp_path_factory):
     model = load_params(ROOT, "tiny").model.model_copy(update={"base": "random:3x32"})
     save_model(load_base(model), root / "sft")
     return root
+
+
+@pytest.fixture
+def model():
+    """Settings of a random model of three layers."""
+    from rrlhf.config import Model
+
+    return Model(
+        base="random:3x32",
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        system_prompt="",
+        prompt_tokens=64,
+        response_tokens=6,
+    )
+
+
+@pytest.fixture
+def ppo():
+    """Settings of a short training."""
+    from rrlhf.config import Ppo
+
+    return Ppo(
+        updates=3,
+        prompts_per_update=8,
+        responses_per_prompt=1,
+        minibatch_size=4,
+        microbatch_tokens=4096,
+        epochs=2,
+        trains="layers",
+        train_layers=2,
+        lora_rank=4,
+        learning_rate=1e-3,
+        kl_weight=0.05,
+        kl_estimator="k1",
+        kl_in="reward",
+        kl_target=None,
+        kl_horizon=80,
+        max_kl=None,
+        estimator="gae",
+        gae_lambda=0.95,
+        clip_ratio=0.2,
+        clip_value=0.2,
+        value_weight=0.1,
+        max_grad_norm=1.0,
+        missing_eos_score=-1.0,
+        max_step_kl=10.0,
+    )
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    """A folder with a single head and one with five, both with random weights."""
+    import torch
+
+    from rrlhf.reward_models.heads import RewardHeads
+    from rrlhf.reward_models.trunk import FILE
+
+    for name, heads in (("reward", 1), ("ensemble", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.manual_seed(heads)
+        RewardHeads(32, heads, 0, 0.05).save(folder)
+        (folder / FILE).write_text('{"layer": 1}')
+    return tmp_path / "reward", tmp_path / "ensemble"

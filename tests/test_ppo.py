@@ -5,73 +5,16 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.adapters import merge_adapters
-from rrlhf.config import Arm, Model, Ppo
+from rrlhf.config import Arm
 from rrlhf.judgement import Judgement, arm_reward
 from rrlhf.kl import adapted_weight
 from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base
 from rrlhf.ppo import collect, optimise, train
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
 
 WAYS = [{"trains": "layers"}, {"trains": "layers", "train_layers": 3}, {"trains": "lora"}, {"trains": "full"}]
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
-
-
-@pytest.fixture
-def model():
-    return Model(
-        base="random:3x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=6,
-    )
-
-
-@pytest.fixture
-def ppo():
-    return Ppo(
-        updates=3,
-        prompts_per_update=8,
-        responses_per_prompt=1,
-        minibatch_size=4,
-        microbatch_tokens=4096,
-        epochs=2,
-        trains="layers",
-        train_layers=2,
-        lora_rank=4,
-        learning_rate=1e-3,
-        kl_weight=0.05,
-        kl_estimator="k1",
-        kl_in="reward",
-        kl_target=None,
-        kl_horizon=80,
-        max_kl=None,
-        estimator="gae",
-        gae_lambda=0.95,
-        clip_ratio=0.2,
-        clip_value=0.2,
-        value_weight=0.1,
-        max_grad_norm=1.0,
-        missing_eos_score=-1.0,
-        max_step_kl=10.0,
-    )
-
-
-@pytest.fixture
-def rewards(tmp_path):
-    """A folder with a single head and one with five, both with random weights."""
-    for name, heads in (("reward", 1), ("ensemble", 5)):
-        folder = tmp_path / name
-        folder.mkdir()
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(folder)
-        (folder / FILE).write_text('{"layer": 1}')
-    return tmp_path / "reward", tmp_path / "ensemble"
 
 
 def learner(model, ppo, rewards, seed=0):
@@ -240,12 +183,12 @@ def test_a_response_without_an_end_gets_the_penalty_instead_of_its_score(model, 
     torch.testing.assert_close(rollout.returns[:, 0], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
 def test_ppo_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, seed):
     """With reward 1 for one first token and no KL term, the policy ends up choosing it."""
     model = model.model_copy(update={"response_tokens": 1})
     ppo = ppo.model_copy(
-        update={"updates": 100, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}
+        update={"updates": 60, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}
     )
     found = learner(model, ppo, rewards, seed)
     with torch.no_grad():
@@ -284,13 +227,14 @@ def one_for_all(judgement):
     [{"estimator": "reinforce++"}, {"estimator": "rloo", **GROUPS}, {"estimator": "grpo", **GROUPS}],
     ids=lambda settings: settings["estimator"],
 )
-def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, estimator):
+@pytest.mark.parametrize("seed", range(5))
+def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, estimator, seed):
     model = model.model_copy(update={"response_tokens": 1})
     settings = {"updates": 100, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}
     ppo = ppo.model_copy(update=settings | estimator)
-    found = sure(learner(model, ppo, rewards))
+    found = sure(learner(model, ppo, rewards, seed))
     assert ending(found, PROMPTS[0]) < 0.1
-    rows = train(found, PROMPTS, one_for_all, model, ppo, 0, Course())
+    rows = train(found, PROMPTS, one_for_all, model, ppo, seed, Course())
     assert any(row["finished"] > 0.95 for row in rows)
     assert all(ending(found, prompt) > 0.85 for prompt in PROMPTS)
 
