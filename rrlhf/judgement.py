@@ -28,12 +28,13 @@ def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch."""
     if arm.reward == "single":
         return lambda judgement: judgement.single
+    aggregate = AGGREGATIONS[str(arm.reward)]
 
     def reward(judgement: Judgement) -> Tensor:
         mean, std = judgement.ensemble
         own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
         everyone = Scores(engine.gather(mean), engine.gather(std))
-        return AGGREGATIONS[arm.reward](everyone, **arm.settings)[own]
+        return aggregate(everyone, **arm.settings)[own]
 
     return reward
 

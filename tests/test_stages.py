@@ -41,7 +41,9 @@ def made(params, tmp_path_factory):
     several = run("ensemble", ensemble, **common, ensemble=params.ensemble, reward=single)
     inputs = {"data": data, "sft": start, "reward": single, "ensemble": several}
     policies = {
-        name: run(name, ppo, model=params.model, ppo=params.ppo, arm=arm, **inputs) for name, arm in params.arms.items()
+        name: run(name, ppo, model=params.model, ppo=params.ppo, arm=arm, **inputs)
+        for name, arm in params.arms.items()
+        if arm.method == "ppo"
     }
     run("evaluate", evaluate, **common, gold=params.gold, evaluate=params.evaluate, **inputs, policies=policies)
     return root, rows
