@@ -44,7 +44,7 @@ MEASURED = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 class Answer(NamedTuple):
     """Tokens of a prompt with one response."""
 
-    tokens: list[int]
+    tokens: tuple[int, ...]
     prompt_length: int
 
 
@@ -84,7 +84,7 @@ def encoded(language: LanguageModel, pairs: Sequence[Preference], model: Model) 
         asked, said = encode_prompt(language, prompt, model), encode_text(language, response)
         # As the policy would say it: an end of sequence, unless the limit comes first.
         said = [*said, language.tokenizer.eos_token_id][: model.response_tokens]
-        return Answer([*asked, *said], len(asked))
+        return Answer((*asked, *said), len(asked))
 
     return [(answer(pair.prompt, pair.chosen), answer(pair.prompt, pair.rejected)) for pair in pairs]
 
@@ -111,36 +111,44 @@ def prepare_learner(engine: Accelerator, language: LanguageModel, dpo: Dpo, step
 class Pairs:
     """Pairs of responses as the top layers read them, with the reference's log-probabilities [pairs, 2], chosen first.
 
-    Made before the first step, when the policy is the reference. Tokens lie chosen, rejected, chosen, ... in `answers`.
+    Made before the first step, when the policy is the reference. A response that stands in several pairs is one answer:
+    the frozen layers and the reference read it once.
     """
 
     def __init__(
         self, learner: Learner, pairs: Sequence[tuple[Answer, Answer]], model: Model, dpo: Dpo, label: str
     ) -> None:
         self._learner, self._model, self._dpo = learner, model, dpo
-        self._answers = [answer for pair in pairs for answer in pair]
+        self._answers = list(dict.fromkeys(answer for pair in pairs for answer in pair))
+        number = {answer: i for i, answer in enumerate(self._answers)}
+        self._index = torch.tensor([[number[answer] for answer in pair] for pair in pairs])  # [pairs, 2]
         self._kept: dict[int, Tensor] = {}  # by answer: states that enter the top layers, [tokens, width] on the CPU
         self.reference = self.logprobs(label)
 
     def __len__(self) -> int:
-        return len(self._answers) // 2
+        return len(self._index)
 
     @torch.no_grad()
     def logprobs(self, label: str) -> Tensor:
         """Return the present policy's log-probabilities of all pairs, [pairs, 2]; every process takes its share."""
-        engine, size = self._learner.engine, self._dpo.microbatch_size
-        mine = list(range(len(self)))[engine.process_index :: engine.num_processes]
+        engine, size = self._learner.engine, 2 * self._dpo.microbatch_size
+        by_length = sorted(range(len(self._answers)), key=lambda i: len(self._answers[i].tokens))
+        mine = by_length[engine.process_index :: engine.num_processes]
         parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-        found = [row for part in track(parts, len(parts), label) for row in self._told(part)]
-        told = torch.empty(len(self), 2)
-        for pair, *logprobs in gather_object(found):
-            told[pair] = torch.tensor(logprobs)
-        return told.to(engine.device)
+        found: list[tuple[int, float]] = []
+        for part in track(parts, len(parts), label):
+            found += zip(part, self._read(self._learner.top, part).tolist(), strict=True)
+        everyone = dict(gather_object(found))
+        told = torch.tensor([everyone[i] for i in range(len(self._answers))], device=engine.device)
+        return told[self._index]
 
     def read(self, policy: nn.Module, part: list[int]) -> Tensor:
         """Return a policy's log-probabilities, in nats, of some pairs' responses, [part, 2]."""
+        return self._read(policy, self._index[part].T.flatten().tolist()).view(2, len(part)).T
+
+    def _read(self, policy: nn.Module, index: list[int]) -> Tensor:
+        """Return a policy's log-probabilities of some answers, [answers]."""
         device = self._learner.engine.device
-        index = [2 * pair for pair in part] + [2 * pair + 1 for pair in part]
         answers = [self._answers[i] for i in index]
         prompts = torch.tensor([answer.prompt_length for answer in answers], device=device)
         said = [torch.tensor(answer.tokens[answer.prompt_length :], device=device) for answer in answers]
@@ -150,24 +158,23 @@ class Pairs:
         with autocast(self._model):
             logprobs, _ = policy(self._states(index), prompts, responses, mask)
         total: Tensor = logprobs.sum(1)
-        return total.view(2, len(part)).T
-
-    def _told(self, part: list[int]) -> list[tuple[int, float, float]]:
-        chosen, rejected = self.read(self._learner.top, part).T.tolist()
-        return list(zip(part, chosen, rejected, strict=True))
+        return total
 
     def _states(self, index: list[int]) -> Tensor:
         """Return what enters the top layers for some answers, padded on the right, [answers, tokens, width]."""
-        missing = [i for i in index if i not in self._kept]
+        missing = [i for i in dict.fromkeys(index) if i not in self._kept]
+        if missing and not self._dpo.keep_states:
+            return self._computed(index)
         if missing:
-            with torch.no_grad(), autocast(self._model):
-                tokens = [self._answers[i].tokens for i in missing]
-                fresh = hidden_states(self._learner.language, tokens, self._learner.boundary)
-            if not self._dpo.keep_states:
-                return fresh
-            for i, row, ids in zip(missing, fresh.cpu(), tokens, strict=True):
-                self._kept[i] = row[: len(ids)].clone()
+            for i, row in zip(missing, self._computed(missing).cpu(), strict=True):
+                self._kept[i] = row[: len(self._answers[i].tokens)].clone()
         return pad_sequence([self._kept[i] for i in index], batch_first=True).to(self._learner.engine.device)
+
+    @torch.no_grad()
+    def _computed(self, index: list[int]) -> Tensor:
+        with autocast(self._model):
+            tokens = [list(self._answers[i].tokens) for i in index]
+            return hidden_states(self._learner.language, tokens, self._learner.boundary)
 
 
 def train(

@@ -98,6 +98,19 @@ def test_log_probabilities_are_those_of_the_whole_network_without_padding(start,
             assert pairs.reference[pair, side].item() == pytest.approx(slow, abs=1e-4)
 
 
+def test_a_response_of_several_pairs_is_read_once(start, model, settings):
+    language = load_model(start / "sft")
+    answers = stage.encoded(language, preferences(start / "data", "preferences")[:3], model)
+    (a, b), (c, d), _ = answers
+    learner = stage.prepare_learner(Accelerator(cpu=True), language, settings, 8)
+    alone, shared = (
+        stage.Pairs(learner, pairs, model, settings, "test") for pairs in (answers, [(a, b), (b, a), (c, d)])
+    )
+    torch.testing.assert_close(shared.reference[0], alone.reference[0], atol=1e-4, rtol=0)
+    assert shared.reference[1].tolist() == shared.reference[0].tolist()[::-1]
+    assert len(shared._kept) == 4
+
+
 def test_a_response_ends_where_the_policy_would_end_it(model):
     language = load_base(model)
     eos = language.tokenizer.eos_token_id
