@@ -26,10 +26,10 @@ def best_of_n_curve(proxy: Tensor, values: Tensor, n_max: int) -> Tensor:
     by_rank = values.double().gather(-1, order)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         by_rank = _shared_among_ties(ordered, by_rank)
-    return by_rank @ best_of_n_weights(samples, n_max).to(by_rank.device).T
+    parts = [by_rank[..., first:] @ weights.to(by_rank.device) for first, weights in _blocks(samples, n_max)]
+    return torch.cat(parts, dim=-1)
 
 
-@lru_cache(maxsize=8)
 def best_of_n_weights(samples: int, n_max: int) -> Tensor:
     """Return P(the sample of rank i is the best of n) = C(i-1, n-1) / C(samples, n), [n_max, samples] float64.
 
@@ -38,8 +38,19 @@ def best_of_n_weights(samples: int, n_max: int) -> Tensor:
     rank = torch.arange(1, samples + 1, dtype=torch.float64)
     n = torch.arange(2, n_max + 1, dtype=torch.float64)[:, None]
     step = (rank - n + 1).clamp(min=0) / (n - 1) * n / (samples - n + 1)
-    weights = torch.cat([torch.full((1, samples), 1 / samples, dtype=torch.float64), step]).cumprod(dim=0)
-    return weights.where(weights > 1e-200, 0.0)  # far below rounding; numbers near underflow are slow
+    return torch.cat([torch.full((1, samples), 1 / samples, dtype=torch.float64), step]).cumprod(dim=0)
+
+
+@lru_cache(maxsize=8)
+def _blocks(samples: int, n_max: int) -> list[tuple[int, Tensor]]:
+    """Return the weights of every 64 n in a row from the first rank on that counts, [ranks, 64]: a third of the table.
+
+    The best of many is hardly ever of low rank: what is left out is below 1e-20, far below rounding.
+    """
+    firsts = [
+        (part, int((part.amax(0) > 1e-20).int().argmax())) for part in best_of_n_weights(samples, n_max).split(64)
+    ]
+    return [(first, part[:, first:].T.contiguous()) for part, first in firsts]
 
 
 def chosen(proxy: Tensor) -> Tensor:
