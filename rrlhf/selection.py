@@ -14,8 +14,8 @@ def best_of_n_curve(proxy: Tensor, values: Tensor, n_max: int) -> Tensor:
 
     proxy, values: [..., samples], independent samples of one prompt in the last dimension. With samples sorted by
     proxy, i = 1 the lowest, the estimate is sum_i C(i-1, n-1) / C(samples, n) * value_i: the mean over all subsets of
-    n samples, so it is unbiased (Stiennon et al. 2020, arXiv 2009.01325; Gao et al. 2022, arXiv 2210.10760, appendix
-    I). Among equal proxies every one is the best equally often: each counts as their mean.
+    n samples, so it is unbiased (Nakano et al. 2021, arXiv 2112.09332, appendix; used by Gao et al. 2022, arXiv
+    2210.10760). Among equal proxies every one is the best equally often: each counts as their mean.
 
     Raises ValueError when n_max is above the number of samples.
     """
