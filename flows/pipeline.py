@@ -25,7 +25,7 @@ from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
 from rrlhf.plan import Project
 from rrlhf.progress import STOPPING, check_stop, stop_between_steps
-from rrlhf.stages import DATA, Node
+from rrlhf.stages import DATA, METHODS, Node, arm_of
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset
 
@@ -64,7 +64,7 @@ class Started(NamedTuple):
 # pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
 @flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
 def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Prepare data, train SFT, reward models and one policy per arm, and compare the policies.
+    """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
     Returns what ran, the folder of every result, and the report.
@@ -87,8 +87,8 @@ def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) 
 
 
 def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
-    """Group nodes that do not depend on each other: arms of ppo, members of an ensemble; at most `at_once` together."""
-    for _, mapped in groupby(models, key=lambda node: node.stage):
+    """Group nodes that do not depend on each other: arms, members of an ensemble; at most `at_once` together."""
+    for _, mapped in groupby(models, key=lambda node: "arm" if node.stage in METHODS else node.stage):
         arms = list(mapped)
         yield from (arms[i : i + at_once] for i in range(0, len(arms), at_once))
 
@@ -178,9 +178,9 @@ def restored(node: Node, key: str, run: Run) -> bool:
 @task(cache_policy=NO_CACHE)
 def register(node: Node, run: Run) -> None:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
-    arm = node.name.removeprefix("ppo-")
-    aliases = [arm] if node.stage == "ppo" else []
-    if node.stage == "ppo" and arm == run.project.params.tracking.candidate:
+    arm = arm_of(node.name)
+    aliases = [arm] if arm else []
+    if arm == run.project.params.tracking.candidate:
         aliases.append("candidate")
     dataset = run.dataset if DATA in node.inputs.values() else None
     run.tracker.register(run.artifacts[node.name], dataset, aliases=aliases, parent=run.tracking_id)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rrlhf.located import did_you_mean
 
 if TYPE_CHECKING:
-    from rrlhf.config import Params
+    from rrlhf.config import Arm, Params
 
 Mistake = tuple[tuple[str, ...], str]  # the path of the setting to blame, and what is wrong
 
@@ -56,11 +56,14 @@ def _training(params: Params) -> Iterator[Mistake]:
     batch = params.launch.processes
     for path, size in (
         (("sft", "batch_size"), params.sft.batch_size),
+        (("dpo", "pairs_per_batch"), params.dpo.pairs_per_batch),
         (("ppo", "minibatch_size"), ppo.minibatch_size),
         (("ppo", "prompts_per_update"), ppo.prompts_per_update),
     ):
         if size % batch:
             yield path, f"{'.'.join(path)} {size} is not a multiple of launch.processes {batch}"
+    if params.dpo.loss != "sigmoid" and params.dpo.label_smoothing:
+        yield ("dpo", "label_smoothing"), f"dpo.label_smoothing belongs to the loss sigmoid, not to {params.dpo.loss}"
     if params.launch.processes > 1 and params.launch.arms_at_once > 1:
         yield ("launch", "arms_at_once"), "launch.arms_at_once must be 1 where launch.processes is above 1"
 
@@ -117,19 +120,43 @@ def _arms(params: Params) -> Iterator[Mistake]:
     if params.tracking.candidate not in params.arms:
         hint = did_you_mean(params.tracking.candidate, list(params.arms))
         yield ("tracking", "candidate"), f"tracking.candidate {params.tracking.candidate!r} is not an arm{hint}"
+    elif params.arms[params.tracking.candidate].method == "best_of_n":
+        yield (
+            ("tracking", "candidate"),
+            f"tracking.candidate {params.tracking.candidate!r} chooses the best of n and is no model of its own: "
+            "name an arm of method ppo or dpo",
+        )
     if not params.arms:
         yield ("arms",), "arms is empty: name at least one policy to train"
     for name, arm in params.arms.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
             yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
-        needed = NEEDED.get(arm.reward, set())
-        for setting in sorted(needed - set(arm.settings)):
-            yield ("arms", name), f"arms.{name}: reward {arm.reward} needs {setting}"
-        for setting in sorted(set(arm.settings) - needed):
-            yield ("arms", name), f"arms.{name}: reward {arm.reward} has no {setting}; leave it out or null"
+        yield from ((("arms", name), f"arms.{name}: {text}") for text in _arm(arm, params.best_of_n.samples))
         for path in arm.functions:
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
                 yield (
                     ("arms", name, "functions", path),
                     f"arms.{name}.functions: {path!r} is not module:function, for example my_rules:no_lists",
                 )
+
+
+def _arm(arm: Arm, samples: int | None) -> Iterator[str]:
+    """Say what is wrong with an arm by itself."""
+    if arm.method == "dpo":
+        if arm.reward is not None:
+            yield "method dpo sees no reward, it learns from the preferences themselves; leave reward out"
+        if arm.functions:
+            yield "method dpo sees no reward; leave functions out"
+    elif arm.reward is None:
+        yield f"method {arm.method} needs a reward"
+    if arm.method == "best_of_n" and arm.n is None:
+        yield "method best_of_n needs n, the number of responses to choose from"
+    elif arm.method != "best_of_n" and arm.n is not None:
+        yield f"method {arm.method} has no n; leave it out or null"
+    if arm.n is not None and samples is not None and samples < arm.n:
+        yield f"n {arm.n} is more than best_of_n.samples {samples}: raise that, or set it to null"
+    needed, told = NEEDED.get(arm.reward or "", set()), f"reward {arm.reward}" if arm.reward else f"method {arm.method}"
+    for setting in sorted(needed - set(arm.settings)):
+        yield f"{told} needs {setting}"
+    for setting in sorted(set(arm.settings) - needed):
+        yield f"{told} has no {setting}; leave it out or null"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from rrlhf.checks import contradictions
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
@@ -207,10 +207,38 @@ class Health(Section):
     max_unfinished: Share
 
 
-class Arm(Section):
-    """One policy to train: the reward that it sees, and its seed."""
+class Dpo(Section):
+    """Direct preference optimisation."""
 
-    reward: RewardName
+    loss: Literal["sigmoid", "ipo"]
+    beta: PositiveFloat
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    epochs: PositiveInt
+    pairs_per_batch: PositiveInt
+    microbatch_size: PositiveInt
+    train_layers: PositiveInt
+    learning_rate: PositiveFloat
+    max_grad_norm: PositiveFloat
+    keep_states: bool
+
+
+class BestOfN(Section):
+    """Choosing the best of several responses."""
+
+    samples: PositiveInt | None
+    batch_size: PositiveInt
+    missing_eos_score: float
+
+
+Method = Literal["ppo", "dpo", "best_of_n"]
+
+
+class Arm(Section):
+    """One policy of the comparison: how it is made, the reward that it sees, and its seed."""
+
+    method: Method = "ppo"
+    reward: RewardName | None = None  # null: it sees none (dpo)
+    n: PositiveInt | None = None  # best_of_n: responses to choose from
     nominal_weight: Share | None = None  # robust, batch_robust: share of the most confident head's reward
     uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
     temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
@@ -220,8 +248,18 @@ class Arm(Section):
     @property
     def settings(self) -> dict[str, float]:
         """The settings of its reward, by name."""
-        given = self.model_dump(exclude={"reward", "functions", "seed"})
+        given = {name: getattr(self, name) for name in ("nominal_weight", "uncertainty_weight", "temperature")}
         return {name: value for name, value in given.items() if value is not None}
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what the method has no use for: it belongs to no key."""
+        fields: dict[str, Any] = dumped(self)
+        if not self.functions:
+            del fields["functions"]
+        if self.method == "ppo":
+            return {name: value for name, value in fields.items() if name not in {"method", "n"}}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Evaluate(Section):
@@ -259,6 +297,8 @@ class Params(Section):
     ensemble: Ensemble
     ppo: Ppo
     health: Health
+    dpo: Dpo
+    best_of_n: BestOfN
     arms: dict[str, Arm]
     evaluate: Evaluate
     tracking: Tracking

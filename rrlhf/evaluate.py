@@ -1,7 +1,7 @@
 """Stage 6: the comparison of policies, on prompts that none of them was trained on.
 
 The gold judge is read here and in data preparation only; no policy is trained against it. The SFT model stands in
-the comparison as the optimum under a constant reward.
+the comparison as the optimum under a constant reward. Of best-of-n the responses are there already; its KL is a bound.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rrlhf.calibration import estimate
+from rrlhf.candidates import read_candidates
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
@@ -31,6 +32,7 @@ from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
 from rrlhf.reward_models.trunk import trunk_layer
 from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.tables import Rows, read_table
 from rrlhf.types import Log
 
@@ -66,6 +68,12 @@ class Reading(NamedTuple):
     scores: Scores  # [responses, heads]
     functions: dict[str, Tensor]  # [responses] value of each function, by import path
     gold: Tensor | None  # [responses]
+    per_prompt: int
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt's row of every response, [responses]."""
+        return torch.arange(len(self.texts)) // self.per_prompt
 
 
 def run(
@@ -87,17 +95,26 @@ def run(
     arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
     functions = load_functions(path for arm in arms.values() for path in arm.functions)
     judges = _judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
-    readings = {
-        name: _read(judges, _sample(folder, name, rows, model, evaluate, seed), rows, model, evaluate, name)
-        for name, folder in {"sft": sft, **policies}.items()
-    }
-    compared = [_summary(name, reading, arms.get(name), evaluate) for name, reading in readings.items()]
+    trained, selecting = (
+        {name: policies[name] for name, arm in arms.items() if arm.method == method} for method in ("ppo", "best_of_n")
+    )
+    readings: dict[str, Reading] = {}
+    for name, folder in {"sft": sft, **policies}.items():
+        chosen = name in selecting
+        responses = read_candidates(folder).best if chosen else _sample(folder, name, rows, model, evaluate, seed)
+        reading = _read(judges, responses, rows, model, evaluate, name)
+        bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
+        readings[name] = reading._replace(kl=bound)
+    compared = [_summary(name, reading, arms.get(name)) for name, reading in readings.items()]
     result = {
         "policies": compared,
-        "curves": [point for name, folder in policies.items() for point in _curve(name, folder, data, judges.gold)],
+        "curves": [point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold)],
+        "selection": [
+            point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
+        ],
         "samples": _samples(readings, rows, evaluate),
         "reward_models": _judgements(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
-        "gold_agreement": _agreements(readings, evaluate),
+        "gold_agreement": _agreements(readings),
     }
     for policy in compared:
         log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
@@ -145,7 +162,8 @@ def _read(
     judges: Judges, responses: list[Response], rows: Rows, model: Model, evaluate: Evaluate, name: str
 ) -> Reading:
     """Run the reference once over prompt and response: it gives the KL and the reward features."""
-    asked = [row for row in rows for _ in range(evaluate.samples_per_prompt)]
+    per_prompt = len(responses) // len(rows)
+    asked = [row for row in rows for _ in range(per_prompt)]
     logprobs, features = [], []
     for start in track(
         range(0, len(asked), evaluate.batch_size), -(-len(asked) // evaluate.batch_size), f"evaluate: {name}"
@@ -170,6 +188,7 @@ def _read(
         scores=Scores(scores.mean.cpu(), scores.std.cpu()),
         functions=function_values(judges.functions, prompts, texts, [row.tokens for row in responses], finished),
         gold=torch.tensor(gold) if gold is not None else None,
+        per_prompt=per_prompt,
     )
 
 
@@ -190,7 +209,7 @@ def _reference_pass(judges: Judges, rows: Rows, responses: list[Response], model
     return logprobs.sum(1), response_features(states, lengths, counts - finished.long())
 
 
-def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -> dict[str, Any]:
+def _summary(name: str, reading: Reading, arm: Arm | None) -> dict[str, Any]:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
         "proxy": reading.proxy,
@@ -205,21 +224,22 @@ def _summary(name: str, reading: Reading, arm: Arm | None, evaluate: Evaluate) -
         columns = {"gold": reading.gold, **columns}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
-    if arm and (arm.reward != "single" or arm.functions):
+    if arm and (arm.reward in AGGREGATIONS or arm.functions):
         columns["reward"] = with_functions(arm, _bare_reward(arm, reading), reading.functions)
-    prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
     return {
         "name": name,
-        "reward": arm.reward if arm else "none",
+        "reward": (arm.reward or "preferences") if arm else "none",
         "settings": arm.settings if arm else {},
         **({"functions": arm.functions} if arm and arm.functions else {}),
-        "metrics": {key: estimate(column, prompt)._asdict() for key, column in columns.items()},
+        **({"method": arm.method} if arm else {}),
+        **({"n": arm.n} if arm and arm.n else {}),
+        "metrics": {key: estimate(column, reading.prompt)._asdict() for key, column in columns.items()},
     }
 
 
 def _bare_reward(arm: Arm, reading: Reading) -> Tensor:
     """Return what an arm's reward models say, [responses]."""
-    return reading.proxy if arm.reward == "single" else AGGREGATIONS[arm.reward](reading.scores, **arm.settings)
+    return reading.proxy if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](reading.scores, **arm.settings)
 
 
 def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
@@ -250,13 +270,34 @@ def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
     return points
 
 
+def _selection(name: str, folder: Path, rows: Rows, gold: GoldJudge | None) -> Rows:
+    """Read the candidates of best-of-n: what its choice gives for every n up to the number of samples.
+
+    Means of an unbiased estimate per prompt, with standard errors over prompts.
+    """
+    candidates = read_candidates(folder)
+    reward = candidates.reward
+    samples = reward.shape[1]
+    columns = {"reward": reward}
+    if gold:
+        topics = [row["topic"] for row in rows for _ in range(samples)]
+        finished = [response.finished for response in candidates.responses]
+        columns["gold"] = torch.tensor(gold.score(topics, candidates.texts, finished).total).view_as(reward)
+    curves = {key: best_of_n_curve(reward, values, samples) for key, values in columns.items()}
+    return [
+        {"policy": name, "n": n, "kl": best_of_n_kl(n)}
+        | {key: estimate(curve[:, n - 1])._asdict() for key, curve in curves.items()}
+        for n in curve_points(samples)
+    ]
+
+
 def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Rows:
     """Return the first response of every policy to the first prompts."""
     shown: Rows = []
     for number, row in enumerate(rows[: evaluate.samples_shown]):
-        i = number * evaluate.samples_per_prompt
         responses: dict[str, Any] = {}
         for name, reading in readings.items():
+            i = number * reading.per_prompt
             response: dict[str, Any] = {
                 "text": reading.texts[i],
                 "proxy": reading.proxy[i].item(),
@@ -274,14 +315,13 @@ def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -
     return [judge_single("single head", single), judge_ensemble("ensemble", ensemble)]
 
 
-def _agreements(readings: dict[str, Reading], evaluate: Evaluate) -> list[GoldAgreement]:
+def _agreements(readings: dict[str, Reading]) -> list[GoldAgreement]:
     """Compare the ensemble's beliefs about every policy's responses with gold; none without a gold judge."""
     start = readings["sft"].gold
     agreements = []
     for name, reading in readings.items():
         if start is not None and reading.gold is not None:
-            prompt = torch.arange(len(reading.texts)) // evaluate.samples_per_prompt
-            agreements.append(agreement_with_gold(name, reading.scores, reading.gold, start, prompt))
+            agreements.append(agreement_with_gold(name, reading.scores, reading.gold, start, reading.prompt))
     return agreements
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
-from rrlhf.plots import Point
+from rrlhf.plots import Chosen, Point
 
 __all__ = ["Evaluation", "Measured", "Policy", "Response", "Sample", "highest", "in_figures", "measured"]
 
@@ -17,8 +17,10 @@ class Policy(TypedDict):
 
     name: str
     settings: dict[str, float]  # of the reward
-    reward: str
+    reward: str  # "preferences" where there is none (dpo)
     functions: NotRequired[dict[str, float]]  # weight of each reward function, by import path
+    method: NotRequired[Literal["ppo", "dpo", "best_of_n"]]
+    n: NotRequired[int]  # of best_of_n
     digest: NotRequired[str]
     metrics: dict[str, Measured]
 
@@ -45,6 +47,7 @@ class Evaluation(TypedDict):
     profile: NotRequired[str]
     policies: list[Policy]
     curves: list[Point]
+    selection: NotRequired[list[Chosen]]
     samples: list[Sample]
     reward_models: list[RewardJudgement]
     gold_agreement: NotRequired[list[GoldAgreement]]

@@ -39,7 +39,7 @@ def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
         mean, std = judgement.ensemble
         own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
         everyone = Scores(engine.gather(mean), engine.gather(std))
-        return with_functions(arm, AGGREGATIONS[arm.reward](everyone, **arm.settings)[own], judgement.functions)
+        return with_functions(arm, AGGREGATIONS[str(arm.reward)](everyone, **arm.settings)[own], judgement.functions)
 
     return reward
 

@@ -21,9 +21,10 @@ from rrlhf.environment import release_memory
 from rrlhf.keys import Document
 from rrlhf.processes import call_in_processes
 from rrlhf.progress import check_stop
+from rrlhf.stages import arm_of
 from rrlhf.types import Log
 
-TRAINING = {"sft", "ppo"}  # the stages that several processes share
+TRAINING = {"sft", "ppo", "dpo"}  # the stages that several processes share
 
 
 def execute(
@@ -72,9 +73,9 @@ def _arguments(inputs: Mapping[str, Path]) -> dict[str, Path | dict[str, Path]]:
 
     The policies of all arms are one argument, by the arm's name; so are the members of an ensemble, in their order.
     """
-    mapped = ("ppo-", "member-")
-    arguments: dict[str, Path | dict[str, Path]] = {k: v for k, v in inputs.items() if not k.startswith(mapped)}
-    policies = {name.removeprefix("ppo-"): folder for name, folder in inputs.items() if name.startswith("ppo-")}
+    policies = {arm: folder for name, folder in inputs.items() if (arm := arm_of(name))}
+    alone = (name for name in inputs if not arm_of(name) and not name.startswith("member-"))
+    arguments: dict[str, Path | dict[str, Path]] = {name: inputs[name] for name in alone}
     numbers = sorted(int(name.removeprefix("member-")) for name in inputs if name.startswith("member-"))
     members = {f"member-{number}": inputs[f"member-{number}"] for number in numbers}
     return arguments | ({"policies": policies} if policies else {}) | ({"members": members} if members else {})

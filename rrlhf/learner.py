@@ -27,7 +27,7 @@ from rrlhf.checkpoint import (
     set_random_states,
 )
 from rrlhf.config import Ppo
-from rrlhf.models import LanguageModel, PolicyTop, Read
+from rrlhf.models import LanguageModel, PolicyTop, Read, first_trained
 from rrlhf.reward_functions import RewardFunction
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy
 from rrlhf.reward_models.trunk import trunk_layer
@@ -147,22 +147,35 @@ def prepare_learner(
 
 def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[PolicyTop, Callable[..., Read]]:
     """Let the weights of `ppo.trains` move; return what trains and its reference."""
-    first = language.layers - ppo.train_layers
+    if ppo.trains == "full":
+        top = PolicyTop(language, None)
+        return top, _frozen_copy(top)
+    first = first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
         adapt(language.network, first, language.layers, copies=1, rank=ppo.lora_rank)
         top = PolicyTop(language, first)
+        return top, _without_adapters(top, language)
+    top = PolicyTop(language, first)
+    reference = _frozen_copy(top)
+    top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
+    return top, reference
 
-        def unadapted(*arguments: Any, **options: Any) -> Read:
-            with without_adapters(language.network):
-                return top.read(*arguments, **options)
 
-        return top, unadapted
-    top = PolicyTop(language, None if ppo.trains == "full" else first)
+def _frozen_copy(top: PolicyTop) -> Callable[..., Read]:
+    """Return the reference as it is before the first step, and let the policy's own weights move."""
     reference = top.reference()
     top.requires_grad_(True)
-    if ppo.trains == "layers":  # the largest matrix by far, and in most models the frozen embeddings at the same time
-        top.unembed.requires_grad_(False)
-    return top, reference.read
+    return reference.read
+
+
+def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
+    """Return the reference that the policy's own modules are without their adapters."""
+
+    def read(*arguments: Any, **options: Any) -> Read:
+        with without_adapters(language.network):
+            return top.read(*arguments, **options)
+
+    return read
 
 
 def snapshot(learner: Learner, course: Course) -> State:

@@ -55,6 +55,26 @@ def smoothed(loss: Tensor, flipped_loss: Tensor, flip_rate: float) -> Tensor:
     return torch.lerp(loss, flipped_loss, flip_rate)
 
 
+def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Return -log sigmoid(beta * (chosen - rejected)) per pair, for log-ratios log(pi / pi_ref) of whole responses.
+
+    Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): the Bradley-Terry loss of the
+    implicit rewards beta * log(pi / pi_ref). label_smoothing: share of labels believed to be wrong (see `smoothed`).
+    chosen, rejected: [batch], nats.
+    """
+    margin = beta * (chosen - rejected)
+    return smoothed(bradley_terry(margin), bradley_terry(-margin), label_smoothing)
+
+
+def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """Return (chosen - rejected - 1 / (2 beta))^2 per pair, for log-ratios log(pi / pi_ref) of whole responses [batch].
+
+    Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036, eq. 17; beta is its tau): no pair asks for an
+    endless difference, however certain its label.
+    """
+    return (chosen - rejected - 1 / (2 * beta)) ** 2
+
+
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Return (r_chosen + r_rejected)^2, which fixes the offset that Bradley-Terry leaves open.
 

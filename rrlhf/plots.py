@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from rrlhf.judging.content import Measured
+
 NEIGHBOURS = 3  # updates that one smoothed value averages
 
 
@@ -27,6 +29,16 @@ class Point(TypedDict):
     heads: list[float]
     gold: NotRequired[float]
     gold_stderr: NotRequired[float]
+
+
+class Chosen(TypedDict):
+    """What the best of n gives at one n, by the reward of one arm: unbiased estimates, errors over prompts."""
+
+    policy: str
+    n: int
+    kl: float  # upper bound, nats per response
+    reward: Measured  # what decides
+    gold: NotRequired[Measured]
 
 
 Quantity = Literal["gold", "proxy", "spread", "words", "kl", "update", "gold_stderr"]
@@ -131,6 +143,41 @@ def head_charts(curves: Sequence[Point], looks: Mapping[str, Look]) -> list[Char
         for name, points in arms.items()
         if points
     ]
+
+
+def selection_charts(points: Sequence[Chosen], looks: Mapping[str, Look]) -> list[Chart]:
+    """Draw gold and the reward that decides against n: over-optimisation without any training."""
+    panels: list[tuple[Literal["gold", "reward"], str, str]] = [
+        ("gold", "Gold by n", "What the judge says of the response that is chosen. A star marks each arm's peak."),
+        ("reward", "Reward by n", "What decides, each arm's own. It can only rise."),
+    ]
+    charts = []
+    for quantity, title, description in panels:
+        told = {name: [p for p in points if p["policy"] == name] for name in dict.fromkeys(p["policy"] for p in points)}
+        known = {name: [(p["n"], p[quantity]) for p in some if quantity in p] for name, some in told.items()}
+        if any(known.values()):
+            said = f"{description} Shaded: two standard errors over prompts."
+            charts.append(Chart(title, said, _selection_image(known, looks, quantity)))
+    return charts
+
+
+def _selection_image(
+    arms: Mapping[str, list[tuple[int, Measured]]], looks: Mapping[str, Look], quantity: Literal["gold", "reward"]
+) -> str:
+    figure, axes = empty_chart("n (log scale)", "gold score" if quantity == "gold" else "reward")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
+    for name, points in arms.items():
+        look, across, up = looks[name], [n for n, _ in points], [found["mean"] for _, found in points]
+        wide = [2 * found["stderr"] for _, found in points]
+        axes.plot(across, up, color=look.color, linewidth=2)
+        axes.plot(across[-1:], up[-1:], look.marker, color=look.color, markersize=6)
+        low, high = [u - w for u, w in zip(up, wide, strict=True)], [u + w for u, w in zip(up, wide, strict=True)]
+        axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
+        if quantity == "gold":
+            peak = up.index(max(up))
+            axes.plot(across[peak], up[peak], "*", color=look.color, markersize=15, markeredgecolor="white")
+    return data_uri(figure)
 
 
 def _windows(values: Sequence[float]) -> list[Sequence[float]]:

@@ -21,12 +21,12 @@ from rrlhf.verdict import verdict
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
     "proxy": "Score by the single reward head, which plain PPO is trained to please. High with low gold: hacking.",
-    "reward": "The reward that this arm was trained on.",
+    "reward": "The reward that this arm was trained on or chooses by.",
     "nominal": "Score by the most confident head of the ensemble.",
     "worst": "Score by whichever head likes the response least.",
     "mean": "Average score over the heads of the ensemble.",
     "spread": "How much the heads disagree about a response (standard deviation). High: they are guessing.",
-    "kl": "How far the policy moved from its start, in nats per response. 0: not at all.",
+    "kl": "How far the policy moved from its start, in nats per response. 0: not at all. Best of n: at most.",
     "words": "Words per response.",
     "repetition": "Share of words that occurred before in the same response, 0 to 1.",
     "finished": "Share of responses that came to an end instead of being cut off, 0 to 1.",
@@ -57,6 +57,10 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
         rows=_comparison(evaluation),
         looks=looks,
         arms=[policy["name"] for policy in evaluation["policies"] if policy["reward"] != "none"],
+        only_ppo=all(policy.get("method", "ppo") == "ppo" for policy in evaluation["policies"]),
+        curved=list(plots.courses(evaluation["curves"])),
+        selecting=list(dict.fromkeys(point["policy"] for point in evaluation.get("selection", []))),
+        selection=plots.selection_charts(evaluation.get("selection", []), looks),
         progress=plots.progress_charts(evaluation["curves"], looks, _heldout_spread(evaluation)),
         heads=plots.head_charts(evaluation["curves"], looks),
         reward_charts=reward_plots.charts(evaluation["reward_models"]),
@@ -110,17 +114,23 @@ def _cell(row: Row, policy: int) -> Text:
 def reward_in_words(policy: Policy) -> str:
     """Say which reward trained a policy; a mixture names both weights."""
     reward, settings = policy["reward"], dict(policy["settings"])
-    words = {"none": "the start", "single": "one reward head", "constant": "no reward"}.get(
-        reward, f"{reward} of heads"
-    )
+    plain = {
+        "none": "the start",
+        "preferences": "DPO: the preferences, no reward model",
+        "single": "one reward head",
+        "constant": "no reward",
+    }
+    words = plain.get(reward, f"{reward} of heads").replace("_", " ")
     if "nominal_weight" in settings:
         weight = settings.pop("nominal_weight")
         words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
-    rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
     functions = "".join(f" {weight:+g} {path}" for path, weight in sorted(policy.get("functions", {}).items()))
     if functions and reward == "constant":
-        return functions.strip()
-    return f"{words.replace('_', ' ')}{rest}{functions}"
+        words, functions = functions.strip(), ""
+    if "n" in policy:
+        words = f"best of {policy['n']} by {words}"
+    rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
+    return f"{words}{rest}{functions}"
 
 
 def known(value: float | None, decimals: int = 3) -> str:

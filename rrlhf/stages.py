@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from rrlhf.config import Member, Params, Section, TrunkTraining
+from rrlhf.config import Arm, Member, Method, Params, Section, TrunkTraining
 
 DATA = "data"
+METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
 
 
 class Node(NamedTuple):
@@ -34,30 +35,39 @@ def nodes(params: Params) -> list[Node]:
     """Return all nodes in an order in which each follows its inputs; data preparation comes first."""
     seed, model = params.seed, params.model
     base = {DATA: DATA, "sft": "sft"}
-    arms = {f"ppo-{name}": arm for name, arm in params.arms.items()}
+    arms = [_arm(params, name, arm) for name, arm in params.arms.items()]
     return [
         Node(DATA, "prepare", {"seed": seed, "model": model, "prepare": params.prepare, "gold": params.gold}, {}),
         Node("sft", "sft", {"seed": seed, "model": model, "sft": params.sft}, {DATA: DATA}),
         Node("reward", "reward", {"seed": seed, "model": model, "reward": params.reward}, base),
         *_reward_ensemble(params),
-        *(
-            Node(
-                name,
-                "ppo",
-                {"model": model, "ppo": params.ppo, "health": params.health, "arm": arm},
-                {**base, "reward": "reward", "ensemble": "ensemble"},
-                tuple(sorted(arm.functions)),
-            )
-            for name, arm in arms.items()
-        ),
+        *arms,
         Node(
             "evaluate",
             "evaluate",
             {"seed": seed, "model": model, "gold": params.gold, "evaluate": params.evaluate},
-            {**base, "reward": "reward", "ensemble": "ensemble", **{name: name for name in arms}},
-            tuple(sorted({path for arm in arms.values() for path in arm.functions})),
+            {**base, "reward": "reward", "ensemble": "ensemble", **{arm.name: arm.name for arm in arms}},
+            tuple(sorted({path for arm in params.arms.values() for path in arm.functions})),
         ),
     ]
+
+
+def arm_of(name: str) -> str | None:
+    """Return the arm's name of a node, METHOD-ARM; None for a node that makes no policy."""
+    method, dash, arm = name.partition("-")
+    return arm if dash and method in METHODS else None
+
+
+def _arm(params: Params, name: str, arm: Arm) -> Node:
+    """Return the node that makes an arm's policy."""
+    method: dict[str, Section] = {"ppo": params.ppo, "dpo": params.dpo, "best_of_n": params.best_of_n}
+    inputs = {DATA: DATA, "sft": "sft"}
+    if arm.method != "dpo":
+        inputs |= {"reward": "reward", "ensemble": "ensemble"}
+    sections: dict[str, Section | int] = {"model": params.model, arm.method: method[arm.method], "arm": arm}
+    if arm.method == "ppo":
+        sections["health"] = params.health
+    return Node(f"{arm.method}-{name}", arm.method, sections, inputs, tuple(sorted(arm.functions)))
 
 
 def _reward_ensemble(params: Params) -> list[Node]:

@@ -60,7 +60,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
     golds = measured(evaluation, "gold")
     if not golds:
         return _verdict_without_gold(evaluation)
-    return [*_ends(evaluation, golds, "gold"), *_over_optimisation(evaluation)]
+    return [*_ends(evaluation, golds, "gold"), *_over_optimisation(evaluation), *_selection(evaluation)]
 
 
 def _difference(a: Measured, b: Measured) -> Difference:
@@ -135,6 +135,26 @@ def _told(course: Course) -> str:
     noise = ", within noise" if course.fall.is_noise else ""
     error = "" if math.isnan(course.fall.stderr) else f" ± {course.fall.stderr:.2f}"
     return f"{peak} and ended at {course.end_gold:z.2f} (a fall of {course.fall.value:.2f}{error}{noise}) while {proxy}"
+
+
+def _selection(evaluation: Evaluation) -> list[str]:
+    """Say where gold is highest over n, for the arms that choose the best of n; at most one sentence."""
+    curves: dict[str, list[tuple[int, Measured]]] = {}
+    for point in evaluation.get("selection", []):
+        if "gold" in point:
+            curves.setdefault(point["policy"], []).append((point["n"], point["gold"]))
+    told = []
+    for name, points in curves.items():
+        (first, start), (last, end), (best, top) = (
+            points[0],
+            points[-1],
+            max(points, key=lambda point: point[1]["mean"]),
+        )
+        middle = f", highest at n = {best} ({in_figures(top)})" if best not in {first, last} else ""
+        told.append(
+            f"for {name} gold goes from {in_figures(start)} at n = {first} to {in_figures(end)} at n = {last}{middle}"
+        )
+    return [f"Choosing the best of n: {'; '.join(told)}."] if told else []
 
 
 def _verdict_without_gold(evaluation: Evaluation) -> list[str]:

@@ -7,11 +7,12 @@ from typing import get_args
 import pytest
 
 from rrlhf.checks import NEEDED
-from rrlhf.config import RewardName, load_params, parse_override, profiles
+from rrlhf.config import Arm, RewardName, load_params, parse_override, profiles
 from rrlhf.located import ParamsError
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
+CHOOSY = {"method": "best_of_n", "reward": "single", "n": 4, "seed": 1}
 
 
 def mistakes(root, profile="default", **overrides):
@@ -113,6 +114,19 @@ def test_a_weight_is_a_finite_number(value):
         ({"arms__robust__functions": {"my_rules.py:no_lists()": 0.5}}, "is not module:function"),
         ({"arms__robust__functions": {"my_rules:no_lists": "0.5"}}, "arms.robust.functions.my_rules:no_lists"),
         ({"arms__robust__functions": {"my_rules:no_lists": float("inf")}}, "a finite number"),
+        ({"arms__single__reward": None}, "arms.single: method ppo needs a reward"),
+        ({"arms__single__n": 4}, "method ppo has no n"),
+        ({"arms__a": {"method": "dpo", "reward": "single", "seed": 1}}, "arms.a: method dpo sees no reward"),
+        ({"arms__a": {"method": "dpo", "nominal_weight": 0.4, "seed": 1}}, "method dpo has no nominal_weight"),
+        ({"arms__a": {"method": "best_of_n", "reward": "single", "seed": 1}}, "best_of_n needs n"),
+        ({"arms__a": {"method": "best_of_n", "n": 4, "seed": 1}}, "method best_of_n needs a reward"),
+        ({"arms__a": CHOOSY, "best_of_n__samples": 3}, "n 4 is more than best_of_n.samples 3"),
+        ({"arms__a": CHOOSY, "tracking__candidate": "a"}, "'a' chooses the best of n and is no model of its own"),
+        ({"dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing belongs to the loss sigmoid, not to ipo"),
+        (
+            {"dpo__pairs_per_batch": 5, "launch__processes": 2, "launch__arms_at_once": 1},
+            "dpo.pairs_per_batch 5 is not a multiple of launch.processes 2",
+        ),
     ],
 )
 def test_contradictions_are_told(overrides, word):
@@ -129,6 +143,23 @@ def test_a_reward_function_is_named_by_import_path():
     arm = load_params(ROOT, overrides=chosen).arms["robust"]
     assert arm.functions == {"my_rules:no_lists": -0.5, "package.verify:correct": 2.0}
     assert arm.settings == {"nominal_weight": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("arm", "written"),
+    [
+        (
+            {"reward": "single", "seed": 1},
+            {"reward": "single", "nominal_weight": None, "uncertainty_weight": None, "temperature": None, "seed": 1},
+        ),
+        ({"method": "dpo", "seed": 2}, {"method": "dpo", "seed": 2}),
+        (CHOOSY, CHOOSY),
+    ],
+)
+def test_an_arm_is_written_without_what_its_method_does_not_use(arm, written):
+    known = Arm(**arm)
+    assert known.model_dump() == written
+    assert Arm.model_validate_json(known.model_dump_json()) == known
 
 
 def test_an_override_is_read_as_yaml():

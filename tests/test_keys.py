@@ -56,6 +56,18 @@ def test_any_changed_setting_changes_the_key_of_its_stage():
     assert {name for name in before if before[name] != after[name]} == {"ppo-single", "ppo-robust"}
 
 
+def test_every_method_has_its_own_settings_in_its_key_and_dpo_no_reward_model():
+    changed = {"dpo.beta": 0.3, "best_of_n.batch_size": 9, "reward.epochs": 3}
+    found = [{node.name: node for node in nodes(load_params(ROOT, "tiny", given))} for given in ({}, changed)]
+    documents = [{name: key_document(node, {}) for name, node in each.items()} for each in found]
+    differ = {name for name, document in documents[0].items() if document != documents[1][name]}
+    assert differ == {"reward", "dpo-direct", "best_of_n-choosy"}
+    assert documents[0]["dpo-direct"]["params"]["arm"] == {"method": "dpo", "seed": 1}
+    assert found[0]["dpo-direct"].inputs.keys() == {"data", "sft"}
+    assert found[0]["best_of_n-choosy"].inputs.keys() == {"data", "sft", "reward", "ensemble"}
+    assert found[0]["evaluate"].inputs.keys() >= {"ppo-single", "dpo-direct", "best_of_n-choosy"}
+
+
 def test_a_reward_base_of_its_own_is_an_input_of_what_starts_from_it(tmp_path):
     chosen = {"reward.base": "random:3x48", "ensemble.kind": "members", "reward.trunk": "full"}
     found = nodes(load_params(ROOT, "tiny", chosen | {"reward.train_layers": 1}))

@@ -12,7 +12,7 @@ from rrlhf.keys import key_digest, key_document
 from rrlhf.launch import call
 from rrlhf.reward_models.features import features_of
 from rrlhf.reward_models.scoring import load_reward_model
-from rrlhf.stages import nodes
+from rrlhf.stages import METHODS, nodes
 from rrlhf.tables import prompts
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def test_the_default_kind_has_the_nodes_that_it_always_had():
 def test_a_policy_is_trained_and_compared_with_it(made, kind):
     found = made(kind)
     for node in nodes(found.params):
-        if node.stage in {"ppo", "evaluate"}:
+        if node.stage in {*METHODS, "evaluate"}:
             found.run(node)
     result = json.loads((found.root / "evaluate" / "evaluation.json").read_text())
     assert [policy["name"] for policy in result["policies"]] == ["sft", "single", "robust"]

@@ -50,8 +50,10 @@ def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
 def test_the_policies_of_all_arms_are_one_argument(tmp_path, stage):
     seen = {}
     stage.run = lambda **arguments: seen.update(arguments)
-    run(tmp_path / "out", **{"sft": Path("a"), "ppo-single": Path("b"), "ppo-robust": Path("c")})
-    assert seen["policies"] == {"single": Path("b"), "robust": Path("c")}
+    named = {"ppo-single": Path("b"), "dpo-ppo-x": Path("c"), "best_of_n-few": Path("d")}
+    run(tmp_path / "out", sft=Path("a"), **named)
+    assert seen.keys() == {"sft", "policies", "out", "log", "seed"}
+    assert list(seen["policies"].items()) == [("single", Path("b")), ("ppo-x", Path("c")), ("few", Path("d"))]
     assert seen["sft"] == Path("a")
 
 

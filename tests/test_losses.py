@@ -9,9 +9,11 @@ from rrlhf.losses import (
     centring,
     clipped_policy_loss,
     clipped_value_loss,
+    dpo,
     dro_weights,
     gaussian_bradley_terry,
     gaussian_nll,
+    ipo,
     reparameterised_mse,
     smoothed,
 )
@@ -186,3 +188,40 @@ def test_training_on_reparameterised_mse_takes_sigma_to_its_floor():
         optimizer.step()
     assert mean.item() == pytest.approx(1.0, abs=0.02)
     assert 0.05 + log_std.exp().item() < 0.06
+
+
+def slow_dpo(policy, reference, beta, flip_rate):
+    """Eq. 7 of arXiv 2305.18290 with probabilities, not log-ratios, mixed as conservative DPO does."""
+    (chosen, rejected), (ref_chosen, ref_rejected) = policy, reference
+    odds = ((chosen / ref_chosen) / (rejected / ref_rejected)) ** beta
+    return -(1 - flip_rate) * math.log(odds / (1 + odds)) - flip_rate * math.log(1 / (1 + odds))
+
+
+@pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("beta", [0.05, 1.0, 3.0])
+def test_dpo_equals_its_definition_by_probabilities(beta, flip_rate):
+    torch.manual_seed(3)
+    policy, reference = torch.rand(2, 5, 2, dtype=torch.float64).clamp(min=1e-3)
+    chosen, rejected = (policy / reference).log().unbind(1)
+    expected = [slow_dpo(*row, beta, flip_rate) for row in zip(policy.tolist(), reference.tolist(), strict=True)]
+    torch.testing.assert_close(
+        dpo(chosen, rejected, beta, flip_rate), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=1e-12
+    )
+
+
+def test_dpo_at_the_reference_is_log_two_and_never_overflows():
+    zero, far = torch.zeros(1), torch.tensor([1e4])
+    assert dpo(zero, zero, 0.1).item() == pytest.approx(math.log(2))
+    assert dpo(-far, far, 0.1).item() == pytest.approx(2000)
+    assert dpo(far, -far, 0.1).item() == 0
+
+
+def test_smoothed_dpo_is_least_where_the_label_is_believed_as_often_as_it_is_right():
+    margin = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
+    best = margin[dpo(margin, torch.zeros_like(margin), 1.0, 0.2).argmin()]
+    assert torch.sigmoid(best).item() == pytest.approx(0.8, abs=1e-4)
+
+
+def test_ipo_is_least_at_a_finite_difference():
+    difference = torch.tensor([0.0, 5.0, 7.0], dtype=torch.float64)
+    assert ipo(difference + 2, torch.full((3,), 2.0).double(), 0.1).tolist() == pytest.approx([25, 0, 4])

@@ -12,7 +12,8 @@ import pytest
 
 from flows.serve import start_temporary_server
 
-MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}
+OTHERS = {"dpo-direct", "best_of_n-choosy"}
+MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"} | OTHERS
 POLICIES = {"ppo-single", "ppo-robust"}
 NEW_WEIGHT = ("--set", "ppo.kl_weight=0.3")
 
@@ -32,7 +33,7 @@ class Done(NamedTuple):
 
     @property
     def cached(self):
-        return set(re.findall(r"Task run '([a-z-]+)' - Finished in state Cached", self.told))
+        return set(re.findall(r"Task run '([a-z_-]+)' - Finished in state Cached", self.told))
 
     @property
     def folders(self):
@@ -112,6 +113,19 @@ def test_the_plan_tells_the_first_reason(first, shell):
 def test_lineage_goes_back_to_the_data(first, shell):
     told = shell("lineage", "rrlhf-policy@candidate", "--profile", "tiny").out
     assert all(name in told for name in ("rrlhf-policy", "rrlhf-ensemble", "rrlhf-reward", "rrlhf-sft", "data tiny"))
+
+
+def test_policies_of_every_method_have_their_lineage(first, shell):
+    direct = shell("lineage", "rrlhf-policy@direct", "--profile", "tiny").out
+    assert "dpo-direct" in direct
+    assert "rrlhf-sft" in direct
+    assert "rrlhf-reward" not in direct  # it reads the preferences alone
+    choosy = shell("lineage", "rrlhf-best-of-n@choosy", "--profile", "tiny").out
+    assert all(name in choosy for name in ("best_of_n-choosy", "rrlhf-ensemble", "rrlhf-reward", "rrlhf-sft"))
+
+
+def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
+    assert actions(shell.planned("--set", "dpo.beta=0.3")) == {"dpo-direct": "run", "evaluate": "upstream"}
 
 
 def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, shell):

@@ -264,6 +264,45 @@ def test_reward_models_are_shown_with_calibration_heads_and_gold() -> None:
     assert page.count("Chart: Reliability of") == 2
 
 
+def with_other_methods() -> Evaluation:
+    more = evaluation()
+    direct, choosy = policy("direct", "preferences", gold=0.9), policy("choosy", "robust", 0.4, gold=1.1, kl=2.84)
+    direct["method"], choosy["method"], choosy["n"] = "dpo", "best_of_n", 16
+    more["policies"] += [direct, choosy]
+    more["selection"] = [
+        {"policy": "choosy", "n": n, "kl": 0.5, "reward": measured(n / 10), "gold": measured(gold)}
+        for n, gold in ((1, 0.4), (2, 0.9), (4, 1.2), (16, 1.1))
+    ]
+    return more
+
+
+def test_other_methods_are_named_and_best_of_n_is_drawn_over_n() -> None:
+    page = html(with_other_methods())
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "aligned 4 times: by PPO to please a reward, where nothing else is said." in text
+    assert "direct ( DPO: the preferences, no reward model)" in text.replace("direct (DPO", "direct ( DPO")
+    assert "best of 16 by 0.4 most confident + 0.6 minimum" in text
+    assert page.count("Chart: Gold by n") == page.count("Chart: Reward by n") == 1
+    assert "trained 2 times by PPO" in " ".join(re.sub(r"<[^>]+>", " ", html(evaluation())).split())
+
+
+def test_the_verdict_tells_how_gold_goes_with_n() -> None:
+    sentences = verdict(with_other_methods())
+    assert sentences[-1] == (
+        "Choosing the best of n: for choosy gold goes from 0.40 ± 0.05 at n = 1 to 1.10 ± 0.05 at n = 16, "
+        "highest at n = 4 (1.20 ± 0.05)."
+    )
+    assert len(sentences) == 5
+
+
+def test_best_of_n_without_gold_is_drawn_by_its_reward_alone() -> None:
+    bare = without_gold()
+    bare["selection"] = [{"policy": "single", "n": n, "kl": 0.1, "reward": measured(n)} for n in (1, 2)]
+    page = html(bare)
+    assert "Gold by n" not in page
+    assert "Chart: Reward by n" in page
+
+
 def test_visible_keeps_ordinary_text() -> None:
     assert visible("né 猫 😀\n\tok") == "né 猫 😀\n\tok"
     assert visible("\x00\r\x9b\ud800") == "⟨U+0000⟩⟨U+000D⟩⟨U+009B⟩⟨U+D800⟩"

@@ -45,6 +45,7 @@ def made(params, tmp_path_factory):
     policies = {
         name: run(name, ppo, model=params.model, ppo=params.ppo, health=params.health, arm=arm, **inputs)
         for name, arm in params.arms.items()
+        if arm.method == "ppo"
     }
     run("evaluate", evaluate, **common, gold=params.gold, evaluate=params.evaluate, **inputs, policies=policies)
     return root, rows

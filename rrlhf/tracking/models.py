@@ -27,6 +27,8 @@ MODEL_NAMES = {
     "member": "rrlhf-reward-member",
     "ensemble": "rrlhf-ensemble",
     "ppo": "rrlhf-policy",
+    "dpo": "rrlhf-policy",
+    "best_of_n": "rrlhf-best-of-n",  # a rule over the SFT model's responses: apart from the policies that one can load
 }
 
 

@@ -21,7 +21,7 @@ from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.keys import canonical
 from rrlhf.types import Dataset
 
-GENERATES = {"sft", "ppo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
+GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
 

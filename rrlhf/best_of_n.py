@@ -1,0 +1,119 @@
+"""Best of n: sample n responses of the SFT model and keep the one that an arm's reward likes best. Nothing is trained.
+
+A policy like any other to the evaluation, and the simplest optimiser that a reward model meets: what it exploits at a
+growing n is the reward's alone, no training gets in between (Gao et al. 2022, arXiv 2210.10760).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rrlhf.candidates import FILE, choose, write_candidates
+from rrlhf.config import Arm, BestOfN, Model
+from rrlhf.judgement import Judgement, arm_reward, function_values
+from rrlhf.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
+from rrlhf.progress import track
+from rrlhf.reward_functions import load_functions
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
+from rrlhf.reward_models.trunk import trunk_layer
+from rrlhf.robust import Scores
+from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.tables import prompts
+from rrlhf.types import Log, Message
+
+CARD = """# Best of {n}
+
+Not a trained model but a rule over one, the input `sft` of this version: sample {n} responses at temperature 1, and
+answer with the one whose reward is highest (`{reward}`{settings}, as the inputs `reward` and `ensemble` score it).
+KL to the SFT model: at most {kl:.2f} nats per response.
+
+`{file}` holds {samples} responses to each of {prompts} evaluation prompts, every score of each, and which were chosen.
+"""
+
+
+def run(
+    *,
+    model: Model,
+    best_of_n: BestOfN,
+    arm: Arm,
+    data: Path,
+    sft: Path,
+    reward: Path,
+    ensemble: Path,
+    out: Path,
+    log: Log,
+) -> None:
+    """Sample responses to the evaluation prompts, score them, choose, and save all of it; nothing is trained."""
+    n = arm.n or 1
+    samples = best_of_n.samples or n
+    engine, language = accelerator(model), load_model(sft)
+    language.network.to(engine.device).requires_grad_(False)
+    questions = prompts(data, "evaluate")
+    asked = [question for question in questions for _ in range(samples)]
+    encoded = [encode_prompt(language, question, model) for question in asked]
+    responses = sample_in_batches(
+        language, encoded, model, batch_size=best_of_n.batch_size, seed=arm.seed, label="best of n: sampling"
+    )
+    texts = [decode(language, response.tokens) for response in responses]
+    models = [load_for_policy(folder, engine.device) for folder in (reward, ensemble)]
+    layer = trunk_layer(reward) if None in {each.identity for each in models} else None
+    judgement = judged(language, models, layer, encoded, responses, asked, texts, model, best_of_n.batch_size)
+    tokens, ended = [response.tokens for response in responses], [response.finished for response in responses]
+    values = function_values(load_functions(arm.functions), asked, texts, tokens, ended)
+    judgement, finished = judgement._replace(functions=values), torch.tensor(ended)
+    score = torch.where(finished, arm_reward(arm, engine)(judgement).cpu(), best_of_n.missing_eos_score)
+    score = score.double().view(len(questions), samples)
+    write_candidates(out, responses, texts, judgement, score, choose(score, n))
+    (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+    (out / "README.md").write_text(card(arm, samples, len(questions)), encoding="utf-8")
+    curve = best_of_n_curve(score, score, n).mean(0)
+    for number in curve_points(n):
+        log({"step": number, "reward": curve[number - 1].item(), "kl_bound": best_of_n_kl(number)})
+
+
+@torch.no_grad()
+def judged(
+    language: LanguageModel,
+    models: Sequence[RewardModel],
+    layer: int | None,
+    encoded: list[list[int]],
+    responses: list[Response],
+    asked: list[list[Message]],
+    texts: list[str],
+    model: Model,
+    batch_size: int,
+) -> Judgement:
+    """Score responses by the single head and the ensemble, `models`, on the CPU.
+
+    layer: whose entering states the reward heads without a trunk of their own read; None: every one has its own.
+    """
+    singles, means, stds = [], [], []
+    batches = range(0, len(responses), batch_size)
+    for start in track(batches, len(batches), "best of n: scoring"):
+        part = slice(start, start + batch_size)
+        pooled = None
+        if layer is not None:
+            sequences = [prompt + said.tokens for prompt, said in zip(encoded[part], responses[part], strict=True)]
+            lengths = torch.tensor([len(prompt) for prompt in encoded[part]], device=language.device)
+            spoken = [len(said.tokens) - said.finished for said in responses[part]]
+            with autocast(model):
+                states = hidden_states(language, sequences, layer)
+            pooled = response_features(states, lengths, torch.tensor(spoken, device=language.device))
+        single, scores = read_by(models, pooled, asked[part], texts[part], batch_size)
+        singles.append(single.mean[:, 0].cpu())
+        means.append(scores.mean.cpu())
+        stds.append(scores.std.cpu())
+    return Judgement(torch.cat(singles), Scores(torch.cat(means), torch.cat(stds)))
+
+
+def card(arm: Arm, samples: int, questions: int) -> str:
+    """Say in Markdown what the artifact is, for those who meet it in the registry."""
+    settings = "".join(f", {name} {value:g}" for name, value in arm.settings.items())
+    n = arm.n or 1
+    return CARD.format(
+        n=n, reward=arm.reward, settings=settings, kl=best_of_n_kl(n), file=FILE, samples=samples, prompts=questions
+    )
