@@ -18,24 +18,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - loaded on demand, it would count as the trainer's memory
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class Clock(TrainerCallback):
-    """CPU-seconds of every update: its sampling, all before the first minibatch, and the minibatches."""
+    """Seconds of every update, CPU-seconds on a CPU: its sampling, all before the first minibatch, the minibatches."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.updates: list[dict[str, float]] = []
         self.began = self.sampling_s = 0.0
         self.training_since: float | None = None
 
+    def now(self) -> float:
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.process_time()
+        self.began = self.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.process_time()
+        now = self.now()
         assert self.training_since is not None
         times = {"update_s": now - self.began, "sampling_s": self.sampling_s, "train_s": now - self.training_since}
         self.updates.append(times | {"rollout_s": self.training_since - self.began})
@@ -46,9 +54,9 @@ class Clock(TrainerCallback):
         sample, accumulate = ppo_trainer.batch_generation, trainer.accelerator.accumulate
 
         def timed_sample(*args: Any, **kwargs: Any) -> Any:
-            start = time.process_time()
+            start = self.now()
             sequences, logits = sample(*args, **kwargs)
-            self.sampling_s = time.process_time() - start
+            self.sampling_s = self.now() - start
             if logits.shape[1] != response_tokens:
                 raise RuntimeError(f"responses of {logits.shape[1]} tokens where {response_tokens} were asked for")
             return sequences, logits
@@ -56,7 +64,7 @@ class Clock(TrainerCallback):
         @contextlib.contextmanager
         def timed_accumulate(*models: Any) -> Iterator[None]:
             if self.training_since is None:
-                self.training_since = time.process_time()
+                self.training_since = self.now()
             with accumulate(*models):
                 yield
 
@@ -101,7 +109,7 @@ def main(asked: Path, answer: Path) -> None:
         AutoModelForSequenceClassification.from_pretrained(job["folder"], num_labels=1, dtype=torch.float32)
         for _ in range(2)
     )
-    clock = Clock()
+    clock = Clock(job["device"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = PPOTrainer(
             args=config(job, folder),
