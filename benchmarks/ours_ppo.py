@@ -32,7 +32,7 @@ from rrlhf.reward_models.trunk import FILE
 from rrlhf.types import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-RATE_S = 1.0  # CPU-seconds over which a rate is averaged
+RATE_S = 0.5  # CPU-seconds over which a rate is averaged
 
 Job = dict[str, Any]
 

@@ -95,7 +95,7 @@ def rate_rows(results: dict[str, Any], peak_tflops: float | None) -> list[list[s
     """Return one row per size, kind and phase: the rate of matrix products alone, and what the phase reaches."""
     rows = []
     for size, kinds in results.items():
-        for kind in "full-1", "layers-5", "lora-5":
+        for kind in "full-5", "layers-5", "lora-5":
             for phase in "train", "rollout":
                 if kind not in kinds:
                     continue
@@ -115,7 +115,9 @@ def targets(results: dict[str, Any], sizes: dict[str, Any]) -> list[Target]:
     """Return the project's own limits and whether they were met."""
     found = []
     for size, kinds in results.items():
-        for kind in ("full-1", "full-5") if "trl" in kinds else ():
+        for kind in ("full-1", "full-5"):
+            if not {"trl", kind} <= set(kinds):
+                continue
             limit = sizes[size]["limit"]
             ratio = paired_ratio(seconds(kinds["trl"], "update_s"), seconds(kinds[kind], "update_s")).median
             found.append(Target(size, f"TRL / {kind}, CPU-seconds", f">= {limit}", ratio, ratio >= limit))
