@@ -34,7 +34,7 @@ def document():
     kinds = {
         "rate": [{"train": 100.0, "rollout": 50.0}] * 3,
         "trl": [process(8.0, 6.0, 500.0), process(10.0, 6.0, 500.0), process(12.0, 6.0, 500.0)],
-        "full-1": [
+        "full-5": [
             process(3.0, 2.0, 200.0, **flop),
             process(2.5, 2.0, 200.0, **flop),
             process(2.0, 1.0, 200.0, **flop),
