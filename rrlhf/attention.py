@@ -17,7 +17,7 @@ PACKED = "packed"  # name of the attention function below in transformers' regis
 class Packing(NamedTuple):
     """Where the tokens of rows padded on the right are when they stand end to end."""
 
-    index: Tensor  # [tokens] of the flattened grid [batch, width]
+    places: Tensor  # [tokens] of the flattened grid [batch, width]
     batch: int
     width: int
 
@@ -31,20 +31,20 @@ class Packing(NamedTuple):
     @property
     def positions(self) -> Tensor:
         """Each token's position in its own row, [1, tokens]."""
-        return (self.index % self.width)[None]
+        return (self.places % self.width)[None]
 
     def packed(self, grid: Tensor) -> Tensor:
         """Take the tokens out of [batch, at least width, ...]; return [1, tokens, ...]."""
-        return grid[:, : self.width].flatten(0, 1).index_select(0, self.index)[None]
+        return grid[:, : self.width].flatten(0, 1).index_select(0, self.places)[None]
 
     def grid(self, packed: Tensor) -> Tensor:
         """Put [1, tokens, ...] back into [batch, width, ...], with zeros as padding."""
         empty = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
-        return empty.index_copy(0, self.index, packed[0]).unflatten(0, (self.batch, self.width))
+        return empty.index_copy(0, self.places, packed[0]).view(self.batch, self.width, *packed.shape[2:])
 
     def flat(self, row: Tensor, column: Tensor) -> Tensor:
         """Return where the tokens at [row, column] of the grid stand among the packed ones."""
-        return torch.searchsorted(self.index, row * self.width + column)
+        return torch.searchsorted(self.places, row * self.width + column)
 
 
 def register() -> None:
@@ -72,7 +72,8 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if packing is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return attended, None
     rows = (packing.grid(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
     attended, _ = sdpa_attention_forward(module, *rows, None, **settings)
     return packing.packed(attended), None
