@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -157,8 +157,8 @@ def _shown(value: Spread, unit: str = "") -> str:
 
 def compare(
     size: Size, python: Path | None, place: dict[str, str], kinds: list[str], repeats: int, say: Callable[[str], None]
-) -> dict[str, list[dict[str, Any]]]:
-    """Measure the kinds of training of one size, taking turns; return the measurements by kind.
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Measure the kinds of training of one size, taking turns; yield all measurements by kind after each turn.
 
     python: an interpreter with TRL, or None to leave TRL out. place: the device and the dtype.
     """
@@ -178,7 +178,7 @@ def compare(
                 results[kind].append(measured(command, job | more, folder))
                 took = "" if kind == "rate" else f": {seconds(results[kind][-1:], 'update_s')[0]:.3g} s an update"
                 say(f"turn {turn + 1}/{repeats} {kind}{took} ({time.monotonic() - start:.0f} s)")
-    return results
+            yield results
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -215,10 +215,10 @@ def main() -> None:
     place = {"device": asked.device, "dtype": asked.dtype}
     for name in asked.sizes:
         say = functools.partial(print, name, file=sys.stderr, flush=True)
-        found = compare(SIZES[name], python, place, asked.kinds, asked.repeats, say)
         document["sizes"][name] = dataclasses.asdict(SIZES[name])
-        document["results"][name] = found
-        save(document, asked.out)
+        for found in compare(SIZES[name], python, place, asked.kinds, asked.repeats, say):
+            document["results"][name] = found
+            save(document, asked.out)  # a run that is stopped keeps its turns
     print(json.dumps(document, indent=1) if asked.json else report(document))
 
 
