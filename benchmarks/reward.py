@@ -202,20 +202,20 @@ def _shown(value: Spread, unit: str = "") -> str:
     return f"{number(value.median)}{unit} ({number(value.low)}-{number(value.high)})"
 
 
-def peer_python(given: Path | None) -> Path:
-    """Return the Python that has TRL, installing it beside nothing of ours on first use."""
+def peer_python(given: Path | None, version: str = PEER_VERSION, name: str = "trl") -> Path:
+    """Return the Python that has this version of TRL, installing it beside nothing of ours on first use."""
     if given is not None:
         return given.absolute()  # a virtual environment's Python is a link: never resolve it
-    folder = ROOT / ".rrlhf" / "bench" / "trl"
+    folder = ROOT / ".rrlhf" / "bench" / name
     python, done = folder / "bin" / "python", folder / ".installed"
-    if not (done.exists() and done.read_text(encoding="utf-8") == PEER_VERSION):
+    if not (done.exists() and done.read_text(encoding="utf-8") == version):
         pins = ROOT / "constraints.txt"
         torch = next(line for line in pins.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([*pip, torch], check=True)  # first and by its exact version, so that no other build comes
-        subprocess.run([*pip, "-c", str(pins), f"trl=={PEER_VERSION}"], check=True)
-        done.write_text(PEER_VERSION, encoding="utf-8")
+        subprocess.run([*pip, "-c", str(pins), f"trl=={version}"], check=True)
+        done.write_text(version, encoding="utf-8")
     return python
 
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rrlhf.artifacts import sha256
+from rrlhf.attention import PACKED, Packing, register
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.sources import base_location
@@ -185,7 +186,15 @@ def run_layers(
     return _through(network.model.layers[first:last], network.model.rotary_emb, hidden, positions, mask, cache)
 
 
-def _through(layers: Any, rotary: Any, hidden: Tensor, positions: Tensor | None, mask: Any, cache: Any) -> Tensor:
+def _through(
+    layers: Any,
+    rotary: Any,
+    hidden: Tensor,
+    positions: Tensor | None,
+    mask: Any,
+    cache: Any,
+    packing: Packing | None = None,
+) -> Tensor:
     if positions is None:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     rotation = rotary(hidden, position_ids=positions)
@@ -197,6 +206,7 @@ def _through(layers: Any, rotary: Any, hidden: Tensor, positions: Tensor | None,
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            packing=packing,
         )
     return hidden
 
@@ -249,18 +259,20 @@ class PolicyTop(nn.Module):
         entering: what the frozen layers left, [batch, tokens, width], or tokens [batch, tokens] where everything
         trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count.
         """
-        hidden = entering if self.embed is None else self.embed(entering)
+        packing = Packing.of(prompt_lengths + mask.sum(1))
+        tokens = packing.packed(entering)
+        hidden = tokens if self.embed is None else self.embed(tokens)
         below = 0 if layer is None else layer - (self.first or 0)
-        states = None
-        if layer is not None:
-            hidden = states = _through(self.layers[:below], self.rotary, hidden, None, None, None)
-        hidden = _through(self.layers[below:], self.rotary, hidden, None, None, None)
+        place = (packing.positions, None, None, packing)
+        hidden = entered = _through(self.layers[:below], self.rotary, hidden, *place)
+        hidden = _through(self.layers[below:], self.rotary, hidden, *place)
         row, step = mask.nonzero(as_tuple=True)
-        final = self.norm(hidden[row, prompt_lengths[row] + step - 1])
+        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
         logits = self.unembed(final).float()
         logprobs = -nn.functional.cross_entropy(logits, responses[mask], reduction="none")
         values = self.value(final).float().squeeze(-1)
         empty = torch.zeros(mask.shape, device=hidden.device)
+        states = None if layer is None else packing.grid(entered)
         return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
 
     def reference(self) -> PolicyTop:
@@ -289,6 +301,8 @@ def _runs_by_range(network: Any) -> bool:
 def _ready(language: LanguageModel, name: str) -> LanguageModel:
     network, tokenizer = language
     network.eval()  # no stage wants dropout
+    register()
+    network.set_attn_implementation(PACKED)
     if not _runs_by_range(network):
         raise ValueError(f"{name}: a {network.config.model_type} model; rrlhf needs a decoder of the Llama family")
     if tokenizer.eos_token_id is None:

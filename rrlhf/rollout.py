@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rrlhf.attention import Cache
 from rrlhf.config import Model
 from rrlhf.kl import k3
 from rrlhf.models import LanguageModel, autocast, embed, run_layers
@@ -117,8 +118,6 @@ def sample(
 
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
     """
-    from transformers import DynamicCache
-
     network, eos = language.network, language.tokenizer.eos_token_id
     device = language.device
     batch, width = len(prompts), max(map(len, prompts))
@@ -132,7 +131,7 @@ def sample(
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
     states = {layer: torch.zeros(batch, width + response_tokens, top.shape[2], device=device) for layer in keep}
 
-    cache = DynamicCache(config=network.config)
+    cache = Cache(language.layers, width + response_tokens)
     rows = torch.arange(batch, device=device)  # the rows still growing
     running = torch.ones(batch, dtype=torch.bool, device=device)
     positions = (real.cumsum(1) - 1).clamp(min=0)
@@ -157,7 +156,7 @@ def sample(
             break
         alive = running[rows]
         if alive.float().mean() <= 0.75:
-            cache.batch_select_indices(alive.nonzero()[:, 0])
+            cache.keep(alive.nonzero()[:, 0])
             rows = rows[alive]
         start = width + step
         entering = responses[rows, step, None]

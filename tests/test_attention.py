@@ -1,0 +1,79 @@
+"""Packed rows and the cache of keys and values: the same numbers as each row alone, and as a cache that grows."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rrlhf.attention import Cache, Packing
+from rrlhf.config import Model
+from rrlhf.models import PolicyTop, load_base
+
+
+@pytest.fixture(scope="module")
+def language():
+    model = Model(
+        base="random:3x32",
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        system_prompt="",
+        prompt_tokens=64,
+        response_tokens=8,
+    )
+    return load_base(model)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 3))
+def test_packing_is_undone_by_the_grid(lengths, spare):
+    width = max(lengths)
+    grid = torch.arange(1.0, 1 + len(lengths) * (width + spare) * 2).view(len(lengths), -1, 2)
+    packing = Packing.of(torch.tensor(lengths))
+    packed = packing.packed(grid)
+    assert packed.shape == (1, sum(lengths), 2)
+    assert packing.positions[0].tolist() == [at for length in lengths for at in range(length)]
+    inside = torch.arange(width) < torch.tensor(lengths)[:, None]
+    assert torch.equal(packing.grid(packed), grid[:, :width] * inside[..., None])
+    row, column = inside.nonzero(as_tuple=True)
+    assert packing.flat(row, column).tolist() == list(range(sum(lengths)))
+
+
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rows_read_together_give_what_each_gives_alone_and_the_same_gradient(language, first, seed):
+    draw = torch.Generator().manual_seed(seed)
+    top = PolicyTop(language, first).requires_grad_(True)
+    prompts, steps = torch.tensor([5, 2, 9]), torch.tensor([4, 6, 1])
+    tokens = torch.randint(3, 60, (3, 15), generator=draw)
+    entering = tokens if first is None else torch.randn(3, 15, 32, generator=draw)
+    mask = torch.arange(6) < steps[:, None]
+    responses = torch.randint(3, 60, (3, 6), generator=draw)
+
+    def gradient(rows):
+        top.zero_grad()
+        found = [top.read(entering[i], prompts[i], responses[i], mask[i], layer=2) for i in rows]
+        sum(read.logprobs.sum() + read.values.sum() for read in found).backward()
+        return found, [parameter.grad.clone() for parameter in top.parameters()]
+
+    together, whole = gradient([slice(0, 3)])
+    alone, summed = gradient([slice(0, 1), slice(1, 2), slice(2, 3)])
+    torch.testing.assert_close(together[0].logprobs, torch.cat([read.logprobs for read in alone]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[0].values, torch.cat([read.values for read in alone]), atol=1e-5, rtol=1e-5)
+    for row, read in enumerate(alone):
+        kept = together[0].states[row, : read.states.shape[1]]
+        torch.testing.assert_close(kept, read.states[0], atol=1e-5, rtol=1e-5)
+    for one, other in zip(whole, summed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_returns_all_it_was_given_and_forgets_rows():
+    cache, draw = Cache(2, 7), torch.Generator().manual_seed(0)
+    parts = [torch.randn(3, 2, width, 4, generator=draw) for width in (4, 1, 1)]
+    for part in parts:
+        keys, values = cache.update(part, -part, 1)
+    assert torch.equal(keys, torch.cat(parts, dim=2))
+    assert torch.equal(values, -keys)
+    cache.keep(torch.tensor([2, 0]))
+    more = torch.randn(2, 2, 1, 4, generator=draw)
+    again, _ = cache.update(more, -more, 1)
+    assert torch.equal(again, torch.cat([*[part[[2, 0]] for part in parts], more], dim=2))
