@@ -184,7 +184,8 @@ def _operations(learner: Learner, settings: Ppo, job: Job) -> Job:
     reference = 2 * (sum(layers[first:]) * tokens + head * responses)
     factor = {"full": (6, 6), "layers": (6, 4), "lora": (4, 4)}[settings.trains]
     step = factor[0] * sum(layers[first:]) * tokens + factor[1] * head * responses
-    return {"rollout_flop": sampled + reference, "train_flop": settings.epochs * step}
+    one_by_one = 2 * (sum(layers) + head) * responses  # products with one token per response
+    return {"rollout_flop": sampled + reference, "decode_flop": one_by_one, "train_flop": settings.epochs * step}
 
 
 def _layers(network: Any) -> list[nn.Module]:

@@ -99,8 +99,8 @@ def rate_rows(results: dict[str, Any], peak_tflops: float | None) -> list[list[s
             for phase in "train", "rollout":
                 if kind not in kinds:
                     continue
-                limit = spread(run[phase] for run in kinds["rate"]).median
                 runs = kinds[kind]
+                limit = products_rate(kinds["rate"], runs[0], phase)
                 spent = seconds(runs, f"{phase}_s")
                 flops = [run[f"{phase}_flop"] / took for run, took in zip(runs, spent, strict=True)]
                 reached = spread(flops).median / 1e9
@@ -109,6 +109,18 @@ def rate_rows(results: dict[str, Any], peak_tflops: float | None) -> list[list[s
                 cells = [f"{limit:.0f}", f"{reached:.1f}", f"{share:.0%}", f"{tokens:.3g}"]
                 rows.append([size, KINDS[kind][0], phase, *cells])
     return rows
+
+
+def products_rate(rates: list[dict[str, Any]], run: dict[str, Any], phase: str) -> float:
+    """Return GFLOP/s of a phase if it were matrix products alone.
+
+    In a rollout the response tokens come one by one; prompts and the reference's pass run at the rate of training.
+    """
+    together, decoding = (spread(rate[name] for rate in rates).median for name in ("train", "rollout"))
+    if phase == "train":
+        return together
+    total, alone = run["rollout_flop"], run["decode_flop"]
+    return float(total / (alone / decoding + (total - alone) / together))
 
 
 def targets(results: dict[str, Any], sizes: dict[str, Any]) -> list[Target]:

@@ -30,7 +30,7 @@ def process(update_s, train_s, peak_mib, libraries_mib=100.0, **more):
 
 @pytest.fixture
 def document():
-    flop = {"train_flop": 40e9, "rollout_flop": 1e9}
+    flop = {"train_flop": 40e9, "rollout_flop": 1e9, "decode_flop": 0.5e9}
     kinds = {
         "rate": [{"train": 100.0, "rollout": 50.0}] * 3,
         "trl": [process(8.0, 6.0, 500.0), process(10.0, 6.0, 500.0), process(12.0, 6.0, 500.0)],
@@ -78,7 +78,7 @@ def test_costs_are_compared_turn_by_turn(bench, document):
 def test_rates_are_shares_of_the_matrix_products(bench, document):
     train, rollout = bench.rate_rows(document["results"], None)
     assert train[2:6] == ["train", "100", "20.0", "20%"]
-    assert rollout[2:5] == ["rollout", "50", "1.0"]
+    assert rollout[2:5] == ["rollout", "67", "1.0"]  # half of it at 100, half at 50
     assert bench.rate_rows(document["results"], 0.1)[0][5] == "20%"
 
 
