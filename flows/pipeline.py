@@ -21,6 +21,7 @@ from rrlhf.artifacts import Artifact, git_commit
 from rrlhf.config import Params, load_params
 from rrlhf.datasets import prepare_dataset, prepared
 from rrlhf.environment import find_root, set_environment
+from rrlhf.health import DivergedError
 from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
 from rrlhf.plan import Project
@@ -138,13 +139,20 @@ def start(node: Node, run: Run, beside: int) -> Started:
 def finish(started: Iterable[Started], run: Run) -> None:
     """Wait for all, so that one failure does not lose the others' results, and then take every result."""
     everything = list(started)
+    diverged: list[str] = []
     wait([one.future for one in everything])
     for node, key, future in everything:
-        future.result()
+        try:
+            future.result()
+        except DivergedError as error:
+            diverged.append(f"{node.name} {error}")
+            continue
         artifact = run.project.store.find(node.stage, key)
         if artifact is None:
             raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
         run.artifacts[node.name] = artifact
+    if diverged:
+        raise DivergedError("\n".join(diverged))
 
 
 @task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
@@ -158,7 +166,7 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Rec
             began = time.monotonic()
             inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
             staged = store.staging(node.stage, key)
-            with run.tracker.stage_run(run.tracking_id, node, key) as log:
+            with run.tracker.stage_run(run.tracking_id, node, key, staged) as log:
                 execute(document, inputs=inputs, out=staged, log=log, launch=run.project.params.launch, beside=beside)
                 artifact = store.publish(node.name, document, staged, seconds=time.monotonic() - began)
             run.made.append(node.name)
@@ -193,12 +201,15 @@ def report(run: Run) -> str:
 
     from rrlhf.lineage import resolve, tree
     from rrlhf.report import render, table
+    from rrlhf.trainings import health, training
     from rrlhf.verdict import verdict
 
     project = run.project
     evaluation = json.loads((run.artifacts["evaluate"].path / "evaluation.json").read_text(encoding="utf-8"))
     evaluation["profile"] = project.profile
     versions = run.tracker.versions()
+    arms = {node.name.removeprefix("ppo-"): node.name for node in project.nodes if node.stage == "ppo"}
+    trained = {arm: told for arm, name in arms.items() if (told := training(run.artifacts[name]))}
     html = project.root / "reports" / f"{project.profile}.html"
     html.parent.mkdir(exist_ok=True)
     html.write_text(
@@ -207,13 +218,14 @@ def report(run: Run) -> str:
             params=project.params.model_dump(),
             lineage=tree(resolve("rrlhf-policy@candidate", versions), versions),
             facts=_facts(run),
+            trained=trained,
         ),
         encoding="utf-8",
     )
     run.tracker.log_report(run.tracking_id, html)
     console = Console(file=sys.stdout)
     console.print(table(evaluation))
-    for sentence in verdict(evaluation):
+    for sentence in filter(None, [*verdict(evaluation), health(trained)]):
         console.print(sentence, highlight=False, markup=False)
     shown = str(html.relative_to(project.root))
     console.print(f"\nreport: {shown}", highlight=False, markup=False, soft_wrap=True)

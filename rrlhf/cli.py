@@ -317,6 +317,7 @@ def _clear_errors() -> Iterator[None]:
     from rrlhf import progress
     from rrlhf.artifacts import TamperedError
     from rrlhf.datasets import BusyError, PrepareError
+    from rrlhf.health import DivergedError
     from rrlhf.located import ParamsError
     from rrlhf.processes import LaunchError
     from rrlhf.tracking import TrackingError
@@ -329,7 +330,7 @@ def _clear_errors() -> Iterator[None]:
         _end(VERIFICATION_FAILED, str(error))
     except BusyError as error:
         _end(BUSY, str(error))
-    except (PrepareError, LaunchError, ServeError, TrackingError, ValueError) as error:
+    except (DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError) as error:
         _end(FAILED, str(error))
     except OSError as error:
         _end(FAILED, f"{type(error).__name__}: {error}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from rrlhf.calibration import estimate
 from rrlhf.candidates import read_candidates
 from rrlhf.config import Arm, Evaluate, Gold, Model
+from rrlhf.excerpts import Excerpt, read_excerpts
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
 from rrlhf.judgement import function_values, with_functions
@@ -113,6 +114,7 @@ def run(
             point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
         ],
         "samples": _samples(readings, rows, evaluate),
+        "excerpts": {name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges))},
         "reward_models": _judgements(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
         "gold_agreement": _agreements(readings),
     }
@@ -306,6 +308,17 @@ def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Ro
             responses[name] = response | ({"gold": reading.gold[i].item()} if reading.gold is not None else {})
         shown.append({"prompt": row["prompt"][-1]["content"], "responses": responses})
     return shown
+
+
+def _excerpts(folder: Path, data: Path, judges: Judges) -> list[Excerpt]:
+    """Return what a policy wrote as it trained, with gold if there is a judge."""
+    found = read_excerpts(folder)
+    if judges.gold and found:
+        topics = [row["topic"] for row in read_table(data, "ppo")]
+        asked, texts = [topics[row["row"]] for row in found], [row["response"] for row in found]
+        for row, gold in zip(found, judges.gold.score(asked, texts, [r["finished"] for r in found]).total, strict=True):
+            row["gold"] = float(gold)
+    return found
 
 
 def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -> list[RewardJudgement]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict
 
+from rrlhf.excerpts import Excerpt
 from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
 from rrlhf.plots import Chosen, Point
 
@@ -49,6 +50,7 @@ class Evaluation(TypedDict):
     curves: list[Point]
     selection: NotRequired[list[Chosen]]
     samples: list[Sample]
+    excerpts: NotRequired[dict[str, list[Excerpt]]]  # of the responses in training, by policy
     reward_models: list[RewardJudgement]
     gold_agreement: NotRequired[list[GoldAgreement]]
 

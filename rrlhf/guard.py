@@ -7,15 +7,11 @@ import sys
 
 from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Health
-from rrlhf.health import Finding, findings, hacking_suspected, is_healthy
+from rrlhf.health import DIVERGED, MARK, Finding, findings, hacking_suspected, is_healthy
 from rrlhf.learner import Course, Event, Learner, restore, snapshot
 
-NONFINITE = "health_nonfinite"  # marks the rows that lack what was not finite
+NONFINITE = f"{MARK}nonfinite"  # marks the rows that lack what was not finite
 ADVICE = "a smaller ppo.learning_rate or a larger ppo.kl_weight may help; docs/metrics.md tells what each name means"
-
-
-class DivergedError(ValueError):
-    """Training went wrong for good; nothing of it is kept as a result."""
 
 
 class Guard:
@@ -40,7 +36,7 @@ class Guard:
         start = next((row for row in course.rows if NONFINITE not in row), course.rows[-1])
         ended = None
         for finding in (found := findings(recent, start, health)):
-            course.rows[-1][f"health_{finding.name}"] = 1.0
+            course.rows[-1][f"{MARK}{finding.name}"] = 1.0
         if found:
             ended = self._roll_back(found)
         elif warning := hacking_suspected([row for row in course.rows if NONFINITE not in row]):
@@ -61,12 +57,12 @@ class Guard:
         what = "; ".join(f"{finding.name} ({finding.detail})" for finding in found)
         saved = self._checkpoints.newest(good=True) if len(course.rollbacks) < health.rollbacks else None
         if saved is None:
-            course.rows[-1]["diverged"] = 1.0
+            course.rows[-1][DIVERGED] = 1.0
             self._tell(found, "ended as DIVERGED")
-            tried = f" after {len(course.rollbacks)} rollbacks" if course.rollbacks else ""
-            return (
-                f"{self._name} DIVERGED at step {course.rows[-1]['step']:g}{tried}: {what}. Nothing was saved; {ADVICE}"
-            )
+            tries = len(course.rollbacks)
+            tried = f" after {tries} rollback{'s' if tries > 1 else ''}" if tries else ""
+            step = course.rows[-1]["step"]
+            return f"DIVERGED at step {step:g}{tried}: {what}. Nothing of it is saved or registered; {ADVICE}"
         restore(self._learner, saved)
         before = saved.notes["course"]
         course.update = before["update"]
@@ -79,7 +75,7 @@ class Guard:
 
     def _warn(self, warning: Finding) -> None:
         if all(event.name != warning.name for event in self._course.events):
-            self._course.rows[-1][f"health_{warning.name}"] = 1.0
+            self._course.rows[-1][f"{MARK}{warning.name}"] = 1.0
             self._tell([warning], "warned")
 
     def _tell(self, found: list[Finding], action: str) -> None:

@@ -7,7 +7,7 @@ know no tensors: what is healthy can be judged from a log alone, and again from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, variance
 from typing import NamedTuple
 
@@ -16,6 +16,13 @@ from rrlhf.types import Metrics
 
 WINDOW = 5  # rollouts at the start and at the end that hacking compares
 STANDARD_ERRORS = 3.0
+EVENTS = "health.json"  # what a stage noticed, in its folder: a list of {step, name, detail, action}
+MARK = "health_"  # begins the name of the metric that a row has where a detector fired
+DIVERGED = "diverged"  # the metric of a row with which a training ended for good
+
+
+class DivergedError(ValueError):
+    """Training went wrong for good; nothing of it is kept as a result."""
 
 
 class Finding(NamedTuple):
@@ -110,3 +117,16 @@ def _rise(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float
     error = math.sqrt((variance(before) + variance(now)) / WINDOW)
     change = fmean(now) - fmean(before)
     return change if abs(change) > STANDARD_ERRORS * error else 0.0
+
+
+def in_words(rows: Iterable[Metrics]) -> str:
+    """Tell from a log how a training went: "healthy", or which detectors fired at which steps, and if it diverged."""
+    steps: dict[str, list[str]] = {}
+    diverged = False
+    for row in rows:
+        diverged |= DIVERGED in row
+        for name in row:
+            if name.startswith(MARK):
+                steps.setdefault(name.removeprefix(MARK), []).append(f"{row['step']:g}")
+    told = [f"{name} (step{'s' if len(at) > 1 else ''} {', '.join(at)})" for name, at in steps.items()]
+    return ("DIVERGED: " if diverged else "") + (", ".join(told) or "healthy")

@@ -230,12 +230,12 @@ def _heads_image(points: Sequence[Point], look: Look, limits: tuple[float, float
     return data_uri(figure)
 
 
-def empty_chart(across: str, up: str) -> tuple[Any, Any]:
-    """Return a figure and its axes, without pyplot: nothing global changes."""
+def empty_chart(across: str, up: str, size: tuple[float, float] = (4.8, 3.2)) -> tuple[Any, Any]:
+    """Return a figure of `size` inches and its axes, without pyplot: nothing global changes."""
     from matplotlib.figure import Figure  # here, so that the terminal table does not wait for it
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(across, fontsize=11)
     axes.set_ylabel(up, fontsize=11)

@@ -25,7 +25,10 @@ from rrlhf.advantages import estimate, has_critic
 from rrlhf.artifacts import CHECKPOINT
 from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Arm, Health, Model, Ppo
-from rrlhf.guard import DivergedError, Guard
+from rrlhf.excerpts import FILE as EXCERPTS
+from rrlhf.excerpts import excerpts
+from rrlhf.guard import Guard
+from rrlhf.health import EVENTS, DivergedError
 from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.learner import Course, Learner, Sampled, prepare_learner, resume
@@ -55,7 +58,7 @@ def run(
     """Train one arm's policy from the SFT model and save it with the responses it gave on the way.
 
     Goes on from the checkpoint in `out`, if there is one, and then logs the rows before it again. Raises DivergedError
-    when the training went wrong and rolling back did not help.
+    when the training went wrong and rolling back did not help; then only what tells of it is left in `out`.
     """
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
@@ -78,20 +81,30 @@ def run(
         except Interrupted:
             guard.interrupted()
             raise
-        _save(learner, course, arm, out)
+        except DivergedError:
+            _tell(engine, course, asked, out)
+            raise
+        kept = _tell(engine, course, asked, out)
+        _save(learner, kept, arm, out)
 
 
-def _save(learner: Learner, course: Course, arm: Arm, out: Path) -> None:
-    engine, everyone = learner.engine, gather_object(course.kept)
+def _tell(engine: Accelerator, course: Course, asked: Sequence[list[Message]], out: Path) -> list[Sampled]:
+    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
+    kept = sorted(gather_object(course.kept), key=lambda row: row.update)
     if engine.is_main_process:
+        events = [event._asdict() for event in course.events]
+        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(kept, asked))):
+            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    return kept
+
+
+def _save(learner: Learner, kept: list[Sampled], arm: Arm, out: Path) -> None:
+    if learner.engine.is_main_process:
         merge_adapters(learner.language.network)
         save_model(learner.language, out)
-        columns = [row._asdict() for row in sorted(everyone, key=lambda row: row.update)]
-        pq.write_table(pa.Table.from_pylist(columns), out / "rollouts.parquet")
+        pq.write_table(pa.Table.from_pylist([row._asdict() for row in kept]), out / "rollouts.parquet")
         (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
-        events = [event._asdict() for event in course.events]
-        (out / "health.json").write_text(json.dumps(events, indent=1), encoding="utf-8")
-    engine.wait_for_everyone()
+    learner.engine.wait_for_everyone()
 
 
 def train(

@@ -14,11 +14,12 @@ from typing import Any
 
 from rrlhf import progress
 from rrlhf.environment import end_with_parent
+from rrlhf.health import DivergedError
 from rrlhf.keys import Document
 from rrlhf.sourcecode import changed_since
 from rrlhf.types import Log
 
-MESSAGE = "@rrlhf "  # starts a message, JSON with `row`, `progress` or `error`, that goes to the end of the line
+MESSAGE = "@rrlhf "  # starts a message to the end of the line: JSON with `row`, `progress`, `diverged` or `error`
 LAST_LINES = 15
 INTERRUPTED = 130
 
@@ -32,7 +33,8 @@ def call_in_processes(
 ) -> None:
     """Call a stage's `run` in processes of its own, each with `threads` CPU threads; `log` gets its rows.
 
-    Raises LaunchError with what the processes said last, and Interrupted when this process was asked to stop.
+    Raises DivergedError as the stage does, LaunchError with what the processes said last when they ended otherwise,
+    and Interrupted when this process was asked to stop.
     """
     folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
     job = out.with_suffix(".json")
@@ -55,6 +57,8 @@ def call_in_processes(
     finally:
         job.unlink()
     progress.check_stop()
+    if told.diverged:
+        raise DivergedError(told.diverged)
     if process.returncode:
         ended = f"{document['stage']} in {processes} processes" if processes > 1 else document["stage"]
         raise LaunchError(told.error or f"{ended} ended with {process.returncode}:\n{''.join(told.last)}")
@@ -66,6 +70,7 @@ class _Told:
     def __init__(self, log: Log) -> None:
         self._log = log
         self.error = ""  # in words, where the stage ended with an error that people can mend
+        self.diverged = ""  # the same, where its training went wrong
         self.last: deque[str] = deque(maxlen=LAST_LINES)  # lines that are no messages
 
     def listen(self, lines: Iterable[str]) -> None:
@@ -88,7 +93,8 @@ class _Told:
                         meters[label] = shown.enter_context(progress.meter(total, label))
                     meters[label](done)
                 else:
-                    self.error = message["error"]
+                    self.error = message.get("error", self.error)
+                    self.diverged = message.get("diverged", self.diverged)
 
 
 def _launcher(processes: int) -> list[str]:
@@ -119,6 +125,9 @@ def main(path: Path) -> int:
         call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
     except KeyboardInterrupt:
         return INTERRUPTED
+    except DivergedError as error:
+        _tell(diverged=str(error))
+        return 1
     except (ValueError, OSError) as error:
         _send(error=str(error))  # of whichever process: each has its own responses, and its own errors
         return 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import yaml
@@ -11,10 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.table import Table
 from rich.text import Text
 
-from rrlhf import plots
+from rrlhf import plots, trainings
 from rrlhf.evaluation import Evaluation, Policy, highest, in_figures, measured
+from rrlhf.excerpts import Excerpt
 from rrlhf.judging import plots as reward_plots
 from rrlhf.plots import Look
+from rrlhf.trainings import Training
 from rrlhf.types import Json
 from rrlhf.verdict import verdict
 
@@ -44,8 +47,18 @@ class Row(NamedTuple):
     best: int | None  # the cell to mark
 
 
-def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, facts: Mapping[str, str]) -> str:
-    """Return the report as one HTML file; everything in it that others wrote is escaped and made visible."""
+def render(
+    evaluation: Evaluation,
+    *,
+    params: Mapping[str, Json],
+    lineage: str,
+    facts: Mapping[str, str],
+    trained: Mapping[str, Training],
+) -> str:
+    """Return the report as one HTML file; everything in it that others wrote is escaped and made visible.
+
+    trained: how each policy's training went, for those that were watched.
+    """
     looks = _looks(evaluation)
     return page(
         "report.html.j2",
@@ -63,6 +76,9 @@ def render(evaluation: Evaluation, *, params: Mapping[str, Json], lineage: str, 
         selection=plots.selection_charts(evaluation.get("selection", []), looks),
         progress=plots.progress_charts(evaluation["curves"], looks, _heldout_spread(evaluation)),
         heads=plots.head_charts(evaluation["curves"], looks),
+        trained=trained,
+        watched=trainings.charts(trained, looks),
+        excerpts={name: _by_prompt(rows) for name, rows in evaluation.get("excerpts", {}).items()},
         reward_charts=reward_plots.charts(evaluation["reward_models"]),
         measured=in_figures,
         known=known,
@@ -156,6 +172,10 @@ def _looks(evaluation: Evaluation) -> dict[str, Look]:
     names += [name for sample in evaluation["samples"] for name in sample["responses"]]
     arms = [name for name in dict.fromkeys(names) if name not in start]
     return dict.fromkeys(start, plots.REFERENCE_LOOK) | plots.arm_looks(arms)
+
+
+def _by_prompt(excerpts: Sequence[Excerpt]) -> list[list[Excerpt]]:
+    return [list(rows) for _, rows in groupby(excerpts, key=lambda row: row["row"])]
 
 
 def _heldout_spread(evaluation: Evaluation) -> float | None:

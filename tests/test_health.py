@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rrlhf.artifacts import CHECKPOINT
 from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Model, load_params
-from rrlhf.guard import DivergedError, Guard
-from rrlhf.health import WINDOW, findings, hacking_suspected, is_healthy
+from rrlhf.guard import Guard
+from rrlhf.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
 from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base
 from rrlhf.ppo import train

@@ -9,6 +9,7 @@ import pytest
 
 from rrlhf import processes
 from rrlhf.config import Arm, Launch, Ppo, load_params
+from rrlhf.health import DivergedError
 from rrlhf.keys import key_document
 from rrlhf.launch import execute
 from rrlhf.processes import LaunchError
@@ -143,6 +144,15 @@ def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, m
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}, "functions": {"my_rules": "of other code"}}
     with pytest.raises(LaunchError, match=r"^my_rules changed since the run began"):
         execute(document, inputs={}, out=tmp_path / "out", log=print, launch=HERE, beside=1)
+
+
+def test_a_training_that_diverged_in_another_process_is_told_as_one(tmp_path, monkeypatch):
+    says = "import sys; print(sys.argv[1]); raise SystemExit(1)"
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", says, '@rrlhf {"diverged": "DIVERGED at step 4"}'])
+    document = {"stage": "ppo", "params": {"model": {"device": "cpu"}}}
+    two = Launch(processes=2, threads=1, arms_at_once=1)
+    with pytest.raises(DivergedError, match=r"^DIVERGED at step 4$"):
+        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
 
 
 def test_an_error_in_another_process_is_told_in_its_words(tmp_path):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ OTHERS = {"dpo-direct", "best_of_n-choosy"}
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"} | OTHERS
 POLICIES = {"ppo-single", "ppo-robust"}
 NEW_WEIGHT = ("--set", "ppo.kl_weight=0.3")
+DIVERGES = {"ppo.learning_rate": 10.0, "health.rollbacks": 0, "health.max_token_kl": 0.05}
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
 
@@ -172,6 +174,61 @@ def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell)
         source.write_text(sound, encoding="utf-8")
     assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
     assert planned["ppo-single"]["reasons"] == ["rrlhf/ppo.py changed"]
+
+
+@pytest.fixture
+def client(first, shell):
+    from mlflow import MlflowClient
+
+    database = f"sqlite:///{shell.root / 'mlflow.db'}"
+    return MlflowClient(tracking_uri=database, registry_uri=database)
+
+
+def runs(client, name, value):
+    return client.search_runs([client.get_experiment_by_name("rrlhf").experiment_id], f"tags.`{name}` = '{value}'")
+
+
+def versions(client):
+    return {(found.name, found.version) for found in client.search_model_versions()}
+
+
+@pytest.mark.parametrize(("at_once", "arms"), [(1, ["ppo-single"]), (2, ["ppo-robust", "ppo-single"])])
+def test_a_training_that_diverges_says_so_and_registers_nothing(first, shell, client, at_once, arms):
+    registered, kept = versions(client), sorted((shell.root / "artifacts").glob("*/*/artifact.json"))
+    settings = DIVERGES | {"launch.arms_at_once": at_once, "ppo.kl_weight": 0.1 * at_once}
+    options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    done = shell("run", "--profile", "tiny", *options, code=1)
+    said = done.told.splitlines()[-len(arms) :]
+    assert sorted(line.split(" at step ")[0] for line in said) == [f"{arm} DIVERGED" for arm in arms]
+    assert all("kl_blowup (KL to the reference of" in line and "nats per token" in line for line in said)
+    assert all("Nothing of it is saved or registered" in line and "ppo.learning_rate" in line for line in said)
+    assert "Traceback" not in done.told
+    assert versions(client) == registered
+    assert sorted((shell.root / "artifacts").glob("*/*/artifact.json")) == kept
+    assert actions(shell.planned()) == {}
+
+    flow = runs(client, "rrlhf.profile", "tiny")[0]
+    assert flow.info.status == "FAILED"
+    failed = runs(client, "mlflow.parentRunId", flow.info.run_id)
+    assert sorted(run.data.tags["rrlhf.node"] for run in failed) == arms
+    for run in failed:
+        assert run.info.status == "FAILED"
+        assert re.fullmatch(r"DIVERGED: kl_blowup \(step \d+\)", run.data.tags["rrlhf.health"])
+        assert {"health.json", "samples.json"} <= {entry.path for entry in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_healthy_training_is_tagged_so_and_keeps_what_it_wrote(first, shell, client):
+    folder = shell.root / first.folders["ppo-robust"]
+    [run] = runs(client, "rrlhf.key", folder.name)
+    assert run.data.tags["rrlhf.health"] == "healthy"
+    told = Path(client.download_artifacts(run.info.run_id, "samples.json"))
+    table = json.loads(told.read_bytes())
+    written = json.loads((folder / "samples.json").read_bytes())
+    column = table["columns"].index("response")
+    assert [row[column] for row in table["data"]] == [row["response"] for row in written]
+    page = (shell.root / "reports" / "tiny.html").read_text(encoding="utf-8")
+    assert "No detector fired in any training." in page
+    assert "What they wrote as they trained" in page
 
 
 def test_mistakes_end_a_run_before_anything_starts(shell):

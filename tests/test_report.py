@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 
 from rrlhf.evaluation import Evaluation, Measured, Policy
+from rrlhf.excerpts import Excerpt
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
 from rrlhf.report import render, reward_in_words, table, visible
+from rrlhf.trainings import Event, Training, health
 from rrlhf.verdict import verdict
 
 
@@ -128,6 +130,7 @@ def html(of: Evaluation, **changes: Any) -> str:
         "params": {"ppo": {"updates": 8}},
         "lineage": "policy\n└── sft",
         "facts": {"git": "abc"},
+        "trained": {},
     }
     return render(of, **(arguments | changes))
 
@@ -301,6 +304,58 @@ def test_best_of_n_without_gold_is_drawn_by_its_reward_alone() -> None:
     page = html(bare)
     assert "Gold by n" not in page
     assert "Chart: Reward by n" in page
+
+
+def trained(*events: Event) -> dict[str, Training]:
+    rows = [{"step": n, "kl": 0.1 * n, "entropy": 3.0 - 0.1 * n, "finished": 0.9} for n in range(8)]
+    return {"single": Training(list(events), rows), "robust": Training([], rows[:5])}
+
+
+WARNED: Event = {"step": 5, "name": "hacking_suspected", "detail": "score from 0.1 to 2.0", "action": "warned"}
+
+
+def test_the_health_of_every_training_is_told_and_drawn() -> None:
+    page = html(evaluation(), trained=trained(WARNED))
+    text = re.sub(r"<[^>]+>", " ", page)
+    assert re.search(r"single\s+, rollout 5:\s+hacking suspected\s+. score from 0.1 to 2.0; warned.", text)
+    assert re.findall(r'Chart: (KL|Entropy|Finished|Clip fraction)"', page) == ["KL", "Entropy", "Finished"]
+    assert "a dotted line marks" in page
+    assert health(trained(WARNED)) == "Health: hacking_suspected in single at rollout 5 (warned)."
+
+
+def test_a_healthy_training_is_said_to_be_healthy() -> None:
+    page = html(evaluation(), trained=trained())
+    assert "No detector fired in any training." in page
+    assert "a dotted line marks" not in page
+    assert health(trained()) == "Health: no detector fired in any training."
+
+
+def test_arms_that_were_not_watched_have_no_health() -> None:
+    assert health({}) == ""
+    page = html(evaluation())
+    assert "Health of the training" not in page
+    assert "What they wrote" not in page
+
+
+def test_what_a_policy_wrote_as_it_trained_is_shown_by_prompt_and_escaped() -> None:
+    some = evaluation()
+
+    def wrote(row: int, update: int, text: str, kl: float | None = 1.25) -> Excerpt:
+        return {
+            "update": update,
+            "row": row,
+            "prompt": f"Prompt {row}",
+            "response": text,
+            "finished": True,
+            "kl": kl,
+            "proxy": 0.5,
+            "heads": [0.1],
+        }
+
+    some["excerpts"] = {"single": [wrote(4, 0, "At first."), wrote(4, 9, "<b>Sure"), wrote(7, 3, " ", None)]}
+    text = re.sub(r"<[^>]+>", " ", html(some).split("What they wrote as they trained")[1])
+    assert re.search(r"Prompt 4\s+rollout 0\s+At first.\s+proxy 0.50 · KL 1.2\s+rollout 9\s+&lt;b&gt;Sure", text)
+    assert re.search(r"Prompt 7\s+rollout 3\s+\(empty\)\s+proxy 0.50 · KL –", text)
 
 
 def test_visible_keeps_ordinary_text() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm, load_params
+from rrlhf.report import METRICS
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.tables import SCHEMAS, preferences, prompts, read_table
@@ -136,6 +137,23 @@ def test_the_evaluation_compares_every_policy_on_the_same_prompts(made, params):
     assert found["policies"][0]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-3)
     assert len(found["curves"]) == 2 * params.ppo.updates
     assert set(found["samples"][0]["responses"]) == {"sft", "single", "robust"}
+
+
+def test_every_number_of_the_evaluation_has_its_meaning(made):
+    found = json.loads((made[0] / "evaluate" / "evaluation.json").read_text())
+    assert {metric for policy in found["policies"] for metric in policy["metrics"]} == set(METRICS)
+
+
+def test_the_evaluation_shows_what_each_policy_wrote_as_it_trained(made, params):
+    root, _ = made
+    found = json.loads((root / "evaluate" / "evaluation.json").read_text())["excerpts"]
+    kept = pq.read_table(root / "robust" / "rollouts.parquet").to_pylist()
+    asked = prompts(root / "data", "ppo")
+    assert set(found) == {"single", "robust"}
+    for row in found["robust"]:
+        same = [one for one in kept if (one["update"], one["response"]) == (row["update"], row["response"])]
+        assert row["prompt"] in {asked[one["prompt"]][-1]["content"] for one in same}
+        assert isinstance(row["gold"], float)
 
 
 def test_the_evaluation_judges_the_reward_models_and_their_agreement_with_gold(made):

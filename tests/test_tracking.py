@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 
 from rrlhf.artifacts import HISTORY, Store, clear
 from rrlhf.config import load_params
+from rrlhf.health import DivergedError
 from rrlhf.keys import key_digest
 from rrlhf.lineage import resolve, tree
 from rrlhf.stages import nodes
@@ -204,6 +205,71 @@ def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client
     [run] = stage_runs(client, "k" * 64)
     assert run.info.status == "FAILED"
     assert math.isnan(history(client, run.info.run_id)[0][1])
+
+
+FELL = [{"step": step, "kl": 1.0} | ({"health_kl_blowup": 1.0} if step in {2, 3} else {}) for step in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tag"),
+    [
+        (FELL[:2], "healthy"),
+        (FELL, "kl_blowup (steps 2, 3)"),
+        ([*FELL, {"step": 5, "health_nonfinite": 1.0}], "kl_blowup (steps 2, 3), nonfinite (step 5)"),
+    ],
+)
+def test_a_policys_run_is_tagged_with_its_health(tracker, client, rows, tag):
+    with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64) as log:
+        for row in rows:
+            log(row)
+    [run] = stage_runs(client, "k" * 64)
+    assert run.data.tags["rrlhf.health"] == tag
+
+
+def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, tmp_path):
+    written = [{"update": 0, "prompt": "Say a.", "response": "a", "kl": None, "heads": [0.1, None]}]
+    (tmp_path / "health.json").write_text('[{"step": 4}]')
+    (tmp_path / "samples.json").write_text(json.dumps(written))
+
+    def diverge():
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path) as log:
+            for row in [*FELL, {"step": 5, "health_kl_blowup": 1.0, "diverged": 1.0}]:
+                log(row)
+            raise DivergedError
+
+    with pytest.raises(DivergedError):
+        diverge()
+    [run] = stage_runs(client, "k" * 64)
+    assert (run.info.status, run.data.tags["rrlhf.health"]) == ("FAILED", "DIVERGED: kl_blowup (steps 2, 3, 5)")
+    told = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_bytes())
+    assert [dict(zip(told["columns"], row, strict=True)) for row in told["data"]] == written
+    assert "samples.json" in run.data.tags["mlflow.loggedArtifacts"]  # MLflow's pages then show a table
+
+
+def test_a_stage_that_fails_otherwise_is_not_called_healthy(tracker, client):
+    def fail():
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64) as log:
+            log(FELL[0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "rrlhf.health" not in stage_runs(client, "k" * 64)[0].data.tags
+
+
+def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, tracker, client):
+    def fill(staged):
+        (staged / "health.json").write_text("[]")
+        (staged / "samples.json").write_text('[{"update": 0, "response": "a"}]')
+
+    policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=fill)
+    for _ in range(2):  # registering again adds nothing
+        tracker.register(policy, DATA)
+    [run] = stage_runs(client, policy.key)
+    assert run.data.tags["rrlhf.health"] == "healthy"
+    assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"health.json", "samples.json"}
+    told = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_bytes())
+    assert told["data"] == [[0, "a"]]
 
 
 def test_training_goes_on_when_the_server_is_lost(root, tracker, capsys):

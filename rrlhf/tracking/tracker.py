@@ -14,7 +14,7 @@ from rrlhf.locks import locked
 from rrlhf.stages import Node
 from rrlhf.tracking.models import MODEL_NAMES, Models
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
-from rrlhf.tracking.runs import LiveRun, Runs
+from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
 from rrlhf.tracking.server import connect, errors, long_requests, trouble, warn
 from rrlhf.types import Dataset, Log
 
@@ -68,11 +68,11 @@ class Tracker:
             self._client.set_terminated(run_id, status)
 
     @contextmanager
-    def stage_run(self, parent: str | None, node: Node, key: str) -> Iterator[Log]:
-        """Open a run for a stage that computes, and yield its log.
+    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path | None = None) -> Iterator[Log]:
+        """Open a run for a stage that computes into `folder`, and yield its log.
 
         A server that is away costs a little time and nothing else: rows wait for it, and `register` writes anew
-        what never arrived.
+        what never arrived. What a stage that failed left in its folder to tell of it is kept with the run.
         """
         tags = process_tags() | stage_tags(node.name, node.stage, key)
         run_id = None
@@ -80,7 +80,7 @@ class Tracker:
             run_id = self._runs.new(node.name, tags, node.settings, parent=parent)
         except errors() as error:
             warn(node.name, error)
-        live = LiveRun(self._client, run_id, node.name)
+        live = LiveRun(self._client, run_id, node.name, is_watched(node.settings))
         status = "FAILED"
         try:
             yield live.log
@@ -89,7 +89,7 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            live.finish(status)
+            live.finish(status, folder)
 
     def register(
         self,
@@ -106,6 +106,7 @@ class Tracker:
         """
         with locked(self._root / ".rrlhf" / "registering" / artifact.key), trouble(self._uri):
             run = self._runs.complete(artifact, parent)
+            write_told(self._client, run.info.run_id, artifact.path)
             if artifact.stage not in MODEL_NAMES:
                 self._models.keep_files(run, artifact, dataset)
                 return None
