@@ -41,6 +41,10 @@ class Adapted(nn.Module):
         added = torch.einsum("kbtr,kor->kbto", low, self.up.to(x.dtype)).flatten(0, 1)
         return mapped + added
 
+    def merged(self) -> Tensor:
+        """Return W + B A, [out, in], of a map with one adapter."""
+        return self.base.weight + self.up[0] @ self.down[0]
+
 
 def adapt(network: Any, first: int, last: int, copies: int, rank: int) -> None:
     """Put K adapters beside the query and value maps of decoder layers first..last-1, in place."""
@@ -71,7 +75,7 @@ def without_adapters(network: Any) -> Iterator[None]:
 def merge_adapters(network: Any) -> None:
     """Make a network with one adapter on each map a plain one, W + B A, in place; one without stays as it is."""
     for adapted in _detached(network):
-        adapted.base.weight += adapted.up[0] @ adapted.down[0]
+        adapted.base.weight.copy_(adapted.merged())
 
 
 def copies_of(network: Any) -> int:

@@ -105,3 +105,16 @@ class Cache:
         """Forget all rows but `rows`."""
         for store in self.keys, self.values:
             store[:] = [None if memory is None else memory[rows] for memory in store]
+
+
+class Filling:
+    """Puts the keys and values of packed rows into a cache, padded on the right, as transformers' layers call it."""
+
+    def __init__(self, cache: Cache, packing: Packing) -> None:
+        self._cache, self._packing = cache, packing
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Keep [1, heads, tokens, head width]; return the same, for attention among themselves."""
+        keys, values = (self._packing.grid(states.transpose(1, 2)).transpose(1, 2) for states in (key, value))
+        self._cache.update(keys, values, layer)
+        return key, value

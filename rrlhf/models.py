@@ -177,13 +177,15 @@ def run_layers(
     positions: Tensor | None = None,
     mask: Tensor | None = None,
     cache: Any = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """Run decoder layers first..last-1 on hidden states [batch, tokens, width].
 
     Without a mask, attention is causal: exact for rows padded on the right, and it keeps the fused kernel.
-    mask: [batch, 1, queries, keys], True where attention is allowed.
+    mask: [batch, 1, queries, keys], True where attention is allowed. packing: of hidden states [1, tokens, width].
     """
-    return _through(network.model.layers[first:last], network.model.rotary_emb, hidden, positions, mask, cache)
+    layers = network.model.layers[first:last]
+    return _through(layers, network.model.rotary_emb, hidden, positions, mask, cache, packing)
 
 
 def _through(

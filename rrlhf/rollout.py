@@ -1,7 +1,7 @@
 """Sampling responses, and all that training must remember about them.
 
-Prompts are padded on the left while sampling, so that all rows grow at the same place; what is handed on is padded
-on the right, where causal attention needs no mask.
+Prompts run end to end, without padding; then all rows grow by a token at a time. What is handed on is padded on the
+right, where causal attention needs no mask.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rrlhf.attention import Cache
+from rrlhf.attention import Cache, Filling, Packing
 from rrlhf.config import Model
+from rrlhf.decoding import Decoder, decodes
 from rrlhf.kl import k3
 from rrlhf.models import LanguageModel, autocast, embed, run_layers
 from rrlhf.progress import track
@@ -122,34 +124,29 @@ def sample(
     device = language.device
     batch, width = len(prompts), max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    real = torch.arange(width, device=device) >= (width - lengths)[:, None]
     responses = torch.full((batch, response_tokens), eos, device=device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logprobs = torch.zeros(batch, response_tokens, device=device)
     entropy = torch.zeros_like(logprobs)
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
-    states = {layer: torch.zeros(batch, width + response_tokens, top.shape[2], device=device) for layer in keep}
 
     cache = Cache(language.layers, width + response_tokens)
+    hidden, states = _prefill(language, prompts, lengths, cache, keep)
+    step_on = _Steps(network, cache, keep, batch)
     rows = torch.arange(batch, device=device)  # the rows still growing
     running = torch.ones(batch, dtype=torch.bool, device=device)
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    allowed = (causal & real[:, None, :] | torch.eye(width, dtype=torch.bool, device=device))[:, None]
-    entering, start = padded, 0
-    for step in range(response_tokens + 1):
-        hidden = _forward(network, entering, positions, allowed, cache, states, rows, start)
-        if step == response_tokens:  # the last tokens have entered too: reward features look at them
-            break
-        state = network.model.norm(hidden[:, -1])
+    at = torch.arange(width + response_tokens, device=device)
+    real = (at < lengths[:, None]) | (at >= width)  # the cache's columns: prompts, their padding, responses
+    for step in range(response_tokens):
+        state = network.model.norm(hidden)
         distribution = network.lm_head(state).float().log_softmax(dim=-1)
-        drawn = _draw(distribution.exp(), torch.rand(batch, generator=generator, device=device)[rows])
+        probabilities = distribution.exp()
+        drawn = _draw(probabilities, torch.rand(batch, generator=generator, device=device)[rows])
         counts = running[rows]
         responses[rows, step] = torch.where(counts, drawn[:, 0], eos)
         mask[rows, step] = counts
         logprobs[rows, step] = torch.where(counts, distribution.gather(1, drawn)[:, 0], 0.0)
-        entropy[rows, step] = torch.where(counts, -(distribution.exp() * distribution).sum(1), 0.0)
+        entropy[rows, step] = torch.where(counts, -(probabilities * distribution).sum(1), 0.0)
         top[rows, step] = state.float()
         running[rows] &= drawn[:, 0] != eos
         if not running.any() or (step == response_tokens - 1 and not keep):
@@ -158,13 +155,60 @@ def sample(
         if alive.float().mean() <= 0.75:
             cache.keep(alive.nonzero()[:, 0])
             rows = rows[alive]
-        start = width + step
-        entering = responses[rows, step, None]
-        positions = (lengths[rows] + step)[:, None]
-        grown = torch.ones(len(rows), step + 1, dtype=torch.bool, device=device)
-        allowed = torch.cat([real[rows], grown], dim=1)[:, None, None]
-    states = {layer: _padded_right(kept, width - lengths) for layer, kept in states.items()}
+        # The last tokens enter too: reward features look at them.
+        hidden, entered = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
+        for layer, entering in entered.items():
+            states[layer][rows, lengths[rows] + step] = entering.float()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
+
+
+def _prefill(
+    language: LanguageModel, prompts: list[list[int]], lengths: Tensor, cache: Cache, keep: tuple[int, ...]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run all layers on the prompts, laid end to end, and fill the cache.
+
+    Returns each prompt's last state [batch, width], and with room for responses the states that enter the layers
+    `keep`, [batch, cache's capacity, width], padded on the right.
+    """
+    network, packing, states = language.network, Packing.of(lengths), {}
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=language.device)
+    hidden, first, filling = embed(network, tokens[None]), 0, Filling(cache, packing)
+    for layer in sorted({*keep, language.layers}):
+        hidden = run_layers(network, hidden, first, layer, positions=packing.positions, cache=filling, packing=packing)
+        if layer in keep:
+            states[layer] = pad(packing.grid(hidden.float()), (0, 0, 0, cache.capacity - packing.width))
+        first = layer
+    return hidden[0, lengths.cumsum(0) - 1], states
+
+
+class _Steps:
+    """One more token for each row, by the quick way where the network allows it."""
+
+    def __init__(self, network: Any, cache: Cache, keep: tuple[int, ...], rows: int) -> None:
+        self._network, self._cache, self._keep, device = network, cache, keep, network.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        self._decoder = Decoder(network, rows, dtype) if decodes(network) else None
+
+    def __call__(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return the last states [rows, width], and those that enter the kept layers.
+
+        tokens, positions: [rows]; allowed: [rows, tokens so far], which of the cache's columns are real.
+        """
+        network = self._network
+        hidden = network.model.embed_tokens(tokens)
+        if self._decoder is not None:
+            if not self._decoder.fits(len(tokens)):
+                self._decoder = self._decoder.resized(len(tokens))
+            bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
+            return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
+        states, first = {}, 0
+        place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
+        for layer in sorted({*self._keep, len(network.model.layers)}):
+            hidden = run_layers(network, hidden[:, None], first, layer, **place)[:, 0]
+            if layer in self._keep:
+                states[layer] = hidden
+            first = layer
+        return hidden, states
 
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
@@ -175,32 +219,6 @@ def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(dim=1)
     target = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp(max=probabilities.shape[1] - 1)
-
-
-def _forward(
-    network: Any,
-    tokens: Tensor,
-    positions: Tensor,
-    allowed: Tensor,
-    cache: Any,
-    states: dict[int, Tensor],
-    rows: Tensor,
-    start: int,
-) -> Tensor:
-    """Run all layers and note the hidden states that enter some of them."""
-    hidden, first = embed(network, tokens), 0
-    for layer in sorted({*states, len(network.model.layers)}):
-        hidden = run_layers(network, hidden, first, layer, positions=positions, mask=allowed, cache=cache)
-        if layer in states:
-            states[layer][rows, start : start + hidden.shape[1]] = hidden.float()
-        first = layer
-    return hidden
-
-
-def _padded_right(left: Tensor, padding: Tensor) -> Tensor:
-    """Move each row's padding from its left end to its right end."""
-    index = torch.arange(left.shape[1], device=left.device) + padding[:, None]
-    return left.gather(1, index.clamp(max=left.shape[1] - 1)[..., None].expand_as(left))
 
 
 @torch.no_grad()

@@ -1,0 +1,151 @@
+"""One decoding step of a Llama-like decoder with as few operations as it takes.
+
+A step of a small model spends more time between matrix products than in them. Here each layer's products with the same
+input are one, rotation is worked out once for all layers, and attention of a single query is two products. Whether a
+network computes what stands here is tried when it is first used; one that does not (a layer of another make) decodes
+the general way.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from rrlhf.adapters import Adapted
+from rrlhf.attention import Cache
+
+
+class Product:
+    """y = W x + b for `rows` rows at a time, or fewer.
+
+    MKL lays a matrix out anew in every product, which takes as long as a product of few rows itself. Laid out once, for
+    so many rows, it is nearly twice as quick at 32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self._weight, self._bias, self._rows = weight, bias, rows
+        on_mkl = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
+        self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows) if on_mkl else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [rows, in] to [rows, out]."""
+        if self._laid_out is None:
+            return linear(x.to(self._weight.dtype), self._weight, self._bias)
+        missing = self._rows - len(x)
+        padded = pad(x, (0, 0, 0, missing)) if missing else x
+        mapped: Tensor = torch.ops.mkl._mkl_linear(padded, self._laid_out, self._weight, self._bias, self._rows)
+        return mapped[: len(x)]
+
+
+class Layer(NamedTuple):
+    """A decoder layer; maps of the same input are one."""
+
+    norm: Any  # module before attention
+    attention: Product  # to queries, keys and values
+    output: Product
+    second_norm: Any  # module before the feed-forward part
+    gated: Product  # to gate and up
+    down: Product
+
+
+class Decoder:
+    """A network's layers as they are now, for steps of one token in up to `rows` rows; training does not reach it."""
+
+    def __init__(self, network: Any, rows: int, dtype: torch.dtype = torch.float32) -> None:
+        config = network.config
+        self.rows = rows
+        self._network, self._dtype = network, dtype
+        self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
+        self._width = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._activation = network.model.layers[0].mlp.act_fn
+        self._layers = [
+            Layer(
+                layer.input_layernorm,
+                self._stacked(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                self._stacked(layer.self_attn.o_proj),
+                layer.post_attention_layernorm,
+                self._stacked(layer.mlp.gate_proj, layer.mlp.up_proj),
+                self._stacked(layer.mlp.down_proj),
+            )
+            for layer in network.model.layers
+        ]
+
+    def _stacked(self, *maps: Any) -> Product:
+        weights = [one.merged() if isinstance(one, Adapted) else one.weight.detach() for one in maps]
+        bases = [one.base if isinstance(one, Adapted) else one for one in maps]
+        biases = [base.bias.detach() for base in bases if base.bias is not None]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        bias = torch.cat(biases).to(self._dtype) if biases else None
+        return Product(weight.to(self._dtype), bias, self.rows)
+
+    def fits(self, rows: int) -> bool:
+        """Whether it is still the quickest for so many rows."""
+        return 2 * rows > self.rows
+
+    def resized(self, rows: int) -> Decoder:
+        """Return one for fewer rows."""
+        return Decoder(self._network, rows, self._dtype)
+
+    def step(
+        self, hidden: Tensor, positions: Tensor, bias: Tensor, cache: Cache, keep: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run all layers on one new token per row; return its last state, and the states that enter some layers.
+
+        hidden: [rows, width] embeddings; positions: [rows]; bias: [rows, tokens so far, this one included], 0 or
+        -inf; cache: keys and values of the tokens before, to which these are added.
+        """
+        states: dict[int, Tensor] = {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            rotation, bias = self._network.model.rotary_emb(hidden[:, None], positions[:, None]), bias[:, None, None]
+            for number, layer in enumerate(self._layers):
+                if number in keep:
+                    states[number] = hidden
+                hidden = hidden + self._attend(layer, number, hidden, rotation, bias, cache)
+                gate, up = layer.gated(layer.second_norm(hidden)).chunk(2, dim=-1)
+                hidden = hidden + layer.down(self._activation(gate) * up)
+        if len(self._layers) in keep:
+            states[len(self._layers)] = hidden
+        return hidden, states
+
+    def _attend(
+        self, layer: Layer, number: int, hidden: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, cache: Cache
+    ) -> Tensor:
+        heads, groups, (cosine, sine) = self._heads, self._groups, rotation
+        mapped = layer.attention(layer.norm(hidden)).unflatten(-1, (-1, self._width))
+        turned, value = mapped.split([heads + groups, groups], dim=1)
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
+        query, key = turned.split([heads, groups], dim=1)
+        keys, values = cache.update(key[:, :, None], value[:, :, None], number)
+        scores = query.unflatten(1, (groups, -1)).to(keys.dtype) @ keys.transpose(2, 3) * self._width**-0.5
+        attended = (scores + bias).softmax(dim=-1).to(
+            values.dtype
+        ) @ values  # [rows, groups, heads of a group, head width]
+        return layer.output(attended.flatten(1))
+
+
+@torch.no_grad()
+def decodes(network: Any) -> bool:
+    """Whether `Decoder` computes what the network does; tried once on a few tokens, then remembered with it."""
+    known = getattr(network, "_rrlhf_decodes", None)
+    if known is None:
+        known = network._rrlhf_decodes = _agrees(network)
+    return bool(known)
+
+
+def _agrees(network: Any) -> bool:
+    tokens = torch.arange(3, 9, device=network.device)[None]
+    with torch.autocast(network.device.type, enabled=False):
+        expected = network.model(tokens).last_hidden_state[0, -1]
+        try:
+            decoder = Decoder(network, 1)
+            cache = Cache(len(network.model.layers), tokens.shape[1])
+            for i in range(tokens.shape[1]):
+                at, bias = tokens.new_tensor([i]), torch.zeros(1, i + 1, device=network.device)
+                hidden, _ = decoder.step(network.model.embed_tokens(tokens[:, i]), at, bias, cache, ())
+        except (AttributeError, RuntimeError, TypeError, ValueError):  # layers of another make
+            return False
+        return torch.allclose(network.model.norm(hidden)[0], expected, atol=1e-3, rtol=1e-3)

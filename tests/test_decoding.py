@@ -1,0 +1,102 @@
+"""The quick way to decode against the network itself."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rrlhf import rollout
+from rrlhf.adapters import adapt, adapters
+from rrlhf.config import Model
+from rrlhf.decoding import Decoder, Product, decodes
+from rrlhf.models import LanguageModel, load_base
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.0,
+}
+PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21, 5, 6], [5, 30], [40]]
+
+
+class Tokenizer:
+    eos_token_id = 1
+
+
+@pytest.fixture(params=["grouped heads", "one head width", "biases", "wide heads"])
+def network(request):
+    torch.manual_seed(0)
+    if request.param == "biases":  # Qwen2's maps to queries, keys and values have some
+        made = Qwen2ForCausalLM(Qwen2Config(**SHAPE, use_sliding_window=False))
+        for layer in made.model.layers:
+            torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+            torch.nn.init.normal_(layer.self_attn.v_proj.bias)
+    else:
+        changed = {"one head width": {"num_key_value_heads": 4}, "wide heads": {"head_dim": 16}}.get(request.param, {})
+        made = LlamaForCausalLM(LlamaConfig(**SHAPE | changed))
+    return made.eval().requires_grad_(False)
+
+
+def drawn(network, keep=(1,), general=False):
+    """Sample with the quick way or, as if the network had another make, without."""
+    network._rrlhf_decodes = not general
+    generator = torch.Generator().manual_seed(0)
+    language = LanguageModel(network, Tokenizer())
+    return rollout.sample(language, PROMPTS * 3, 8, generator, keep=keep)
+
+
+def test_both_ways_to_decode_say_the_same(network):
+    assert decodes(network)
+    quick, general = drawn(network), drawn(network, general=True)
+    assert torch.equal(quick.responses, general.responses)
+    assert torch.equal(quick.mask, general.mask)
+    torch.testing.assert_close(quick.logprobs, general.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quick.states[1], general.states[1], atol=1e-5, rtol=1e-5)
+    assert quick.finished.any()  # so that rows left the batch on the way
+
+
+def test_a_network_of_another_make_decodes_the_general_way(network):
+    torch.nn.init.normal_(network.model.layers[0].mlp.down_proj.weight)
+    network.model.layers[0].mlp.register_forward_hook(lambda _, __, out: 1.5 * out)
+    assert not decodes(network)
+    del network._rrlhf_decodes
+    network.model.layers[0].mlp.gate_proj = torch.nn.Sequential(network.model.layers[0].mlp.gate_proj)
+    assert not decodes(network)
+
+
+def test_adapters_take_part_in_decoding():
+    model = Model(
+        base="random:3x32",
+        revision=None,
+        device="cpu",
+        dtype="float32",
+        system_prompt="",
+        prompt_tokens=9,
+        response_tokens=8,
+    )
+    network = load_base(model).network.requires_grad_(False)
+    plain = drawn(network)
+    adapt(network, 1, 3, copies=1, rank=4)
+    for module in adapters(network):
+        torch.nn.init.normal_(module.up, std=0.3)
+    with torch.no_grad():
+        quick, general = drawn(network), drawn(network, general=True)
+    torch.testing.assert_close(quick.logprobs, general.logprobs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(quick.logprobs, plain.logprobs, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_product_serves_fewer_rows_than_it_was_made_for(rows):
+    weight, bias, x = torch.randn(40, 24), torch.randn(40), torch.randn(8, 24)
+    torch.testing.assert_close(Product(weight, bias, 8)(x[:rows]), x[:rows] @ weight.T + bias, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_is_made_anew_for_half_of_the_rows(network):
+    decoder = Decoder(network, 8)
+    assert decoder.fits(8)
+    assert decoder.fits(5)
+    assert not decoder.fits(4)
+    assert decoder.resized(4).rows == 4
