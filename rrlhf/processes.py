@@ -53,6 +53,7 @@ def call_in_processes(
                 told.listen(process.stdout or ())
             except BaseException:
                 process.terminate()
+                told.hear_out(process.stdout or ())  # it saves what it can go on from, and says so
                 raise
     finally:
         job.unlink()
@@ -78,10 +79,7 @@ class _Told:
         meters: dict[str, Callable[[int], None]] = {}
         with ExitStack() as shown:
             for line in lines:
-                said, is_message, rest = line.partition(MESSAGE)
-                if said:
-                    self.last.append(said if said.endswith("\n") else said + "\n")
-                    print(self.last[-1], end="", file=sys.stderr, flush=True)
+                is_message, rest = self._hand_on(line)
                 if not is_message:
                     continue
                 message = json.loads(rest)
@@ -95,6 +93,19 @@ class _Told:
                 else:
                     self.error = message.get("error", self.error)
                     self.diverged = message.get("diverged", self.diverged)
+
+    def hear_out(self, lines: Iterable[str]) -> None:
+        """Hand on what is no message until the processes have ended."""
+        for line in lines:
+            self._hand_on(line)
+
+    def _hand_on(self, line: str) -> tuple[str, str]:
+        """Print what stands before a message, or all of a line that is none; return the message's mark and text."""
+        said, is_message, rest = line.partition(MESSAGE)
+        if said:
+            self.last.append(said if said.endswith("\n") else said + "\n")
+            print(self.last[-1], end="", file=sys.stderr, flush=True)
+        return is_message, rest
 
 
 def _launcher(processes: int) -> list[str]:

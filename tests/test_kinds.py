@@ -188,5 +188,5 @@ def test_a_policy_is_trained_and_compared_with_it(made, kind):
         if node.stage in {*METHODS, "evaluate"}:
             found.run(node)
     result = json.loads((found.root / "evaluate" / "evaluation.json").read_text())
-    assert [policy["name"] for policy in result["policies"]] == ["sft", "single", "robust"]
+    assert [policy["name"] for policy in result["policies"]] == ["sft", *found.params.arms]
     assert all(len(point["heads"]) == 2 for point in result["curves"])
