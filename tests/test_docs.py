@@ -149,3 +149,12 @@ def test_every_setting_that_is_named_exists():
     named_settings = set(re.findall(r"`(sft|reward|ensemble|ppo|dpo|health)\.(\w+)`", TEXT)) - {("health", "json")}
     assert named_settings
     assert all(key in params[part] for part, key in named_settings)
+
+
+def test_every_test_that_the_list_of_details_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "ppo.md").read_text()))
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 24
+    assert named <= there
