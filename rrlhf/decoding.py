@@ -30,6 +30,10 @@ class Product:
         on_mkl = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
         self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows) if on_mkl else None
 
+    def resized(self, rows: int) -> Product:
+        """Return the same map for fewer rows."""
+        return Product(self._weight, self._bias, rows)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Map [rows, in] to [rows, out]."""
         if self._laid_out is None:
@@ -85,9 +89,13 @@ class Decoder:
         """Whether it is still the quickest for so many rows."""
         return 2 * rows > self.rows
 
-    def resized(self, rows: int) -> Decoder:
-        """Return one for fewer rows."""
-        return Decoder(self._network, rows, self._dtype)
+    def resize(self, rows: int) -> None:
+        """Make it the quickest for fewer rows."""
+        self.rows = rows
+        self._layers = [
+            Layer(*(part.resized(rows) if isinstance(part, Product) else part for part in layer))
+            for layer in self._layers
+        ]
 
     def step(
         self, hidden: Tensor, positions: Tensor, bias: Tensor, cache: Cache, keep: tuple[int, ...]

@@ -54,8 +54,13 @@ def end_with_parent() -> None:
 
 
 def release_memory() -> None:
-    """Give memory that is free back to the system: after a training stage, glibc alone would keep gigabytes."""
+    """Let go of what nothing refers to, and of its memory, after a training stage."""
     gc.collect()
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Give memory that is free back to the system: glibc alone would keep gigabytes."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from rrlhf.attention import Cache, Filling, Packing
 from rrlhf.config import Model
 from rrlhf.decoding import Decoder, decodes
+from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.models import LanguageModel, autocast, embed, run_layers
 from rrlhf.progress import track
@@ -159,6 +160,8 @@ def sample(
         hidden, entered = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
         for layer, entering in entered.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
+    del step_on  # its copies of the weights go back to the system, not into holes of the heap
+    give_back_memory()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
 
 
@@ -198,7 +201,7 @@ class _Steps:
         hidden = network.model.embed_tokens(tokens)
         if self._decoder is not None:
             if not self._decoder.fits(len(tokens)):
-                self._decoder = self._decoder.resized(len(tokens))
+                self._decoder.resize(len(tokens))
             bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
             return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
         states, first = {}, 0

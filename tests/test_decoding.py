@@ -99,4 +99,6 @@ def test_a_decoder_is_made_anew_for_half_of_the_rows(network):
     assert decoder.fits(8)
     assert decoder.fits(5)
     assert not decoder.fits(4)
-    assert decoder.resized(4).rows == 4
+    decoder.resize(4)
+    assert decoder.fits(4)
+    assert not decoder.fits(2)
