@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 UPDATES = 8
 RUN = ["run", "--profile", "tiny", "--set", f"ppo.updates={UPDATES}", "--set", "health.checkpoint_every=1"]
-RUN += ["--set", "arms.single=null", "--set", "ppo.epochs=4"]
+RUN += ["--set", "arms={single: null, direct: null, choosy: null}", "--set", "ppo.epochs=4"]
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -188,7 +188,7 @@ def test_ppo_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, seed
     """With reward 1 for one first token and no KL term, the policy ends up choosing it."""
     model = model.model_copy(update={"response_tokens": 1})
     ppo = ppo.model_copy(
-        update={"updates": 100, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}
+        update={"updates": 100, "prompts_per_update": 32, "minibatch_size": 32, "kl_weight": 0.0, "learning_rate": 0.01}
     )
     found = learner(model, ppo, rewards, seed)
     with torch.no_grad():
