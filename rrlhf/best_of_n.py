@@ -17,8 +17,7 @@ from rrlhf.judgement import Judgement, arm_reward, function_values
 from rrlhf.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
 from rrlhf.progress import track
 from rrlhf.reward_functions import load_functions
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
-from rrlhf.reward_models.trunk import trunk_layer
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
 from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
@@ -60,7 +59,7 @@ def run(
     )
     texts = [decode(language, response.tokens) for response in responses]
     models = [load_for_policy(folder, engine.device) for folder in (reward, ensemble)]
-    layer = trunk_layer(reward) if None in {each.identity for each in models} else None
+    layer = shared_layer(models, reward)
     judgement = judged(language, models, layer, encoded, responses, asked, texts, model, best_of_n.batch_size)
     tokens, ended = [response.tokens for response in responses], [response.finished for response in responses]
     values = function_values(load_functions(arm.functions), asked, texts, tokens, ended)

@@ -129,9 +129,8 @@ class Decoder:
         query, key = turned.split([heads, groups], dim=1)
         keys, values = cache.update(key[:, :, None], value[:, :, None], number)
         scores = query.unflatten(1, (groups, -1)).to(keys.dtype) @ keys.transpose(2, 3) * self._width**-0.5
-        attended = (scores + bias).softmax(dim=-1).to(
-            values.dtype
-        ) @ values  # [rows, groups, heads of a group, head width]
+        weights = (scores + bias).softmax(dim=-1).to(values.dtype)  # [rows, groups, heads of a group, tokens]
+        attended = weights @ values
         return layer.output(attended.flatten(1))
 
 

@@ -29,8 +29,7 @@ from rrlhf.progress import track
 from rrlhf.reward_functions import RewardFunction, load_functions, metric_names
 from rrlhf.reward_models.features import PairFeatures, features_of
 from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by
-from rrlhf.reward_models.trunk import trunk_layer
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
 from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
@@ -141,10 +140,10 @@ def _judges(
 ) -> Judges:
     language = load_model(sft)
     language.network.to(device_kind(model.device)).requires_grad_(False)
-    single, several = (load_for_policy(folder, language.device) for folder in (reward, ensemble))
-    layer = trunk_layer(reward) if None in {single.identity, several.identity} else language.layers
-    top = PolicyTop(language, layer)
-    return Judges(language, top, layer, (single, several), functions, GoldJudge(gold) if has_gold else None)
+    models = (load_for_policy(reward, language.device), load_for_policy(ensemble, language.device))
+    layer = shared_layer(models, reward)
+    layer = language.layers if layer is None else layer
+    return Judges(language, PolicyTop(language, layer), layer, models, functions, GoldJudge(gold) if has_gold else None)
 
 
 def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int) -> list[Response]:

@@ -7,8 +7,8 @@ import sys
 
 from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Health
-from rrlhf.health import DIVERGED, MARK, Finding, findings, hacking_suspected, is_healthy
-from rrlhf.learner import Course, Event, Learner, restore, snapshot
+from rrlhf.health import DIVERGED, MARK, Event, Finding, findings, hacking_suspected, is_healthy
+from rrlhf.learner import Course, Learner, restore, snapshot
 
 NONFINITE = f"{MARK}nonfinite"  # marks the rows that lack what was not finite
 ADVICE = "a smaller ppo.learning_rate or a larger ppo.kl_weight may help; docs/metrics.md tells what each name means"

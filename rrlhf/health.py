@@ -32,6 +32,15 @@ class Finding(NamedTuple):
     detail: str
 
 
+class Event(NamedTuple):
+    """Something that a training's health made it do or say."""
+
+    step: int
+    name: str
+    detail: str
+    action: str  # what was done
+
+
 def findings(rows: Sequence[Metrics], start: Metrics, health: Health) -> list[Finding]:
     """Return what is wrong after the last of `rows`, which are those since the start or since the last rollback.
 

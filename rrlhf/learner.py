@@ -27,10 +27,10 @@ from rrlhf.checkpoint import (
     set_random_states,
 )
 from rrlhf.config import Ppo
+from rrlhf.health import Event
 from rrlhf.models import LanguageModel, PolicyTop, Read, first_trained
 from rrlhf.reward_functions import RewardFunction
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy
-from rrlhf.reward_models.trunk import trunk_layer
+from rrlhf.reward_models.scoring import RewardModel, load_for_policy, shared_layer
 from rrlhf.types import Metrics
 
 
@@ -44,15 +44,6 @@ class Sampled(NamedTuple):
     kl: float  # log(pi / pi_ref) of the response, nats
     proxy: float
     heads: list[float]
-
-
-class Event(NamedTuple):
-    """Something that the run's health made it do or say."""
-
-    step: int
-    name: str
-    detail: str
-    action: str  # what was done
 
 
 @dataclass
@@ -118,7 +109,6 @@ def prepare_learner(
 ) -> Learner:
     """Freeze what does not train and build the optimizer."""
     single, several = (load_for_policy(folder, engine.device) for folder in (reward, ensemble))
-    shared = None in {single.identity, several.identity}
     language.network.requires_grad_(False).to(engine.device)
     top, reference = _trainable(language, ppo)
     top.value.requires_grad_(has_critic(ppo))
@@ -137,7 +127,7 @@ def prepare_learner(
         schedule=schedule,
         single=single,
         ensemble=several,
-        reward_layer=trunk_layer(reward) if shared else None,
+        reward_layer=shared_layer((single, several), reward),
         kl_weight=ppo.kl_weight,
         generator=torch.Generator(engine.device).manual_seed(own),
         shuffle=torch.Generator().manual_seed(own),

@@ -173,15 +173,24 @@ def _prefill(
     Returns each prompt's last state [batch, width], and with room for responses the states that enter the layers
     `keep`, [batch, cache's capacity, width], padded on the right.
     """
-    network, packing, states = language.network, Packing.of(lengths), {}
-    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=language.device)
-    hidden, first, filling = embed(network, tokens[None]), 0, Filling(cache, packing)
-    for layer in sorted({*keep, language.layers}):
-        hidden = run_layers(network, hidden, first, layer, positions=packing.positions, cache=filling, packing=packing)
-        if layer in keep:
-            states[layer] = pad(packing.grid(hidden.float()), (0, 0, 0, cache.capacity - packing.width))
-        first = layer
+    network, packing = language.network, Packing.of(lengths)
+    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=language.device)
+    place: dict[str, Any] = {"positions": packing.positions, "cache": Filling(cache, packing), "packing": packing}
+    hidden, entered = _through_all(network, embed(network, tokens), keep, **place)
+    room = (0, 0, 0, cache.capacity - packing.width)
+    states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in entered.items()}
     return hidden[0, lengths.cumsum(0) - 1], states
+
+
+def _through_all(network: Any, hidden: Tensor, keep: tuple[int, ...], **place: Any) -> tuple[Tensor, dict[int, Tensor]]:
+    """Run all layers; return the last states, and those that enter the layers `keep`. place: as of `run_layers`."""
+    first, entered = 0, {}
+    for layer in sorted({*keep, len(network.model.layers)}):
+        hidden = run_layers(network, hidden, first, layer, **place)
+        if layer in keep:
+            entered[layer] = hidden
+        first = layer
+    return hidden, entered
 
 
 class _Steps:
@@ -204,14 +213,9 @@ class _Steps:
                 self._decoder.resize(len(tokens))
             bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
             return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
-        states, first = {}, 0
         place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
-        for layer in sorted({*self._keep, len(network.model.layers)}):
-            hidden = run_layers(network, hidden[:, None], first, layer, **place)[:, 0]
-            if layer in self._keep:
-                states[layer] = hidden
-            first = layer
-        return hidden, states
+        hidden, entered = _through_all(network, hidden[:, None], self._keep, **place)
+        return hidden[:, 0], {layer: entering[:, 0] for layer, entering in entered.items()}
 
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

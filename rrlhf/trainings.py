@@ -9,21 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from rrlhf.artifacts import Artifact
-from rrlhf.health import EVENTS
+from rrlhf.health import EVENTS, Event
 from rrlhf.plots import Chart, Look, data_uri, empty_chart, neighbour_means
 from rrlhf.types import Metrics
-
-
-class Event(TypedDict):
-    """Something that a training's health made it do or say."""
-
-    step: int
-    name: str
-    detail: str
-    action: str
 
 
 class Training(NamedTuple):
@@ -52,13 +43,15 @@ PANELS = {
 def training(artifact: Artifact) -> Training | None:
     """Read a policy's training; None for one that no detector watched."""
     path = artifact.path / EVENTS
-    return Training(json.loads(path.read_bytes()), artifact.history()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return Training([Event(**event) for event in json.loads(path.read_bytes())], artifact.history())
 
 
 def health(trainings: Mapping[str, Training]) -> str:
     """Say in one sentence which detectors fired, by arm; nothing where no arm was watched."""
     told = [
-        f"{event['name']} in {name} at rollout {event['step']} ({event['action']})"
+        f"{event.name} in {name} at rollout {event.step} ({event.action})"
         for name, training in trainings.items()
         for event in training.events
     ]
@@ -86,7 +79,7 @@ def _image(trainings: Mapping[str, Training], looks: Mapping[str, Look], metric:
         measured = [row for row in training.rows if math.isfinite(row.get(metric, math.nan))]
         _draw(axes, [row["step"] for row in measured], [row[metric] for row in measured], look)
         for event in training.events:
-            axes.axvline(event["step"], color=look.color, linewidth=1.4, linestyle=":")
+            axes.axvline(event.step, color=look.color, linewidth=1.4, linestyle=":")
     return data_uri(figure)
 
 

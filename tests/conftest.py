@@ -65,7 +65,7 @@ def start(tmp_path_factory):
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model():
     """Settings of a random model of three layers."""
     from rrlhf.config import Model

@@ -6,21 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf.attention import Cache, Packing
-from rrlhf.config import Model
 from rrlhf.models import PolicyTop, load_base
 
 
 @pytest.fixture(scope="module")
-def language():
-    model = Model(
-        base="random:3x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=8,
-    )
+def language(model):
     return load_base(model)
 
 

@@ -6,7 +6,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rrlhf import rollout
 from rrlhf.adapters import adapt, adapters
-from rrlhf.config import Model
 from rrlhf.decoding import Decoder, Product, decodes
 from rrlhf.models import LanguageModel, load_base
 
@@ -67,16 +66,7 @@ def test_a_network_of_another_make_decodes_the_general_way(network):
     assert not decodes(network)
 
 
-def test_adapters_take_part_in_decoding():
-    model = Model(
-        base="random:3x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=9,
-        response_tokens=8,
-    )
+def test_adapters_take_part_in_decoding(model):
     network = load_base(model).network.requires_grad_(False)
     plain = drawn(network)
     adapt(network, 1, 3, copies=1, rank=4)

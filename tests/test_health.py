@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 
 from rrlhf.artifacts import CHECKPOINT
 from rrlhf.checkpoint import Checkpoints
-from rrlhf.config import Model, load_params
+from rrlhf.config import load_params
 from rrlhf.guard import Guard
 from rrlhf.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
 from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base
 from rrlhf.ppo import train
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
 
 PARAMS = load_params(Path(__file__).parents[1])
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
@@ -114,27 +112,8 @@ def test_hacking_is_suspected_where_the_score_rises_and_something_drifts(drift, 
 
 
 @pytest.fixture
-def model():
-    return Model(
-        base="random:2x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=6,
-    )
-
-
-@pytest.fixture
-def rewards(tmp_path):
-    for name, heads in (("reward", 1), ("ensemble", 3)):
-        folder = tmp_path / name
-        folder.mkdir()
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(folder)
-        (folder / FILE).write_text('{"layer": 1}')
-    return tmp_path / "reward", tmp_path / "ensemble"
+def model(model):
+    return model.model_copy(update={"base": "random:2x32"})
 
 
 class Trained:

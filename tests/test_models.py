@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from rrlhf.config import Model
 from rrlhf.models import (
     PolicyTop,
     decode,
@@ -18,16 +17,8 @@ USER = [{"role": "user", "content": "Hello there"}]
 
 
 @pytest.fixture(scope="module")
-def settings():
-    return Model(
-        base="random:3x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=8,
-    )
+def settings(model):
+    return model.model_copy(update={"response_tokens": 8})
 
 
 @pytest.fixture(scope="module")

@@ -311,7 +311,7 @@ def trained(*events: Event) -> dict[str, Training]:
     return {"single": Training(list(events), rows), "robust": Training([], rows[:5])}
 
 
-WARNED: Event = {"step": 5, "name": "hacking_suspected", "detail": "score from 0.1 to 2.0", "action": "warned"}
+WARNED = Event(5, "hacking_suspected", "score from 0.1 to 2.0", "warned")
 
 
 def test_the_health_of_every_training_is_told_and_drawn() -> None:

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from rrlhf.config import Model
 from rrlhf.models import PolicyTop, load_base
 from rrlhf.rollout import hidden_states, response_features, sample, sample_in_batches, text_lengths
 
@@ -9,16 +8,8 @@ PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21, 22, 23], [5, 30, 31, 32]]
 
 
 @pytest.fixture(scope="module")
-def settings():
-    return Model(
-        base="random:3x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=8,
-    )
+def settings(model):
+    return model.model_copy(update={"response_tokens": 8})
 
 
 @pytest.fixture(scope="module")

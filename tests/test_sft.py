@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrlhf import sft as stage
-from rrlhf.config import Model, Sft
+from rrlhf.config import Sft
 from rrlhf.models import load_base
 from rrlhf.tables import write_table
 
@@ -16,16 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def model():
-    return Model(
-        base="random:2x32",
-        revision=None,
-        device="cpu",
-        dtype="float32",
-        system_prompt="",
-        prompt_tokens=64,
-        response_tokens=16,
-    )
+def model(model):
+    return model.model_copy(update={"base": "random:2x32", "response_tokens": 16})
 
 
 @pytest.fixture

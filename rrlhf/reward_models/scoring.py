@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rrlhf.models import encode_text
 from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE, Trunk, identity_of, load_trunk
+from rrlhf.reward_models.trunk import FILE, Trunk, identity_of, load_trunk, trunk_layer
 from rrlhf.robust import Scores
 from rrlhf.types import Message
 
@@ -69,6 +69,11 @@ def load_for_policy(folder: Path, device: torch.device) -> RewardModel:
     if identity_of(folder) is None:
         return RewardModel(RewardHeads.load(folder).to(device), (), None)
     return load_reward_model(folder, None, device)
+
+
+def shared_layer(models: Sequence[RewardModel], reward: Path) -> int | None:
+    """Return the layer of the policy's own network whose entering states some of the models read; None: none does."""
+    return trunk_layer(reward) if None in {model.identity for model in models} else None
 
 
 def read_by(
