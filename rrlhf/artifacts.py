@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
+from rrlhf.memo import Memo
 
 MANIFEST = "artifact.json"
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
@@ -80,7 +80,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "artifacts"
-        self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self.memo = Memo(root / ".rrlhf" / "digests.json")
 
     def folder(self, stage: str, key: str) -> Path:
         """Return where the result with this key lies, published or not."""
@@ -117,13 +117,13 @@ class Store:
         problem = None
         for name, expected in files.items():
             path = artifact.path / name
-            found = self._memo.sha256(path) if path.is_file() else "no file"
+            found = self.memo.sha256(path) if path.is_file() else "no file"
             if found != expected:
                 problem = f"{path}: expected sha256 {expected}, found {found}"
                 break
         if problem is None and artifact.digest != content_digest(files):
             problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
-        self._memo.save()
+        self.memo.save()
         if problem:
             raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
 
@@ -160,7 +160,7 @@ class Store:
         for row in rows:
             last |= row
         files = {
-            path.relative_to(staged).as_posix(): self._memo.sha256(path)
+            path.relative_to(staged).as_posix(): self.memo.sha256(path)
             for path in sorted(staged.rglob("*"))
             if path.is_file() and path.name != MANIFEST
         }
@@ -183,7 +183,7 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(final)
         sync(final.parent)
-        self._memo.renamed(staged, final)
+        self.memo.renamed(staged, final)
         return Artifact(final, manifest)
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
@@ -193,63 +193,12 @@ class Store:
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
-        self._memo.renamed(downloaded, final)
+        self.memo.renamed(downloaded, final)
         return Artifact(final, manifest)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""
         return locked(self.root / ".locks" / key)
-
-
-class Memo:
-    """Digests of files that have not changed since they were read: same size, mtime, ctime and inode."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            self._known = {}
-        self._grew = False
-        self._saving = threading.Lock()
-
-    def sha256(self, path: Path) -> str:
-        """Return the file's sha256, from memory when its metadata is unchanged."""
-        stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        name = str(path.resolve())
-        known = self._known.get(name)
-        if known and known[:4] == mark:
-            return str(known[4])
-        digest = sha256(path)
-        self._known[name] = [*mark, digest]
-        self._grew = True
-        return digest
-
-    def renamed(self, old: Path, new: Path) -> None:
-        """Keep what is known of the files in a folder that was renamed."""
-        above = f"{old.resolve()}{os.sep}"
-        for name in [name for name in list(self._known) if name.startswith(above)]:
-            self._known[str(new.resolve() / name.removeprefix(above))] = self._known.pop(name)
-        self._grew = True
-        self.save()
-
-    def save(self) -> None:
-        """Write what was learned; losing a race to another process only costs a rereading."""
-        with self._saving:
-            if not self._grew:
-                return
-            self._grew = False
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(dict(self._known)), encoding="utf-8")
-            beside.replace(self.path)
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def content_digest(files: dict[str, str]) -> str:

@@ -22,7 +22,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rrlhf.artifacts import sha256, sync
+from rrlhf.artifacts import sync
+from rrlhf.memo import sha256
 from rrlhf.locks import locked
 
 MANIFEST = "checkpoint.json"

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf.artifacts import sha256
+from rrlhf.memo import sha256
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.sources import base_location

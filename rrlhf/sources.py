@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
-from rrlhf.artifacts import Memo
+from rrlhf.memo import Memo
 from rrlhf.config import Model, Prepare, TrunkTraining
 from rrlhf.located import ParamsError
 from rrlhf.stages import Node

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrlhf.artifacts import MANIFEST, Memo, Store, TamperedError, content_digest
+from rrlhf.artifacts import MANIFEST, Store, TamperedError, content_digest
+from rrlhf.memo import Memo
 from rrlhf.keys import key_digest
 
 ROOT = Path(__file__).parents[1]
@@ -127,13 +128,13 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
     path.write_bytes(b"content")
     digest = memo.sha256(path)
     memo.save()
-    monkeypatch.setattr("rrlhf.artifacts.sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path: pytest.fail("read again"))
     assert Memo(tmp_path / "memo.json").sha256(path) == digest
 
 
 def test_another_process_need_not_read_what_was_just_published(store, tmp_path, monkeypatch):
     artifact = publish(store, "sft")
-    monkeypatch.setattr("rrlhf.artifacts.sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path: pytest.fail("read again"))
     assert Store(tmp_path).checked("sft", artifact.key) == artifact
 
 

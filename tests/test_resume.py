@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.artifacts import CHECKPOINT, Store, sha256
+from rrlhf.artifacts import CHECKPOINT, Store
+from rrlhf.memo import sha256
 from rrlhf.config import Arm, Launch, load_params
 from rrlhf.keys import key_digest
 from rrlhf.launch import execute
