@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,7 +80,13 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "artifacts"
-        self.memo = Memo(root / ".rrlhf" / "digests.json")
+        self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self._made = root / ".rrlhf" / "made"
+
+    @property
+    def memo(self) -> Memo:
+        """Digests of files, remembered while they are unchanged."""
+        return self._memo
 
     def folder(self, stage: str, key: str) -> Path:
         """Return where the result with this key lies, published or not."""
@@ -117,13 +123,13 @@ class Store:
         problem = None
         for name, expected in files.items():
             path = artifact.path / name
-            found = self.memo.sha256(path) if path.is_file() else "no file"
+            found = self._memo.sha256(path) if path.is_file() else "no file"
             if found != expected:
                 problem = f"{path}: expected sha256 {expected}, found {found}"
                 break
         if problem is None and artifact.digest != content_digest(files):
             problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
-        self.memo.save()
+        self._memo.save()
         if problem:
             raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
 
@@ -152,18 +158,25 @@ class Store:
             grew = bool(new)
         return found
 
-    def publish(self, name: str, document: Document, staged: Path, *, seconds: float) -> Artifact:
-        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
+    def publish(
+        self,
+        name: str,
+        document: Document,
+        staged: Path,
+        *,
+        seconds: float,
+        definitions: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename.
+
+        definitions: digests of the functions in its code, for telling later which of them changed.
+        """
         key = key_digest(document)
         rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
         last: dict[str, float] = {}
         for row in rows:
             last |= row
-        files = {
-            path.relative_to(staged).as_posix(): self.memo.sha256(path)
-            for path in sorted(staged.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        }
+        files = self.digests(staged)
         manifest = {
             "name": name,
             "key": key,
@@ -175,6 +188,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
+            "definitions": dict(definitions or {}),
         }
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in staged.rglob("*"):
@@ -183,8 +197,21 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         staged.rename(final)
         sync(final.parent)
-        self.memo.renamed(staged, final)
+        self._memo.renamed(staged, final)
+        self._note(key)
         return Artifact(final, manifest)
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file in a folder, by its path inside, less a manifest."""
+        return {
+            path.relative_to(folder).as_posix(): self._memo.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+
+    def was_here(self, key: str) -> bool:
+        """Whether this folder had the artifact of a key at some time, removed or not."""
+        return (self._made / key).exists()
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte."""
@@ -193,8 +220,13 @@ class Store:
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
-        self.memo.renamed(downloaded, final)
+        self._memo.renamed(downloaded, final)
+        self._note(key)
         return Artifact(final, manifest)
+
+    def _note(self, key: str) -> None:
+        self._made.mkdir(parents=True, exist_ok=True)
+        (self._made / key).touch()
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rrlhf.artifacts import sync
-from rrlhf.memo import sha256
 from rrlhf.locks import locked
+from rrlhf.memo import sha256
 
 MANIFEST = "checkpoint.json"
 SHARED = "shared.safetensors"

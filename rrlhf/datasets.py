@@ -153,9 +153,7 @@ def _reproduce(root: Path, place: Place) -> None:
 
 def _check(root: Path, place: Place, expected: str) -> None:
     """Compare the files with the digest that DVC recorded: DVC itself trusts size and time stamp."""
-    memo = Memo(root / ".rrlhf" / "md5.json", "md5")
-    found = {path.relative_to(place.data).as_posix(): memo.digest(path) for path in _files(place.data)}
-    memo.save()
+    found = digests(root, place.data)
     if _folder_digest(found) == expected:
         return
     recorded = _listing(root, expected)
@@ -165,6 +163,14 @@ def _check(root: Path, place: Place, expected: str) -> None:
         f"found {found.get(changed[0], 'no file')})\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
         f"to have it brought back or made again: rm -r {place.data}"
     )
+
+
+def digests(root: Path, folder: Path) -> dict[str, str]:
+    """Return the md5 of every file in a folder, as DVC has it."""
+    memo = Memo(root / ".rrlhf" / "md5.json", "md5")
+    found = {path.relative_to(folder).as_posix(): memo.digest(path) for path in _files(folder)}
+    memo.save()
+    return found
 
 
 def _files(folder: Path) -> Iterator[Path]:

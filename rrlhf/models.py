@@ -21,9 +21,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf.memo import sha256
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.memo import sha256
 from rrlhf.sources import base_location
 from rrlhf.types import Message
 

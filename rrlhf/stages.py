@@ -58,6 +58,12 @@ def arm_of(name: str) -> str | None:
     return arm if dash and method in METHODS else None
 
 
+def aliases_of(name: str, candidate: str) -> list[str]:
+    """Return the aliases by which a node's model is registered: its arm, and "candidate" for the arm chosen as that."""
+    arm = arm_of(name)
+    return [*([arm] if arm else []), *(["candidate"] if arm == candidate else [])]
+
+
 def _arm(params: Params, name: str, arm: Arm) -> Node:
     """Return the node that makes an arm's policy."""
     method: dict[str, Section] = {"ppo": params.ppo, "dpo": params.dpo, "best_of_n": params.best_of_n}

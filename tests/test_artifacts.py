@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrlhf.artifacts import MANIFEST, Store, TamperedError, content_digest
-from rrlhf.memo import Memo
 from rrlhf.keys import key_digest
+from rrlhf.memo import Memo
 
 ROOT = Path(__file__).parents[1]
 
