@@ -137,9 +137,11 @@ class Store:
         """Yield every artifact whose manifest can be read."""
         for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
             try:
-                yield Artifact(path.parent, json.loads(path.read_bytes()))
+                artifact = Artifact(path.parent, json.loads(path.read_bytes()))
             except ValueError:
                 continue
+            if {"name", "key", "digest", "document", "created", "seconds"} <= artifact.manifest.keys():
+                yield artifact
 
     def users(self, digest: str) -> str:
         """Name the artifacts that were made from the content with this digest."""

@@ -36,9 +36,9 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     """
     modules = modules or our_modules()
     settings = node.settings
-    numerics = {"torch": version("torch"), "transformers": version("transformers")}
+    numerics = {"torch": _installed("torch"), "transformers": _installed("transformers")}
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
-        numerics["peft"] = version("peft")
+        numerics["peft"] = _installed("peft")
     model = settings.get("model")
     if model:
         model["device"] = device_kind(model["device"])
@@ -62,6 +62,11 @@ def _with_functions(document: Document, functions: Sequence[str], modules: Modul
         "functions": reduce(or_, (code.sources for code in found)),
         "numerics": reduce(or_, (code.versions for code in found), document["numerics"]),
     }
+
+
+@cache
+def _installed(distribution: str) -> str:
+    return version(distribution)  # takes milliseconds, a hundred stages ask the same
 
 
 def canonical(document: Document) -> str:

@@ -115,7 +115,14 @@ class Project:
                 reasons = [f"after {', '.join(missing)}"]
                 planned.append(Planned(node.name, "upstream", reasons, self._usual_seconds(node)))
             else:
-                planned.append(self._planned(node, self.document(node, digests), node.name in wanted.forced, digests))
+                document = self.document(node, digests)
+                making = [one for one in planned if one.action == "run" and one.node not in digests]
+                same = [one.node for one in making if one.key == key_digest(document)]
+                if same:
+                    reasons = [f"the same as {same[0]}"]
+                    planned.append(Planned(node.name, "upstream", reasons, None, key_digest(document)))
+                else:
+                    planned.append(self._planned(node, document, node.name in wanted.forced, digests))
             if node.name not in wanted.allowed and planned[-1].action in {"run", "upstream"}:
                 planned[-1] = planned[-1]._replace(action="skip")
         self._check_part(planned, wanted)

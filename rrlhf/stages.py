@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 from rrlhf.config import Arm, Member, Method, Params, Section, TrunkTraining
 
 DATA = "data"
+EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/sources.py)
 METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
 
 
