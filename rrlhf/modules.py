@@ -51,6 +51,7 @@ class Modules:
         self.package = package
         self._memory = Memory(memory) if memory else None
         self._read: dict[str, Module | None] = {}
+        self._closures: dict[str, dict[str, str]] = {}
 
     def closure(self, module: str) -> dict[str, str]:
         """Return, per module that `module` imports at any depth (itself included), a digest of its syntax tree.
@@ -58,6 +59,11 @@ class Modules:
         Comments, docstrings and formatting are not part of a syntax tree, so editing them changes nothing. A module
         with nothing else in it is left out.
         """
+        if module not in self._closures:
+            self._closures[module] = self._closure(module)
+        return {**self._closures[module]}
+
+    def _closure(self, module: str) -> dict[str, str]:
         found: dict[str, str] = {}
         seen: set[str] = set()
         waiting = [module]

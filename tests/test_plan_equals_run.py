@@ -106,6 +106,7 @@ GRAPH = [  # node, stage, its parameters, its inputs
     ("end", "end", ["weight"], {"join": "join", "left": "left"}),
 ]
 STAGES = {name: stage for name, stage, _, _ in GRAPH}
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # many small files: no disk needed
 
 
 class World:
@@ -362,9 +363,9 @@ def folder_of(world, made_of):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(st.lists(st.tuples(edits, st.booleans()), min_size=1, max_size=8))
+@given(st.lists(st.tuples(edits, st.booleans()), min_size=1, max_size=6))
 def test_the_plan_is_what_a_run_does(sequence):
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setattr("rrlhf.artifacts.sync", lambda path: None)  # the disk is not what this is about
         patch.setattr("rrlhf.artifacts.git_commit", lambda root: None)
