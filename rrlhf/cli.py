@@ -19,7 +19,7 @@ from rrlhf.environment import end_with_parent, find_root, set_environment
 app = typer.Typer(
     name="rrlhf",
     help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
-    "was changed, 4 busy, 130 interrupted.",
+    "was changed, or a forced stage gave another result, 4 busy, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -38,7 +38,8 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
     if dataset is None or len(artifacts) + 1 != len(project.nodes):
         return None
     known = _registered(project, artifacts)
-    if known is None or _noted_report(project) != _report_of(project, artifacts, known):
+    report_now = _report_of(project, artifacts, known) if known is not None else None
+    if report_now is None or report_now != _noted_report(project):
         return None
     folders = {DATA: dataset.path} | {name: artifact.path for name, artifact in artifacts.items()}
     shown: Json = {name: str(path.relative_to(project.root)) for name, path in folders.items()}

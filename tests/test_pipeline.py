@@ -245,7 +245,9 @@ def test_a_server_that_does_not_answer_is_named(shell):
     assert "unset PREFECT_API_URL" in away("run", "--profile", "tiny", code=1).told
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plan", "--profile", "tiny"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["plan", "--profile", "tiny"], ["why", "evaluate", "--profile", "tiny"], ["status"]]
+)
 def test_looking_is_quick(shell, command):
     program = (
         "import sys; sys.argv = ['rrlhf', *sys.argv[1:]]\n"
