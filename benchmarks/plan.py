@@ -198,14 +198,12 @@ def compare(stages: int, turns: int, with_run: bool, folder: Path) -> dict[str, 
     return costs
 
 
-def table(results: dict[int, dict[str, list[Cost]]]) -> str:
+def table(stages: int, costs: dict[str, list[Cost]]) -> str:
     """Return the results as a Markdown table: median, then least and largest."""
-    lines = ["| stages | command | seconds | CPU-seconds |", "| --- | --- | --- | --- |"]
-    for stages, costs in results.items():
-        for name, measures in costs.items():
-            cells = [f"{median(of):.2f} ({min(of):.2f}-{max(of):.2f})" for of in zip(*measures, strict=True)]
-            shown = "9" if name == "rrlhf run" else str(stages)
-            lines.append(f"| {shown} | {name} | {cells[0]} | {cells[1]} |")
+    lines = [f"| {stages} stages | seconds | CPU-seconds |", "| --- | --- | --- |"]
+    for name, measures in costs.items():
+        cells = [f"{median(of):.2f} ({min(of):.2f}-{max(of):.2f})" for of in zip(*measures, strict=True)]
+        lines.append(f"| {name}{' (the 9 of the profile)' if name == 'rrlhf run' else ''} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
 
@@ -219,12 +217,11 @@ def main() -> None:
     if arguments.fill:
         fill(json.loads(arguments.fill))
         return
-    results = {}
     for stages in arguments.stages:
         with tempfile.TemporaryDirectory() as folder:
             with_run = arguments.run and stages == min(arguments.stages)
-            results[stages] = compare(stages, arguments.turns, with_run, Path(folder))
-    print(table(results))
+            costs = compare(stages, arguments.turns, with_run, Path(folder))
+        print(table(stages, costs), flush=True)
 
 
 if __name__ == "__main__":
