@@ -149,7 +149,7 @@ def result(out: Path) -> tuple[Any, ...]:
     """Return what must be equal."""
     import pyarrow.parquet as pq
 
-    from rrlhf.artifacts import sha256
+    from rrlhf.memo import sha256
 
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]

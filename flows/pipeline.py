@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -19,16 +16,20 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.caching import ByKey
 from rrlhf.artifacts import Artifact, git_commit
 from rrlhf.config import Params, load_params
-from rrlhf.datasets import prepare_dataset, prepared
+from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.environment import find_root, set_environment
 from rrlhf.health import DivergedError
 from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
+from rrlhf.partial import Chosen, Part, chosen
 from rrlhf.plan import Project
+from rrlhf.produce import compare, produce
 from rrlhf.progress import STOPPING, check_stop, stop_between_steps
-from rrlhf.stages import DATA, METHODS, Node, arm_of
+from rrlhf.records import noted
+from rrlhf.stages import DATA, METHODS, Node, aliases_of
 from rrlhf.tracking import Tracker
-from rrlhf.types import Dataset
+from rrlhf.types import Dataset, Log
+from rrlhf.uptodate import note_report, read_evaluation, report_file, show, trainings_of
 
 Record = dict[str, str]
 
@@ -36,8 +37,8 @@ Record = dict[str, str]
 class Run:
     """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
 
-    def __init__(self, project: Project, tracker: Tracker, tracking_id: str) -> None:
-        self.project, self.tracker, self.tracking_id = project, tracker, tracking_id
+    def __init__(self, project: Project, wanted: Chosen, tracker: Tracker, tracking_id: str) -> None:
+        self.project, self.wanted, self.tracker, self.tracking_id = project, wanted, tracker, tracking_id
         self.dataset: Dataset | None = None
         self.artifacts: dict[str, Artifact] = {}
         self.made: list[str] = []  # nodes that computed; all others were there already
@@ -64,25 +65,33 @@ class Started(NamedTuple):
 # Only arms of one comparison run at the same time, launch.arms_at_once of them. For arms on many machines:
 # pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
 @flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
-def pipeline(profile: str = "default", overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+def pipeline(
+    profile: str = "default", overrides: dict[str, Any] | None = None, part: dict[str, list[str]] | None = None
+) -> dict[str, Any]:
     """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
-    Returns what ran, the folder of every result, and the report.
+    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/partial.py).
+    Returns what ran, the folder of every result, and the report (None where a part has no comparison).
     """
     stop_between_steps(STOPPING)  # here, since Prefect's own handler of SIGTERM ends a step in its middle
     root = find_root(Path.cwd())
     set_environment(root)
     params = load_params(root, profile, overrides)
-    with tracked(Project(root, profile, params)) as run:
+    asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
+    with noted(root, profile, overrides or {}, asked) as ran, tracked(Project(root, profile, params), asked) as run:
+        run.made = ran
         data, *models = run.project.nodes
         run.project.check_sources()
-        prepare(run.project.document(data, {}), run)
+        run.project.plan(asked)  # raises when a part lacks what it is built on
+        if takes_part(data, run):
+            prepare(run.project.document(data, {}), run)
         for together in independent(models, params.launch.arms_at_once):
-            finish([start(node, run, beside=len(together) - 1) for node in together], run)
+            finish([start(node, run, beside=len(together) - 1) for node in together if takes_part(node, run)], run)
         for node in models:
-            register.with_options(task_run_name=f"register-{node.name}")(node, run)
-        html = report(run)
+            if node.name in run.artifacts:
+                register.with_options(task_run_name=f"register-{node.name}")(node, run)
+        html = report(run) if "evaluate" in run.artifacts else None
     folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
     return {"ran": run.made, "folders": folders, "report": html}
 
@@ -95,14 +104,14 @@ def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
 
 
 @contextmanager
-def tracked(project: Project) -> Iterator[Run]:
+def tracked(project: Project, part: Part) -> Iterator[Run]:
     """Open the flow's run in MLflow, and close it with how the flow ended."""
     params: Params = project.params
     tracker = Tracker.connect(project.root, params.tracking.experiment)
     tracking_id = tracker.start_flow(project.profile, params, git_commit(project.root))
     status = "FAILED"
     try:
-        yield Run(project, tracker, tracking_id)
+        yield Run(project, chosen(part, project.nodes), tracker, tracking_id)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -111,13 +120,38 @@ def tracked(project: Project) -> Iterator[Run]:
         tracker.finish_flow(tracking_id, status)
 
 
+def takes_part(node: Node, run: Run) -> bool:
+    """Whether a node belongs to this run: it may compute, or is there already, or can be brought back.
+
+    Raises FileNotFoundError when it may compute but lacks an input.
+    """
+    missing = set(node.inputs.values()) - set(run.digests)
+    if node.name in run.wanted.allowed:
+        if missing:
+            raise FileNotFoundError(f"{node.name} needs {', '.join(sorted(missing))}, which this run leaves out")
+        return True
+    if missing:
+        return False
+    document = run.project.document(node, run.digests)
+    if node.name == DATA:
+        place = run.project.place(document)
+        there = prepared(run.project.root, place, document) or restorable(run.project.root, place, document)
+        return there is not None
+    return is_there(node, key_digest(document), run)
+
+
 @task(task_run_name=DATA, cache_policy=NO_CACHE)
 def prepare(document: Document, run: Run) -> Record:
     """Have the data set ready: DVC decides whether its stage runs."""
     project = run.project
     place = project.place(document)
     run.dataset = prepared(project.root, place, document)
-    if run.dataset is None:
+    if run.dataset and DATA in run.wanted.forced:
+        staged = project.store.staging("again-prepare", key_digest(document))
+        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
+        compare(DATA, digests(project.root, run.dataset.path), digests(project.root, staged), staged, project.store)
+        run.made.append(DATA)
+    elif run.dataset is None:
         run.dataset = prepare_dataset(project.root, place, document)
         run.made.append(DATA)
     return {"stage": DATA, "digest": run.dataset.digest}
@@ -125,15 +159,19 @@ def prepare(document: Document, run: Run) -> Record:
 
 def start(node: Node, run: Run, beside: int) -> Started:
     """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
-    store, document = run.project.store, run.project.document(node, run.digests)
+    document = run.project.document(node, run.digests)
     key = key_digest(document)
-    is_there = store.checked(node.stage, key) is not None or restored(node, key, run)
     task_of_node = make.with_options(
         task_run_name=node.name,
-        refresh_cache=not is_there,
+        refresh_cache=not is_there(node, key, run) or node.name in run.wanted.forced,
         result_storage=run.project.root / ".rrlhf" / "results",
     )
     return Started(node, key, task_of_node.submit(key, node, document, run, beside))
+
+
+def is_there(node: Node, key: str, run: Run) -> bool:
+    """Whether a result is in the store, unchanged, or could be restored to it."""
+    return run.project.store.checked(node.stage, key) is not None or restored(node, key, run)
 
 
 def finish(started: Iterable[Started], run: Run) -> None:
@@ -157,19 +195,25 @@ def finish(started: Iterable[Started], run: Run) -> None:
 
 @task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
 def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Record:
-    """Run one stage and publish its artifact, unless another run just did."""
+    """Run one stage and publish its artifact, unless another run just did; compare the two when that is forced."""
     check_stop()  # an arm may start after Ctrl-C
-    store = run.project.store
-    with store.locked(key):
-        artifact = store.find(node.stage, key)
-        if artifact is None:
-            began = time.monotonic()
-            inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
-            staged = store.staging(node.stage, key)
-            with run.tracker.stage_run(run.tracking_id, node, key, staged) as log:
-                execute(document, inputs=inputs, out=staged, log=log, launch=run.project.params.launch, beside=beside)
-                artifact = store.publish(node.name, document, staged, seconds=time.monotonic() - began)
-            run.made.append(node.name)
+    project = run.project
+
+    def compute(staged: Path, log: Log) -> None:
+        inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
+        execute(document, inputs=inputs, out=staged, log=log, launch=project.params.launch, beside=beside)
+
+    artifact, computed = produce(
+        project.store,
+        node.name,
+        document,
+        compute,
+        recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
+        definitions=project.definitions(document),
+        force=node.name in run.wanted.forced,
+    )
+    if computed:
+        run.made.append(node.name)
     return {"stage": node.stage, "key": key, "digest": artifact.digest}
 
 
@@ -186,10 +230,7 @@ def restored(node: Node, key: str, run: Run) -> bool:
 @task(cache_policy=NO_CACHE)
 def register(node: Node, run: Run) -> None:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
-    arm = arm_of(node.name)
-    aliases = [arm] if arm else []
-    if arm == run.project.params.tracking.candidate:
-        aliases.append("candidate")
+    aliases = aliases_of(node.name, run.project.params.tracking.candidate)
     dataset = run.dataset if DATA in node.inputs.values() else None
     run.tracker.register(run.artifacts[node.name], dataset, aliases=aliases, parent=run.tracking_id)
 
@@ -197,39 +238,26 @@ def register(node: Node, run: Run) -> None:
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run) -> str:
     """Write the HTML report, print the comparison, and return the report's path."""
-    from rich.console import Console
-
     from rrlhf.lineage import resolve, tree
-    from rrlhf.report import render, table
-    from rrlhf.trainings import health, training
-    from rrlhf.verdict import verdict
+    from rrlhf.report import render
 
     project = run.project
-    evaluation = json.loads((run.artifacts["evaluate"].path / "evaluation.json").read_text(encoding="utf-8"))
-    evaluation["profile"] = project.profile
     versions = run.tracker.versions()
-    arms = {node.name.removeprefix("ppo-"): node.name for node in project.nodes if node.stage == "ppo"}
-    trained = {arm: told for arm, name in arms.items() if (told := training(run.artifacts[name]))}
-    html = project.root / "reports" / f"{project.profile}.html"
+    html = report_file(project)
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
-            evaluation,
+            read_evaluation(project, run.artifacts["evaluate"]),
             params=project.params.model_dump(),
             lineage=tree(resolve("rrlhf-policy@candidate", versions), versions),
             facts=_facts(run),
-            trained=trained,
+            trained=trainings_of(project, run.artifacts),
         ),
         encoding="utf-8",
     )
     run.tracker.log_report(run.tracking_id, html)
-    console = Console(file=sys.stdout)
-    console.print(table(evaluation))
-    for sentence in filter(None, [*verdict(evaluation), health(trained)]):
-        console.print(sentence, highlight=False, markup=False)
-    shown = str(html.relative_to(project.root))
-    console.print(f"\nreport: {shown}", highlight=False, markup=False, soft_wrap=True)
-    return shown
+    note_report(project, run.artifacts)
+    return show(project, run.artifacts)
 
 
 def _facts(run: Run) -> dict[str, str]:

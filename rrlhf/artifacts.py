@@ -11,8 +11,7 @@ import json
 import os
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from typing import Any
 from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
+from rrlhf.memo import Memo
 
 MANIFEST = "artifact.json"
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
@@ -81,6 +81,12 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root / "artifacts"
         self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self._made = root / ".rrlhf" / "made"
+
+    @property
+    def memo(self) -> Memo:
+        """Digests of files, remembered while they are unchanged."""
+        return self._memo
 
     def folder(self, stage: str, key: str) -> Path:
         """Return where the result with this key lies, published or not."""
@@ -131,9 +137,11 @@ class Store:
         """Yield every artifact whose manifest can be read."""
         for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
             try:
-                yield Artifact(path.parent, json.loads(path.read_bytes()))
+                artifact = Artifact(path.parent, json.loads(path.read_bytes()))
             except ValueError:
                 continue
+            if {"name", "key", "digest", "document", "created", "seconds"} <= artifact.manifest.keys():
+                yield artifact
 
     def users(self, digest: str) -> str:
         """Name the artifacts that were made from the content with this digest."""
@@ -152,18 +160,25 @@ class Store:
             grew = bool(new)
         return found
 
-    def publish(self, name: str, document: Document, staged: Path, *, seconds: float) -> Artifact:
-        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
+    def publish(
+        self,
+        name: str,
+        document: Document,
+        staged: Path,
+        *,
+        seconds: float,
+        definitions: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename.
+
+        definitions: digests of the functions in its code, for telling later which of them changed.
+        """
         key = key_digest(document)
         rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
         last: dict[str, float] = {}
         for row in rows:
             last |= row
-        files = {
-            path.relative_to(staged).as_posix(): self._memo.sha256(path)
-            for path in sorted(staged.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
-        }
+        files = self.digests(staged)
         manifest = {
             "name": name,
             "key": key,
@@ -175,6 +190,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
+            "definitions": dict(definitions or {}),
         }
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in staged.rglob("*"):
@@ -184,7 +200,20 @@ class Store:
         staged.rename(final)
         sync(final.parent)
         self._memo.renamed(staged, final)
+        self._note(key)
         return Artifact(final, manifest)
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file in a folder, by its path inside, less a manifest."""
+        return {
+            path.relative_to(folder).as_posix(): self._memo.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+
+    def was_here(self, key: str) -> bool:
+        """Whether this folder had the artifact of a key at some time, removed or not."""
+        return (self._made / key).exists()
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte."""
@@ -194,62 +223,16 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
         self._memo.renamed(downloaded, final)
+        self._note(key)
         return Artifact(final, manifest)
+
+    def _note(self, key: str) -> None:
+        self._made.mkdir(parents=True, exist_ok=True)
+        (self._made / key).touch()
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""
         return locked(self.root / ".locks" / key)
-
-
-class Memo:
-    """Digests of files that have not changed since they were read: same size, mtime, ctime and inode."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._known: dict[str, list[Any]] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            self._known = {}
-        self._grew = False
-        self._saving = threading.Lock()
-
-    def sha256(self, path: Path) -> str:
-        """Return the file's sha256, from memory when its metadata is unchanged."""
-        stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        name = str(path.resolve())
-        known = self._known.get(name)
-        if known and known[:4] == mark:
-            return str(known[4])
-        digest = sha256(path)
-        self._known[name] = [*mark, digest]
-        self._grew = True
-        return digest
-
-    def renamed(self, old: Path, new: Path) -> None:
-        """Keep what is known of the files in a folder that was renamed."""
-        above = f"{old.resolve()}{os.sep}"
-        for name in [name for name in list(self._known) if name.startswith(above)]:
-            self._known[str(new.resolve() / name.removeprefix(above))] = self._known.pop(name)
-        self._grew = True
-        self.save()
-
-    def save(self) -> None:
-        """Write what was learned; losing a race to another process only costs a rereading."""
-        with self._saving:
-            if not self._grew:
-                return
-            self._grew = False
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(dict(self._known)), encoding="utf-8")
-            beside.replace(self.path)
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def content_digest(files: dict[str, str]) -> str:

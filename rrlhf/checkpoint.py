@@ -22,8 +22,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rrlhf.artifacts import sha256, sync
+from rrlhf.artifacts import sync
 from rrlhf.locks import locked
+from rrlhf.memo import sha256
 
 MANIFEST = "checkpoint.json"
 SHARED = "shared.safetensors"

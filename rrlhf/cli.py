@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from rrlhf.command_line import FAILED, USAGE, AsJson, Profile, Set
+from rrlhf.command_line import clear_errors as _clear_errors
+from rrlhf.command_line import end as _end
+from rrlhf.command_line import overrides as _overrides
+from rrlhf.commands_run import plan, run, run_flow, status, why
 from rrlhf.environment import end_with_parent, find_root, set_environment
-from rrlhf.types import Json
-
-FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
 
 app = typer.Typer(
     name="rrlhf",
     help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
-    "was changed, 4 busy, 130 interrupted.",
+    "was changed, or a forced stage gave another result, 4 busy, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one parameter for this run; may be repeated."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def main() -> None:
@@ -44,40 +36,8 @@ def main() -> None:
     app()
 
 
-@app.command()
-def run(profile: Profile = "default", set_: Set = None, as_json: AsJson = False) -> None:
-    """Run what is not up to date, register every model, and write the report.
-
-    Example: rrlhf run --set ppo.kl_weight=0.05
-    """
-    _run(profile, _overrides(profile, set_), as_json)
-
-
-@app.command()
-def plan(
-    profile: Profile = "default",
-    set_: Set = None,
-    as_json: AsJson = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")] = False,
-) -> None:
-    """Show what a run would do, and why, without running anything."""
-    from rrlhf.config import load_params
-    from rrlhf.plan import Project
-    from rrlhf.progress import in_words
-
-    overrides = _overrides(profile, set_)
-    with _clear_errors():
-        root = Path.cwd()
-        planned = Project(root, profile, load_params(root, profile, overrides)).plan()
-    if as_json:
-        print(json.dumps([node.as_json() for node in planned], indent=1))
-        return
-    width = max(len(node.node) for node in planned)
-    for node in planned:
-        known = node.seconds is not None and node.action != "reuse"
-        took = f"  (took {in_words(node.seconds or 0)} last time)" if known else ""
-        reasons = node.reasons if verbose else node.reasons[:1]
-        print(f"{node.node:{width}}  {node.action:8}  {'; '.join(reasons)}{took}".rstrip())
+for _command in (run, plan, why, status):
+    app.command()(_command)
 
 
 @app.command()
@@ -115,7 +75,7 @@ def report(profile: Profile = "default", set_: Set = None) -> None:
         ]
         if left:
             _end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")
-    _run(profile, overrides, as_json=False)
+    run_flow(profile, overrides)
 
 
 @app.command("evaluate-reward")
@@ -261,86 +221,3 @@ def prepare(
             call(document, inputs={}, out=staged, log=lambda row: None)
             clear(out).rmdir()
             staged.rename(out)
-
-
-def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
-    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
-    from rrlhf.config import load_params
-
-    with _clear_errors():
-        from flows.serve import start_temporary_server
-
-        root = Path.cwd()
-        wait_until_ready = start_temporary_server(root)
-        # Both imports take seconds, in which the server starts.
-        from flows.pipeline import pipeline
-        from rrlhf.progress import STOPPING, stop_between_steps
-        from rrlhf.tracking import Tracker
-
-        Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
-        wait_until_ready()
-        stop_between_steps(STOPPING)
-        _quiet_console()
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            result = pipeline(profile=profile, overrides=overrides)
-        if as_json:
-            print(json.dumps(result, indent=1))
-
-
-def _quiet_console() -> None:
-    """Keep tracebacks off the terminal, where `_clear_errors` says what went wrong; Prefect's records keep them."""
-
-    def message_only(record: logging.LogRecord) -> bool:
-        record.exc_info = record.exc_text = None
-        return not record.getMessage().startswith(
-            ("Encountered exception", "Crash detected", "Finished in state Crashed")
-        )
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(message_only)
-
-
-def _overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
-    """Parse --set options and check the settings, all mistakes at once, before anything starts."""
-    from rrlhf.config import load_params, parse_override
-
-    with _clear_errors():
-        overrides = dict(parse_override(text) for text in texts or [])
-        load_params(Path.cwd(), profile, overrides)
-    return overrides
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
-    from flows.serve import ServeError
-    from rrlhf import progress
-    from rrlhf.artifacts import TamperedError
-    from rrlhf.datasets import BusyError, PrepareError
-    from rrlhf.health import DivergedError
-    from rrlhf.located import ParamsError
-    from rrlhf.processes import LaunchError
-    from rrlhf.tracking import TrackingError
-
-    try:
-        yield
-    except ParamsError as error:
-        _end(USAGE, str(error))
-    except TamperedError as error:
-        _end(VERIFICATION_FAILED, str(error))
-    except BusyError as error:
-        _end(BUSY, str(error))
-    except (DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError) as error:
-        _end(FAILED, str(error))
-    except OSError as error:
-        _end(FAILED, f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        _end(
-            SIGNALLED + progress.signalled,
-            "interrupted; finished stages are kept, and the same command goes on from there",
-        )
-
-
-def _end(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(code)

@@ -23,6 +23,8 @@ import yaml
 from rrlhf.artifacts import Store, TamperedError
 from rrlhf.config import load_params
 from rrlhf.keys import Document, canonical, key_digest
+from rrlhf.located import load_yaml
+from rrlhf.memo import Memo
 from rrlhf.progress import Interrupted
 from rrlhf.stages import Node, nodes
 from rrlhf.types import Dataset
@@ -56,7 +58,7 @@ class BusyError(RuntimeError):
 def place_of(root: Path, profile: str, node: Node, document: Document) -> Place:
     """Return the place of a profile's data set, or of the variant that overrides make of it."""
     name, project, stage = profile, root / "dvc.yaml", f"prepare@{profile}"
-    declared = yaml.safe_load(project.read_text(encoding="utf-8"))["stages"]["prepare"]["foreach"]
+    declared = load_yaml(project)["stages"]["prepare"]["foreach"]
     if profile not in declared or nodes(load_params(root, profile))[0].settings != node.settings:
         name = f"{profile}-{key_digest(document)[:8]}"
         project, stage = root / "data" / "variants" / name / "dvc.yaml", "prepare"
@@ -75,7 +77,7 @@ def prepared(root: Path, place: Place, document: Document) -> Dataset | None:
     Raises TamperedError when a file is not what DVC recorded.
     """
     try:
-        lock = yaml.safe_load(place.project.with_suffix(".lock").read_text(encoding="utf-8"))
+        lock = load_yaml(place.project.with_suffix(".lock"))
         entry = lock["stages"][place.stage]
     except (FileNotFoundError, KeyError):
         return None
@@ -90,7 +92,7 @@ def restorable(root: Path, place: Place, document: Document) -> Dataset | None:
     """Return the data set that DVC's run cache holds for this key: DVC brings it back instead of making it."""
     wanted = _md5(canonical(document).encode())
     for path in (root / ".dvc" / "cache" / "runs").glob("*/*/*"):
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entry = load_yaml(path)
         out = entry["outs"][0]
         if entry["deps"][0]["md5"] == wanted and Path(out["path"]).name == place.name:
             files = _listing(root, out["md5"])
@@ -151,7 +153,7 @@ def _reproduce(root: Path, place: Place) -> None:
 
 def _check(root: Path, place: Place, expected: str) -> None:
     """Compare the files with the digest that DVC recorded: DVC itself trusts size and time stamp."""
-    found = {path.relative_to(place.data).as_posix(): _md5(path.read_bytes()) for path in _files(place.data)}
+    found = digests(root, place.data)
     if _folder_digest(found) == expected:
         return
     recorded = _listing(root, expected)
@@ -161,6 +163,14 @@ def _check(root: Path, place: Place, expected: str) -> None:
         f"found {found.get(changed[0], 'no file')})\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
         f"to have it brought back or made again: rm -r {place.data}"
     )
+
+
+def digests(root: Path, folder: Path) -> dict[str, str]:
+    """Return the md5 of every file in a folder, as DVC has it."""
+    memo = Memo(root / ".rrlhf" / "md5.json", "md5")
+    found = {path.relative_to(folder).as_posix(): memo.digest(path) for path in _files(folder)}
+    memo.save()
+    return found
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ path, a time or a host name.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,33 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.hardware import device_kind, dtype_name
-from rrlhf.sourcecode import code_behind, tree_digest
+from rrlhf.modules import Modules, changed_definitions
+from rrlhf.sourcecode import code_behind
 from rrlhf.stages import Node
 
 PACKAGE = Path(__file__).parent
 
-# Modules whose every effect on a result is already in the key (as settings), or that only show or store things.
-WITHOUT_EFFECT = {
-    "rrlhf.artifacts",
-    "rrlhf.checks",
-    "rrlhf.config",
-    "rrlhf.hardware",
-    "rrlhf.located",
-    "rrlhf.progress",
-    "rrlhf.sourcecode",
-    "rrlhf.sources",
-    "rrlhf.types",
-}
+GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
+LONGEST = 60  # characters of a setting in such a text
 
 Document = dict[str, Any]
 
 
-def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
-    """Return the key document of a node, given the content digest of each of its inputs."""
+def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None = None) -> Document:
+    """Return the key document of a node, given the content digest of each of its inputs.
+
+    modules: the package in which the stages are, this one if left out.
+    """
+    modules = modules or our_modules()
     settings = node.settings
-    numerics = {"torch": version("torch"), "transformers": version("transformers")}
+    numerics = {"torch": _installed("torch"), "transformers": _installed("transformers")}
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
-        numerics["peft"] = version("peft")
+        numerics["peft"] = _installed("peft")
     model = settings.get("model")
     if model:
         model["device"] = device_kind(model["device"])
@@ -53,21 +47,26 @@ def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
         "stage": node.stage,
         "params": settings,
         "inputs": dict(sorted(inputs.items())),
-        "code": code_digests(f"rrlhf.{node.stage}"),
+        "code": modules.closure(f"{modules.package.name}.{node.stage}"),
         "numerics": numerics,
     }
-    return _with_functions(document, node.functions) if node.functions else document
+    return _with_functions(document, node.functions, modules) if node.functions else document
 
 
-def _with_functions(document: Document, functions: Sequence[str]) -> Document:
+def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:
     """Add the code of reward functions: the user's files, the modules of this package and the distributions in use."""
     found = [code_behind(path.partition(":")[0], Path.cwd()) for path in functions]
-    ours = [name for code in found for name in code.ours if _source(name).exists()]
+    ours = [name for code in found for name in code.ours if modules.exists(name)]
     return document | {
-        "code": reduce(or_, map(code_digests, ours), document["code"]),
+        "code": reduce(or_, map(modules.closure, ours), document["code"]),
         "functions": reduce(or_, (code.sources for code in found)),
         "numerics": reduce(or_, (code.versions for code in found), document["numerics"]),
     }
+
+
+@cache
+def _installed(distribution: str) -> str:
+    return version(distribution)  # takes milliseconds, a hundred stages ask the same
 
 
 def canonical(document: Document) -> str:
@@ -80,59 +79,63 @@ def key_digest(document: Document) -> str:
     return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
-def differences(old: Document, new: Document) -> list[str]:
-    """Say in words what changed from one key document to another, upstream causes first."""
+def differences(
+    old: Document, new: Document, *, then: Mapping[str, str] | None = None, now: Mapping[str, str] | None = None
+) -> list[str]:
+    """Say in words what changed from one key document to another: settings, inputs, code, versions.
+
+    then, now: the definitions in the modules of both, where known, as `Modules.definitions` returns them.
+    """
     before, after = dict(_flatten(old)), dict(_flatten(new))
-    changed = [path for path in (before | after) if before.get(path) != after.get(path)]
-    return [_in_words(path, before.get(path), after.get(path)) for path in changed]
+    changed = [path for path in (after | before) if _text(before, path) != _text(after, path)]
+    changed.sort(key=lambda path: GROUPS.index(path[0]) if path[0] in GROUPS else len(GROUPS))
+    return [_in_words(path, before, after, then or {}, now or {}) for path in changed]
 
 
 @cache
+def our_modules(memory: Path | None = None) -> Modules:
+    """Return the modules of this package; `memory`: a file that remembers them from one process to the next."""
+    return Modules(PACKAGE, memory)
+
+
 def code_digests(module: str) -> dict[str, str]:
-    """Return, per module of this package that `module` imports (itself included), a digest of its syntax tree.
-
-    Comments, docstrings and formatting are not part of a syntax tree, so editing them changes nothing.
-    """
-    found: dict[str, str] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name in found or name in WITHOUT_EFFECT:
-            continue
-        tree = ast.parse(_source(name).read_text(encoding="utf-8"))
-        found[name] = tree_digest(tree)
-        waiting += _imports(tree)
-    return dict(sorted(found.items()))
-
-
-def _source(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
-
-
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """Yield the modules of this package that a syntax tree imports, at any depth."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            candidates = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            candidates = [alias.name for alias in node.names]
-        else:
-            continue
-        yield from (name for name in candidates if name.startswith("rrlhf.") and _source(name).exists())
+    """Return, per module of this package that `module` imports (itself included), a digest of its syntax tree."""
+    return our_modules().closure(module)
 
 
 def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in document.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from _flatten(value, (*path, key))
         else:
             yield (*path, key), value
 
 
-def _in_words(path: tuple[str, ...], old: Any, new: Any) -> str:
+def _text(values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> str | None:
+    """Return a value as a key sees it: 1, 1.0 and true are three, and null is not the same as nothing."""
+    return json.dumps(values[path]) if path in values else None
+
+
+def _in_words(
+    path: tuple[str, ...],
+    before: Mapping[tuple[str, ...], Any],
+    after: Mapping[tuple[str, ...], Any],
+    then: Mapping[str, str],
+    now: Mapping[str, str],
+) -> str:
     group, name = path[0], ".".join(path[1:])
     if group in {"code", "functions"}:
-        return f"{name.replace('.', '/')}.py changed"
+        file = f"{name.replace('.', '/')}.py"
+        if path not in before or path not in after:
+            return f"{file} {'now' if path in after else 'no longer'} imported"
+        known = group == "code" and name in then and name in now
+        return f"{file}: {changed_definitions(then[name], now[name])}" if known else f"{file} changed"
     if group == "inputs":
-        return f"input {name} changed"
+        return f"input {name} {'changed' if path in before and path in after else 'added' if path in after else 'gone'}"
+    old, new = (_shown(values[path]) if path in values else "unset" for values in (before, after))
     return f"{name} {old} -> {new}"
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

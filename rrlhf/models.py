@@ -21,10 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf.artifacts import sha256
 from rrlhf.attention import PACKED, Packing, register
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.memo import sha256
 from rrlhf.sources import base_location
 from rrlhf.types import Message
 

@@ -59,7 +59,7 @@ def code_behind(module: str, root: Path) -> Code:
             versions |= _versions(top)
         elif path.suffix == ".py":
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += [*_packages(name), *_imports(_parsed(path), package)]
+            waiting += [*packages(name), *imports(parsed(path), package)]
     return Code(dict(sorted(sources.items())), versions, tuple(sorted(ours)))
 
 
@@ -109,22 +109,24 @@ def importable(root: Path) -> None:
 
 def file_digest(path: Path) -> str:
     """Return a digest of a source file's syntax tree, or of the bytes of any other file."""
-    return tree_digest(_parsed(path)) if path.suffix == ".py" else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return tree_digest(parsed(path)) if path.suffix == ".py" else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def tree_digest(tree: ast.Module) -> str:
     """Return a digest of a syntax tree; comments, docstrings and formatting are not part of it."""
-    return hashlib.sha256(ast.dump(_without_docstrings(tree)).encode()).hexdigest()[:16]
+    return hashlib.sha256(ast.dump(without_docstrings(tree)).encode()).hexdigest()[:16]
 
 
-def _parsed(path: Path) -> ast.Module:
+def parsed(path: Path) -> ast.Module:
+    """Return a file's syntax tree. Raises ParamsError, with file and line, when it is no valid Python."""
     try:
         return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise ParamsError(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}") from None
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    """Take the docstrings out of a syntax tree, in place."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
@@ -145,7 +147,7 @@ def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
     return bare
 
 
-def _imports(tree: ast.Module, package: str) -> Iterator[str]:
+def imports(tree: ast.Module, package: str) -> Iterator[str]:
     """Yield every name in a module's import statements that may be a module; `package`: where relative ones start."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -180,7 +182,7 @@ def _versions(top: str) -> dict[str, str]:
         return {name: version(name) for name in packages_distributions().get(top, [])}
 
 
-def _packages(name: str) -> Iterator[str]:
+def packages(name: str) -> Iterator[str]:
     """Yield the packages that a module lies in: to import it, Python runs the __init__.py of each."""
     while name := name.rpartition(".")[0]:
         yield name

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
-from rrlhf.artifacts import Memo
 from rrlhf.config import Model, Prepare, TrunkTraining
 from rrlhf.located import ParamsError
+from rrlhf.memo import Memo
 from rrlhf.stages import Node
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args
 from rrlhf.config import Arm, Member, Method, Params, Section, TrunkTraining
 
 DATA = "data"
+EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/sources.py)
 METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
 
 
@@ -56,6 +57,12 @@ def arm_of(name: str) -> str | None:
     """Return the arm's name of a node, METHOD-ARM; None for a node that makes no policy."""
     method, dash, arm = name.partition("-")
     return arm if dash and method in METHODS else None
+
+
+def aliases_of(name: str, candidate: str) -> list[str]:
+    """Return the aliases by which a node's model is registered: its arm, and "candidate" for the arm chosen as that."""
+    arm = arm_of(name)
+    return [*([arm] if arm else []), *(["candidate"] if arm == candidate else [])]
 
 
 def _arm(params: Params, name: str, arm: Arm) -> Node:

@@ -1,5 +1,6 @@
 """The store: nothing half-written, nothing changed unseen."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrlhf.artifacts import MANIFEST, Memo, Store, TamperedError, content_digest
+from rrlhf.artifacts import MANIFEST, Store, TamperedError, content_digest
 from rrlhf.keys import key_digest
+from rrlhf.memo import Memo
 
 ROOT = Path(__file__).parents[1]
 
@@ -125,15 +127,24 @@ def test_the_digest_ignores_the_log_but_the_check_does_not(store):
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     path, memo = tmp_path / "file", Memo(tmp_path / "memo.json")
     path.write_bytes(b"content")
+    monkeypatch.setattr("rrlhf.memo.LARGE", 0)
     digest = memo.sha256(path)
     memo.save()
-    monkeypatch.setattr("rrlhf.artifacts.sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
     assert Memo(tmp_path / "memo.json").sha256(path) == digest
 
 
+def test_an_edit_right_after_the_look_is_seen_though_size_and_time_are_the_same(tmp_path):
+    path, memo = tmp_path / "file", Memo(tmp_path / "memo.json")
+    for content in (b"one", b"two") * 20:  # many within one tick of the clock that stamps files
+        path.write_bytes(content)
+        assert memo.sha256(path) == hashlib.sha256(content).hexdigest()
+
+
 def test_another_process_need_not_read_what_was_just_published(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("rrlhf.memo.LARGE", 0)
     artifact = publish(store, "sft")
-    monkeypatch.setattr("rrlhf.artifacts.sha256", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
     assert Store(tmp_path).checked("sft", artifact.key) == artifact
 
 

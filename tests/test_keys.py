@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf import keys
-from rrlhf.artifacts import Memo
 from rrlhf.config import load_params
 from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
 from rrlhf.located import ParamsError
+from rrlhf.memo import Memo
+from rrlhf.modules import Modules
 from rrlhf.sourcecode import changed_since, code_behind
 from rrlhf.sources import external_digests
 from rrlhf.stages import nodes
@@ -96,21 +96,17 @@ def test_differences_are_told_in_words():
 
 
 @pytest.fixture
-def sources(tmp_path, monkeypatch):
+def sources(tmp_path):
     """A copy of the package that code digests are taken from."""
     package = tmp_path / "rrlhf"
     shutil.copytree(ROOT / "rrlhf", package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(keys, "PACKAGE", package)
-    code_digests.cache_clear()
-    yield package
-    code_digests.cache_clear()
+    return package
 
 
 def digests_after(change, file):
-    before = code_digests("rrlhf.ppo")
+    before = Modules(file.parent).closure("rrlhf.ppo")
     file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
-    code_digests.cache_clear()
-    after = code_digests("rrlhf.ppo")
+    after = Modules(file.parent).closure("rrlhf.ppo")
     return {name for name in before | after if before.get(name) != after.get(name)}
 
 

@@ -4,14 +4,19 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from flows.serve import start_temporary_server
+from rrlhf.config import load_params
+from rrlhf.plan import Project
+from rrlhf.uptodate import nothing_to_do
 
 OTHERS = {"dpo-direct", "best_of_n-choosy"}
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"} | OTHERS
@@ -130,11 +135,66 @@ def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
     assert actions(shell.planned("--set", "dpo.beta=0.3")) == {"dpo-direct": "run", "evaluate": "upstream"}
 
 
+def test_without_a_server_a_run_with_nothing_to_do_starts_none_and_tells_the_same(first, shell):
+    alone = Shell(shell.root, {name: value for name, value in shell.environment.items() if name != "PREFECT_API_URL"})
+    before = [path.stat().st_mtime_ns for path in (shell.root / "mlflow.db", shell.root / "reports" / "tiny.html")]
+    done = alone.run()
+    assert (done.ran, done.folders) == (set(), first.folders)
+    assert "nothing to do" in done.told
+    assert "Task run" not in done.told
+    assert "robust" in done.told
+    assert json.loads(done.out) == json.loads(first.out) | {"ran": []}
+    assert [
+        path.stat().st_mtime_ns for path in (shell.root / "mlflow.db", shell.root / "reports" / "tiny.html")
+    ] == before
+
+
+def test_nothing_is_reported_that_is_not_so(first, shell):
+    project = Project(shell.root, "tiny", load_params(shell.root, "tiny"))
+    assert nothing_to_do(project, project.plan())
+    other = Project(shell.root, "tiny", load_params(shell.root, "tiny", {"tracking.candidate": "single"}))
+    assert nothing_to_do(other, other.plan()) is None  # an alias has to move
+    html = shell.root / "reports" / "tiny.html"
+    sound = html.read_bytes()
+    html.write_bytes(sound + b" ")
+    assert nothing_to_do(project, project.plan()) is None
+    html.write_bytes(sound)
+    with closing(sqlite3.connect(shell.root / "mlflow.db")) as database, database:
+        database.execute("update registered_model_aliases set version = version + 100 where alias = 'robust'")
+    assert nothing_to_do(project, project.plan()) is None
+    with closing(sqlite3.connect(shell.root / "mlflow.db")) as database, database:
+        database.execute("update registered_model_aliases set version = version - 100 where alias = 'robust'")
+    assert nothing_to_do(project, project.plan())
+
+
+def test_a_forced_stage_that_repeats_itself_reruns_nothing_below_it(first, shell):
+    assert actions(shell.planned("--force", "sft")) == {"sft": "run"}
+    forced = shell.run("--force", "sft", "--force", "data", "--until", "reward")
+    assert forced.ran == {"data", "sft"}
+    assert forced.folders == first.folders
+    assert shell.run().ran == set()
+
+
+def test_a_part_runs_alone_and_says_what_it_lacks(first, shell):
+    new = ("--set", "reward.epochs=9")
+    assert shell.run(*new, "--until", "reward").ran == {"reward"}
+    planned = shell.planned(*new, "--only", "ensemble")
+    assert actions(planned)["ensemble"] == "run"
+    assert {planned[name]["action"] for name in POLICIES} == {"skip"}
+    told = shell("run", "--profile", "tiny", *new, "--only", "evaluate", code=2).told
+    assert "ensemble" in told
+    assert "not part of this run" in told
+
+
 def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, shell):
     reward, evaluation = (shell.root / first.folders[name] for name in ("reward", "evaluate"))
     manifest = (reward / "artifact.json").read_bytes()
     shutil.rmtree(reward)
     shutil.rmtree(evaluation)
+    planned = shell.planned()
+    assert actions(planned) == {"reward": "restore", "evaluate": "run"}
+    assert re.fullmatch(r"artifact missing, registered as rrlhf-reward v\d+", planned["reward"]["reasons"][0])
+    assert planned["evaluate"]["reasons"] == ["artifact missing"]
     assert shell.run().ran == {"evaluate"}
     assert (reward / "artifact.json").read_bytes() == manifest
 
@@ -173,7 +233,7 @@ def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell)
     finally:
         source.write_text(sound, encoding="utf-8")
     assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
-    assert planned["ppo-single"]["reasons"] == ["rrlhf/ppo.py changed"]
+    assert planned["ppo-single"]["reasons"] == ["rrlhf/ppo.py: ANSWER added"]
 
 
 @pytest.fixture
@@ -242,7 +302,9 @@ def test_a_server_that_does_not_answer_is_named(shell):
     assert "unset PREFECT_API_URL" in away("run", "--profile", "tiny", code=1).told
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plan", "--profile", "tiny"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["plan", "--profile", "tiny"], ["why", "evaluate", "--profile", "tiny"], ["status"]]
+)
 def test_looking_is_quick(shell, command):
     program = (
         "import sys; sys.argv = ['rrlhf', *sys.argv[1:]]\n"

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.artifacts import CHECKPOINT, Store, sha256
+from rrlhf.artifacts import CHECKPOINT, Store
 from rrlhf.config import Arm, Launch, load_params
 from rrlhf.keys import key_digest
 from rrlhf.launch import execute
+from rrlhf.memo import sha256
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rrlhf.adapters import WEIGHTS as ADAPTERS
 from rrlhf.adapters import copies_of, first_adapted, load_adapters, save_adapters
-from rrlhf.artifacts import sha256
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
+from rrlhf.memo import sha256
 from rrlhf.models import (
     LanguageModel,
     autocast,

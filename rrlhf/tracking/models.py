@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rrlhf.artifacts import Artifact
-from rrlhf.stages import DATA
+from rrlhf.stages import DATA, EXTERNAL
 from rrlhf.tracking.records import (
     INSIDE,
     dataset_input,
@@ -112,7 +112,7 @@ class Models:
         if tags.get("rrlhf.digest") == artifact.digest and tags.get("rrlhf.model") == (model_id or ""):
             return
         run = self._client.get_run(run_id)
-        digests = [digest for name, digest in artifact.inputs.items() if name != DATA]
+        digests = [digest for name, digest in artifact.inputs.items() if name not in {DATA, *EXTERNAL}]
         read = {model_id_of(found[0]) for digest in digests if (found := self.search(has("digest", digest)))}
         new = read - {entry.model_id for entry in run.inputs.model_inputs}  # MLflow refuses to write one twice
         datasets = [dataset_input(dataset)] if dataset else []

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rrlhf.locks import locked
+from rrlhf.tracking.registry import address
 
 SECONDS_TO_ANSWER = 2
 SECONDS_TO_UPLOAD = 600
@@ -40,7 +41,7 @@ def connect(root: Path, experiment: str) -> tuple[str, str]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    uri = address(root)
     with trouble(uri):
         artifacts = None
         if uri.startswith("sqlite:///"):

@@ -1,0 +1,91 @@
+"""What the commands share: options, exit codes, and errors as people should see them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rrlhf.types import Json
+
+FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
+
+Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one parameter for this run; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
+    """Parse --set options and check the settings, all mistakes at once, before anything starts."""
+    from rrlhf.config import load_params, parse_override
+
+    with clear_errors():
+        parsed = dict(parse_override(text) for text in texts or [])
+        load_params(Path.cwd(), profile, parsed)
+    return parsed
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
+    from rrlhf import progress
+    from rrlhf.artifacts import TamperedError
+    from rrlhf.located import ParamsError
+
+    try:
+        yield
+    except ParamsError as error:
+        end(USAGE, str(error))
+    except TamperedError as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _busy() as error:
+        end(BUSY, str(error))
+    except _different() as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _mendable() as error:
+        end(FAILED, str(error))
+    except OSError as error:
+        end(FAILED, f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        end(
+            SIGNALLED + progress.signalled,
+            "interrupted; finished stages are kept, and the same command goes on from there",
+        )
+
+
+# Looked up when something was raised, for their modules take time to import.
+
+
+def _busy() -> type[Exception]:
+    from rrlhf.datasets import BusyError
+
+    return BusyError
+
+
+def _different() -> type[Exception]:
+    from rrlhf.produce import DifferentError
+
+    return DifferentError
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    from flows.serve import ServeError
+    from rrlhf.datasets import PrepareError
+    from rrlhf.health import DivergedError
+    from rrlhf.processes import LaunchError
+    from rrlhf.tracking import TrackingError
+
+    return DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Say why the command ends, and end it."""
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

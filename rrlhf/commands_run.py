@@ -1,0 +1,234 @@
+"""The commands that run the pipeline, and those that say what a run would do: run, plan, why, status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rrlhf.command_line import USAGE, AsJson, Profile, Set, clear_errors, end, overrides
+from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.partial import Part
+    from rrlhf.plan import Planned, Project
+
+Names = list[str] | None
+From = Annotated[
+    Names,
+    typer.Option("--from", metavar="STAGE", help="Only this stage and what is built on it; what it reads must be up to "
+                 "date. Says what may run, not what must: see --force."),
+]  # fmt: skip
+Until = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage and what it is built on.")]
+Only = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage; what it reads must be up to date.")]
+Force = Annotated[
+    Names,
+    typer.Option(metavar="STAGE", help="Compute this stage although its result is there, and compare: the same bits "
+                 "rerun nothing below it; others end the run with exit code 3, and the stored result stays."),
+]  # fmt: skip
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
+
+
+def run(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run what is not up to date, register every model, and write the report.
+
+    A STAGE is a node, such as ppo-robust, or all nodes of one kind: ppo, dpo, member. These options may be repeated;
+    --from with --until leaves what lies between them; --only goes with neither. Models that are up to date are
+    registered and shown whatever part is asked for.
+
+    When nothing is to be done, nothing is started, and MLflow gets no further run, unless PREFECT_API_URL names a
+    server, which then shows it.
+
+    Example: rrlhf run --set ppo.kl_weight=0.05
+
+    Example: rrlhf run --until ensemble
+    """
+    part = _part(from_, until, only, force)
+    if dry_run:
+        plan(profile, set_, from_, until, only, force, as_json)
+    else:
+        run_flow(profile, overrides(profile, set_), part, as_json)
+
+
+def plan(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run would do, and why, without running anything.
+
+    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC's cache. upstream: an input
+    will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
+
+    Example: rrlhf plan --set ppo.kl_weight=0.05 -v
+    """
+    changed = overrides(profile, set_)
+    with clear_errors():
+        planned = _project(profile, changed).plan(_part(from_, until, only, force))
+    if as_json:
+        print(json.dumps([one.as_json() for one in planned], indent=1))
+        return
+    width = max(len(one.node) for one in planned)
+    for one in planned:
+        print(_line(one, width, verbose))
+    if total := _total(planned):
+        print(total)
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        print("the tracking server was not asked: a model that it has will be restored instead of run")
+
+
+def why(
+    stage: Annotated[str, typer.Argument(help="A node, such as ppo-robust, or all of one kind: ppo, member.")],
+    profile: Profile = "default",
+    set_: Set = None,
+) -> None:
+    """Say why a stage would run, back to its first causes, or where its result is.
+
+    Example: rrlhf why evaluate --set sft.epochs=3
+    """
+    from rrlhf.partial import matching, unknown
+    from rrlhf.why import explained
+
+    changed = overrides(profile, set_)
+    with clear_errors():
+        project = _project(profile, changed)
+        these = matching(stage, project.nodes)
+        if not these:
+            end(USAGE, unknown(stage, project.nodes))
+        planned = project.plan()
+        for node in these:
+            print("\n".join(explained(project, planned, node.name)))
+
+
+def status(as_json: AsJson = False) -> None:
+    """Show every profile's state and last run, what runs now, what was interrupted, and the disk used."""
+    from rrlhf.status import overview, told
+
+    with clear_errors():
+        found = overview(Path.cwd())
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(told(found)))
+
+
+def run_flow(
+    profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False
+) -> None:  # fmt: skip
+    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
+    from rrlhf.partial import Part
+
+    part = part or Part()
+    with clear_errors(), redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = _found_done(profile, overrides, part) or _run(profile, overrides, part)
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+    """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.records import noted
+    from rrlhf.uptodate import nothing_to_do, show
+
+    project = _project(profile, overrides)
+    planned = project.plan(part)
+    if "PREFECT_API_URL" in os.environ:
+        return None
+    done = nothing_to_do(project, planned)
+    if done is None:
+        return None
+    with noted(project.root, profile, overrides, part):
+        show(project, done.artifacts)
+    print("nothing to do: every stage is up to date and registered", file=sys.stderr)
+    return done.result
+
+
+def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+    from flows.serve import start_temporary_server
+    from rrlhf.config import load_params
+
+    root = Path.cwd()
+    wait_until_ready = start_temporary_server(root)
+    # Both imports take seconds, in which the server starts.
+    from flows.pipeline import pipeline
+    from rrlhf.progress import STOPPING, stop_between_steps
+    from rrlhf.tracking import Tracker
+
+    Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
+    wait_until_ready()
+    stop_between_steps(STOPPING)
+    _quiet_console()
+    asked = {name: [*names] for name, names in part._asdict().items() if names}
+    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None)
+    return result
+
+
+def _quiet_console() -> None:
+    """Keep tracebacks off the terminal, where `clear_errors` says what went wrong; Prefect's records keep them."""
+
+    def message_only(record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return not record.getMessage().startswith(
+            ("Encountered exception", "Crash detected", "Finished in state Crashed")
+        )
+
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(message_only)
+
+
+def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
+    from rrlhf.partial import Part
+
+    return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
+
+
+def _project(profile: str, overrides: dict[str, Json]) -> Project:
+    from rrlhf.config import load_params
+    from rrlhf.plan import Project
+
+    root = Path.cwd()
+    return Project(root, profile, load_params(root, profile, overrides))
+
+
+def _line(one: Planned, width: int, verbose: bool) -> str:
+    from rrlhf.progress import in_words
+
+    took = f"  (took {in_words(one.seconds)} last time)" if one.seconds is not None else ""
+    reasons = one.reasons if verbose else one.reasons[:1]
+    more = f" and {len(one.reasons) - len(reasons)} more" if len(one.reasons) > len(reasons) else ""
+    return f"{one.node:{width}}  {one.action:8}  {'; '.join(reasons)}{more}{took}".rstrip()
+
+
+def _total(planned: Sequence[Planned]) -> str:
+    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
+    from rrlhf.progress import in_words
+
+    computing = [one for one in planned if one.action in {"run", "upstream"}]
+    if not computing:
+        return ""
+    surely, perhaps = ([one for one in computing if one.action == action] for action in ("run", "upstream"))
+    counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
+    known = [one.seconds for one in computing if one.seconds is not None]
+    at_least = "at least " if len(known) < len(computing) else ""
+    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted

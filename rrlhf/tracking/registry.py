@@ -1,0 +1,87 @@
+"""What MLflow's registry holds, read in milliseconds: straight from its database, without importing mlflow.
+
+Only looked at, never relied on: restoring and registering ask MLflow itself. Where the database is a server's, or is
+not laid out as expected, the answer is "unknown".
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+SQLITE = "sqlite:///"
+AT_ONCE = 500  # keys in one question; SQLite allows more
+
+# The newest ready version of each key comes last.
+VERSIONS = """
+select k.value, v.name, v.version, d.value from model_versions v
+join model_version_tags k on k.name = v.name and k.version = v.version and k.key = 'rrlhf.key'
+join model_version_tags d on d.name = v.name and d.version = v.version and d.key = 'rrlhf.digest'
+where v.status = 'READY' and k.value in ({keys}) order by v.creation_time, v.version
+"""
+# A run is given its artifact's digest when all that belongs to it was written.
+RUNS = """
+select k.value, d.value from runs r
+join experiments e on e.experiment_id = r.experiment_id and e.name = ? and e.lifecycle_stage = 'active'
+join tags k on k.run_uuid = r.run_uuid and k.key = 'rrlhf.key'
+join tags d on d.run_uuid = r.run_uuid and d.key = 'rrlhf.digest'
+where r.lifecycle_stage = 'active' and r.status = 'FINISHED' and k.value in ({keys})
+"""
+
+
+class Registration(NamedTuple):
+    """What is registered under a key."""
+
+    name: str  # of the model; "" where only a run is kept (the evaluation)
+    version: str
+    digest: str
+    aliases: frozenset[str]
+    complete: bool  # its run holds everything and is linked to what it read
+
+
+def address(root: Path) -> str:
+    """Return the address of the tracking server: MLFLOW_TRACKING_URI, or else `root`/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
+
+
+def registrations(root: Path, experiment: str, keys: Sequence[str]) -> dict[str, Registration] | None:
+    """Return what is registered under each of these keys; None when that cannot be told without asking a server."""
+    uri = address(root)
+    if not uri.startswith(SQLITE):
+        return None
+    database = Path(uri.removeprefix(SQLITE)).absolute()
+    if not database.exists():
+        return {}
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1)) as connection:
+            if not _is_ours(connection, experiment, database):
+                return None
+            chunks = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
+            return {key: found for chunk in chunks for key, found in _look(connection, experiment, chunk)}
+    except sqlite3.Error:
+        return None
+
+
+def _is_ours(connection: sqlite3.Connection, experiment: str, database: Path) -> bool:
+    """Whether the experiment keeps its files beside this database; in a copied folder it does not."""
+    found = connection.execute("select artifact_location from experiments where name = ?", [experiment]).fetchone()
+    return found is None or found[0] == (database.parent / "mlartifacts").as_uri()
+
+
+def _look(connection: sqlite3.Connection, experiment: str, keys: Sequence[str]) -> Iterator[tuple[str, Registration]]:
+    marks = ",".join("?" * len(keys))
+    versions = {row[0]: row[1:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
+    written = set(connection.execute(RUNS.format(keys=marks), [experiment, *keys]))
+    aliases: dict[tuple[str, str], set[str]] = {}
+    for name, version, alias in connection.execute("select name, version, alias from registered_model_aliases"):
+        aliases.setdefault((name, str(version)), set()).add(alias)
+    for key, (name, version, digest) in versions.items():
+        given = frozenset(aliases.get((name, str(version)), ()))
+        yield key, Registration(name, str(version), digest, given, (key, digest) in written)
+    for key, digest in written:
+        if key not in versions:
+            yield key, Registration("", "", digest, frozenset(), True)

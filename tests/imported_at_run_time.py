@@ -1,0 +1,68 @@
+"""Run every stage of a small pipeline, and write which of our modules each loaded or executed: see test_closure.py."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+SMALL = {
+    "prepare.limit": 48,
+    "sft.epochs": 1,
+    "reward.epochs": 1,
+    "ensemble.epochs": 1,
+    "ensemble.kind": "warm",
+    "ensemble.heads": 2,
+    "ppo.updates": 1,
+    "ppo.epochs": 1,
+    "ppo.prompts_per_update": 4,
+    "ppo.minibatch_size": 4,
+    "model.response_tokens": 6,
+    "arms.single": None,
+    "arms.robust.functions": {"rrlhf_rules:short": 0.5},
+}
+
+
+def loaded():
+    return {name for name in sys.modules if name.partition(".")[0] == "rrlhf"}
+
+
+def run(document, inputs, out):
+    """Run a stage with every module of ours imported anew; return those that were loaded or executed for it."""
+    for name in loaded():
+        del sys.modules[name]
+    launch = import_module("rrlhf.launch")
+    before, executed = loaded(), set()
+    out.mkdir()
+    sections, arguments = launch._sections(document["params"]), launch._arguments(inputs)
+    stage = import_module(f"rrlhf.{document['stage']}")
+    sys.setprofile(lambda frame, event, _: executed.add(frame.f_globals.get("__name__")))
+    try:
+        stage.run(**sections, **arguments, out=out, log=lambda row: None)
+    finally:
+        sys.setprofile(None)
+    return (loaded() - before) | {name for name in executed if str(name).partition(".")[0] == "rrlhf"}
+
+
+def main(root):
+    import torch
+
+    from rrlhf.config import load_params
+    from rrlhf.keys import key_document
+    from rrlhf.stages import nodes
+
+    torch.set_num_threads(1)
+    (root / "rrlhf_rules.py").write_text("def short(completions): return [1.0 for _ in completions]\n")
+    sys.path.insert(0, str(root))
+    graph = nodes(load_params(Path(__file__).parents[1], "tiny", SMALL))
+    documents = {node.name: key_document(node, {}) for node in graph}
+    used = {}
+    for node in graph:
+        inputs = {argument: root / name for argument, name in node.inputs.items()}
+        used.setdefault(node.stage, set()).update(run(documents[node.name], inputs, root / node.name))
+    code = {node.stage: documents[node.name]["code"] for node in graph}
+    found = {stage: {"used": sorted(modules), "code": sorted(code[stage])} for stage, modules in used.items()}
+    (root / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
