@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +22,12 @@ from typing import Any
 from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
+from rrlhf.seal import opened, sealed
 
 MANIFEST = "artifact.json"
+FIELDS = frozenset(
+    ("name", "key", "digest", "document", "files", "metrics", "git_commit", "created", "seconds", "hardware")
+)
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
 HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
 
@@ -95,14 +99,10 @@ class Store:
         folder = self.folder(stage, key)
         if not folder.exists():
             return None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            sound = manifest["key"] == key == key_digest(manifest["document"])
-        except (OSError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise TamperedError(f"{folder / MANIFEST} is missing or was changed{_way_out(folder)}")
-        return Artifact(folder, manifest)
+        artifact = read_artifact(folder)
+        if artifact.key != key:
+            raise TamperedError(f"{folder / MANIFEST} is that of another key, {artifact.key}{_way_out(folder)}")
+        return artifact
 
     def checked(self, stage: str, key: str) -> Artifact | None:
         """Like `find`, with every file's sha256 compared to the manifest."""
@@ -113,27 +113,38 @@ class Store:
 
     def verify(self, artifact: Artifact) -> None:
         """Raise TamperedError naming the first file that differs, and every artifact built on it."""
-        files: dict[str, str] = artifact.manifest["files"]
-        problem = None
-        for name, expected in files.items():
-            path = artifact.path / name
-            found = self._memo.sha256(path) if path.is_file() else "no file"
-            if found != expected:
-                problem = f"{path}: expected sha256 {expected}, found {found}"
-                break
-        if problem is None and artifact.digest != content_digest(files):
-            problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
-        self._memo.save()
+        problem = self.fault(artifact)
         if problem:
             raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
+
+    def fault(self, artifact: Artifact, *, deep: bool = False) -> str | None:
+        """Say which file of an artifact is not what its manifest says, or None.
+
+        deep: read every byte, also of files whose size, times and inode are those of an earlier look.
+        """
+        if deep:
+            self._memo.forget(artifact.path)
+        files: dict[str, str] = artifact.manifest["files"]
+        try:
+            for name, expected in files.items():
+                path = artifact.path / name
+                found = self._memo.sha256(path, expected) if path.is_file() else "no file"
+                if found != expected:
+                    return f"{path}: expected sha256 {expected}, found {found}"
+        finally:
+            self._memo.save()
+        for path in sorted(artifact.path.rglob("*")):
+            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST}:
+                return f"{path}: expected no such file, {MANIFEST} does not list it"
+        if artifact.digest != content_digest(files):
+            return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
+        return None
 
     def all(self) -> Iterator[Artifact]:
         """Yield every artifact whose manifest can be read."""
         for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
-            try:
-                yield Artifact(path.parent, json.loads(path.read_bytes()))
-            except ValueError:
-                continue
+            with suppress(TamperedError):
+                yield read_artifact(path.parent)
 
     def users(self, digest: str) -> str:
         """Name the artifacts that were made from the content with this digest."""
@@ -176,7 +187,7 @@ class Store:
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
         }
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
         for path in staged.rglob("*"):
             sync(path)
         final = self.folder(document["stage"], key)
@@ -188,13 +199,13 @@ class Store:
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte."""
-        manifest = json.loads((downloaded / MANIFEST).read_bytes())
-        self.verify(Artifact(downloaded, manifest))
+        artifact = read_artifact(downloaded)
+        self.verify(artifact)
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
         self._memo.renamed(downloaded, final)
-        return Artifact(final, manifest)
+        return Artifact(final, artifact.manifest)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""
@@ -213,18 +224,27 @@ class Memo:
         self._grew = False
         self._saving = threading.Lock()
 
-    def sha256(self, path: Path) -> str:
-        """Return the file's sha256, from memory when its metadata is unchanged."""
+    def sha256(self, path: Path, expected: str | None = None) -> str:
+        """Return the file's sha256, from memory when its metadata is unchanged.
+
+        expected: what the file should have; when memory says otherwise, memory may be wrong, and the file is read.
+        """
         stat = path.stat()
         mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         name = str(path.resolve())
         known = self._known.get(name)
-        if known and known[:4] == mark:
+        if known and known[:4] == mark and expected in {None, known[4]}:
             return str(known[4])
         digest = sha256(path)
         self._known[name] = [*mark, digest]
         self._grew = True
         return digest
+
+    def forget(self, folder: Path) -> None:
+        """Have the files in a folder read again."""
+        above = f"{folder.resolve()}{os.sep}"
+        for name in [name for name in list(self._known) if name.startswith(above)]:
+            del self._known[name]
 
     def renamed(self, old: Path, new: Path) -> None:
         """Keep what is known of the files in a folder that was renamed."""
@@ -244,6 +264,21 @@ class Memo:
             beside = self.path.with_suffix(f".{os.getpid()}")
             beside.write_text(json.dumps(dict(self._known)), encoding="utf-8")
             beside.replace(self.path)
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Return the artifact in a folder by its manifest; files are not checked.
+
+    Raises TamperedError when the manifest is missing or not as it was written.
+    """
+    try:
+        manifest = opened((folder / MANIFEST).read_bytes(), FIELDS)
+        if manifest["key"] != key_digest(manifest["document"]):
+            raise ValueError("its key is not that of its key document")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise TamperedError(f"{folder / MANIFEST} is missing or was changed: {reason}{_way_out(folder)}") from None
+    return Artifact(folder, manifest)
 
 
 def sha256(path: Path) -> str:

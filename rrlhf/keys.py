@@ -15,7 +15,7 @@ from functools import cache, reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.sourcecode import code_behind, tree_digest
@@ -37,6 +37,14 @@ WITHOUT_EFFECT = {
 }
 
 Document = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """One difference of two key documents; None where a value is missing."""
+
+    path: tuple[str, ...]  # ("params", "ppo", "kl_weight")
+    old: Any
+    new: Any
 
 
 def key_document(node: Node, inputs: Mapping[str, str]) -> Document:
@@ -82,9 +90,14 @@ def key_digest(document: Document) -> str:
 
 def differences(old: Document, new: Document) -> list[str]:
     """Say in words what changed from one key document to another, upstream causes first."""
+    return [_in_words(*change) for change in changes(old, new)]
+
+
+def changes(old: Document, new: Document) -> list[Change]:
+    """Return what changed from one key document to another: its place, the old value and the new one."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
-    changed = [path for path in (before | after) if before.get(path) != after.get(path)]
-    return [_in_words(path, before.get(path), after.get(path)) for path in changed]
+    paths = [path for path in (before | after) if before.get(path) != after.get(path)]
+    return [Change(path, before.get(path), after.get(path)) for path in paths]
 
 
 @cache

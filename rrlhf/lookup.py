@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from rrlhf.artifacts import MANIFEST, Artifact, Store
+from rrlhf.artifacts import MANIFEST, Artifact, Store, read_artifact
 
 
 class Lookup:
@@ -64,9 +63,6 @@ class Lookup:
 
 
 def _in_folder(folder: Path) -> Artifact:
-    try:
-        return Artifact(folder, json.loads((folder / MANIFEST).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: not the folder of an artifact, for it has no {MANIFEST} that can be read"
-        ) from error
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
+    return read_artifact(folder)
