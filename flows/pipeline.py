@@ -191,21 +191,21 @@ def report(run: Run) -> str:
     """Write the HTML report, print the comparison, and return the report's path."""
     from rich.console import Console
 
-    from rrlhf.lineage import resolve, tree
+    from rrlhf.lineage import from_versions, tree
     from rrlhf.report import render, table
     from rrlhf.verdict import verdict
 
     project = run.project
     evaluation = json.loads((run.artifacts["evaluate"].path / "evaluation.json").read_text(encoding="utf-8"))
     evaluation["profile"] = project.profile
-    versions = run.tracker.versions()
+    ancestry = from_versions(run.tracker.versions())
     html = project.root / "reports" / f"{project.profile}.html"
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
             evaluation,
             params=project.params.model_dump(),
-            lineage=tree(resolve("rrlhf-policy@candidate", versions), versions),
+            lineage=tree(ancestry, ancestry.find("rrlhf-policy@candidate")),
             facts=_facts(run),
         ),
         encoding="utf-8",

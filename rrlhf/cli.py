@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
 from rrlhf.environment import end_with_parent, find_root, set_environment
+from rrlhf.lineage import command as ancestry
 from rrlhf.types import Json
 
+P = ParamSpec("P")
 FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
 
 app = typer.Typer(
@@ -78,25 +81,6 @@ def plan(
         took = f"  (took {in_words(node.seconds or 0)} last time)" if known else ""
         reasons = node.reasons if verbose else node.reasons[:1]
         print(f"{node.node:{width}}  {node.action:8}  {'; '.join(reasons)}{took}".rstrip())
-
-
-@app.command()
-def lineage(
-    model: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
-    profile: Profile = "default",
-    as_json: AsJson = False,
-) -> None:
-    """Show every model and data set that a registered model came from."""
-    from rrlhf.config import load_params
-    from rrlhf.lineage import as_json as lineage_json
-    from rrlhf.lineage import resolve, tree
-    from rrlhf.tracking import Tracker
-
-    with _clear_errors():
-        root = Path.cwd()
-        versions = Tracker.connect(root, load_params(root, profile).tracking.experiment).versions()
-        version = resolve(model, versions)
-        print(json.dumps(lineage_json(version, versions), indent=1) if as_json else tree(version, versions))
 
 
 @app.command()
@@ -338,6 +322,21 @@ def _clear_errors() -> Iterator[None]:
             SIGNALLED + progress.signalled,
             "interrupted; finished stages are kept, and the same command goes on from there",
         )
+
+
+def _mendable(command: Callable[P, None]) -> Callable[P, None]:
+    """Have a command end as `_clear_errors` says."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
+        with _clear_errors():
+            command(*arguments, **options)
+
+    return wrapped
+
+
+for command in (ancestry.lineage, ancestry.diff):
+    app.command()(_mendable(command))
 
 
 def _end(code: int, message: str) -> NoReturn:

@@ -96,7 +96,9 @@ def tables_with(start: str, files: Mapping[str, Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     if FILE in files:
         low, high = (bytes.fromhex(start.ljust(64, end)) for end in "0f")
-        wanted = (pc.field("row") >= pa.scalar(low, pa.binary(32))) & (pc.field("row") <= pa.scalar(high, pa.binary(32)))
+        wanted = (pc.field("row") >= pa.scalar(low, pa.binary(32))) & (
+            pc.field("row") <= pa.scalar(high, pa.binary(32))
+        )
         for line in pq.read_table(files[FILE], columns=["row", "table"], filters=wanted).to_pylist():
             found[line["row"].hex()].add(line["table"])
         return found
@@ -131,7 +133,9 @@ def _table_changes(name: str, old: _Side, new: _Side) -> RowChanges:
     return RowChanges(sorted(added.elements()), sorted(removed.elements()), changed, kept)
 
 
-def _by_prompt(files: Mapping[str, Path], name: str, wanted: Counter[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+def _by_prompt(
+    files: Mapping[str, Path], name: str, wanted: Counter[str]
+) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Return the wanted rows of a table, with their hashes, by what counts as the same prompt."""
     found: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     left = wanted.copy()

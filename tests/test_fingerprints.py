@@ -11,7 +11,9 @@ from rrlhf.fingerprints import FILE, Changed, fingerprint, hashes, row_changes, 
 from rrlhf.tables import write_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), max_size=3)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": texts}), max_size=3
+)
 rows = st.fixed_dictionaries({"prompt": messages, "chosen": texts, "rejected": texts})
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrlhf.artifacts import Artifact
+from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.stages import Node
@@ -34,6 +34,7 @@ class Version(NamedTuple):
     version: str
     aliases: tuple[str, ...]
     tags: dict[str, str]
+    created: int = 0  # milliseconds since 1970
 
 
 class Tracker:
@@ -143,9 +144,24 @@ class Tracker:
             known = [found for found in self._models.search("") if "rrlhf.digest" in found.tags]
             aliases = self._models.aliases()
         return [
-            Version(found.name, str(found.version), aliases.get((found.name, str(found.version)), ()), dict(found.tags))
+            Version(
+                found.name,
+                str(found.version),
+                aliases.get((found.name, str(found.version)), ()),
+                dict(found.tags),
+                found.creation_timestamp,
+            )
             for found in known
         ]
+
+    def manifest(self, version: Version) -> bytes:
+        """Return the artifact.json that was kept with a version."""
+        from mlflow.artifacts import download_artifacts
+
+        with trouble(self._uri), tempfile.TemporaryDirectory(prefix="rrlhf-manifest-") as beside:
+            uri = f"models:/{version.name}/{version.version}/{INSIDE}/{MANIFEST}"
+            path = download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
+            return Path(path).read_bytes()
 
     def log_report(self, run_id: str, html: Path) -> None:
         """Keep a report with a run."""

@@ -1,0 +1,171 @@
+"""The commands that ask for ancestry: lineage, diff, audit. Heavy libraries are imported inside."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rrlhf.fingerprints import RowChanges
+    from rrlhf.lineage.diff import Diff
+    from rrlhf.lineage.graph import Graph, Product
+    from rrlhf.tracking import Tracker, Version
+
+VERIFICATION_FAILED = 3
+
+Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
+Profile = Annotated[str, typer.Option(help="Profile whose tracking.experiment is asked.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+class Format(StrEnum):
+    """How a lineage is written."""
+
+    TREE = "tree"
+    JSON = "json"
+    MERMAID = "mermaid"
+    SVG = "svg"
+    HTML = "html"
+    OPENLINEAGE = "openlineage"
+
+
+def lineage(
+    node: Annotated[str | None, typer.Argument(help=f"{Reference}.")] = None,
+    down: Annotated[bool, typer.Option("--down", help="What was made from it, instead of what made it.")] = False,
+    row: Annotated[
+        str | None, typer.Option(help="Who saw a row of data: the start of its hash, or the row as JSON.")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="How to write it.")] = Format.TREE,
+    out: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model, evaluation or data set came from, or what came from it; or who saw a row.
+
+    Example: rrlhf lineage rrlhf-policy@candidate
+
+    Example: rrlhf lineage data --down --format html --out lineage.html
+
+    Example: rrlhf lineage --row 5bdda7cb
+    """
+    if (node is None) == (row is None):
+        raise typer.BadParameter(f"name one of {Reference}; or a row of data with --row")
+    format = Format.JSON if as_json else format
+    graph, versions, tracker = _graph(profile)
+    if row is not None:
+        text = _row(graph, row, format)
+    else:
+        start = graph.find(str(node))
+        text = _written(*_told(graph, start, down, (versions, tracker), format), down, format)
+    if out is None:
+        print(text)
+    else:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = out.with_name(f".{out.name}.new")
+        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        beside.replace(out)
+        print(out)
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help=f"{Reference}.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with.")],
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Show what differs between two models or data sets: settings, code, rows, numbers, and where it begins.
+
+    Example: rrlhf diff rrlhf-policy/1 rrlhf-policy@candidate
+    """
+    from rrlhf.lineage import diff as differences
+
+    graph, versions, tracker = _graph(profile)
+    found = compared(graph, graph.find(a), graph.find(b), Path.cwd(), (versions, tracker))
+    print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
+
+
+def compared(graph: Graph, old: Product, new: Product, root: Path, registry: tuple[list[Version], Tracker]) -> Diff:
+    """Compare two products with everything that they were made from."""
+    from rrlhf.lineage import diff as differences
+    from rrlhf.lineage.load import described
+
+    told = described({*graph.up(old), *graph.up(new)}, *registry)
+    stages = differences.stages(graph, old, new, told)
+    rows, unknown = _rows_between(graph, old, new, root)
+    unknown += [
+        f"{stage.node}: its settings are neither in this folder nor in MLflow"
+        for stage in stages
+        if stage.differs and any(product and told.get(product, product).document is None for product in stage[1:3])
+    ]
+    numbers = differences.metrics(told[old], told[new])
+    return differences.Diff(told[old], told[new], stages, rows, numbers, unknown)
+
+
+def _graph(profile: str) -> tuple[Graph, list[Version], Tracker]:
+    from rrlhf.config import load_params
+    from rrlhf.lineage.load import load
+    from rrlhf.tracking import Tracker
+
+    root = Path.cwd()
+    tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
+    versions = tracker.versions()
+    return load(root, versions), versions, tracker
+
+
+def _told(
+    graph: Graph, start: Product, down: bool, registry: tuple[list[Version], Tracker], format: Format
+) -> tuple[Graph, Product]:
+    """Return the part of the graph that is shown; with settings and numbers where the format shows them."""
+    from rrlhf.lineage.graph import Graph
+    from rrlhf.lineage.load import described
+
+    if format in {Format.TREE, Format.MERMAID}:
+        return graph, start
+    told = described(graph.down(start) if down else graph.up(start), *registry)
+    everything = [told.get(product, product) for product in graph.products]
+    return Graph(everything), told[start] if start.stage else start
+
+
+def _written(graph: Graph, start: Product, down: bool, format: Format) -> str:
+    from rrlhf.lineage import openlineage, page, text
+
+    if format is Format.OPENLINEAGE:
+        return openlineage.as_lines(openlineage.events(graph, graph.down(start) if down else graph.up(start)))
+    if format is Format.JSON:
+        return json.dumps(text.as_json(graph, start, down=down), indent=1)
+    draw = {Format.TREE: text.tree, Format.MERMAID: text.mermaid, Format.SVG: page.svg, Format.HTML: page.html}[format]
+    return draw(graph, start, down=down)
+
+
+def _row(graph: Graph, row: str, format: Format) -> str:
+    from rrlhf.lineage import rows
+
+    start = rows.digest_start(row)
+    files = rows.files_by_version(Path.cwd())
+    found = rows.sightings(graph, start, files)
+    if format is Format.JSON:
+        return json.dumps(rows.as_json(found), indent=1)
+    away = [each for each in graph.products if each.stage == "prepare" and each.digest not in files]
+    notes = [f"not searched, for its files are not here: {each.title} {each.short}" for each in away]
+    return "\n".join([rows.as_text(found) or f"no data set that is here has the row {start}", *notes])
+
+
+def _rows_between(graph: Graph, old: Product, new: Product, root: Path) -> tuple[dict[str, RowChanges], list[str]]:
+    """Compare the data sets above two products; say what cannot be compared."""
+    from rrlhf.fingerprints import row_changes
+    from rrlhf.lineage.rows import files_by_version
+
+    before, after = ([each for each in graph.up(product) if each.stage == "prepare"] for product in (old, new))
+    if {each.digest for each in before} == {each.digest for each in after}:
+        return {}, []
+    if len(before) != 1 or len(after) != 1:
+        return {}, [f"rows: A has {len(before)} data sets above it, B {len(after)}"]
+    files = files_by_version(root)
+    missing = [each for each in (*before, *after) if each.digest not in files]
+    if missing:
+        return {}, [f"rows of {each.title} {each.short}: its files are not here" for each in missing]
+    return row_changes(files[before[0].digest], files[after[0].digest]), []
