@@ -335,7 +335,7 @@ def _mendable(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-for command in (ancestry.lineage, ancestry.diff):
+for command in (ancestry.lineage, ancestry.diff, ancestry.audit):
     app.command()(_mendable(command))
 
 

@@ -56,17 +56,38 @@ def lock_entry(root: Path, project: Path, stage: str, data: Path) -> Entry | Non
         if other is not None:
             raise _changed(path, f"the stage that makes {out} is called {other!r}, in {project.name} {stage!r}")
         return None
-    entry: Entry = stages[stage]
-    known = [record.entry for record in run_records(root) if _out(record.entry) == out]
-    if known and entry not in known:
-        raise _changed(path, f"what it says of {stage} is not what DVC's run cache recorded")
-    return entry
+    if problem := _entry_fault(root, stage, stages[stage]):
+        raise _changed(path, problem)
+    return stages[stage]
+
+
+def lock_files(root: Path) -> list[Path]:
+    """Return every dvc.lock: of the profiles, and of the variants that overrides made."""
+    return [root / "dvc.lock", *sorted((root / "data" / "variants").glob("*/dvc.lock"))]
 
 
 def locks(root: Path) -> Iterator[Record]:
-    """Yield the data sets of every dvc.lock: of the profiles, and of the variants that overrides made."""
-    for path in [root / "dvc.lock", *sorted((root / "data" / "variants").glob("*/dvc.lock"))]:
+    """Yield the data sets of every dvc.lock. Raises TamperedError when one cannot be read."""
+    for path in lock_files(root):
         yield from (Record(path, entry) for entry in _stages(path).values() if _is_record(entry))
+
+
+def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a dvc.lock, and the name of the data set that it concerns, where it can be told."""
+    try:
+        stages = _stages(path)
+    except TamperedError as error:
+        yield str(error).partition("\n")[0], path.parent.name
+        return
+    for stage, entry in stages.items():
+        name = Path(_out(entry) or "").name
+        expected = f"prepare@{name}" if path.parent == root else "prepare"
+        if stage.startswith("key@"):
+            continue
+        if problem := _entry_fault(root, stage, entry):
+            yield f"{path} was changed: {problem}", name
+        elif stage != expected:
+            yield f"{path} was changed: the stage that makes {name} is called {stage!r}, expected {expected!r}", name
 
 
 def run_records(root: Path) -> list[Record]:
@@ -163,6 +184,15 @@ def _stages(path: Path) -> dict[str, Entry]:
     if not isinstance(stages, dict):
         raise _changed(path, "it does not have the form that DVC writes")
     return stages
+
+
+def _entry_fault(root: Path, stage: str, entry: Any) -> str | None:
+    if not _is_record(entry):
+        return f"what it says of {stage} does not have the form that DVC writes"
+    known = [record.entry for record in run_records(root) if _out(record.entry) == _out(entry)]
+    if known and entry not in known:
+        return f"what it says of {stage} is not what DVC's run cache recorded"
+    return None
 
 
 def _changed(path: Path, reason: str) -> TamperedError:

@@ -24,6 +24,7 @@ from rrlhf.tables import SCHEMAS, Rows
 
 FILE = "rows.parquet"  # of a prepared data set: the hash of every row
 LEFT_OUT = {"flipped"}
+LETTERS = 50  # of a prompt, for people
 _SCHEMA = pa.schema([("row", pa.binary(32)), ("prompt", pa.binary(32)), ("table", pa.string())])
 _ROWS_PER_GROUP = 8192  # sorted by hash, so one group is all that a look-up reads
 _MOST_COMPARED = 10_000  # pairs of rows with one prompt; beyond, rows are paired as they come
@@ -116,6 +117,20 @@ def row_changes(old: Mapping[str, Path], new: Mapping[str, Path]) -> dict[str, R
         name: _table_changes(name, (old, Counter(before.get(name, ()))), (new, Counter(after.get(name, ()))))
         for name in SCHEMAS
         if name in before or name in after
+    }
+
+
+def beginnings(files: Mapping[str, Path], wanted: Mapping[str, set[str]]) -> dict[str, str]:
+    """Return how the prompts of rows begin, on one line and with everything unusual escaped, by the rows' hashes.
+
+    wanted: hashes by table.
+    """
+    return {
+        digest: json.dumps(row["prompt"][-1]["content"][:LETTERS])
+        for name, some in wanted.items()
+        if some and f"{name}.parquet" in files
+        for row in _read(files, name)
+        if (digest := row_hash(row)) in some
     }
 
 

@@ -88,24 +88,43 @@ def diff(
     print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
 
 
+def audit(
+    model: Annotated[
+        str | None, typer.Argument(help=f"{Reference}; left out, everything that is here or registered.")
+    ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte, also of MLflow's and DVC's copies; trust no time stamp.")
+    ] = False,
+    profile: Profile = "default",
+    as_json: AsJson = False,
+) -> None:
+    """Check that everything kept is what was made: bytes, records, registry, all the way up. Exit code 0 or 3.
+
+    Example: rrlhf audit rrlhf-policy@candidate --deep
+    """
+    from rrlhf import audit as auditing
+
+    graph, versions, tracker = _graph(profile, strict=False)
+    start = graph.find(model) if model else None
+    report = auditing.Audit(Path.cwd(), graph, versions, tracker, deep=deep).run(start)
+    print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
+    if report.broken:
+        raise SystemExit(VERIFICATION_FAILED)
+
+
 def compared(graph: Graph, old: Product, new: Product, root: Path, registry: tuple[list[Version], Tracker]) -> Diff:
     """Compare two products with everything that they were made from."""
     from rrlhf.lineage import diff as differences
     from rrlhf.lineage.load import described
 
     told = described({*graph.up(old), *graph.up(new)}, *registry)
+    rows, texts, unknown = _rows_between(graph, old, new, root)
     stages = differences.stages(graph, old, new, told)
-    rows, unknown = _rows_between(graph, old, new, root)
-    unknown += [
-        f"{stage.node}: its settings are neither in this folder nor in MLflow"
-        for stage in stages
-        if stage.differs and any(product and told.get(product, product).document is None for product in stage[1:3])
-    ]
     numbers = differences.metrics(told[old], told[new])
-    return differences.Diff(told[old], told[new], stages, rows, numbers, unknown)
+    return differences.Diff(told[old], told[new], stages, rows, numbers, texts, unknown)
 
 
-def _graph(profile: str) -> tuple[Graph, list[Version], Tracker]:
+def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], Tracker]:
     from rrlhf.config import load_params
     from rrlhf.lineage.load import load
     from rrlhf.tracking import Tracker
@@ -113,7 +132,7 @@ def _graph(profile: str) -> tuple[Graph, list[Version], Tracker]:
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions), versions, tracker
+    return load(root, versions, strict=strict), versions, tracker
 
 
 def _told(
@@ -154,18 +173,23 @@ def _row(graph: Graph, row: str, format: Format) -> str:
     return "\n".join([rows.as_text(found) or f"no data set that is here has the row {start}", *notes])
 
 
-def _rows_between(graph: Graph, old: Product, new: Product, root: Path) -> tuple[dict[str, RowChanges], list[str]]:
-    """Compare the data sets above two products; say what cannot be compared."""
-    from rrlhf.fingerprints import row_changes
+def _rows_between(
+    graph: Graph, old: Product, new: Product, root: Path
+) -> tuple[dict[str, RowChanges], dict[str, str], list[str]]:
+    """Compare the data sets above two products; return also what shown rows say, and what cannot be compared."""
+    from rrlhf.fingerprints import beginnings, row_changes
+    from rrlhf.lineage.diff import shown
     from rrlhf.lineage.rows import files_by_version
 
     before, after = ([each for each in graph.up(product) if each.stage == "prepare"] for product in (old, new))
     if {each.digest for each in before} == {each.digest for each in after}:
-        return {}, []
+        return {}, {}, []
     if len(before) != 1 or len(after) != 1:
-        return {}, [f"rows: A has {len(before)} data sets above it, B {len(after)}"]
+        return {}, {}, [f"rows: A has {len(before)} data sets above it, B {len(after)}"]
     files = files_by_version(root)
     missing = [each for each in (*before, *after) if each.digest not in files]
     if missing:
-        return {}, [f"rows of {each.title} {each.short}: its files are not here" for each in missing]
-    return row_changes(files[before[0].digest], files[after[0].digest]), []
+        return {}, {}, [f"rows of {each.title} {each.short}: its files are not here" for each in missing]
+    both = files[before[0].digest], files[after[0].digest]
+    found = row_changes(*both)
+    return found, beginnings(both[0], shown(found)) | beginnings(both[1], shown(found)), []

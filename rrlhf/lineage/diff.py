@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 from rrlhf.fingerprints import RowChanges
 from rrlhf.keys import Change, changes
-from rrlhf.lineage.graph import Graph, Product
+from rrlhf.lineage.graph import EXTERNAL, Graph, Product
 from rrlhf.lineage.text import line
 from rrlhf.types import Json
 
 GROUPS = {"params": "parameter", "code": "code", "functions": "code", "numerics": "environment", "inputs": "input"}
-ROWS_SHOWN = 5
+ROWS_SHOWN = 5  # of each kind and table
+DIGITS = 12  # of a row's hash
 
 
 class StageDiff(NamedTuple):
@@ -22,7 +23,7 @@ class StageDiff(NamedTuple):
     old: Product | None
     new: Product | None
     own: list[Change]
-    unexplained: bool  # the results differ though nothing that goes into the key does
+    unexplained: str = ""  # why the results differ, when no change of the key documents says so
 
     @property
     def differs(self) -> bool:
@@ -32,7 +33,7 @@ class StageDiff(NamedTuple):
     @property
     def begins(self) -> bool:
         """Whether a difference has its origin here."""
-        return bool(self.own) or self.unexplained or self.old is None or self.new is None
+        return bool(self.own or self.unexplained) or self.old is None or self.new is None
 
 
 class Diff(NamedTuple):
@@ -43,6 +44,7 @@ class Diff(NamedTuple):
     stages: list[StageDiff]  # upstream first
     rows: dict[str, RowChanges]  # by table
     metrics: dict[str, tuple[float | None, float | None]]
+    texts: dict[str, str]  # the start of rows, by hash
     unknown: list[str]  # what could not be compared, and why
 
     @property
@@ -83,7 +85,7 @@ def as_text(diff: Diff) -> str:
         reasons = _because(stage) if stage.begins else ["an input changed" if stage.differs else "same"]
         lines += [f"{stage.node:12} {reasons[0]}", *(f"{'':12} {reason}" for reason in reasons[1:])]
     lines += [f"             unknown: {reason}" for reason in diff.unknown]
-    return "\n".join([*lines, *_rows_told(diff.rows), *_metrics_told(diff.metrics)])
+    return "\n".join([*lines, *_rows_told(diff.rows, diff.texts), *_metrics_told(diff.metrics)])
 
 
 def as_json(diff: Diff) -> Json:
@@ -134,22 +136,22 @@ def _depth(graph: Graph, *found: Product | None) -> tuple[int, str]:
 
 def _stage(node: str, old: Product | None, new: Product | None, told: Mapping[Product, Product]) -> StageDiff:
     if old is None or new is None:
-        return StageDiff(node, old, new, [], unexplained=False)
+        return StageDiff(node, old, new, [])
     one, other = told.get(old, old), told.get(new, new)
     if one.document is None or other.document is None:
-        return StageDiff(node, one, other, [], unexplained=False)
+        told_apart = one.digest == other.digest or one.inputs != other.inputs
+        return StageDiff(node, one, other, [], "" if told_apart else "unknown: its settings were not kept")
     found = changes(one.document, other.document)
-    own = [change for change in found if change.path[0] != "inputs" or change.path[1] in {"base", "source"}]
-    return StageDiff(node, one, other, own, unexplained=not found and one.digest != other.digest)
+    own = [change for change in found if change.path[0] != "inputs" or change.path[1] in EXTERNAL]
+    random = not found and one.digest != other.digest
+    return StageDiff(node, one, other, own, "the same settings, code and inputs, and another result" if random else "")
 
 
 def _because(stage: StageDiff) -> list[str]:
     """Say why a stage differs."""
     if stage.old is None or stage.new is None:
         return [f"only in {'B' if stage.old is None else 'A'}"]
-    if stage.unexplained:
-        return ["the same settings, code and inputs, and another result"]
-    return [_in_words(change) for change in stage.own]
+    return [_in_words(change) for change in stage.own] or [stage.unexplained]
 
 
 def _in_words(change: Change) -> str:
@@ -161,22 +163,29 @@ def _in_words(change: Change) -> str:
     return f"{kind} {name} {change.old} -> {change.new}"
 
 
-def _rows_told(rows: Mapping[str, RowChanges]) -> list[str]:
-    if not rows:
-        return []
-    lines = ["", "rows of data"]
+def _rows_told(rows: Mapping[str, RowChanges], texts: Mapping[str, str]) -> list[str]:
+    """List the rows that differ, a few of each kind, with the start of what they say."""
+    lines = ["", "rows of data"] if rows else []
     for name, found in rows.items():
         counts = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed"
         lines.append(f"{name:12} {counts}, {found.kept} kept")
-        shown = [
-            *(f"+ {row}" for row in found.added[:ROWS_SHOWN]),
-            *(f"- {row}" for row in found.removed[:ROWS_SHOWN]),
-            *(f"~ {pair.old} -> {pair.new} ({pair.what})" for pair in found.changed[:ROWS_SHOWN]),
+        lines += [f"  + {row[:DIGITS]} {texts.get(row, '')}" for row in found.added[:ROWS_SHOWN]]
+        lines += [f"  - {row[:DIGITS]} {texts.get(row, '')}" for row in found.removed[:ROWS_SHOWN]]
+        lines += [
+            f"  ~ {pair.old[:DIGITS]} -> {pair.new[:DIGITS]} {texts.get(pair.new, '')} ({pair.what})"
+            for pair in found.changed[:ROWS_SHOWN]
         ]
-        lines += [f"  {text}" for text in shown]
         more = sum(max(len(part) - ROWS_SHOWN, 0) for part in found[:3])
         lines += [f"  and {more} more; --json lists all"] if more else []
     return lines
+
+
+def shown(rows: Mapping[str, RowChanges]) -> dict[str, set[str]]:
+    """Return the hashes of the rows, by table, that `as_text` shows."""
+    return {
+        name: {*found.added[:ROWS_SHOWN], *found.removed[:ROWS_SHOWN], *(p.new for p in found.changed[:ROWS_SHOWN])}
+        for name, found in rows.items()
+    }
 
 
 def _metrics_told(numbers: Mapping[str, tuple[float | None, float | None]]) -> list[str]:

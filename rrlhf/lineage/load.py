@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rrlhf.artifacts import FIELDS, Artifact, Store
+from rrlhf.artifacts import FIELDS, Artifact, Store, TamperedError
 from rrlhf.dvc_records import Record, cached, kept_document, locks, run_records
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.seal import opened
@@ -28,8 +29,11 @@ def from_versions(versions: Iterable[Version]) -> Graph:
     return Graph([*_registered(found).values(), *_named_data_sets(found)])
 
 
-def load(root: Path, versions: Sequence[Version]) -> Graph:
-    """Return the graph of registered versions, of the folder's artifacts and of its data sets."""
+def load(root: Path, versions: Sequence[Version], *, strict: bool = True) -> Graph:
+    """Return the graph of registered versions, of the folder's artifacts and of its data sets.
+
+    strict: raise TamperedError when a record of a data set was changed, instead of going without it.
+    """
     products = _registered(versions)
     stored = [_stored(artifact) for artifact in Store(root).all()]
     for product in sorted(stored, key=lambda each: each.created, reverse=True):
@@ -37,18 +41,20 @@ def load(root: Path, versions: Sequence[Version]) -> Graph:
         if registered:
             product = replace(product, names=registered.names, aliases=registered.aliases)
         products[product.digest, product.key] = product
-    datasets = data_sets(root)
+    datasets = data_sets(root, strict=strict)
     here = {product.digest for product in datasets}
     elsewhere = [product for product in _named_data_sets(versions) if product.digest not in here]
     return Graph([*products.values(), *datasets, *elsewhere])
 
 
-def data_sets(root: Path) -> list[Product]:
+def data_sets(root: Path, *, strict: bool = True) -> list[Product]:
     """Return the data sets that DVC knows in this folder: those of its lock files first, then earlier ones."""
     records: dict[str, Record] = {}
-    for record in [*locks(root), *run_records(root)]:
+    with nullcontext() if strict else suppress(TamperedError):
+        records |= {record.digest: record for record in locks(root)}
+    for record in run_records(root):
         records.setdefault(record.digest, record)
-    return [_data_set(root, record) for record in records.values()]
+    return [_data_set(root, record, strict=strict) for record in records.values()]
 
 
 def described(products: Iterable[Product], versions: Sequence[Version], tracker: Tracker) -> dict[Product, Product]:
@@ -118,8 +124,10 @@ def _stored(artifact: Artifact) -> Product:
     )
 
 
-def _data_set(root: Path, record: Record) -> Product:
-    document = kept_document(root, record.document_md5)
+def _data_set(root: Path, record: Record, *, strict: bool) -> Product:
+    document = None
+    with nullcontext() if strict else suppress(TamperedError):
+        document = kept_document(root, record.document_md5)
     listing = cached(root, record.digest)
     made = datetime.fromtimestamp(listing.stat().st_mtime, UTC) if listing.exists() else None
     return Product(

@@ -12,6 +12,7 @@ from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.stages import Node
+from rrlhf.tracking.kept import Kept
 from rrlhf.tracking.models import MODEL_NAMES, Models
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs
@@ -35,6 +36,7 @@ class Version(NamedTuple):
     aliases: tuple[str, ...]
     tags: dict[str, str]
     created: int = 0  # milliseconds since 1970
+    run_id: str = ""  # of the run that made it
 
 
 class Tracker:
@@ -45,6 +47,7 @@ class Tracker:
 
         self._root, self._uri = root, uri
         self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._experiment_id = experiment_id
         self._runs, self._models = Runs(self._client, experiment_id), Models(self._client, experiment_id)
 
     @classmethod
@@ -150,6 +153,7 @@ class Tracker:
                 aliases.get((found.name, str(found.version)), ()),
                 dict(found.tags),
                 found.creation_timestamp,
+                str(found.run_id or ""),
             )
             for found in known
         ]
@@ -162,6 +166,11 @@ class Tracker:
             uri = f"models:/{version.name}/{version.version}/{INSIDE}/{MANIFEST}"
             path = download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
             return Path(path).read_bytes()
+
+    @property
+    def kept(self) -> Kept:
+        """What the server keeps of artifacts, for checking it."""
+        return Kept(self._client, self._experiment_id)
 
     def log_report(self, run_id: str, html: Path) -> None:
         """Keep a report with a run."""
