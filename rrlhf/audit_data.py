@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rrlhf.artifacts import TamperedError
-from rrlhf.datasets import fault
+from rrlhf.datasets import declaration, fault
 from rrlhf.dvc_records import (
     Record,
     broken_run_records,
     cached,
+    copy_faults,
     listing,
     lock_faults,
     lock_files,
@@ -30,6 +31,9 @@ def record_faults(root: Path) -> Iterator[tuple[str, str]]:
             yield f"{record.path}: {problem}", record.name
     for lock in lock_files(root):
         yield from lock_faults(root, lock)
+    for path in sorted((root / "data" / "variants").glob("*/dvc.yaml")):
+        if path.read_text(encoding="utf-8", errors="replace") != declaration(path.parent.name):
+            yield f"{path}: not what was written for {path.parent.name}", path.parent.name
     documents = sorted((root / "data" / "keys").glob("*.json"))
     for path in documents:
         if md5(path.read_bytes()) != path.stem:
@@ -49,25 +53,12 @@ def data_faults(root: Path, product: Product, *, deep: bool) -> Iterator[str | P
         if problem := fault(root, folder, product.digest.removeprefix("md5:")):
             yield problem
             return
-    place = cached(root, product.digest)
-    if not listed:
-        if place.exists():
-            yield f"{place}: expected md5 {place.parent.name}{place.stem}, found {md5(place.read_bytes())}"
-        elif not here:
-            yield f"{product.title} {product.digest}: its files are neither in data/ nor in DVC's cache"
-        return
-    yield from _cache_faults(root, listed, deep=deep)
+    if not listed and not here and not cached(root, product.digest).exists():
+        yield f"{product.title} {product.digest}: its files are neither in data/ nor in DVC's cache"
+    yield from (cached(root, digest) for digest in listed.values())
+    yield from copy_faults(root, product.digest, deep=deep)
     if deep:
         yield from _row_faults(root, listed)
-
-
-def _cache_faults(root: Path, listed: dict[str, str], *, deep: bool) -> Iterator[str | Path]:
-    for name, digest in listed.items():
-        path = cached(root, digest)
-        yield path
-        found = "no file" if not path.is_file() else md5(path.read_bytes()) if deep else digest
-        if found != digest:
-            yield f"{path}, DVC's copy of {name}: expected md5 {digest}, found {found}"
 
 
 def _row_faults(root: Path, listed: dict[str, str]) -> Iterator[str]:

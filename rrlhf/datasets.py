@@ -20,7 +20,17 @@ import yaml
 
 from rrlhf.artifacts import Store, TamperedError
 from rrlhf.config import load_params
-from rrlhf.dvc_records import cached, folder_digest, keep_document, listing, lock_entry, md5, run_records
+from rrlhf.dvc_records import (
+    broken_run_records,
+    cached,
+    copy_faults,
+    folder_digest,
+    keep_document,
+    listing,
+    lock_entry,
+    md5,
+    run_records,
+)
 from rrlhf.keys import Document, canonical, key_digest
 from rrlhf.progress import Interrupted
 from rrlhf.stages import Node, nodes
@@ -98,7 +108,9 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     with Store(root).locked(f"data-{place.name}"):
         write_key(place.key, document)
         if place.stage == "prepare":
-            _declare_variant(root, place)
+            place.project.parent.mkdir(parents=True, exist_ok=True)
+            place.project.write_text(declaration(place.name), encoding="utf-8")
+        _check_cache(root, md5(canonical(document).encode()))
         _reproduce(root, place)
         dataset = prepared(root, place, document)
     if dataset is None:
@@ -106,16 +118,28 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     return dataset
 
 
-def _declare_variant(root: Path, place: Place) -> None:
-    data, key = place.data.relative_to(root), place.key.relative_to(root)
+def _check_cache(root: Path, document: str) -> None:
+    """Compare what DVC would bring back for a key document with its digests: DVC trusts time stamps."""
+    broken = [f"{path}: not the record that its name says" for path in broken_run_records(root)]
+    for record in run_records(root):
+        if record.document_md5 == document:
+            lost = "found no file"  # DVC sees that itself, and makes the data set again
+            broken += [problem for problem in copy_faults(root, record.digest) if not problem.endswith(lost)]
+    if broken:
+        path = broken[0].partition(":")[0].partition(",")[0]
+        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {path}")
+
+
+def declaration(name: str) -> str:
+    """Return the dvc.yaml of a variant."""
+    key, data = f"data/{name}.key.json", f"data/{name}"
     stage = {
         "cmd": f"python -m rrlhf prepare {key} {data}",
         "wdir": "../../..",  # the project, to which paths in params.yaml are relative
-        "deps": [str(key)],
-        "outs": [str(data)],
+        "deps": [key],
+        "outs": [data],
     }
-    place.project.parent.mkdir(parents=True, exist_ok=True)
-    place.project.write_text(yaml.safe_dump({"stages": {"prepare": stage}}, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump({"stages": {"prepare": stage}}, sort_keys=False)
 
 
 def _reproduce(root: Path, place: Place) -> None:

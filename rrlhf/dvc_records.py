@@ -56,7 +56,7 @@ def lock_entry(root: Path, project: Path, stage: str, data: Path) -> Entry | Non
         if other is not None:
             raise _changed(path, f"the stage that makes {out} is called {other!r}, in {project.name} {stage!r}")
         return None
-    if problem := _entry_fault(root, stage, stages[stage]):
+    if problem := _entry_fault(root, stage, stages[stage], out):
         raise _changed(path, problem)
     return stages[stage]
 
@@ -80,14 +80,13 @@ def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
         yield str(error).partition("\n")[0], path.parent.name
         return
     for stage, entry in stages.items():
-        name = Path(_out(entry) or "").name
-        expected = f"prepare@{name}" if path.parent == root else "prepare"
         if stage.startswith("key@"):
             continue
-        if problem := _entry_fault(root, stage, entry):
+        name = stage.removeprefix("prepare@") if path.parent == root else path.parent.name
+        if stage != (f"prepare@{name}" if path.parent == root else "prepare"):
+            yield f"{path} was changed: it has a stage {stage!r}, and none of that name makes data", name
+        elif problem := _entry_fault(root, stage, entry, f"data/{name}"):
             yield f"{path} was changed: {problem}", name
-        elif stage != expected:
-            yield f"{path} was changed: the stage that makes {name} is called {stage!r}, expected {expected!r}", name
 
 
 def run_records(root: Path) -> list[Record]:
@@ -119,6 +118,18 @@ def files_of(root: Path, record: Record) -> dict[str, Path]:
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     digests = {name: md5(path.read_bytes()) for name, path in found.items()}
     return found if folder_digest(digests) == _bare(record.digest) else {}
+
+
+def copy_faults(root: Path, digest: str, *, deep: bool = True) -> Iterator[str]:
+    """Yield what is wrong with the copies in DVC's cache of a version; `deep`: with their content, too."""
+    place, listed = cached(root, digest), listing(root, digest)
+    if place.exists() and not listed:
+        yield f"{place}: expected md5 {_bare(digest).removesuffix('.dir')}, found {md5(place.read_bytes())}"
+    for name, expected in listed.items():
+        path = cached(root, expected)
+        found = "no file" if not path.is_file() else md5(path.read_bytes()) if deep else expected
+        if found != expected:
+            yield f"{path}, DVC's copy of {name}: expected md5 {expected}, found {found}"
 
 
 def cached(root: Path, digest: str) -> Path:
@@ -186,10 +197,10 @@ def _stages(path: Path) -> dict[str, Entry]:
     return stages
 
 
-def _entry_fault(root: Path, stage: str, entry: Any) -> str | None:
-    if not _is_record(entry):
+def _entry_fault(root: Path, stage: str, entry: Any, out: str) -> str | None:
+    if not _is_record(entry) or _out(entry) != out:
         return f"what it says of {stage} does not have the form that DVC writes"
-    known = [record.entry for record in run_records(root) if _out(record.entry) == _out(entry)]
+    known = [record.entry for record in run_records(root) if _out(record.entry) == out]
     if known and entry not in known:
         return f"what it says of {stage} is not what DVC's run cache recorded"
     return None

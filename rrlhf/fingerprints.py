@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rrlhf.data import prompt_hash
@@ -26,7 +26,7 @@ FILE = "rows.parquet"  # of a prepared data set: the hash of every row
 LEFT_OUT = {"flipped"}
 LETTERS = 50  # of a prompt, for people
 _SCHEMA = pa.schema([("row", pa.binary(32)), ("prompt", pa.binary(32)), ("table", pa.string())])
-_ROWS_PER_GROUP = 8192  # sorted by hash, so one group is all that a look-up reads
+_ROWS_PER_GROUP = 1024  # sorted by hash, so one group is all that a look-up reads
 _MOST_COMPARED = 10_000  # pairs of rows with one prompt; beyond, rows are paired as they come
 
 
@@ -97,17 +97,27 @@ def tables_with(start: str, files: Mapping[str, Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     if FILE in files:
         low, high = (bytes.fromhex(start.ljust(64, end)) for end in "0f")
-        wanted = (pc.field("row") >= pa.scalar(low, pa.binary(32))) & (
-            pc.field("row") <= pa.scalar(high, pa.binary(32))
-        )
-        for line in pq.read_table(files[FILE], columns=["row", "table"], filters=wanted).to_pylist():
-            found[line["row"].hex()].add(line["table"])
+        for row, table in _between(files[FILE], low, high):
+            found[row.hex()].add(table)
         return found
     for name, rows in hashes(files).items():
         for row in rows:
             if row.startswith(start):
                 found[row].add(name)
     return found
+
+
+def _between(path: Path, low: bytes, high: bytes) -> Iterator[tuple[bytes, str]]:
+    """Yield the hashes from `low` to `high`, with their tables, out of the groups of rows that can have some."""
+    with pq.ParquetFile(path) as file:
+        for number in range(file.metadata.num_row_groups):
+            bounds = file.metadata.row_group(number).column(0).statistics
+            if bounds.min > high or bounds.max < low:
+                continue
+            group = file.read_row_group(number, columns=["row", "table"])
+            rows = group["row"].to_pylist()
+            first, end = bisect_left(rows, low), bisect_right(rows, high)
+            yield from zip(rows[first:end], group["table"][first:end].to_pylist(), strict=True)
 
 
 def row_changes(old: Mapping[str, Path], new: Mapping[str, Path]) -> dict[str, RowChanges]:

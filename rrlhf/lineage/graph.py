@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from rrlhf.keys import Document
@@ -53,6 +55,9 @@ class Product:
     def called(self) -> tuple[str, ...]:
         """Its aliases without the name of the registered model: "candidate"."""
         return tuple(alias.partition("@")[2] for alias in self.aliases)
+
+
+Sorted = list[tuple[str, Product]]
 
 
 class Link(NamedTuple):
@@ -123,9 +128,7 @@ class Graph:
         if wanted in self._makers:
             return self._makers[wanted][0]
         if re.fullmatch("[0-9a-f]{6,}", start := wanted.removeprefix("md5:").removesuffix(".dir")):
-            bare = {digest.removeprefix("md5:"): made[0] for digest, made in self._makers.items()}
-            found = {digest: product for digest, product in bare.items() if digest.startswith(start)}
-            found = found or {product.key: product for product in self.products if product.key.startswith(start)}
+            found = _beginning(self._digests, start) or _beginning(self._keys, start)
             if len(found) == 1:
                 return next(iter(found.values()))
             if found:
@@ -137,6 +140,14 @@ class Graph:
         )
 
     @cached_property
+    def _digests(self) -> Sorted:
+        return sorted(((digest.removeprefix("md5:"), made[0]) for digest, made in self._makers.items()), key=_first)
+
+    @cached_property
+    def _keys(self) -> Sorted:
+        return sorted(((product.key, product) for product in self.products), key=_first)
+
+    @cached_property
     def _named(self) -> dict[str, Product]:
         """Return every product by all its names; of products that share one, the newest."""
         named: dict[str, Product] = {}
@@ -146,6 +157,16 @@ class Graph:
         for product in reversed(self.products):
             named |= dict.fromkeys((*product.names, *product.aliases), product)
         return named
+
+
+def _first(item: tuple[str, Product]) -> str:
+    return item[0]
+
+
+def _beginning(named: Sorted, start: str) -> dict[str, Product]:
+    """Return the products whose name begins with `start`, by their names."""
+    first = bisect_left(named, start, key=_first)
+    return dict(takewhile(lambda item: item[0].startswith(start), islice(named, first, None)))
 
 
 def short(digest: str, digits: int = SHOWN) -> str:

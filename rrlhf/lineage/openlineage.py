@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -113,7 +114,12 @@ def _facet(product: Product, edition: str, name: str, **content: Any) -> Object:
 
 def _producer(product: Product) -> str:
     commit = product.commit.removesuffix("-dirty")
-    return f"urn:rrlhf:{version('rrlhf')}" + (f":{commit}" if commit else "")
+    return f"urn:rrlhf:{_edition()}" + (f":{commit}" if commit else "")
+
+
+@cache
+def _edition() -> str:
+    return version("rrlhf")
 
 
 def _as_text(value: Any) -> str:
