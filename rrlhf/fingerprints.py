@@ -97,8 +97,8 @@ def tables_with(start: str, files: Mapping[str, Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     if FILE in files:
         low, high = (bytes.fromhex(start.ljust(64, end)) for end in "0f")
-        for row, table in _between(files[FILE], low, high):
-            found[row.hex()].add(table)
+        for digest, table in _between(files[FILE], low, high):
+            found[digest.hex()].add(table)
         return found
     for name, rows in hashes(files).items():
         for row in rows:

@@ -151,6 +151,8 @@ def _because(stage: StageDiff) -> list[str]:
     """Say why a stage differs."""
     if stage.old is None or stage.new is None:
         return [f"only in {'B' if stage.old is None else 'A'}"]
+    if stage.old.stage != stage.new.stage:
+        return [f"another stage: {stage.old.stage} -> {stage.new.stage}"]
     return [_in_words(change) for change in stage.own] or [stage.unexplained]
 
 
