@@ -161,7 +161,7 @@ class Audit:
                 problem = str(error).partition("\n")[0]
             names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
             digest = content_digest({path.relative_to(folder).as_posix(): sha256(path) for path in names})
-            downstream = self.graph.down(Product(digest, folder.parent.name))[1:]
+            downstream = dict.fromkeys(each for made in self.graph.makers(digest) for each in self.graph.down(made)[1:])
             yield Broken(problem, f"{folder.parent.name} {folder.name[:8]}", [line(each) for each in downstream])
 
     def _broken(self, problem: str, product: Product) -> Broken:

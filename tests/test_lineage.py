@@ -106,6 +106,17 @@ def test_versions_of_one_making_are_one_product(graph):
     assert (found.names, found.aliases) == (("rrlhf-sft/2", "rrlhf-sft/1"), ("rrlhf-sft@best",))
 
 
+def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_data():
+    other = "md5:00000000000000000000000000000000.dir"
+    twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"})
+    twin.tags["rrlhf.key"] = "another"
+    graph = from_versions([twin, *VERSIONS])
+    above = {each.digest for each in graph.up(graph.find("rrlhf-policy/2"))}
+    assert DATA in above
+    assert other not in above
+    assert [each.names for each in graph.down(graph.find(other))[1:]] == [("rrlhf-sft/2",)]
+
+
 def test_an_unknown_reference_gets_the_close_ones(graph):
     with pytest.raises(ValueError, match="close: rrlhf-policy@candidate"):
         graph.find("rrlhf-policy@candidat")

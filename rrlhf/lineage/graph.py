@@ -72,34 +72,45 @@ class Graph:
     """Products, and who read what. Made once, asked often: every answer costs as much as it is long."""
 
     def __init__(self, products: Iterable[Product]) -> None:
-        """Products come newest first: where several have one content, the newest stands for its making."""
+        """Take products, the newest first."""
         self.products = list(products)
         self._makers: defaultdict[str, list[Product]] = defaultdict(list)
-        self._readers: defaultdict[str, list[Link]] = defaultdict(list)
+        self._readers: defaultdict[Product, list[Link]] = defaultdict(list)
         for product in self.products:
             self._makers[product.digest].append(product)
         self._sources: dict[Product, list[Link]] = {product: self._links(product) for product in self.products}
         for links in self._sources.values():
             for link in links:
-                self._readers[link.source.digest].append(link)
+                self._readers[link.source].append(link)
 
     def _links(self, product: Product) -> list[Link]:
         """Link a product to its inputs, the data set first; those that nobody knows get a product of their own."""
         inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
-        return [Link(self._maker(digest, argument), argument, product) for argument, digest in inputs]
+        return [Link(self._maker(digest, argument, product), argument, product) for argument, digest in inputs]
 
-    def _maker(self, digest: str, argument: str) -> Product:
+    def _maker(self, digest: str, argument: str, reader: Product) -> Product:
+        """Return whose content was read: of several makings with one content, that with most inputs of the reader.
+
+        Data sets that differ in their preferences alone, say, give one SFT model twice.
+        """
         if digest not in self._makers:
             self._makers[digest].append(Product(digest, argument))
-        return self._makers[digest][0]
+        makers = self._makers[digest]
+        if len(makers) == 1:
+            return makers[0]
+        return max(makers, key=lambda maker: len(maker.inputs.items() & reader.inputs.items()))
+
+    def makers(self, digest: str) -> list[Product]:
+        """Return everything that has this content, the newest first."""
+        return self._makers.get(digest, [])
 
     def sources(self, product: Product) -> list[Link]:
         """Return the links to what a product was made from."""
         return self._sources.get(product, [])
 
     def readers(self, product: Product) -> list[Link]:
-        """Return the links to what was made from a product's content."""
-        return self._readers.get(product.digest, [])
+        """Return the links to what was made from a product."""
+        return self._readers.get(product, [])
 
     def up(self, product: Product) -> list[Product]:
         """Return a product with everything it was made from, inputs before what they made."""
