@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
 from rrlhf.memo import Memo
+from rrlhf.seal import opened, sealed
 
 MANIFEST = "artifact.json"
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
@@ -101,14 +102,10 @@ class Store:
         folder = self.folder(stage, key)
         if not folder.exists():
             return None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            sound = manifest["key"] == key == key_digest(manifest["document"])
-        except (OSError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
-            raise TamperedError(f"{folder / MANIFEST} is missing or was changed{_way_out(folder)}")
-        return Artifact(folder, manifest)
+        artifact = read_artifact(folder)
+        if artifact.key != key:
+            raise TamperedError(f"{folder / MANIFEST} is that of another key, {artifact.key}{_way_out(folder)}")
+        return artifact
 
     def checked(self, stage: str, key: str) -> Artifact | None:
         """Like `find`, with every file's sha256 compared to the manifest."""
@@ -119,29 +116,38 @@ class Store:
 
     def verify(self, artifact: Artifact) -> None:
         """Raise TamperedError naming the first file that differs, and every artifact built on it."""
-        files: dict[str, str] = artifact.manifest["files"]
-        problem = None
-        for name, expected in files.items():
-            path = artifact.path / name
-            found = self._memo.sha256(path) if path.is_file() else "no file"
-            if found != expected:
-                problem = f"{path}: expected sha256 {expected}, found {found}"
-                break
-        if problem is None and artifact.digest != content_digest(files):
-            problem = f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
-        self._memo.save()
+        problem = self.fault(artifact)
         if problem:
             raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
+
+    def fault(self, artifact: Artifact, *, deep: bool = False) -> str | None:
+        """Say which file of an artifact is not what its manifest says, or None.
+
+        deep: read every byte, also of files whose size, times and inode are those of an earlier look.
+        """
+        if deep:
+            self._memo.forget(artifact.path)
+        files: dict[str, str] = artifact.manifest["files"]
+        try:
+            for name, expected in files.items():
+                path = artifact.path / name
+                found = self._memo.sha256(path, expected) if path.is_file() else "no file"
+                if found != expected:
+                    return f"{path}: expected sha256 {expected}, found {found}"
+        finally:
+            self._memo.save()
+        for path in sorted(artifact.path.rglob("*")):
+            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST}:
+                return f"{path}: expected no such file, {MANIFEST} does not list it"
+        if artifact.digest != content_digest(files):
+            return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
+        return None
 
     def all(self) -> Iterator[Artifact]:
         """Yield every artifact whose manifest can be read."""
         for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
-            try:
-                artifact = Artifact(path.parent, json.loads(path.read_bytes()))
-            except ValueError:
-                continue
-            if {"name", "key", "digest", "document", "created", "seconds"} <= artifact.manifest.keys():
-                yield artifact
+            with suppress(TamperedError):
+                yield read_artifact(path.parent)
 
     def users(self, digest: str) -> str:
         """Name the artifacts that were made from the content with this digest."""
@@ -192,7 +198,7 @@ class Store:
             "hardware": hardware.describe(),
             "definitions": dict(definitions or {}),
         }
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
         for path in staged.rglob("*"):
             sync(path)
         final = self.folder(document["stage"], key)
@@ -217,14 +223,14 @@ class Store:
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte."""
-        manifest = json.loads((downloaded / MANIFEST).read_bytes())
-        self.verify(Artifact(downloaded, manifest))
+        artifact = read_artifact(downloaded)
+        self.verify(artifact)
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)
         self._memo.renamed(downloaded, final)
         self._note(key)
-        return Artifact(final, manifest)
+        return Artifact(final, artifact.manifest)
 
     def _note(self, key: str) -> None:
         self._made.mkdir(parents=True, exist_ok=True)
@@ -233,6 +239,21 @@ class Store:
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""
         return locked(self.root / ".locks" / key)
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Return the artifact in a folder by its manifest; files are not checked.
+
+    Raises TamperedError when the manifest is missing or not as it was written.
+    """
+    try:
+        manifest = opened((folder / MANIFEST).read_bytes())
+        if manifest["key"] != key_digest(manifest["document"]):
+            raise ValueError("its key is not that of its key document")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise TamperedError(f"{folder / MANIFEST} is missing or was changed: {reason}{_way_out(folder)}") from None
+    return Artifact(folder, manifest)
 
 
 def content_digest(files: dict[str, str]) -> str:

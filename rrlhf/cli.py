@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from rrlhf.command_line import FAILED, USAGE, AsJson, Profile, Set
+from rrlhf.command_line import FAILED, USAGE, AsJson, Profile, Set, mendable
 from rrlhf.command_line import clear_errors as _clear_errors
 from rrlhf.command_line import end as _end
 from rrlhf.command_line import overrides as _overrides
 from rrlhf.commands_run import plan, run, run_flow, status, why
 from rrlhf.environment import end_with_parent, find_root, set_environment
+from rrlhf.lineage.command import audit, diff, lineage
 
 app = typer.Typer(
     name="rrlhf",
@@ -38,25 +39,8 @@ def main() -> None:
 
 for _command in (run, plan, why, status):
     app.command()(_command)
-
-
-@app.command()
-def lineage(
-    model: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
-    profile: Profile = "default",
-    as_json: AsJson = False,
-) -> None:
-    """Show every model and data set that a registered model came from."""
-    from rrlhf.config import load_params
-    from rrlhf.lineage import as_json as lineage_json
-    from rrlhf.lineage import resolve, tree
-    from rrlhf.tracking import Tracker
-
-    with _clear_errors():
-        root = Path.cwd()
-        versions = Tracker.connect(root, load_params(root, profile).tracking.experiment).versions()
-        version = resolve(model, versions)
-        print(json.dumps(lineage_json(version, versions), indent=1) if as_json else tree(version, versions))
+for _question in (lineage, diff, audit):
+    app.command()(mendable(_question))
 
 
 @app.command()

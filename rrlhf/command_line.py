@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
 from rrlhf.types import Json
+
+P = ParamSpec("P")
 
 FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
 
@@ -58,6 +61,17 @@ def clear_errors() -> Iterator[None]:
             SIGNALLED + progress.signalled,
             "interrupted; finished stages are kept, and the same command goes on from there",
         )
+
+
+def mendable(command: Callable[P, None]) -> Callable[P, None]:
+    """Have a whole command end as `clear_errors` says."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
+        with clear_errors():
+            command(*arguments, **options)
+
+    return wrapped
 
 
 # Looked up when something was raised, for their modules take time to import.

@@ -8,20 +8,29 @@ when there is something to do: whether a data set is there and unchanged is read
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from rrlhf.artifacts import Store, TamperedError
 from rrlhf.config import load_params
+from rrlhf.dvc_records import (
+    broken_run_records,
+    cached,
+    copy_faults,
+    folder_digest,
+    keep_document,
+    listing,
+    lock_entry,
+    md5,
+    run_records,
+)
 from rrlhf.keys import Document, canonical, key_digest
 from rrlhf.located import load_yaml
 from rrlhf.memo import Memo
@@ -69,19 +78,16 @@ def write_key(path: Path, document: Document) -> None:
     """Write a key document as the file that a data stage depends on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(canonical(document), encoding="utf-8")
+    keep_document(path.parent, document)
 
 
 def prepared(root: Path, place: Place, document: Document) -> Dataset | None:
     """Return the data set if it is there and made by this key; run nothing.
 
-    Raises TamperedError when a file is not what DVC recorded.
+    Raises TamperedError when a file, or DVC's record of it, is not what was written.
     """
-    try:
-        lock = load_yaml(place.project.with_suffix(".lock"))
-        entry = lock["stages"][place.stage]
-    except (FileNotFoundError, KeyError):
-        return None
-    if not place.data.exists() or entry["deps"][0]["md5"] != _md5(canonical(document).encode()):
+    entry = lock_entry(root, place.project, place.stage, place.data)
+    if not entry or not place.data.exists() or entry["deps"][0]["md5"] != md5(canonical(document).encode()):
         return None
     expected = entry["outs"][0]["md5"]
     _check(root, place, expected)
@@ -90,14 +96,12 @@ def prepared(root: Path, place: Place, document: Document) -> Dataset | None:
 
 def restorable(root: Path, place: Place, document: Document) -> Dataset | None:
     """Return the data set that DVC's run cache holds for this key: DVC brings it back instead of making it."""
-    wanted = _md5(canonical(document).encode())
-    for path in (root / ".dvc" / "cache" / "runs").glob("*/*/*"):
-        entry = load_yaml(path)
-        out = entry["outs"][0]
-        if entry["deps"][0]["md5"] == wanted and Path(out["path"]).name == place.name:
-            files = _listing(root, out["md5"])
-            if files and all(_cached(root, digest).exists() for digest in files.values()):
-                return Dataset(place.name, place.data, f"md5:{out['md5']}")
+    wanted = md5(canonical(document).encode())
+    for record in run_records(root):
+        if record.document_md5 == wanted and record.name == place.name:
+            files = listing(root, record.digest)
+            if files and all(cached(root, digest).exists() for digest in files.values()):
+                return Dataset(place.name, place.data, record.digest)
     return None
 
 
@@ -106,7 +110,9 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     with Store(root).locked(f"data-{place.name}"):
         write_key(place.key, document)
         if place.stage == "prepare":
-            _declare_variant(root, place)
+            place.project.parent.mkdir(parents=True, exist_ok=True)
+            place.project.write_text(declaration(place.name), encoding="utf-8")
+        _check_cache(root, md5(canonical(document).encode()))
         _reproduce(root, place)
         dataset = prepared(root, place, document)
     if dataset is None:
@@ -114,16 +120,28 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     return dataset
 
 
-def _declare_variant(root: Path, place: Place) -> None:
-    data, key = place.data.relative_to(root), place.key.relative_to(root)
+def _check_cache(root: Path, document: str) -> None:
+    """Compare what DVC would bring back for a key document with its digests: DVC trusts time stamps."""
+    broken = [f"{path}: not the record that its name says" for path in broken_run_records(root)]
+    for record in run_records(root):
+        if record.document_md5 == document:
+            lost = "found no file"  # DVC sees that itself, and makes the data set again
+            broken += [problem for problem in copy_faults(root, record.digest) if not problem.endswith(lost)]
+    if broken:
+        path = broken[0].partition(":")[0].partition(",")[0]
+        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {path}")
+
+
+def declaration(name: str) -> str:
+    """Return the dvc.yaml of a variant."""
+    key, data = f"data/{name}.key.json", f"data/{name}"
     stage = {
         "cmd": f"python -m rrlhf prepare {key} {data}",
         "wdir": "../../..",  # the project, to which paths in params.yaml are relative
-        "deps": [str(key)],
-        "outs": [str(data)],
+        "deps": [key],
+        "outs": [data],
     }
-    place.project.parent.mkdir(parents=True, exist_ok=True)
-    place.project.write_text(yaml.safe_dump({"stages": {"prepare": stage}}, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump({"stages": {"prepare": stage}}, sort_keys=False)
 
 
 def _reproduce(root: Path, place: Place) -> None:
@@ -153,21 +171,35 @@ def _reproduce(root: Path, place: Place) -> None:
 
 def _check(root: Path, place: Place, expected: str) -> None:
     """Compare the files with the digest that DVC recorded: DVC itself trusts size and time stamp."""
-    found = digests(root, place.data)
-    if _folder_digest(found) == expected:
-        return
-    recorded = _listing(root, expected)
-    changed = sorted(name for name, _ in found.items() ^ recorded.items()) if recorded else ["some file"]
-    raise TamperedError(
-        f"{place.data / changed[0]}: not what DVC recorded (md5 {recorded.get(changed[0], 'unknown')}, "
-        f"found {found.get(changed[0], 'no file')})\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
-        f"to have it brought back or made again: rm -r {place.data}"
-    )
+    problem = fault(root, place.data, expected)
+    if problem:
+        raise TamperedError(
+            f"{problem}\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
+            f"to have it brought back or made again: rm -r {place.data}"
+        )
 
 
-def digests(root: Path, folder: Path) -> dict[str, str]:
-    """Return the md5 of every file in a folder, as DVC has it."""
+def fault(root: Path, folder: Path, expected: str, *, deep: bool = False) -> str | None:
+    """Say which file of a data set is not what DVC recorded, or None; `expected` is the recorded digest.
+
+    deep: read every byte, also of files whose size, times and inode are those of an earlier look.
+    """
+    found = digests(root, folder, deep=deep)
+    if folder_digest(found) == expected:
+        return None
+    recorded = listing(root, expected)
+    if not recorded:
+        return f"{folder}: expected md5 {expected}, found {folder_digest(found)}; DVC's list of its files is gone"
+    changed = min(name for name, _ in found.items() ^ recorded.items())
+    expected, now = recorded.get(changed, "no such file"), found.get(changed, "no file")
+    return f"{folder / changed}: not what DVC recorded, expected md5 {expected}, found {now}"
+
+
+def digests(root: Path, folder: Path, *, deep: bool = False) -> dict[str, str]:
+    """Return the md5 of every file in a folder, as DVC has it; see `fault`."""
     memo = Memo(root / ".rrlhf" / "md5.json", "md5")
+    if deep:
+        memo.forget(folder)
     found = {path.relative_to(folder).as_posix(): memo.digest(path) for path in _files(folder)}
     memo.save()
     return found
@@ -175,26 +207,3 @@ def digests(root: Path, folder: Path) -> dict[str, str]:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _folder_digest(files: dict[str, str]) -> str:
-    """Return DVC's digest of a folder: the md5 of the sorted list of its files' md5."""
-    listing = [{"md5": digest, "relpath": name} for name, digest in sorted(files.items())]
-    return _md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
-
-
-def _listing(root: Path, digest: str) -> dict[str, str]:
-    """Return the md5 of every file of a version, from DVC's cache; empty when it is not there."""
-    try:
-        listing: list[dict[str, Any]] = json.loads(_cached(root, digest).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {item["relpath"]: item["md5"] for item in listing}
-
-
-def _cached(root: Path, digest: str) -> Path:
-    return root / ".dvc" / "cache" / "files" / "md5" / digest[:2] / digest[2:]
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()

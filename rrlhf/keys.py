@@ -14,7 +14,7 @@ from functools import cache, reduce
 from importlib.metadata import version
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.modules import Modules, changed_definitions
@@ -25,8 +25,17 @@ PACKAGE = Path(__file__).parent
 
 GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
 LONGEST = 60  # characters of a setting in such a text
+UNSET = "unset"  # instead of a value that a document does not have
 
 Document = dict[str, Any]
+
+
+class Change(NamedTuple):
+    """One difference of two key documents."""
+
+    path: tuple[str, ...]  # ("params", "ppo", "kl_weight")
+    old: Any  # UNSET where there is none
+    new: Any
 
 
 def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None = None) -> Document:
@@ -86,10 +95,17 @@ def differences(
 
     then, now: the definitions in the modules of both, where known, as `Modules.definitions` returns them.
     """
+    return [in_words(change, then or {}, now or {}) for change in changes(old, new)]
+
+
+def changes(old: Document, new: Document) -> list[Change]:
+    """Return what changed from one key document to another: settings, inputs, code, versions."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
-    changed = [path for path in (after | before) if _text(before, path) != _text(after, path)]
-    changed.sort(key=lambda path: GROUPS.index(path[0]) if path[0] in GROUPS else len(GROUPS))
-    return [_in_words(path, before, after, then or {}, now or {}) for path in changed]
+    found = [Change(path, before.get(path, UNSET), after.get(path, UNSET)) for path in after | before]
+    differing = [change for change in found if _text(change.old) != _text(change.new)]
+    return sorted(
+        differing, key=lambda change: GROUPS.index(change.path[0]) if change.path[0] in GROUPS else len(GROUPS)
+    )
 
 
 @cache
@@ -111,29 +127,24 @@ def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*path, key), value
 
 
-def _text(values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> str | None:
+def _text(value: Any) -> str:
     """Return a value as a key sees it: 1, 1.0 and true are three, and null is not the same as nothing."""
-    return json.dumps(values[path]) if path in values else None
+    return json.dumps(value) if value is not UNSET else UNSET
 
 
-def _in_words(
-    path: tuple[str, ...],
-    before: Mapping[tuple[str, ...], Any],
-    after: Mapping[tuple[str, ...], Any],
-    then: Mapping[str, str],
-    now: Mapping[str, str],
-) -> str:
-    group, name = path[0], ".".join(path[1:])
+def in_words(change: Change, then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Say what a difference is; see `differences`."""
+    (group, *names), old, new = change
+    name, both = ".".join(names), UNSET not in {_text(old), _text(new)}
     if group in {"code", "functions"}:
         file = f"{name.replace('.', '/')}.py"
-        if path not in before or path not in after:
-            return f"{file} {'now' if path in after else 'no longer'} imported"
+        if not both:
+            return f"{file} {'no longer' if new is UNSET else 'now'} imported"
         known = group == "code" and name in then and name in now
         return f"{file}: {changed_definitions(then[name], now[name])}" if known else f"{file} changed"
     if group == "inputs":
-        return f"input {name} {'changed' if path in before and path in after else 'added' if path in after else 'gone'}"
-    old, new = (_shown(values[path]) if path in values else "unset" for values in (before, after))
-    return f"{name} {old} -> {new}"
+        return f"input {name} {'changed' if both else 'gone' if new is UNSET else 'added'}"
+    return f"{name} {_shown(old)} -> {_shown(new)}"
 
 
 def _shown(value: Any) -> str:

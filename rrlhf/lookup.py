@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from rrlhf.artifacts import MANIFEST, Artifact, Store
+from rrlhf.artifacts import MANIFEST, Artifact, Store, read_artifact
 
 
 class Lookup:
@@ -43,12 +42,14 @@ class Lookup:
 
     def _registered(self, reference: str) -> Artifact:
         """Find a version in MLflow, and bring its files back when they are not here."""
-        from rrlhf.lineage import resolve
+        from rrlhf.lineage import from_versions
         from rrlhf.tracking import Tracker
 
         tracker = Tracker.connect(self._root, self._experiment)
-        version = resolve(reference, tracker.versions())
-        stage, key = version.tags["rrlhf.stage"], version.tags["rrlhf.key"]
+        found = from_versions(tracker.versions()).find(reference)
+        stage, key = found.stage, found.key
+        if not key:
+            raise ValueError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         with self.store.locked(key):
             artifact = self.store.checked(stage, key)
             downloaded = self.store.staging("restore", key)
@@ -64,9 +65,6 @@ class Lookup:
 
 
 def _in_folder(folder: Path) -> Artifact:
-    try:
-        return Artifact(folder, json.loads((folder / MANIFEST).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder}: not the folder of an artifact, for it has no {MANIFEST} that can be read"
-        ) from error
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
+    return read_artifact(folder)

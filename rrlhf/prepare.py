@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from rrlhf.config import Gold, Model, Prepare
 from rrlhf.data import load_preferences, split_by_prompt
+from rrlhf.fingerprints import fingerprint, row_hash, write_hashes
 from rrlhf.gold import GoldJudge
 from rrlhf.models import decode, encode_prompt, load_base
 from rrlhf.rollout import sample_in_batches
@@ -34,7 +35,7 @@ class Answer(NamedTuple):
 
 
 def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log: Log) -> None:
-    """Write one parquet table per split, and a summary."""
+    """Write one parquet table per split, the hash of every row, and a summary."""
     tables, summary = (
         _written(seed, model, prepare, gold) if prepare.source == "written" else _human(seed, prepare, out)
     )
@@ -42,8 +43,10 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
         if not rows:
             raise ValueError(f"prepare: no rows for {name}; raise prepare.shares.{name} or prepare.limit")
         write_table(out, name, rows)
+    write_hashes(out, tables)
     summary |= {f"{name}_rows": len(rows) for name, rows in tables.items()}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    marks = {name: fingerprint(map(row_hash, rows)) for name, rows in tables.items()}
+    (out / "summary.json").write_text(json.dumps(summary | {"fingerprints": marks}, indent=1), encoding="utf-8")
     log({"step": 0, **summary})
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from rrlhf import datasets
 from rrlhf.artifacts import TamperedError
 from rrlhf.config import load_params
 from rrlhf.datasets import PrepareError, prepare_dataset, prepared, restorable
+from rrlhf.dvc_records import folder_digest, md5
 from rrlhf.environment import set_environment
 from rrlhf.plan import Project
 
@@ -131,5 +131,5 @@ def test_a_failing_command_leaves_no_data_set(root, monkeypatch):
 
 def test_the_digest_is_the_one_that_dvc_computes(made):
     _, dataset = made
-    files = {p.name: datasets._md5(p.read_bytes()) for p in dataset.path.iterdir()}
-    assert f"md5:{datasets._folder_digest(files)}" == dataset.digest
+    files = {p.name: md5(p.read_bytes()) for p in dataset.path.iterdir()}
+    assert f"md5:{folder_digest(files)}" == dataset.digest

@@ -39,8 +39,9 @@ def prepared_by_hand(project, document):
     files = [{"md5": md5(path.read_bytes()).hexdigest(), "relpath": path.name} for path in sorted(place.data.iterdir())]
     digest = md5(json.dumps(files, sort_keys=True).encode()).hexdigest() + ".dir"
     key = md5(canonical(document).encode()).hexdigest()
-    record = {"stages": {place.stage: {"deps": [{"md5": key}], "outs": [{"md5": digest}]}}}
-    place.project.with_suffix(".lock").write_text(json.dumps(record))
+    paths = [str(path.relative_to(project.root)) for path in (place.key, place.data)]
+    record = {"deps": [{"path": paths[0], "md5": key}], "outs": [{"path": paths[1], "md5": digest}]}
+    place.project.with_suffix(".lock").write_text(json.dumps({"schema": "2.0", "stages": {place.stage: record}}))
     return project.dataset()
 
 

@@ -1,25 +1,38 @@
-"""Ancestry is drawn from tags alone; the versions here are written by hand."""
+"""Ancestry is drawn from what versions and artifacts say of themselves; the versions here are written by hand."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rrlhf.lineage import as_json, resolve, tree
+from rrlhf.lineage import Graph, Product, from_versions, tree
+from rrlhf.lineage.layout import layout
+from rrlhf.lineage.page import html, svg
+from rrlhf.lineage.text import as_json, mermaid
 from rrlhf.tracking import Version
 
 DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"
 
 
 def version(name, number, node, digest, inputs, aliases=()):
-    tags = {"rrlhf.node": node, "rrlhf.digest": digest * 64, "rrlhf.inputs": json.dumps(inputs)}
+    tags = {
+        "rrlhf.node": node,
+        "rrlhf.stage": node.partition("-")[0],
+        "rrlhf.key": digest.upper() * 64,
+        "rrlhf.digest": digest * 64,
+        "rrlhf.inputs": json.dumps(inputs),
+    }
     return Version(name, number, tuple(aliases), tags | {"rrlhf.dataset_name": "default"})
 
 
-SFT = version("rrlhf-sft", "1", "sft", "a", {"data": DATA})
+SFT = version("rrlhf-sft", "1", "sft", "a", {"data": DATA, "base": "random:2x32"})
 REWARD = version("rrlhf-reward", "1", "reward", "b", {"data": DATA, "sft": "a" * 64})
 POLICY = version(
     "rrlhf-policy", "2", "ppo-robust", "c", {"sft": "a" * 64, "reward": "b" * 64, "data": DATA}, ["candidate"]
@@ -28,56 +41,204 @@ LOST = version("rrlhf-policy", "1", "ppo-single", "d", {"ensemble": "e" * 64})
 VERSIONS = [LOST, POLICY, REWARD, SFT]
 
 
-def test_a_tree_reaches_the_data_set_and_draws_a_shared_node_once():
-    assert tree(POLICY, VERSIONS).splitlines() == [
+@pytest.fixture
+def graph():
+    return from_versions(VERSIONS)
+
+
+@pytest.fixture
+def policy(graph):
+    return graph.find("rrlhf-policy@candidate")
+
+
+def test_a_tree_reaches_the_data_set_and_draws_a_shared_node_once(graph, policy):
+    assert tree(graph, policy).splitlines() == [
         "rrlhf-policy v2 (candidate) · ppo-robust · cccccccc",
         "├── data default md5:d41d8cd9",
         "├── rrlhf-reward v1 · reward · bbbbbbbb",
         "│   ├── data default md5:d41d8cd9",
         "│   └── rrlhf-sft v1 · sft · aaaaaaaa",
-        "│       └── data default md5:d41d8cd9",
+        "│       ├── data default md5:d41d8cd9",
+        "│       └── base random:2x32",
         "└── rrlhf-sft v1 · sft · aaaaaaaa (see above)",
     ]
 
 
-def test_an_input_that_nobody_registered_is_named_by_its_digest():
-    assert tree(LOST, VERSIONS).splitlines()[1] == "└── ensemble · eeeeeeee (not registered)"
+def test_downwards_a_tree_draws_what_was_made_below_the_last_of_its_inputs(graph):
+    expected = [
+        "data default md5:d41d8cd9",
+        "└── rrlhf-sft v1 · sft · aaaaaaaa",
+        "    └── rrlhf-reward v1 · reward · bbbbbbbb",
+        "        └── rrlhf-policy v2 (candidate) · ppo-robust · cccccccc",
+    ]
+    assert tree(graph, graph.find("data"), down=True).splitlines() == expected
+    assert tree(graph, graph.find("random:2x32"), down=True).splitlines()[1:] == expected[1:]
 
 
-@pytest.mark.parametrize("reference", ["rrlhf-policy@candidate", "rrlhf-policy/2", "cccccc", "models:/rrlhf-policy/2"])
-def test_a_version_is_found_by_alias_number_or_digest(reference):
-    assert resolve(reference, VERSIONS) == POLICY
+def test_an_input_that_nobody_registered_is_named_by_its_digest(graph):
+    drawn = tree(graph, graph.find("rrlhf-policy/1")).splitlines()
+    assert drawn[1] == "└── ensemble · eeeeeeee (not registered)"
 
 
-def test_the_newest_of_several_versions_with_one_content_is_found():
-    newer = version("rrlhf-sft", "2", "sft", "a", {"data": DATA})
-    assert resolve("aaaaaa", [newer, *VERSIONS]) == newer
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "rrlhf-policy@candidate",
+        "rrlhf-policy/2",
+        "rrlhf-policy@latest",
+        "cccccc",
+        "models:/rrlhf-policy/2",
+        "ppo-robust",
+    ],
+)
+def test_a_product_is_found_by_alias_number_digest_or_node(reference):
+    assert from_versions([POLICY, LOST, REWARD, SFT]).find(reference).names == ("rrlhf-policy/2",)
 
 
-def test_an_unknown_reference_gets_the_close_ones():
+@pytest.mark.parametrize("reference", ["default", "data", "d41d8c", "md5:d41d8cd98f", DATA])
+def test_a_data_set_is_found_by_name_or_digest(graph, reference):
+    assert graph.find(reference).digest == DATA
+
+
+def test_versions_of_one_making_are_one_product(graph):
+    again = version("rrlhf-sft", "2", "sft", "a", {"data": DATA}, ["best"])
+    found = from_versions([again, *VERSIONS]).find("aaaaaa")
+    assert (found.names, found.aliases) == (("rrlhf-sft/2", "rrlhf-sft/1"), ("rrlhf-sft@best",))
+
+
+def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_data():
+    other = "md5:00000000000000000000000000000000.dir"
+    twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"})
+    twin.tags["rrlhf.key"] = "another"
+    graph = from_versions([twin, *VERSIONS])
+    above = {each.digest for each in graph.up(graph.find("rrlhf-policy/2"))}
+    assert DATA in above
+    assert other not in above
+    assert [each.names for each in graph.down(graph.find(other))[1:]] == [("rrlhf-sft/2",)]
+
+
+def test_an_unknown_reference_gets_the_close_ones(graph):
     with pytest.raises(ValueError, match="close: rrlhf-policy@candidate"):
-        resolve("rrlhf-policy@candidat", VERSIONS)
+        graph.find("rrlhf-policy@candidat")
 
 
-def test_a_digest_start_that_fits_two_versions_is_refused():
+def test_a_digest_start_that_fits_two_products_is_refused():
     one, two = SFT, version("rrlhf-sft", "2", "sft", "a", {})
     two.tags["rrlhf.digest"] = "a" * 10 + "b" * 54
     with pytest.raises(ValueError, match="begins several digests"):
-        resolve("aaaaaa", [two, one])
+        from_versions([two, one]).find("aaaaaa")
 
 
 def test_an_empty_server_says_so():
     with pytest.raises(ValueError, match="none is registered yet"):
-        resolve("rrlhf-policy@candidate", [])
+        from_versions([]).find("rrlhf-policy@candidate")
 
 
-def test_json_holds_the_whole_ancestry():
-    nested = as_json(POLICY, VERSIONS)
-    assert nested["inputs"]["reward"]["inputs"]["sft"]["digest"] == "a" * 64
-    assert nested["inputs"]["sft"]["inputs"]["data"] == {"dataset": "default", "digest": DATA}
+def test_json_holds_the_whole_ancestry_inputs_first(graph, policy):
+    told = as_json(graph, policy)
+    assert [product["digest"][:5] for product in told["products"]] == ["md5:d", "rando", "aaaaa", "bbbbb", "ccccc"]
+    links = {(each["from"], each["argument"], each["to"]) for each in told["links"]}
+    assert links == {
+        (0, "data", 2),
+        (1, "base", 2),
+        (0, "data", 3),
+        (2, "sft", 3),
+        (0, "data", 4),
+        (2, "sft", 4),
+        (3, "reward", 4),
+    }
+    assert told["products"][told["of"]]["aliases"] == ["rrlhf-policy@candidate"]
+
+
+HOSTILE = 'a"]; <script>alert(1)</script> #quot; `b` \\ |x| %%'
+
+
+def hostile():
+    tags = {"rrlhf.dataset_name": HOSTILE, "rrlhf.node": HOSTILE}
+    bad = POLICY._replace(tags=POLICY.tags | tags, aliases=(HOSTILE,))
+    graph = from_versions([bad, REWARD, SFT])
+    return graph, graph.find("rrlhf-policy/2")
+
+
+def test_mermaid_is_one_statement_a_line_with_nothing_special_in_labels():
+    lines = mermaid(*hostile()).splitlines()
+    assert lines[0] == "flowchart LR"
+    box = r'n\d+\[\(?"[^"<>\[\]{}|;`\\]*(?:(?:<br/>|#\d+;)[^"<>\[\]{}|;`\\]*)*"\)?\]'
+    arrow = r'n\d+ -->\|"[\w-]+"\| n\d+'
+    assert all(re.fullmatch(f"    (?:{box}|{arrow}|style n4 stroke-width:3px)", each) for each in lines[1:])
+    assert len(lines) == 1 + 5 + 7 + 1
+
+
+def test_a_picture_is_xml_with_a_box_for_every_product_and_no_foreign_markup():
+    root = ElementTree.fromstring(svg(*hostile()))
+    names = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert names <= {"svg", "g", "rect", "text", "path", "title", "style", "defs", "marker"}
+    assert len([element for element in root.iter() if element.get("class", "").startswith("box")]) == 5
+    assert len([element for element in root.iter() if element.get("class", "").startswith("arrow")]) == 7
+
+
+def test_a_page_needs_no_network_and_shows_names_as_text():
+    page = html(*hostile())
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|@import|https?://(?!www\.w3\.org/2000/svg")', page)
+    assert "<script>alert" not in page
+    assert page.count("<script>") == 1
+
+
+@st.composite
+def links(draw):
+    count = draw(st.integers(1, 12))
+    pairs = [(a, b) for b in range(count) for a in range(b)]
+    return count, draw(st.lists(st.sampled_from(pairs), unique=True)) if pairs else []
+
+
+@given(links())
+def test_boxes_never_touch_and_arrows_go_from_left_to_right(drawn):
+    count, pairs = drawn
+    drawing = layout(count, pairs)
+    assert len({*drawing.boxes.values()}) == count
+    for a, (x, y) in drawing.boxes.items():
+        assert 0 <= x <= drawing.width - 190
+        assert 0 <= y <= drawing.height - 78
+        for b, (other_x, other_y) in drawing.boxes.items():
+            assert a == b or abs(x - other_x) >= 190 or abs(y - other_y) >= 78
+    for (a, b), points in drawing.arrows.items():
+        assert points[0] == (drawing.boxes[a][0] + 190, drawing.boxes[a][1] + 39)
+        assert points[-1] == (drawing.boxes[b][0], drawing.boxes[b][1] + 39)
+        assert [x for x, _ in points] == sorted(x for x, _ in points)
+
+
+@given(links())
+def test_up_and_down_are_what_can_be_reached_and_inputs_come_first(drawn):
+    count, pairs = drawn
+    inputs = {b: {f"from-{a}": f"digest-{a}" for a, c in pairs if c == b} for b in range(count)}
+    products = [Product(f"digest-{n}", f"node-{n}", "ppo", f"key-{n}", inputs[n]) for n in range(count)]
+    graph = Graph(products)
+
+    def reached(start, forward):
+        found, waiting = {start}, [start]
+        while waiting:
+            n = waiting.pop()
+            new = {b if forward else a for a, b in pairs if (a if forward else b) == n} - found
+            found |= new
+            waiting += new
+        return found
+
+    for n, product in enumerate(products):
+        for walk, forward in ((graph.up, False), (graph.down, True)):
+            order = [int(each.digest.partition("-")[2]) for each in walk(product)]
+            assert set(order) == reached(n, forward)
+            assert len(order) == len(set(order))
+            assert all(order.index(a) < order.index(b) for a, b in pairs if a in order and b in order)
+
+
+def test_a_chain_of_thousands_is_no_trouble():
+    products = [Product(f"d{n}", f"n{n}", "ppo", f"k{n}", {"before": f"d{n - 1}"} if n else {}) for n in range(5000)]
+    graph = Graph(products)
+    assert len(graph.up(products[-1])) == len(graph.down(products[0])) == 5000
+    assert len(tree(graph, products[-1]).splitlines()) == 5000
 
 
 def test_lineage_starts_without_the_heavy_libraries():
-    code = "import sys, rrlhf.lineage; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, rrlhf.lineage, rrlhf.cli; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -22,7 +22,7 @@ from rrlhf.artifacts import HISTORY, Store, clear
 from rrlhf.config import load_params
 from rrlhf.health import DivergedError
 from rrlhf.keys import key_digest
-from rrlhf.lineage import resolve, tree
+from rrlhf.lineage import from_versions, tree
 from rrlhf.stages import nodes
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.types import Dataset
@@ -121,11 +121,12 @@ def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
 def test_versions_tell_their_identity_and_ancestry(tracker, family):
     register_all(tracker, family)
     versions, policy = tracker.versions(), family[3]
-    tags = resolve("rrlhf-policy/1", versions).tags
+    [tags] = [version.tags for version in versions if version.name == "rrlhf-policy"]
     assert (tags["rrlhf.digest"], tags["rrlhf.key"]) == (policy.digest, policy.key)
     assert (tags["rrlhf.node"], tags["rrlhf.stage"], tags["rrlhf.dataset"]) == ("ppo-robust", "ppo", DATA.digest)
     assert json.loads(tags["rrlhf.inputs"]) == policy.inputs
-    drawn = tree(resolve("rrlhf-policy/1", versions), versions)
+    graph = from_versions(versions)
+    drawn = tree(graph, graph.find("rrlhf-policy/1"))
     assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
     assert drawn.count("(see above)") == 2
 

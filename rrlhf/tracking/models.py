@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from rrlhf.artifacts import Artifact
+from rrlhf.memo import sha256
 from rrlhf.stages import DATA, EXTERNAL
 from rrlhf.tracking.records import (
     INSIDE,
+    MLMODEL,
     dataset_input,
     has,
     linked_files,
@@ -97,6 +99,7 @@ class Models:
         )
         with linked_files(artifact, INSIDE) as folder, long_requests():
             write_mlmodel(folder, model.model_id, run_id, artifact.stage)
+            self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(folder / "MLmodel")})
             self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)

@@ -23,6 +23,7 @@ from rrlhf.types import Dataset
 
 GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
+MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
 
 

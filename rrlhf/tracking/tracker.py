@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrlhf.artifacts import Artifact
+from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.stages import Node
+from rrlhf.tracking.kept import Kept
 from rrlhf.tracking.models import MODEL_NAMES, Models
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
@@ -34,6 +35,8 @@ class Version(NamedTuple):
     version: str
     aliases: tuple[str, ...]
     tags: dict[str, str]
+    created: int = 0  # milliseconds since 1970
+    run_id: str = ""  # of the run that made it
 
 
 class Tracker:
@@ -44,6 +47,7 @@ class Tracker:
 
         self._root, self._uri = root, uri
         self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._experiment_id = experiment_id
         self._runs, self._models = Runs(self._client, experiment_id), Models(self._client, experiment_id)
 
     @classmethod
@@ -144,9 +148,30 @@ class Tracker:
             known = [found for found in self._models.search("") if "rrlhf.digest" in found.tags]
             aliases = self._models.aliases()
         return [
-            Version(found.name, str(found.version), aliases.get((found.name, str(found.version)), ()), dict(found.tags))
+            Version(
+                found.name,
+                str(found.version),
+                aliases.get((found.name, str(found.version)), ()),
+                dict(found.tags),
+                found.creation_timestamp,
+                str(found.run_id or ""),
+            )
             for found in known
         ]
+
+    def manifest(self, version: Version) -> bytes:
+        """Return the artifact.json that was kept with a version."""
+        from mlflow.artifacts import download_artifacts
+
+        with trouble(self._uri), tempfile.TemporaryDirectory(prefix="rrlhf-manifest-") as beside:
+            uri = f"models:/{version.name}/{version.version}/{INSIDE}/{MANIFEST}"
+            path = download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
+            return Path(path).read_bytes()
+
+    @property
+    def kept(self) -> Kept:
+        """What the server keeps of artifacts, for checking it."""
+        return Kept(self._client, self._experiment_id)
 
     def log_report(self, run_id: str, html: Path) -> None:
         """Keep a report with a run."""

@@ -1,0 +1,205 @@
+"""The graph of everything that was made: what came from what, upwards and downwards. Pure: no files, no server."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice, takewhile
+from typing import NamedTuple
+
+from rrlhf.keys import Document
+from rrlhf.stages import DATA
+
+SHOWN = 8  # hex digits of a digest that a person reads
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """What a stage made, or what came from outside: a node of the graph. Its identity is (digest, key)."""
+
+    digest: str  # of its content: sha256, or "md5:<hex>.dir" for a data set; of what came from outside, its name
+    node: str  # "ppo-robust", "data"; of what came from outside, the argument that read it
+    stage: str = ""  # "ppo", "prepare"; empty when nothing here tells who made it
+    key: str = ""  # sha256 of its key document
+    inputs: Mapping[str, str] = field(default_factory=dict)  # argument -> digest
+    names: tuple[str, ...] = ()  # "rrlhf-policy/2" in the registry, "tiny" for a data set; the newest first
+    aliases: tuple[str, ...] = ()  # "rrlhf-policy@candidate"
+    document: Document | None = None  # its key document, where it is known
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    commit: str = ""
+    created: str = ""  # ISO 8601, UTC
+    seconds: float = 0.0
+
+    @property
+    def short(self) -> str:
+        """The digest as a person reads it."""
+        return short(self.digest)
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: "rrlhf-policy v2", "data tiny", "evaluate"."""
+        if self.node == DATA:
+            return f"data {self.names[0]}" if self.names else DATA
+        if not self.names:
+            return self.node
+        name, _, number = self.names[0].partition("/")
+        return f"{name} v{number}"
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Its aliases without the name of the registered model: "candidate"."""
+        return tuple(alias.partition("@")[2] for alias in self.aliases)
+
+
+Sorted = list[tuple[str, Product]]
+
+
+class Link(NamedTuple):
+    """`made` read `source` as this argument."""
+
+    source: Product
+    argument: str
+    made: Product
+
+
+class Graph:
+    """Products, and who read what. Made once, asked often: every answer costs as much as it is long."""
+
+    def __init__(self, products: Iterable[Product]) -> None:
+        """Take products, the newest first."""
+        self.products = list(products)
+        self._makers: defaultdict[str, list[Product]] = defaultdict(list)
+        self._readers: defaultdict[Product, list[Link]] = defaultdict(list)
+        for product in self.products:
+            self._makers[product.digest].append(product)
+        self._sources: dict[Product, list[Link]] = {product: self._links(product) for product in self.products}
+        for links in self._sources.values():
+            for link in links:
+                self._readers[link.source].append(link)
+
+    def _links(self, product: Product) -> list[Link]:
+        """Link a product to its inputs, the data set first; those that nobody knows get a product of their own."""
+        inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
+        return [Link(self._maker(digest, argument, product), argument, product) for argument, digest in inputs]
+
+    def _maker(self, digest: str, argument: str, reader: Product) -> Product:
+        """Return whose content was read: of several makings with one content, that with most inputs of the reader.
+
+        Data sets that differ in their preferences alone, say, give one SFT model twice.
+        """
+        if digest not in self._makers:
+            self._makers[digest].append(Product(digest, argument))
+        makers = self._makers[digest]
+        if len(makers) == 1:
+            return makers[0]
+        return max(makers, key=lambda maker: len(maker.inputs.items() & reader.inputs.items()))
+
+    def makers(self, digest: str) -> list[Product]:
+        """Return everything that has this content, the newest first."""
+        return self._makers.get(digest, [])
+
+    def sources(self, product: Product) -> list[Link]:
+        """Return the links to what a product was made from."""
+        return self._sources.get(product, [])
+
+    def readers(self, product: Product) -> list[Link]:
+        """Return the links to what was made from a product."""
+        return self._readers.get(product, [])
+
+    def up(self, product: Product) -> list[Product]:
+        """Return a product with everything it was made from, inputs before what they made."""
+        return _ordered(product, lambda each: [link.source for link in self.sources(each)])
+
+    def down(self, product: Product) -> list[Product]:
+        """Return a product with everything made from it, inputs before what they made."""
+        return _ordered(product, lambda each: [link.made for link in self.readers(each)])[::-1]
+
+    def links(self, among: Iterable[Product]) -> list[Link]:
+        """Return the links between these products."""
+        chosen = list(among)
+        inside = set(chosen)
+        return [link for product in chosen for link in self.sources(product) if link.source in inside]
+
+    def find(self, reference: str) -> Product:
+        """Find "rrlhf-policy@candidate", "rrlhf-policy/3", a data set's name, a node, or the start of a digest or key.
+
+        "NAME@latest" is the newest version of a name, "data" the newest data set; a start has 6 hex digits or more.
+        Raises ValueError with the closest names when there is none, or more than one.
+        """
+        wanted = reference.removeprefix("models:/")
+        named = self._named
+        if wanted in named:
+            return named[wanted]
+        if wanted in self._makers:
+            return self._makers[wanted][0]
+        if re.fullmatch("[0-9a-f]{6,}", start := wanted.removeprefix("md5:").removesuffix(".dir")):
+            found = _beginning(self._digests, start) or _beginning(self._keys, start)
+            if len(found) == 1:
+                return next(iter(found.values()))
+            if found:
+                digests = ", ".join(digest[: len(start) + 6] for digest in found)
+                raise ValueError(f"{reference!r} begins several digests: {digests}")
+        close = difflib.get_close_matches(wanted, named, n=3) or sorted(named)[:10]
+        raise ValueError(
+            f"no model {reference!r}; {'close: ' + ', '.join(close) if close else 'none is registered yet'}"
+        )
+
+    @cached_property
+    def _digests(self) -> Sorted:
+        return sorted(((digest.removeprefix("md5:"), made[0]) for digest, made in self._makers.items()), key=_first)
+
+    @cached_property
+    def _keys(self) -> Sorted:
+        return sorted(((product.key, product) for product in self.products), key=_first)
+
+    @cached_property
+    def _named(self) -> dict[str, Product]:
+        """Return every product by all its names; of products that share one, the newest."""
+        named: dict[str, Product] = {}
+        for product in reversed(self.products):
+            models = {name.partition("/")[0] for name in product.names if "/" in name}
+            named |= {product.node: product} | {f"{model}@latest": product for model in models}
+        for product in reversed(self.products):
+            named |= dict.fromkeys((*product.names, *product.aliases), product)
+        return named
+
+
+def _first(item: tuple[str, Product]) -> str:
+    return item[0]
+
+
+def _beginning(named: Sorted, start: str) -> dict[str, Product]:
+    """Return the products whose name begins with `start`, by their names."""
+    first = bisect_left(named, start, key=_first)
+    return dict(takewhile(lambda item: item[0].startswith(start), islice(named, first, None)))
+
+
+def short(digest: str, digits: int = SHOWN) -> str:
+    """Return what a person reads of a digest; names of what came from outside stay whole."""
+    if re.fullmatch("[0-9a-f]{64}", digest):
+        return digest[:digits]
+    if digest.startswith("md5:"):
+        return f"md5:{digest[4 : 4 + digits]}"
+    return digest
+
+
+def _ordered(start: Product, below: Callable[[Product], list[Product]]) -> list[Product]:
+    """Return all that can be reached, each behind everything below it (depth first, without recursion)."""
+    done: dict[Product, None] = {}
+    seen = {start}
+    waiting = [(start, iter(below(start)))]
+    while waiting:
+        product, rest = waiting[-1]
+        following = next((each for each in rest if each not in seen), None)
+        if following is None:
+            done[product] = None
+            waiting.pop()
+        else:
+            seen.add(following)
+            waiting.append((following, iter(below(following))))
+    return list(done)

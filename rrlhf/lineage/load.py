@@ -1,0 +1,142 @@
+"""Where the graph comes from: MLflow's registered versions, artifacts in the folder, and DVC's data sets.
+
+MLflow knows the models of everybody who shares its server; the folder knows what is not registered (evaluations), and
+the settings and numbers of what it holds. Both tell a product by the digest of its content and its key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rrlhf.artifacts import Artifact, Store, TamperedError
+from rrlhf.dvc_records import Record, cached, kept_document, locks, run_records
+from rrlhf.lineage.graph import Graph, Product
+from rrlhf.seal import opened
+from rrlhf.stages import DATA
+from rrlhf.tracking import Tracker, Version
+
+Identity = tuple[str, str]  # digest of the content, key
+
+
+def from_versions(versions: Iterable[Version]) -> Graph:
+    """Return the graph of registered versions alone; they come newest first."""
+    found = list(versions)
+    return Graph([*_registered(found).values(), *_named_data_sets(found)])
+
+
+def load(root: Path, versions: Sequence[Version], *, strict: bool = True) -> Graph:
+    """Return the graph of registered versions, of the folder's artifacts and of its data sets.
+
+    strict: raise TamperedError when a record of a data set was changed, instead of going without it.
+    """
+    products = _registered(versions)
+    stored = [_stored(artifact) for artifact in Store(root).all()]
+    for product in sorted(stored, key=lambda each: each.created, reverse=True):
+        registered = products.get((product.digest, product.key))
+        if registered:
+            product = replace(product, names=registered.names, aliases=registered.aliases)
+        products[product.digest, product.key] = product
+    datasets = data_sets(root, strict=strict)
+    here = {product.digest for product in datasets}
+    elsewhere = [product for product in _named_data_sets(versions) if product.digest not in here]
+    return Graph([*products.values(), *datasets, *elsewhere])
+
+
+def data_sets(root: Path, *, strict: bool = True) -> list[Product]:
+    """Return the data sets that DVC knows in this folder: those of its lock files first, then earlier ones."""
+    records: dict[str, Record] = {}
+    with nullcontext() if strict else suppress(TamperedError):
+        records |= {record.digest: record for record in locks(root)}
+    for record in run_records(root):
+        records.setdefault(record.digest, record)
+    return [_data_set(root, record, strict=strict) for record in records.values()]
+
+
+def described(products: Iterable[Product], versions: Sequence[Version], tracker: Tracker) -> dict[Product, Product]:
+    """Return products with their settings and numbers; of those that are not in the folder, MLflow is asked."""
+    kept = {(version.tags["rrlhf.digest"], version.tags["rrlhf.key"]): version for version in versions}
+    found = {}
+    for product in products:
+        version = kept.get((product.digest, product.key))
+        if product.document is None and version:
+            manifest = opened(tracker.manifest(version))
+            told = _stored(Artifact(Path(), manifest))
+            found[product] = replace(told, names=product.names, aliases=product.aliases)
+        else:
+            found[product] = product
+    return found
+
+
+def _registered(versions: Iterable[Version]) -> dict[Identity, Product]:
+    """Return one product for all versions of one content and key, as their tags tell it."""
+    products: dict[Identity, Product] = {}
+    for version in versions:
+        tags = version.tags
+        name = f"{version.name}/{version.version}"
+        aliases = tuple(f"{version.name}@{alias}" for alias in version.aliases)
+        identity = tags["rrlhf.digest"], tags.get("rrlhf.key", "")
+        if known := products.get(identity):
+            names = (*known.names, name)
+            products[identity] = replace(known, names=names, aliases=(*known.aliases, *aliases))
+            continue
+        products[identity] = Product(
+            digest=identity[0],
+            key=identity[1],
+            node=tags["rrlhf.node"],
+            stage=tags.get("rrlhf.stage", ""),
+            inputs=json.loads(tags["rrlhf.inputs"]),
+            names=(name,),
+            aliases=aliases,
+            commit=tags.get("rrlhf.git_commit", ""),
+            created=datetime.fromtimestamp(version.created / 1000, UTC).isoformat() if version.created else "",
+        )
+    return products
+
+
+def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
+    """Return the data sets that versions name as their inputs, the newest first."""
+    named: dict[str, str] = {}
+    for version in versions:
+        digest = json.loads(version.tags["rrlhf.inputs"]).get(DATA)
+        if digest and (digest not in named or not named[digest]):
+            named[digest] = version.tags.get("rrlhf.dataset_name", "")
+    return [Product(digest, DATA, "prepare", names=(name,) if name else ()) for digest, name in named.items()]
+
+
+def _stored(artifact: Artifact) -> Product:
+    manifest = artifact.manifest
+    return Product(
+        digest=artifact.digest,
+        key=artifact.key,
+        node=artifact.name,
+        stage=artifact.stage,
+        inputs=artifact.inputs,
+        document=manifest["document"],
+        metrics=artifact.metrics,
+        commit=manifest["git_commit"] or "",
+        created=manifest["created"],
+        seconds=manifest["seconds"],
+    )
+
+
+def _data_set(root: Path, record: Record, *, strict: bool) -> Product:
+    document = None
+    with nullcontext() if strict else suppress(TamperedError):
+        document = kept_document(root, record.document_md5)
+    listing = cached(root, record.digest)
+    made = datetime.fromtimestamp(listing.stat().st_mtime, UTC) if listing.exists() else None
+    return Product(
+        digest=record.digest,
+        node=DATA,
+        stage="prepare",
+        key="",
+        inputs=document["inputs"] if document else {},
+        names=(record.name,),
+        document=document,
+        created=made.isoformat(timespec="seconds") if made else "",
+    )

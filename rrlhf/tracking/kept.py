@@ -1,0 +1,100 @@
+"""What the server keeps of an artifact, held against the artifact: tags, links, and copies of files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from rrlhf.artifacts import Artifact
+from rrlhf.keys import canonical
+from rrlhf.stages import DATA
+from rrlhf.tracking.models import MODEL_NAMES
+from rrlhf.tracking.records import INSIDE, MLMODEL, has
+
+NOT_MODELS = {DATA, "base", "source"}  # inputs that are no registered models
+
+
+def tag_fault(artifact: Artifact, tags: dict[str, str]) -> str | None:
+    """Say which tag of a registered version is not what its artifact says, or None."""
+    expected = {
+        "rrlhf.node": artifact.name,
+        "rrlhf.stage": artifact.stage,
+        "rrlhf.key": artifact.key,
+        "rrlhf.digest": artifact.digest,
+        "rrlhf.inputs": json.dumps(artifact.inputs),
+        "rrlhf.params": sha256(canonical(artifact.manifest["document"]["params"]).encode()).hexdigest(),
+        "rrlhf.git_commit": artifact.manifest["git_commit"],
+    }
+    for name, value in expected.items():
+        if tags.get(name) != value:
+            return f"its tag {name}: expected {value}, found {tags.get(name)}"
+    dataset = tags.get("rrlhf.dataset")
+    if dataset is not None and dataset != artifact.inputs.get(DATA):
+        return f"its tag rrlhf.dataset: expected {artifact.inputs.get('data')}, found {dataset}"
+    return None
+
+
+class Kept:
+    """Files and links on one server."""
+
+    def __init__(self, client: Any, experiment_id: str) -> None:
+        self._client, self._experiment_id = client, experiment_id
+
+    @contextmanager
+    def copy(self, artifact: Artifact) -> Iterator[tuple[Path, Path | None] | None]:
+        """Yield the folder with the server's copy of an artifact's files, and its MLmodel; None when there is none.
+
+        Copies on this machine are looked at where they lie, others are fetched for the time being.
+        """
+        place = self._place(artifact)
+        if place is None:
+            yield None
+            return
+        with _local(place) as folder:
+            model = artifact.stage in MODEL_NAMES
+            yield (folder / INSIDE, folder / "MLmodel") if model else (folder, None)
+
+    def mlmodel_digest(self, artifact: Artifact) -> str | None:
+        """Return the sha256 that the MLmodel beside an artifact's copy had when it was written, where that is known."""
+        return next((found.tags[MLMODEL] for found in self._models(artifact) if MLMODEL in found.tags), None)
+
+    def link_fault(self, artifact: Artifact, run_id: str) -> str | None:
+        """Say which models MLflow links to the run that made an artifact, when they are not its inputs, or None."""
+        run = self._client.get_run(run_id)
+        if run.data.tags.get("rrlhf.digest") != artifact.digest:
+            return None  # links wait for inputs that are not registered yet
+        read = {
+            self._client.get_logged_model(entry.model_id).tags.get("rrlhf.digest") for entry in run.inputs.model_inputs
+        }
+        expected = {digest for name, digest in artifact.inputs.items() if name not in NOT_MODELS}
+        return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
+
+    def _models(self, artifact: Artifact) -> list[Any]:
+        same = f"{has('key', artifact.key)} and {has('digest', artifact.digest)}"
+        found = self._client.search_logged_models([self._experiment_id], same)
+        return [model for model in found if model.status == "READY"]
+
+    def _place(self, artifact: Artifact) -> str | None:
+        if artifact.stage in MODEL_NAMES:
+            return next((str(model.artifact_location) for model in self._models(artifact)), None)
+        runs = self._client.search_runs([self._experiment_id], has("key", artifact.key))
+        kept = [run for run in runs if run.data.tags.get("rrlhf.digest") == artifact.digest]
+        return str(kept[0].info.artifact_uri) if kept else None
+
+
+@contextmanager
+def _local(place: str) -> Iterator[Path]:
+    parsed = urlparse(place)
+    if parsed.scheme in {"", "file"}:
+        yield Path(unquote(parsed.path))
+        return
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory(prefix="rrlhf-audit-") as beside:
+        yield Path(download_artifacts(artifact_uri=place, dst_path=beside))

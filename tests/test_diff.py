@@ -1,0 +1,79 @@
+"""What differs between two products, and where it begins; products are written by hand."""
+
+from rrlhf.fingerprints import Changed, RowChanges
+from rrlhf.lineage import Graph, Product
+from rrlhf.lineage.diff import Diff, as_json, as_text, metrics, stages
+
+CODE = {"rrlhf.sft": "1", "rrlhf.ppo": "2"}
+
+
+def product(node, digest, inputs, params, code=CODE, numbers=None, known=True):
+    document = {"stage": node.partition("-")[0], "params": params, "inputs": inputs, "code": code, "numerics": {}}
+    stage = "prepare" if node == "data" else document["stage"]
+    return Product(
+        digest, node, stage, f"key of {digest}", inputs, document=document if known else None, metrics=numbers or {}
+    )
+
+
+def compared(old, new):
+    """Compare the last products of two families."""
+    graph = Graph([*old, *new])
+    found = stages(graph, old[-1], new[-1], {})
+    return Diff(old[-1], new[-1], found, {}, metrics(old[-1], new[-1]), {}, [])
+
+
+def family(mark, limit=100, lr=0.1, code=CODE, known=True, result=""):
+    data = product("data", f"data{limit}", {"source": "written"}, {"prepare": {"limit": limit}}, known=known)
+    sft = product("sft", f"sft{mark}{result}", {"data": data.digest}, {"sft": {"lr": lr}}, code)
+    ppo = product(
+        "ppo-a", f"ppo{mark}{result}", {"data": data.digest, "sft": sft.digest}, {"ppo": {}}, numbers={"kl": 1}
+    )
+    return [data, sft, ppo]
+
+
+def test_a_changed_setting_is_named_and_what_follows_from_it_is_not_blamed():
+    found = compared(family(1), family(2, lr=0.2))
+    assert found.first.node == "sft"
+    assert [(stage.node, stage.differs, stage.begins) for stage in found.stages] == [
+        ("data", False, False),
+        ("sft", True, True),
+        ("ppo-a", True, False),
+    ]
+    assert "first difference: sft (parameter sft.lr 0.1 -> 0.2)" in as_text(found)
+    assert as_json(found)["stages"][1]["changes"] == [{"kind": "parameter", "name": "sft.lr", "old": 0.1, "new": 0.2}]
+
+
+def test_the_first_of_several_differences_is_the_one_furthest_up():
+    assert compared(family(1), family(2, limit=50, lr=0.2)).first.node == "data"
+
+
+def test_changed_code_is_named_by_its_file():
+    assert "code rrlhf/sft.py changed" in as_text(compared(family(1), family(2, code=CODE | {"rrlhf.sft": "9"})))
+
+
+def test_equal_settings_with_another_result_are_told():
+    found = compared(family(1), family(1, result="!"))
+    assert found.first.node == "sft"
+    assert "the same settings, code and inputs, and another result" in as_text(found)
+
+
+def test_settings_that_were_not_kept_are_told_as_unknown():
+    found = compared(family(1, known=False), family(2, limit=50))
+    assert (found.first.node, found.first.unexplained) == ("data", "unknown: its settings were not kept")
+
+
+def test_the_same_product_has_no_difference():
+    mine = family(1)
+    found = compared(mine, mine)
+    assert found.first is None
+    assert as_text(found).endswith("the same content, made in the same way")
+
+
+def test_rows_and_numbers_are_listed():
+    rows = {"preferences": RowChanges(["a" * 64], [], [Changed("b" * 64, "c" * 64, "label turned")] * 7, 3)}
+    found = compared(family(1), family(2, lr=0.2))._replace(rows=rows, metrics={"kl": (1.0, 2.5), "same": (1.0, 1.0)})
+    text = as_text(found)
+    assert "preferences  1 added, 0 removed, 7 changed, 3 kept" in text
+    assert "  and 2 more; --json lists all" in text
+    assert "same" not in text.partition("metrics")[2]
+    assert as_json(found)["rows"]["preferences"]["changed"][0]["what"] == "label turned"
