@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
 from rrlhf.environment import end_with_parent, find_root, set_environment
+from rrlhf.promotion.command import promote
 from rrlhf.types import Json
 
+P = ParamSpec("P")
 FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
 
 app = typer.Typer(
@@ -339,6 +342,21 @@ def _clear_errors() -> Iterator[None]:
             SIGNALLED + progress.signalled,
             "interrupted; finished stages are kept, and the same command goes on from there",
         )
+
+
+def _mendable(command: Callable[P, None]) -> Callable[P, None]:
+    """Have a command end as `_clear_errors` says."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
+        with _clear_errors():
+            command(*arguments, **options)
+
+    return wrapped
+
+
+for command in (promote,):
+    app.command()(_mendable(command))
 
 
 def _end(code: int, message: str) -> NoReturn:
