@@ -65,6 +65,11 @@ class Artifact:
         return dict(self.manifest["document"]["inputs"])
 
     @property
+    def made_from(self) -> list[str]:
+        """The inputs that are artifacts: neither the data set nor what lies outside the project."""
+        return [argument for argument in self.inputs if argument not in {"data", "base", "source"}]
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The last value of every number that the stage logged."""
         return dict(self.manifest["metrics"])

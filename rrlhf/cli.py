@@ -15,6 +15,7 @@ import typer
 
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.promotion.command import promote
+from rrlhf.reproduction.command import reproduce
 from rrlhf.types import Json
 
 P = ParamSpec("P")
@@ -355,7 +356,7 @@ def _mendable(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-for command in (promote,):
+for command in (promote, reproduce):
     app.command()(_mendable(command))
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from rrlhf.artifacts import Artifact, TamperedError
 from rrlhf.lookup import Lookup
-from rrlhf.stages import DATA
 from rrlhf.tracking import Version
-
-OUTSIDE = {DATA, "base", "source"}  # inputs that no stage with an artifact makes
 
 
 def faults(lookup: Lookup, artifact: Artifact, version: Version) -> list[str]:
@@ -20,10 +17,10 @@ def faults(lookup: Lookup, artifact: Artifact, version: Version) -> list[str]:
     waiting, seen = [artifact], {artifact.digest}
     while waiting:
         child = waiting.pop()
-        for argument, digest in child.inputs.items():
-            if argument in OUTSIDE or digest in seen:
+        for argument in child.made_from:
+            if child.inputs[argument] in seen:
                 continue
-            seen.add(digest)
+            seen.add(child.inputs[argument])
             try:
                 waiting.append(lookup.input_of(child, argument))
             except (TamperedError, ValueError) as error:
