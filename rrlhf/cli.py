@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -16,6 +15,7 @@ import typer
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.promotion.command import promote
 from rrlhf.reproduction.command import reproduce
+from rrlhf.sweeps.command import sweep
 from rrlhf.types import Json
 
 P = ParamSpec("P")
@@ -272,36 +272,15 @@ def _run(profile: str, overrides: dict[str, Json], as_json: bool) -> None:
     from rrlhf.config import load_params
 
     with _clear_errors():
-        from flows.serve import start_temporary_server
+        from rrlhf.starting import started
 
         root = Path.cwd()
-        wait_until_ready = start_temporary_server(root)
-        # Both imports take seconds, in which the server starts.
-        from flows.pipeline import pipeline
-        from rrlhf.progress import STOPPING, stop_between_steps
-        from rrlhf.tracking import Tracker
-
-        Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
-        wait_until_ready()
-        stop_between_steps(STOPPING)
-        _quiet_console()
+        experiment = load_params(root, profile, overrides).tracking.experiment
+        pipeline = started(root, experiment, "flows.pipeline").pipeline
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = pipeline(profile=profile, overrides=overrides)
         if as_json:
             print(json.dumps(result, indent=1))
-
-
-def _quiet_console() -> None:
-    """Keep tracebacks off the terminal, where `_clear_errors` says what went wrong; Prefect's records keep them."""
-
-    def message_only(record: logging.LogRecord) -> bool:
-        record.exc_info = record.exc_text = None
-        return not record.getMessage().startswith(
-            ("Encountered exception", "Crash detected", "Finished in state Crashed")
-        )
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(message_only)
 
 
 def _overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
@@ -356,7 +335,7 @@ def _mendable(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-for command in (promote, reproduce):
+for command in (promote, reproduce, sweep):
     app.command()(_mendable(command))
 
 
