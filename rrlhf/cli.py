@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
+from rrlhf.chat_command import chat
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.promotion.command import promote
 from rrlhf.reproduction.command import reproduce
@@ -335,7 +336,7 @@ def _mendable(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-for command in (promote, reproduce, sweep):
+for command in (promote, reproduce, sweep, chat):
     app.command()(_mendable(command))
 
 

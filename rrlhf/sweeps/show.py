@@ -99,11 +99,9 @@ def _lines(rows: Sequence[Row], path: str) -> Any:
         groups.setdefault(name, []).append(row)
     for number, (name, some) in enumerate(groups.items()):
         look = REFERENCE_LOOK if name == "sft" else ARM_LOOKS[number % len(ARM_LOOKS)]
-        along = sorted(
-            (float(row["settings"][path]), row["metrics"][metric]) for row in some if path in row["settings"]
-        )  # type: ignore[arg-type]
+        along = sorted((row for row in some if path in row["settings"]), key=lambda row: _number(row, path))
         if along:
-            places, found = [place for place, _ in along], [interval for _, interval in along]
+            places, found = [_number(row, path) for row in along], [row["metrics"][metric] for row in along]
             axes.errorbar(
                 places,
                 [each["mean"] for each in found],
