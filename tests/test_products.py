@@ -118,7 +118,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     source = shell.root / "rrlhf" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
     try:
-        source.write_text(sound.replace("manual_seed(arm.seed)", "manual_seed(arm.seed + 1)"), encoding="utf-8")
+        source.write_text(sound.replace("ppo, arm.seed, course", "ppo, arm.seed + 1, course"), encoding="utf-8")
         done = shell("reproduce", ROBUST, "--only", "--keep", "again", code=1)
     finally:
         source.write_text(sound, encoding="utf-8")
