@@ -23,6 +23,7 @@ from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
 from rrlhf.memo import Memo
 from rrlhf.seal import opened, sealed
+from rrlhf.stages import DATA, EXTERNAL
 
 MANIFEST = "artifact.json"
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
@@ -64,6 +65,11 @@ class Artifact:
     def inputs(self) -> dict[str, str]:
         """Content digest of every input, by argument name."""
         return dict(self.manifest["document"]["inputs"])
+
+    @property
+    def made_from(self) -> list[str]:
+        """The inputs that are artifacts: neither the data set nor what lies outside the project."""
+        return [argument for argument in self.inputs if argument not in {DATA, *EXTERNAL}]
 
     @property
     def metrics(self) -> dict[str, float]:

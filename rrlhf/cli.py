@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from rrlhf.chat_command import chat
 from rrlhf.command_line import FAILED, USAGE, AsJson, Profile, Set, mendable
 from rrlhf.command_line import clear_errors as _clear_errors
 from rrlhf.command_line import end as _end
@@ -16,6 +17,9 @@ from rrlhf.command_line import overrides as _overrides
 from rrlhf.commands_run import plan, run, run_flow, status, why
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.lineage.command import audit, diff, lineage
+from rrlhf.promotion.command import promote
+from rrlhf.reproduction.command import reproduce
+from rrlhf.sweeps.command import sweep
 
 app = typer.Typer(
     name="rrlhf",
@@ -39,8 +43,8 @@ def main() -> None:
 
 for _command in (run, plan, why, status):
     app.command()(_command)
-for _question in (lineage, diff, audit):
-    app.command()(mendable(_question))
+for _other in (lineage, diff, audit, promote, reproduce, sweep, chat):
+    app.command()(mendable(_other))
 
 
 @app.command()

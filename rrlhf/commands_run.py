@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -133,9 +132,7 @@ def status(as_json: AsJson = False) -> None:
         print("\n".join(told(found)))
 
 
-def run_flow(
-    profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False
-) -> None:  # fmt: skip
+def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False) -> None:
     """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
     from rrlhf.partial import Part
 
@@ -165,36 +162,14 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
 
 
 def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
-    from flows.serve import start_temporary_server
     from rrlhf.config import load_params
+    from rrlhf.starting import started
 
     root = Path.cwd()
-    wait_until_ready = start_temporary_server(root)
-    # Both imports take seconds, in which the server starts.
-    from flows.pipeline import pipeline
-    from rrlhf.progress import STOPPING, stop_between_steps
-    from rrlhf.tracking import Tracker
-
-    Tracker.connect(root, load_params(root, profile, overrides).tracking.experiment)
-    wait_until_ready()
-    stop_between_steps(STOPPING)
-    _quiet_console()
+    pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
     asked = {name: [*names] for name, names in part._asdict().items() if names}
     result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None)
     return result
-
-
-def _quiet_console() -> None:
-    """Keep tracebacks off the terminal, where `clear_errors` says what went wrong; Prefect's records keep them."""
-
-    def message_only(record: logging.LogRecord) -> bool:
-        record.exc_info = record.exc_text = None
-        return not record.getMessage().startswith(
-            ("Encountered exception", "Crash detected", "Finished in state Crashed")
-        )
-
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(message_only)
 
 
 def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:

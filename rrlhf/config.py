@@ -270,6 +270,17 @@ class Evaluate(Section):
     samples_shown: PositiveInt
 
 
+class Gates(Section):
+    """What a version must show to be promoted (rrlhf/promotion/gates.py); null: that gate is left out."""
+
+    level: Annotated[float, Field(gt=0, lt=1)]
+    min_win_rate: Share | None
+    max_kl: NonNegative | None
+    max_spread: NonNegative | None
+    max_length_drift: NonNegative | None
+    max_repetition: Share | None
+
+
 class Tracking(Section):
     """Where runs and models are remembered; the server comes from MLFLOW_TRACKING_URI."""
 
@@ -301,6 +312,7 @@ class Params(Section):
     best_of_n: BestOfN
     arms: dict[str, Arm]
     evaluate: Evaluate
+    gates: Gates
     tracking: Tracking
     launch: Launch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -20,60 +20,16 @@ from rrlhf.candidates import read_candidates
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.excerpts import Excerpt, read_excerpts
 from rrlhf.gold import GoldJudge
-from rrlhf.hardware import device_kind
-from rrlhf.judgement import function_values, with_functions
+from rrlhf.judgement import with_functions
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
-from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
-from rrlhf.progress import track
-from rrlhf.reward_functions import RewardFunction, load_functions, metric_names
+from rrlhf.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.reward_functions import load_functions, metric_names
 from rrlhf.reward_models.features import PairFeatures, features_of
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
-from rrlhf.robust import AGGREGATIONS, READINGS, Scores, head_spread
-from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.robust import AGGREGATIONS, READINGS, head_spread
 from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.tables import Rows, read_table
 from rrlhf.types import Log
-
-
-class Judges(NamedTuple):
-    """All that reads responses: the reference with its trunk, reward heads and functions, and the gold judge if any."""
-
-    language: LanguageModel
-    top: PolicyTop  # the reference's layers above the trunk
-    layer: int
-    models: tuple[RewardModel, RewardModel]
-    functions: list[RewardFunction]  # of all arms
-    gold: GoldJudge | None
-
-    @property
-    def single(self) -> RewardHeads:
-        """The single head."""
-        return self.models[0].heads
-
-    @property
-    def ensemble(self) -> RewardHeads:
-        """The ensemble's heads."""
-        return self.models[1].heads
-
-
-class Reading(NamedTuple):
-    """What the judges say about sampled responses, one row a response."""
-
-    texts: list[str]
-    finished: list[bool]
-    kl: Tensor  # [responses] log(pi / pi_ref), nats
-    proxy: Tensor  # [responses]
-    scores: Scores  # [responses, heads]
-    functions: dict[str, Tensor]  # [responses] value of each function, by import path
-    gold: Tensor | None  # [responses]
-    per_prompt: int
-
-    @property
-    def prompt(self) -> Tensor:
-        """The prompt's row of every response, [responses]."""
-        return torch.arange(len(self.texts)) // self.per_prompt
 
 
 def run(
@@ -94,15 +50,15 @@ def run(
     rows = read_table(data, "evaluate")
     arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
     functions = load_functions(path for arm in arms.values() for path in arm.functions)
-    judges = _judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
+    judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     trained, selecting = (
         {name: policies[name] for name, arm in arms.items() if arm.method == method} for method in ("ppo", "best_of_n")
     )
     readings: dict[str, Reading] = {}
     for name, folder in {"sft": sft, **policies}.items():
         chosen = name in selecting
-        responses = read_candidates(folder).best if chosen else _sample(folder, name, rows, model, evaluate, seed)
-        reading = _read(judges, responses, rows, model, evaluate, name)
+        sampled = None if chosen else sample_responses(folder, name, rows, model, evaluate, seed)
+        reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
         bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
         readings[name] = reading._replace(kl=bound)
     compared = [_summary(name, reading, arms.get(name)) for name, reading in readings.items()]
@@ -120,94 +76,6 @@ def run(
     for policy in compared:
         log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
     (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def repetition(text: str) -> float:
-    """Return the share of words that occurred before in the text, 0 to 1."""
-    words = text.lower().split()
-    return 1 - len(set(words)) / len(words) if words else 0.0
-
-
-def _judges(
-    model: Model,
-    gold: Gold,
-    sft: Path,
-    reward: Path,
-    ensemble: Path,
-    functions: list[RewardFunction],
-    *,
-    has_gold: bool,
-) -> Judges:
-    language = load_model(sft)
-    language.network.to(device_kind(model.device)).requires_grad_(False)
-    models = (load_for_policy(reward, language.device), load_for_policy(ensemble, language.device))
-    layer = shared_layer(models, reward)
-    layer = language.layers if layer is None else layer
-    return Judges(language, PolicyTop(language, layer), layer, models, functions, GoldJudge(gold) if has_gold else None)
-
-
-def _sample(folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int) -> list[Response]:
-    """Sample `samples_per_prompt` responses of a policy to every prompt; those of one prompt lie side by side."""
-    language = load_model(folder)
-    language.network.to(device_kind(model.device))
-    prompts = [
-        encode_prompt(language, row["prompt"], model) for row in rows for _ in range(evaluate.samples_per_prompt)
-    ]
-    return sample_in_batches(
-        language, prompts, model, batch_size=evaluate.batch_size, seed=seed, label=f"evaluate: sampling {name}"
-    )
-
-
-@torch.no_grad()
-def _read(
-    judges: Judges, responses: list[Response], rows: Rows, model: Model, evaluate: Evaluate, name: str
-) -> Reading:
-    """Run the reference once over prompt and response: it gives the KL and the reward features."""
-    per_prompt = len(responses) // len(rows)
-    asked = [row for row in rows for _ in range(per_prompt)]
-    logprobs, features = [], []
-    for start in track(
-        range(0, len(asked), evaluate.batch_size), -(-len(asked) // evaluate.batch_size), f"evaluate: {name}"
-    ):
-        part = slice(start, start + evaluate.batch_size)
-        with autocast(model):
-            logprob, pooled = _reference_pass(judges, asked[part], responses[part], model)
-        logprobs.append(logprob)
-        features.append(pooled)
-    pooled = torch.cat(features)
-    texts = [decode(judges.language, response.tokens) for response in responses]
-    finished = [response.finished for response in responses]
-    own = torch.tensor([response.logprob for response in responses])
-    prompts = [row["prompt"] for row in asked]
-    single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
-    gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
-    return Reading(
-        texts=texts,
-        finished=finished,
-        kl=own - torch.cat(logprobs).cpu(),
-        proxy=single.mean[:, 0].cpu(),
-        scores=Scores(scores.mean.cpu(), scores.std.cpu()),
-        functions=function_values(judges.functions, prompts, texts, [row.tokens for row in responses], finished),
-        gold=torch.tensor(gold) if gold is not None else None,
-        per_prompt=per_prompt,
-    )
-
-
-def _reference_pass(judges: Judges, rows: Rows, responses: list[Response], model: Model) -> tuple[Tensor, Tensor]:
-    """Return the reference's log-probability [batch] of each response, and the pooled trunk features."""
-    language, device = judges.language, judges.language.device
-    prompts = [encode_prompt(language, row["prompt"], model) for row in rows]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    counts = torch.tensor([len(response.tokens) for response in responses], device=device)
-    finished = torch.tensor([response.finished for response in responses], device=device)
-    width = int(counts.max())
-    eos = language.tokenizer.eos_token_id
-    padded = torch.tensor([row.tokens + [eos] * (width - len(row.tokens)) for row in responses], device=device)
-    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    states = hidden_states(language, sequences, judges.layer)
-    mask = torch.arange(width, device=device) < counts[:, None]
-    logprobs, _ = judges.top(states, lengths, padded, mask)
-    return logprobs.sum(1), response_features(states, lengths, counts - finished.long())
 
 
 def _summary(name: str, reading: Reading, arm: Arm | None) -> dict[str, Any]:

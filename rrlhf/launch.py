@@ -55,10 +55,10 @@ def execute(
 def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log) -> None:
     """Call the stage's `run` in this process."""
     stage = import_module(f"rrlhf.{document['stage']}")
-    stage.run(**_sections(document["params"]), **_arguments(inputs), out=out, log=log)
+    stage.run(**typed_sections(document["params"]), **_arguments(inputs), out=out, log=log)
 
 
-def _sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
+def typed_sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
     """Rebuild the typed sections from the settings of a key document."""
     classes: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
     classes |= {"arm": Arm, "member": Member, "trunk": TrunkTraining}

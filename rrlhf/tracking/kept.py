@@ -17,8 +17,6 @@ from rrlhf.stages import DATA
 from rrlhf.tracking.models import MODEL_NAMES
 from rrlhf.tracking.records import INSIDE, MLMODEL, has
 
-NOT_MODELS = {DATA, "base", "source"}  # inputs that are no registered models
-
 
 def tag_fault(artifact: Artifact, tags: dict[str, str]) -> str | None:
     """Say which tag of a registered version is not what its artifact says, or None."""
@@ -72,7 +70,7 @@ class Kept:
         read = {
             self._client.get_logged_model(entry.model_id).tags.get("rrlhf.digest") for entry in run.inputs.model_inputs
         }
-        expected = {digest for name, digest in artifact.inputs.items() if name not in NOT_MODELS}
+        expected = {artifact.inputs[name] for name in artifact.made_from}
         return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
 
     def _models(self, artifact: Artifact) -> list[Any]:

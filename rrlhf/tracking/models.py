@@ -7,7 +7,6 @@ from typing import Any
 
 from rrlhf.artifacts import Artifact
 from rrlhf.memo import sha256
-from rrlhf.stages import DATA, EXTERNAL
 from rrlhf.tracking.records import (
     INSIDE,
     MLMODEL,
@@ -115,7 +114,7 @@ class Models:
         if tags.get("rrlhf.digest") == artifact.digest and tags.get("rrlhf.model") == (model_id or ""):
             return
         run = self._client.get_run(run_id)
-        digests = [digest for name, digest in artifact.inputs.items() if name not in {DATA, *EXTERNAL}]
+        digests = [artifact.inputs[name] for name in artifact.made_from]
         read = {model_id_of(found[0]) for digest in digests if (found := self.search(has("digest", digest)))}
         new = read - {entry.model_id for entry in run.inputs.model_inputs}  # MLflow refuses to write one twice
         datasets = [dataset_input(dataset)] if dataset else []

@@ -14,6 +14,7 @@ from rrlhf.locks import locked
 from rrlhf.stages import Node
 from rrlhf.tracking.kept import Kept
 from rrlhf.tracking.models import MODEL_NAMES, Models
+from rrlhf.tracking.promotions import Promotions
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
 from rrlhf.tracking.server import connect, errors, long_requests, trouble, warn
@@ -59,12 +60,17 @@ class Tracker:
         root = root.resolve()
         return cls(root, *connect(root, experiment))
 
-    def start_flow(self, profile: str, params: Params, commit: str | None) -> str:
-        """Open the run that the runs of the flow's stages belong to, and return its id."""
+    def start_flow(
+        self, profile: str, params: Params, commit: str | None, *, name: str | None = None, parent: str | None = None
+    ) -> str:
+        """Open the run that the runs of the flow's stages belong to, and return its id.
+
+        name: other than the profile's. parent: the run of a group that this one belongs to.
+        """
         with trouble(self._uri):
             self._runs.close_dead()
             tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
-            return self._runs.new(profile, tags, params.model_dump())
+            return self._runs.new(name or profile, tags, params.model_dump(), parent=parent)
 
     def finish_flow(self, run_id: str, status: str) -> None:
         """Close a flow's run as FINISHED, FAILED or KILLED."""
@@ -172,6 +178,12 @@ class Tracker:
     def kept(self) -> Kept:
         """What the server keeps of artifacts, for checking it."""
         return Kept(self._client, self._experiment_id)
+
+    @contextmanager
+    def promotions(self) -> Iterator[Promotions]:
+        """Yield the decisions about versions that the server holds."""
+        with trouble(self._uri):
+            yield Promotions(self._client)
 
     def log_report(self, run_id: str, html: Path) -> None:
         """Keep a report with a run."""

@@ -1,0 +1,196 @@
+"""The product at every point of a grid: mapped tasks, what is equal made once, one comparison at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.pipeline import Run, Started, prepare, start
+from rrlhf.artifacts import git_commit
+from rrlhf.config import Params, load_params
+from rrlhf.environment import find_root, set_environment
+from rrlhf.health import DivergedError
+from rrlhf.keys import key_digest
+from rrlhf.partial import Part, chosen
+from rrlhf.plan import Project
+from rrlhf.progress import STOPPING, stop_between_steps
+from rrlhf.stages import DATA, METHODS, Node, arm_of
+from rrlhf.sweeps.comparison import Found, Sweep, compared, metrics_of
+from rrlhf.sweeps.grid import Point, name_of, points, shares, trimmed
+from rrlhf.tracking import Tracker
+from rrlhf.types import Json
+
+FILE = "evaluation.json"
+ORDER = ("sft", "reward", "member", "ensemble", "arm", "evaluate")
+User = tuple[Run, Node]
+
+
+class Share(NamedTuple):
+    """What one point adds to a sweep."""
+
+    point: Point
+    project: Project
+    new: dict[str, dict[str, Json]]  # the settings that change it, by node, of every policy that no earlier point has
+
+
+@flow(name="reward-robust-rlhf-sweep", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
+def sweep(
+    profile: str = "default", grid: dict[str, list[Any]] | None = None, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Make the policies of every point of a grid, and compare them.
+
+    grid: values by dotted name, {"arms.robust.nominal_weight": [0, 0.4], "arms.*.seed": [1, 2, 3]}. Values of a seed
+    are repetitions. A policy that is the same at every point is made and compared once. Returns the table, what ran,
+    and the files that were written.
+    """
+    stop_between_steps(STOPPING)
+    root = find_root(Path.cwd())
+    set_environment(root)
+    given = overrides or {}
+    params = load_params(root, profile, given)
+    parts = parts_of(root, profile, given, points(grid or {}, params))
+    for part in parts:
+        part.project.check_sources()
+    with grouped(profile, params, parts) as (runs, parent):
+        for run in runs:
+            prepare(run.project.document(run.project.nodes[0], {}), run)
+        for kind in ORDER:
+            make_all(kind, runs, params.launch.arms_at_once)
+        rows = compared(findings(runs, parts, register_all(runs)))
+        told: Sweep = {
+            "name": name_of(profile, grid or {}, given),
+            "grid": grid or {},
+            "overrides": given,
+            "rows": rows,
+        }
+        files = report_sweep(runs[0], parent, told)
+    return {**told, "ran": [name for run in runs for name in run.made], "files": files}
+
+
+def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Point]) -> list[Share]:
+    """Return what each point adds to the sweep: a project without the policies that an earlier point has.
+
+    Raises ParamsError for the first point whose settings are wrong, and when the grid changes no policy.
+    """
+    projects = [Project(root, profile, load_params(root, profile, given | point.overrides)) for point in asked]
+    found = []
+    for point, project, new in zip(asked, projects, shares(asked, [each.nodes for each in projects]), strict=True):
+        project.nodes = trimmed(project.nodes, {each.name for each in project.nodes if arm_of(each.name)} - set(new))
+        if any(arm_of(name) for name in new):
+            found.append(Share(point, project, new))
+    return found
+
+
+@contextmanager
+def grouped(profile: str, params: Params, parts: Sequence[Share]) -> Iterator[tuple[list[Run], str]]:
+    """Open a run in MLflow for the sweep, and below it one for each point; close them with how the sweep ended."""
+    root = parts[0].project.root
+    tracker, commit = Tracker.connect(root, params.tracking.experiment), git_commit(root)
+    parent = tracker.start_flow(profile, params, commit, name=f"sweep {profile}")
+    ids = [parent]
+    status = "FAILED"
+    try:
+        for point, project, _ in parts:
+            ids.append(tracker.start_flow(profile, project.params, commit, name=point.label[:200], parent=parent))
+        runs = [
+            Run(share.project, chosen(Part(), share.project.nodes), tracker, each)
+            for share, each in zip(parts, ids[1:], strict=True)
+        ]
+        yield runs, parent
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        for each in reversed(ids):
+            tracker.finish_flow(each, status)
+
+
+def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
+    """Make the nodes of one kind of all points, those with equal keys once; a policy that diverges is left out."""
+    users: dict[str, list[User]] = {}
+    for run in runs:
+        for node in run.project.nodes:
+            if kind_of(node) == kind and (readable := reading_what_is_there(node, run)):
+                key = key_digest(run.project.document(readable, run.digests))
+                users.setdefault(key, []).append((run, readable))
+    keys = list(users)
+    for together in (keys[i : i + at_once] for i in range(0, len(keys), at_once)):
+        started = {key: start(users[key][0][1], users[key][0][0], beside=len(together) - 1) for key in together}
+        wait([one.future for one in started.values()])
+        for key, one in started.items():
+            take(key, one, users[key])
+
+
+def take(key: str, one: Started, users: Sequence[User]) -> None:
+    """Hand a finished result to every point that has it."""
+    try:
+        one.future.result()
+    except DivergedError as error:
+        print(f"{one.node.name} {error}", file=sys.stderr, flush=True)
+        return
+    for run, node in users:
+        artifact = run.project.store.find(node.stage, key)
+        if artifact is None:
+            raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the sweep ran")
+        run.artifacts[node.name] = artifact
+
+
+def kind_of(node: Node) -> str:
+    """Return in which of the turns of a sweep a node is made."""
+    return "arm" if node.stage in METHODS else node.stage
+
+
+def reading_what_is_there(node: Node, run: Run) -> Node | None:
+    """Return the node; the comparison without the policies that diverged, and None when nothing is left to compare."""
+    inputs = {argument: name for argument, name in node.inputs.items() if name in run.digests}
+    if len(inputs) == len(node.inputs):
+        return node
+    return node._replace(inputs=inputs) if any(arm_of(name) for name in inputs) else None
+
+
+@task(cache_policy=NO_CACHE)
+def register_all(runs: Sequence[Run]) -> dict[str, str]:
+    """Make sure that MLflow knows every artifact once; return versions by digest. No alias moves for a sweep."""
+    versions: dict[str, str] = {}
+    for run in runs:
+        for node in run.project.nodes:
+            artifact = run.artifacts.get(node.name)
+            if artifact is None or artifact.digest in versions:
+                continue
+            dataset = run.dataset if DATA in node.inputs.values() else None
+            made = run.tracker.register(artifact, dataset, parent=run.tracking_id)
+            versions[artifact.digest] = f"{made.name}/{made.version}" if made else ""
+    return versions
+
+
+def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, str]) -> Iterator[Found]:
+    """Yield every policy of every point with its numbers."""
+    for run, part in zip(runs, parts, strict=True):
+        evaluated = run.artifacts.get("evaluate")
+        metrics = metrics_of(json.loads((evaluated.path / FILE).read_bytes())["policies"]) if evaluated else {}
+        for name, settings in part.new.items():
+            artifact, policy = run.artifacts.get(name), arm_of(name) or name
+            version = versions[artifact.digest] if artifact else None
+            yield Found(settings, policy, version, metrics.get(policy))
+
+
+@task(cache_policy=NO_CACHE)
+def report_sweep(run: Run, parent: str, told: Sweep) -> list[str]:
+    """Write the comparison as JSON, picture and page, keep it with the sweep's run, and print the table."""
+    from rrlhf.sweeps.show import show, write
+
+    files = write(told, run.project.root / "reports" / "sweeps" / told["name"])
+    for file in files:
+        run.tracker.log_report(parent, file)
+    show(told)
+    return [str(file.relative_to(run.project.root)) for file in files]

@@ -1,0 +1,115 @@
+"""What a sweep found: one row for each setting of each policy, with intervals over seeds or prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+
+from rrlhf.calibration import Estimate, estimate
+from rrlhf.evaluation import Policy
+from rrlhf.intervals import mean_interval
+from rrlhf.judging.content import Measured
+from rrlhf.types import Json
+
+METRICS = ("gold", "proxy", "reward", "spread", "kl", "words", "repetition", "finished")
+
+
+class Found(NamedTuple):
+    """One policy at one point; no numbers where its training diverged."""
+
+    settings: dict[str, Json]  # those that change it
+    policy: str
+    version: str | None  # "rrlhf-policy/3"
+    metrics: dict[str, Measured] | None
+
+
+class Interval(TypedDict):
+    """A mean with its 95 % t-interval; bounds are None where there is one unit only."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    over: Literal["seeds", "prompts"]
+
+
+class Row(TypedDict):
+    """One row of the comparison."""
+
+    policy: str
+    settings: dict[str, Json]  # without seeds
+    seeds: int  # points that it is made of
+    diverged: int
+    versions: list[str]
+    metrics: dict[str, Interval]
+
+
+class Sweep(TypedDict):
+    """The content of sweep.json."""
+
+    name: str
+    grid: Mapping[str, Sequence[Json]]
+    overrides: Mapping[str, Json]
+    rows: list[Row]
+
+
+def is_seed(path: str) -> bool:
+    """Whether a swept setting is a seed: its values are repetitions, not settings to compare."""
+    return path.rpartition(".")[2] == "seed"
+
+
+def compared(found: Iterable[Found]) -> list[Row]:
+    """Group what was found by policy and setting, seeds together; a policy's settings stand together, in order."""
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        told = {path: value for path, value in one.settings.items() if not is_seed(path)}
+        groups.setdefault(f"{one.policy} {told!r}", []).append(one)
+    policies = list(dict.fromkeys(group[0].policy for group in groups.values()))
+    return sorted((_row(group) for group in groups.values()), key=lambda row: policies.index(row["policy"]))
+
+
+def primary(rows: Iterable[Row]) -> str:
+    """Return the metric that decides: gold where there is a judge."""
+    return "gold" if any("gold" in row["metrics"] for row in rows) else "proxy"
+
+
+def metrics_of(policies: Iterable[Policy]) -> dict[str, dict[str, Measured]]:
+    """Return the numbers of an evaluation's policies by name."""
+    return {policy["name"]: policy["metrics"] for policy in policies}
+
+
+def _row(group: Sequence[Found]) -> Row:
+    known = [one.metrics for one in group if one.metrics is not None]
+    names = [name for name in METRICS if any(name in metrics for metrics in known)]
+    return {
+        "policy": group[0].policy,
+        "settings": {path: value for path, value in group[0].settings.items() if not is_seed(path)},
+        "seeds": len(group),
+        "diverged": len(group) - len(known),
+        "versions": [one.version for one in group if one.version],
+        "metrics": {name: _interval([metrics[name] for metrics in known if name in metrics]) for name in names},
+    }
+
+
+def _interval(measured: Sequence[Measured]) -> Interval:
+    """Return the interval over seeds where there are several, else the one over prompts."""
+    if len(measured) > 1:
+        found = estimate(torch.tensor([one["mean"] for one in measured], dtype=torch.float64))
+        return _with_bounds(found, "seeds")
+    [only] = measured
+    return _with_bounds(Estimate(only["mean"], only["stderr"], only["n"]), "prompts")
+
+
+def _with_bounds(found: Estimate, over: Literal["seeds", "prompts"]) -> Interval:
+    low, high = mean_interval(found)
+    known = not math.isnan(low)
+    return {
+        "mean": found.mean,
+        "low": low if known else None,
+        "high": high if known else None,
+        "n": found.n,
+        "over": over,
+    }

@@ -1,0 +1,80 @@
+"""Chat on a plain folder: answers, scores, and prompts from everywhere."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from rrlhf.chat import Chat, answers, open_chat
+from rrlhf.chat_command import in_words, prompts
+from rrlhf.config import load_params
+from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.reward_models.scoring import RewardModel
+from rrlhf.reward_models.trunk import Trunk
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def chat(start, rewards, project):
+    params = load_params(ROOT, "tiny")
+    opened = open_chat(project, "tiny", params, [str(start / "sft")], None)
+    [speaker] = opened.speakers
+    ensemble = RewardModel(RewardHeads.load(rewards[1]), (Trunk(speaker.language, 1, speaker.model),), None)
+    return Chat([speaker, speaker], ensemble, "ensemble")
+
+
+def test_every_model_answers_the_same_prompt_with_every_heads_score(chat):
+    found = answers(chat, "Say a.")
+    assert found[0] == found[1]
+    assert len(found[0]["text"]) <= 12  # characters are its tokens
+    score = found[0]["score"]
+    assert len(score["heads"]) == 5
+    assert score["mean"] == pytest.approx(sum(score["heads"]) / 5, abs=1e-6)
+    assert score["worst"] == min(score["heads"])
+    assert in_words(found[0]).count("\n") == 1
+
+
+def test_the_likeliest_answer_is_always_the_same_and_a_seed_decides_a_sample(chat):
+    def said(seed):
+        return answers(chat, "Say a.", seed)[0]["text"]
+
+    assert said(None) == said(None)
+    assert said(3) == said(3)
+    assert len({said(seed) for seed in range(4)}) > 1
+
+
+def test_without_an_ensemble_there_are_no_scores(chat):
+    found = answers(chat._replace(ensemble=None), "Say a.")
+    assert found[0]["score"] is None
+    assert in_words(found[0]) == ""
+    json.dumps(found)
+
+
+def test_a_folder_that_is_no_model_is_named(project, tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        open_chat(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
+
+
+def test_a_prompt_is_given_or_read_from_stdin(monkeypatch):
+    assert list(prompts(" Say a. ")) == ["Say a."]
+    monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
+    assert list(prompts(None)) == ["two\nlines"]
+    for empty in ("", "  \n"):
+        with pytest.raises(ValueError, match="empty"):
+            prompts(empty)
+
+
+def test_a_terminal_is_asked_until_its_end(monkeypatch):
+    lines = iter(["one", "", "two"])
+
+    def typed(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(prompts(None)) == ["one", "two"]

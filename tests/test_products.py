@@ -1,0 +1,168 @@
+"""Promote, reproduce, sweep and chat on the models of one real tiny run, by command, with MLflow on sqlite."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.serve import start_temporary_server
+
+PPO_ONLY = ("--set", "arms.direct=null", "--set", "arms.choosy=null")
+LOOSE = ("--set", "gates.min_win_rate=0.0", "--set", "gates.max_spread=null")
+ROBUST, SINGLE = "rrlhf-policy@robust", "rrlhf-policy@single"
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
+
+
+class Shell:
+    """Runs the `rrlhf` command in a project folder, on the tiny profile."""
+
+    def __init__(self, root, environment):
+        self.root, self.environment = root, environment
+
+    def __call__(self, name, *arguments, code=0, given=None):
+        command = [sys.executable, "-m", "rrlhf", name, *arguments, "--profile", "tiny"]
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, input=given)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments, **options):
+        return json.loads(self(*arguments, "--json", **options).stdout)
+
+
+@pytest.fixture(scope="module")
+def shell(shared_project):
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(shared_project / ".rrlhf" / "prefect"))
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        start_temporary_server(shared_project)()
+        server = os.environ.pop("PREFECT_API_URL")
+    shell = Shell(shared_project, environment | {"PREFECT_API_URL": server})
+    shell("run", *PPO_ONLY)
+    return shell
+
+
+@pytest.fixture
+def client(shell):
+    from mlflow import MlflowClient
+
+    database = f"sqlite:///{shell.root / 'mlflow.db'}"
+    return MlflowClient(tracking_uri=database, registry_uri=database)
+
+
+def champion(client):
+    return client.get_registered_model("rrlhf-policy").aliases.get("champion")
+
+
+def evidence(client, version):
+    tags = client.get_model_version("rrlhf-policy", str(version)).tags
+    run = client.get_model_version("rrlhf-policy", str(version)).run_id
+    kept = Path(client.download_artifacts(run, tags["rrlhf.gates.evidence"]))
+    return tags, json.loads(kept.read_bytes())
+
+
+def number(client, alias):
+    return str(client.get_model_version_by_alias("rrlhf-policy", alias).version)
+
+
+def test_a_version_that_fails_a_gate_is_refused_with_evidence(shell, client):
+    done = shell("promote", ROBUST, "--set", "gates.min_win_rate=0.99", "--set", "gates.max_kl=0.0", code=1)
+    assert done.stderr.splitlines()[-1] == "refused: win_rate, kl"
+    assert champion(client) is None
+    tags, kept = evidence(client, number(client, "robust"))
+    assert tags["rrlhf.gates"] == "refused: win_rate, kl"
+    assert kept["failed"] == ["win_rate", "kl"]
+    assert kept["against"] == "the SFT model that it started from"
+    assert {gate["name"] for gate in kept["gates"]} == {"win_rate", "kl", "spread", "length", "repetition", "audit"}
+    assert kept["judge"] == "gold"
+
+
+def test_an_override_promotes_and_its_reason_stays_with_the_version(shell, client):
+    told = shell.json("promote", ROBUST, "--set", "gates.min_win_rate=0.99", "--override", "noise will do")
+    assert told["decision"] == "overridden"
+    assert str(champion(client)) == number(client, "robust")
+    tags, kept = evidence(client, number(client, "robust"))
+    assert tags["rrlhf.gates.override"] == kept["override"] == "noise will do"
+
+
+def test_the_next_version_has_to_beat_the_champion(shell, client):
+    assert "is the champion already" in shell("promote", ROBUST, code=1).stderr
+    told = shell.json("promote", SINGLE, *LOOSE)
+    assert told["against"] == f"rrlhf-policy/{number(client, 'robust')}"
+    assert told["decision"] == "promoted"
+    assert "spread" not in {gate["name"] for gate in told["gates"]}
+    assert str(champion(client)) == number(client, "single")
+
+
+def test_data_that_the_version_does_not_come_from_judge_nothing(shell):
+    said = shell("promote", ROBUST, "--set", "prepare.limit=100", code=1).stderr
+    assert "name the --profile and --set that it was made with" in said
+
+
+def test_a_policy_is_made_again_bit_by_bit_the_whole_way_up(shell):
+    kept = sorted((shell.root / "artifacts").rglob("*"))
+    told = shell.json("reproduce", ROBUST)
+    assert [stage["name"] for stage in told["stages"]] == ["data", "sft", "reward", "ensemble", "ppo-robust"]
+    assert told["verdict"] == "bit-equal"
+    assert told["changed"] == {}
+    assert sorted((shell.root / "artifacts").rglob("*")) == kept
+    assert not list((shell.root / ".rrlhf").glob("reproduce-*"))
+
+
+def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
+    source = shell.root / "rrlhf" / "ppo.py"
+    sound = source.read_text(encoding="utf-8")
+    try:
+        source.write_text(sound.replace("ppo, arm.seed, course", "ppo, arm.seed + 1, course"), encoding="utf-8")
+        done = shell("reproduce", ROBUST, "--only", "--keep", "again", code=1)
+    finally:
+        source.write_text(sound, encoding="utf-8")
+    assert "ppo-robust is not what it was made with: rrlhf/ppo.py changed" in done.stderr
+    assert "differs; it first does in ppo-robust" in done.stdout
+    assert "its training first parted at step" in done.stdout
+    assert list((shell.root / "again").glob("*-ppo-robust/model.safetensors"))
+    assert "exists already" in shell("reproduce", ROBUST, "--only", "--keep", "again", code=1).stderr
+
+
+def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
+    robust = number(client, "robust")
+    grid = ["arms.robust.nominal_weight=0.4,0.9", "arms.robust.seed=1,2"]
+    told = shell.json("sweep", *grid, *PPO_ONLY)
+    assert sorted(told["ran"]) == ["evaluate"] * 3 + ["ppo-robust"] * 3  # one point is that of the run
+    rows = {(row["policy"], *row["settings"].values()): row for row in told["rows"]}
+    assert set(rows) == {("sft",), ("single",), ("robust", 0.4), ("robust", 0.9)}
+    assert rows["robust", 0.9]["metrics"]["gold"]["over"] == "seeds"
+    assert rows["single",]["metrics"]["gold"]["over"] == "prompts"
+    assert len({version for row in told["rows"] for version in row["versions"]}) == 6
+    assert all((shell.root / file).stat().st_size for file in told["files"])
+    assert number(client, "robust") == robust
+
+    experiment = client.get_experiment_by_name("rrlhf").experiment_id
+    [sweep] = client.search_runs([experiment], "attributes.run_name = 'sweep tiny'")
+    below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
+    assert len(below) == 4
+    assert {run.info.status for run in [sweep, *below]} == {"FINISHED"}
+    assert {entry.path for entry in client.list_artifacts(sweep.info.run_id)} == {
+        "sweep.json",
+        "sweep.png",
+        "sweep.svg",
+    }
+
+
+def test_mistakes_in_a_grid_end_it_before_anything_starts(shell):
+    assert "ppo.kl_weight" in shell("sweep", "ppo.kl_weight=-1,0", code=2).stderr
+    assert "expected settings and values" in shell("sweep", "ppo.kl_weight", code=2).stderr
+
+
+def test_two_models_answer_with_the_ensembles_scores(shell):
+    told = shell.json("chat", ROBUST, "rrlhf-sft@latest", "-p", "Say a.")
+    assert [answer["model"] for answer in told["answers"]] == [ROBUST, "rrlhf-sft@latest"]
+    assert all(len(answer["score"]["heads"]) == 3 for answer in told["answers"])
+    folder = next((shell.root / "artifacts" / "ppo").iterdir())
+    assert shell.json("chat", str(folder), given="Say a.\n")["prompt"] == "Say a."
+    assert "answers nothing" in shell("chat", "rrlhf-ensemble@latest", "-p", "a", code=1).stderr
