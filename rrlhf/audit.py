@@ -15,7 +15,7 @@ from rrlhf.audit_data import data_faults, record_faults
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
 from rrlhf.memo import sha256
-from rrlhf.stages import DATA, EXTERNAL
+from rrlhf.stages import DATA, EXTERNAL, aliases_of, arm_of
 from rrlhf.tracking import MODEL_NAMES, Tracker, Version, tag_fault
 from rrlhf.types import Json
 
@@ -126,8 +126,17 @@ class Audit:
             yield f"{name} in MLflow: expected a version of {MODEL_NAMES.get(artifact.stage)}"
         if problem := tag_fault(artifact, version.tags):
             yield f"{name} in MLflow, {problem}"
+        yield from (f"{name} in MLflow, {problem}" for problem in self._alias_faults(version, artifact))
         if self.deep and version.run_id and (problem := self.tracker.kept.link_fault(artifact, version.run_id)):
             yield f"{name} in MLflow, {problem}"
+
+    def _alias_faults(self, version: Version, artifact: Artifact) -> Iterator[str]:
+        """Hold aliases against gates; those of its arm and of the candidate are given by every run."""
+        given = aliases_of(artifact.name, arm_of(artifact.name) or "")
+        with self.tracker.promotions() as promotions:
+            for alias in sorted({*version.aliases} - {*given}):
+                if problem := promotions.fault(version.run_id, version.tags, alias):
+                    yield problem
 
     def _copy_faults(self, artifact: Artifact) -> Iterator[str]:
         """Compare MLflow's copy, from which a lost artifact is brought back."""

@@ -120,6 +120,7 @@ PAYLOADS = [
     "chat_template.jinja",
     "arm.json",
     "health.json",
+    "samples.json",
     "trunk.json",
     "heads.json",
     "README.md",
@@ -274,6 +275,27 @@ def test_a_changed_tag_of_a_registered_version_is_found(finished, tag):
         finally:
             database.execute(f"update model_version_tags set value = ? {where}", (sound,))
             database.commit()
+
+
+def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(finished):
+    def found():
+        return [each.problem for each in finished.audit(deep=False).broken]
+
+    digest = finished.artifacts["ppo-single"].digest
+    [version] = [each for each in finished.tracker.versions() if each.tags["rrlhf.digest"] == digest]
+    with finished.tracker.promotions() as promotions:
+        promotions.move(version.name, version.version, "champion")
+        assert "alias champion: no decision gave it" in "".join(found())
+        evidence = {"to": "champion", "decision": "promoted", "digest": digest}
+        promotions.keep(version.name, version.version, evidence, "promotion/champion.json", {})
+        assert found() == []
+        for _ in Changes(one_of(finished.root, "mlartifacts/**/promotion/champion.json")):
+            assert "its evidence promotion/champion.json: expected sha256" in "".join(found())
+        refused = evidence | {"decision": "refused"}
+        promotions.keep(version.name, version.version, refused, "promotion/champion-2.json", {})
+        assert "no decision gave it" in "".join(found())
+        promotions.keep(version.name, version.version, evidence, "promotion/champion-3.json", {})
+        assert found() == []
 
 
 def test_the_first_broken_link_comes_first_and_all_downstream_is_named(finished):
