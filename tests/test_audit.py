@@ -6,49 +6,19 @@ import shutil
 import sqlite3
 
 import pytest
+from finished import Finished, at_work
 
-from rrlhf.artifacts import Store, TamperedError, clear
+from rrlhf.artifacts import Store, TamperedError
 from rrlhf.audit import Audit, as_text
-from rrlhf.config import load_params
 from rrlhf.datasets import prepare_dataset
-from rrlhf.environment import set_environment
-from rrlhf.keys import key_digest
-from rrlhf.launch import execute
 from rrlhf.lineage import load
-from rrlhf.plan import Project
-from rrlhf.tracking import Tracker
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
 
-class Finished:
-    """A project in which everything was made and registered, as by `rrlhf run`."""
-
-    def __init__(self, root):
-        self.root = root
-        self.tracker = Tracker.connect(root, "rrlhf")
-        self.artifacts = {}
-        project = self.project
-        data, *models = project.nodes
-        document = project.document(data, {})
-        self.data = prepare_dataset(root, project.place(document), document)
-        for node in models:
-            self._make(project, node)
-            self.tracker.register(self.artifacts[node.name], self.data if "data" in node.inputs.values() else None)
-
-    def _make(self, project, node):
-        folders = {"data": self.data.path} | {name: made.path for name, made in self.artifacts.items()}
-        digests = {"data": self.data.digest} | {name: made.digest for name, made in self.artifacts.items()}
-        document = project.document(node, digests)
-        staged = clear(project.store.staging(node.stage, key_digest(document)))
-        inputs = {argument: folders[name] for argument, name in node.inputs.items()}
-        execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
-        self.artifacts[node.name] = project.store.publish(node.name, document, staged, seconds=1.0)
-
-    @property
-    def project(self):
-        return Project(self.root, "tiny", load_params(self.root, "tiny", OVERRIDES))
+class Audited(Finished):
+    """A finished project that is looked at."""
 
     def audit(self, deep=True, model=None):
         versions = self.tracker.versions()
@@ -64,13 +34,10 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(shared_project):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(shared_project)
-        patch.setenv("PATH", "")  # restored afterwards: set_environment changes it
-        set_environment(shared_project)
+    with at_work(shared_project):
         rows = [{"prompt": f"Say {i}.", "chosen": f"Here: {i}.", "rejected": f"Not {i}."} for i in range(60)]
         (shared_project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        yield Finished(shared_project)
+        yield Audited(shared_project, OVERRIDES)
 
 
 def change(path, region):

@@ -1,14 +1,15 @@
-"""Promote, reproduce, sweep and chat on the models of one real tiny run, by command, with MLflow on sqlite."""
+"""Promote, reproduce, sweep and chat on finished models, by command, with MLflow on sqlite."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from finished import Finished, at_work
+from typer.testing import CliRunner
 
-from flows.serve import start_temporary_server
+from rrlhf.cli import app
 
 PPO_ONLY = ("--set", "arms.direct=null", "--set", "arms.choosy=null")
 LOOSE = ("--set", "gates.min_win_rate=0.0", "--set", "gates.max_spread=null")
@@ -18,14 +19,19 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, a
 
 
 class Shell:
-    """Runs the `rrlhf` command in a project folder, on the tiny profile."""
+    """Runs `rrlhf` commands on the tiny profile: in this process, which has everything imported, or in their own."""
 
-    def __init__(self, root, environment):
-        self.root, self.environment = root, environment
+    def __init__(self, root):
+        self.root = root
 
     def __call__(self, name, *arguments, code=0, given=None):
+        done = CliRunner().invoke(app, [name, *arguments, "--profile", "tiny"], input=given)
+        assert done.exit_code == code, done.output
+        return done
+
+    def apart(self, name, *arguments, code=0):
         command = [sys.executable, "-m", "rrlhf", name, *arguments, "--profile", "tiny"]
-        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, input=given)
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -36,15 +42,9 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def shell(shared_project):
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(shared_project / ".rrlhf" / "prefect"))
-        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        start_temporary_server(shared_project)()
-        server = os.environ.pop("PREFECT_API_URL")
-    shell = Shell(shared_project, environment | {"PREFECT_API_URL": server})
-    shell("run", *PPO_ONLY)
-    return shell
+    with at_work(shared_project):
+        Finished(shared_project, {"arms.direct": None, "arms.choosy": None})
+        yield Shell(shared_project)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     sound = source.read_text(encoding="utf-8")
     try:
         source.write_text(sound.replace("ppo, arm.seed, course", "ppo, arm.seed + 1, course"), encoding="utf-8")
-        done = shell("reproduce", ROBUST, "--only", "--keep", "again", code=1)
+        done = shell.apart("reproduce", ROBUST, "--only", "--keep", "again", code=1)
     finally:
         source.write_text(sound, encoding="utf-8")
     assert "ppo-robust is not what it was made with: rrlhf/ppo.py changed" in done.stderr
@@ -132,7 +132,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
 def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     robust = number(client, "robust")
     grid = ["arms.robust.nominal_weight=0.4,0.9", "arms.robust.seed=1,2"]
-    told = shell.json("sweep", *grid, *PPO_ONLY)
+    told = json.loads(shell.apart("sweep", *grid, *PPO_ONLY, "--json").stdout)
     assert sorted(told["ran"]) == ["evaluate"] * 3 + ["ppo-robust"] * 3  # one point is that of the run
     rows = {(row["policy"], *row["settings"].values()): row for row in told["rows"]}
     assert set(rows) == {("sft",), ("single",), ("robust", 0.4), ("robust", 0.9)}

@@ -1,0 +1,57 @@
+"""A project in which everything was made and registered, as by `rrlhf run`, but in this process and without Prefect."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from rrlhf.artifacts import clear
+from rrlhf.config import load_params
+from rrlhf.datasets import prepare_dataset
+from rrlhf.environment import set_environment
+from rrlhf.keys import key_digest
+from rrlhf.launch import execute
+from rrlhf.plan import Project
+from rrlhf.stages import DATA, aliases_of
+from rrlhf.tracking import Tracker
+
+
+@contextmanager
+def at_work(root):
+    """Have this process work in a project's folder; everything that it changes is put back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("PATH", "")  # restored afterwards: set_environment changes it
+        set_environment(root)
+        yield
+
+
+class Finished:
+    """The results of the tiny profile with some settings changed."""
+
+    def __init__(self, root, overrides):
+        self.root, self.overrides = root, overrides
+        self.tracker = Tracker.connect(root, "rrlhf")
+        self.artifacts = {}
+        project = self.project
+        data, *models = project.nodes
+        document = project.document(data, {})
+        self.data = prepare_dataset(root, project.place(document), document)
+        for node in models:
+            self._make(project, node)
+            dataset = self.data if DATA in node.inputs.values() else None
+            aliases = aliases_of(node.name, project.params.tracking.candidate)
+            self.tracker.register(self.artifacts[node.name], dataset, aliases=aliases)
+
+    def _make(self, project, node):
+        folders = {DATA: self.data.path} | {name: made.path for name, made in self.artifacts.items()}
+        digests = {DATA: self.data.digest} | {name: made.digest for name, made in self.artifacts.items()}
+        document = project.document(node, digests)
+        staged = clear(project.store.staging(node.stage, key_digest(document)))
+        inputs = {argument: folders[name] for argument, name in node.inputs.items()}
+        execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
+        self.artifacts[node.name] = project.store.publish(node.name, document, staged, seconds=1.0)
+
+    @property
+    def project(self):
+        """The project with these settings, as it is now."""
+        return Project(self.root, "tiny", load_params(self.root, "tiny", self.overrides))
