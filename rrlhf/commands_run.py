@@ -150,6 +150,7 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
 
     project = _project(profile, overrides)
     planned = project.plan(part)
+    project.check_keys(planned)
     if "PREFECT_API_URL" in os.environ:
         return None
     done = nothing_to_do(project, planned)
