@@ -7,6 +7,7 @@ a second time to be signed or verified. `model_signing verify key` reads the sam
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import tempfile
@@ -134,16 +135,12 @@ class _Listed:
         from model_signing import manifest
         from model_signing._hashing.hashing import Digest
 
-        content = (Path(model_path) / MANIFEST).read_bytes()
-        document = opened(content)
-        digests: dict[str, str] = {**document["files"], MANIFEST: hashlib.sha256(content).hexdigest()}
         items = [
             manifest.FileManifestItem(path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(digest)))
-            for name, digest in digests.items()
+            for name, digest in _digests(Path(model_path)).items()
         ]
         kind = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [SIGNATURE]}
-        name = f"{document['document']['stage']}/{document['key']}"
-        return manifest.Manifest(name, items, manifest.SerializationType.from_args(kind))
+        return manifest.Manifest(Path(model_path).name, items, manifest.SerializationType.from_args(kind))
 
     def add_ignored_paths(self, *, model_path: Any, paths: Any) -> None:
         """Ignore nothing, whatever a signature asks for: it has to list every file of the artifact."""
@@ -180,9 +177,26 @@ def invalid(folder: Path, public: bytes, named: str) -> str | None:
     except InvalidSignature:
         return f"{signature}: expected a signature by {named}, found one that this key did not make"
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return f"{signature}: expected a signature of this folder by {named}, found another: {reason}"
+        if str(error).startswith("Signature mismatch"):  # a good signature, of other content
+            return f"{signature}: {named} has signed other content: {', '.join(_differing(folder, bundle))}"
+        reason = str(error).partition("\n")[0]
+        return f"{signature}: expected a signature by {named}, found none in it ({type(error).__name__}: {reason})"
     return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of artifact.json and of every file that it lists, as listed."""
+    content = (folder / MANIFEST).read_bytes()
+    listed: dict[str, str] = opened(content)["files"]
+    return listed | {MANIFEST: hashlib.sha256(content).hexdigest()}
+
+
+def _differing(folder: Path, bundle: Any) -> list[str]:
+    """Name the files that are not as a valid signature has them."""
+    statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+    signed = {each["name"]: each["digest"] for each in statement["predicate"]["resources"]}
+    here = _digests(folder)
+    return sorted(name for name in {*signed, *here} if signed.get(name) != here.get(name))
 
 
 def _loaded(which: Which, path: Path) -> Any:  # an elliptic-curve key of cryptography
