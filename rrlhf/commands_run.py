@@ -184,7 +184,9 @@ def _project(profile: str, overrides: dict[str, Json]) -> Project:
     from rrlhf.plan import Project
 
     root = Path.cwd()
-    return Project(root, profile, load_params(root, profile, overrides))
+    project = Project(root, profile, load_params(root, profile, overrides))
+    project.check_keys()
+    return project
 
 
 def _line(one: Planned, width: int, verbose: bool) -> str:

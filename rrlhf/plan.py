@@ -96,7 +96,8 @@ class Project:
         with collected(mistakes):
             load_functions(path for node in self.nodes for path in node.functions)
         with collected(mistakes):
-            self.check_keys()
+            if self.store.notary:
+                self.store.notary.prepare()
         if mistakes:
             raise ParamsError("\n".join(dict.fromkeys(mistakes)))
 

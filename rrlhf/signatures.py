@@ -30,7 +30,7 @@ Which = Literal["private", "public"]
 
 
 class Notary:
-    """The keys of one project: signs what is published, and verifies what is read. Made by `notary_of`.
+    """Has the keys of one project: signs what is published, and verifies what is read. Made by `notary_of`.
 
     signs, verifies: which of the two it does. Keys are read when they are first needed, and then kept.
     """
@@ -45,8 +45,12 @@ class Notary:
         """Raise ParamsError with every mistake in the keys, before anything is computed."""
         if mistakes := list(self._mistakes()):
             raise ParamsError("\n".join(mistakes))
+
+    def prepare(self) -> None:
+        """Raise what `check` does, and keep the private key: its file may vanish, a long run still signs."""
+        self.check()
         if self.signs:
-            _ = self._signing  # from here on the key file may vanish, a long run still signs
+            _ = self._signing
 
     def check_making(self, names: Iterable[str]) -> None:
         """Raise ParamsError when something is to be made that would be refused for lack of a signature."""
@@ -72,8 +76,9 @@ class Notary:
         """
         if not self.verifies:
             return None
+        key = hashlib.sha256(self._public).hexdigest()
         try:
-            parts = [sha256(folder / SIGNATURE), sha256(folder / MANIFEST), hashlib.sha256(self._public).hexdigest()]
+            parts = [key, sha256(folder / SIGNATURE), sha256(folder / MANIFEST)]
         except FileNotFoundError as error:
             return (
                 f"{error.filename}: expected a signature by {self._paths['public']}, found no file; what was made "

@@ -73,7 +73,7 @@ def sign(
         raise ValueError(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
         )
-    notary.check()
+    notary.prepare()
     artifacts = _named(root, params, models) if models else _all(root)
     new = _unsigned(root, artifacts, notary)
     for artifact in new:

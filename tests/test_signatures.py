@@ -282,7 +282,7 @@ def test_a_path_may_begin_with_the_home_folder_or_be_relative_to_the_project(tmp
 def test_a_long_run_signs_though_its_key_file_vanished(tmp_path, keys):
     private = Path(shutil.copy(keys[0], tmp_path / "key"))
     notary = Notary(tmp_path, settings(private, keys[1]))
-    notary.check()
+    notary.prepare()
     private.unlink()
     store = Store(tmp_path, notary)
     assert store.checked("sft", publish(store).key)
