@@ -83,7 +83,7 @@ def pipeline(
         run.made = ran
         data, *models = run.project.nodes
         run.project.check_sources()
-        run.project.plan(asked)  # raises when a part lacks what it is built on
+        run.project.check_keys(run.project.plan(asked))  # `plan` raises when a part lacks what it is built on
         if takes_part(data, run):
             prepare(run.project.document(data, {}), run)
         for together in independent(models, params.launch.arms_at_once):

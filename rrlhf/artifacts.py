@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rrlhf import hardware
 from rrlhf.keys import Document, key_digest
@@ -25,7 +25,11 @@ from rrlhf.memo import Memo
 from rrlhf.seal import opened, sealed
 from rrlhf.stages import DATA, EXTERNAL
 
+if TYPE_CHECKING:
+    from rrlhf.signatures import Notary
+
 MANIFEST = "artifact.json"
+SIGNATURE = "model.sig"  # of the manifest and all that it lists, where there are keys (rrlhf/signatures.py)
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
 HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
 
@@ -83,10 +87,13 @@ class Artifact:
 
 
 class Store:
-    """The artifacts of one project folder."""
+    """The artifacts of one project folder.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root / "artifacts"
+    notary: signs what is published and verifies what is read, as far as there are keys; None: neither.
+    """
+
+    def __init__(self, root: Path, notary: Notary | None = None) -> None:
+        self.root, self.notary = root / "artifacts", notary
         self._memo = Memo(root / ".rrlhf" / "digests.json")
         self._made = root / ".rrlhf" / "made"
 
@@ -114,7 +121,7 @@ class Store:
         return artifact
 
     def checked(self, stage: str, key: str) -> Artifact | None:
-        """Like `find`, with every file's sha256 compared to the manifest."""
+        """Like `find`, with every file's sha256 compared to the manifest, and its signature verified."""
         artifact = self.find(stage, key)
         if artifact:
             self.verify(artifact)
@@ -143,11 +150,11 @@ class Store:
         finally:
             self._memo.save()
         for path in sorted(artifact.path.rglob("*")):
-            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST}:
+            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
                 return f"{path}: expected no such file, {MANIFEST} does not list it"
         if artifact.digest != content_digest(files):
             return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
-        return None
+        return self.notary.fault(artifact.path, deep=deep) if self.notary else None
 
     def all(self) -> Iterator[Artifact]:
         """Yield every artifact whose manifest can be read."""
@@ -205,6 +212,8 @@ class Store:
             "definitions": dict(definitions or {}),
         }
         (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+        if self.notary and self.notary.signs:
+            self.notary.sign(staged)
         for path in staged.rglob("*"):
             sync(path)
         final = self.folder(document["stage"], key)
@@ -216,11 +225,11 @@ class Store:
         return Artifact(final, manifest)
 
     def digests(self, folder: Path) -> dict[str, str]:
-        """Return the sha256 of every file in a folder, by its path inside, less a manifest."""
+        """Return the sha256 of every file in a folder, by its path inside, less a manifest and its signature."""
         return {
             path.relative_to(folder).as_posix(): self._memo.sha256(path)
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
+            if path.is_file() and path.name not in {MANIFEST, SIGNATURE}
         }
 
     def was_here(self, key: str) -> bool:
@@ -228,7 +237,7 @@ class Store:
         return (self._made / key).exists()
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
-        """Publish a folder that holds a complete artifact already, after checking every byte."""
+        """Publish a folder that holds a complete artifact already, after checking every byte and its signature."""
         artifact = read_artifact(downloaded)
         self.verify(artifact)
         final = self.folder(stage, key)

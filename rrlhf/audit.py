@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.artifacts import MANIFEST, Artifact, Store, TamperedError, content_digest, read_artifact
+from rrlhf.artifacts import MANIFEST, SIGNATURE, Artifact, Store, TamperedError, content_digest, read_artifact
 from rrlhf.audit_data import data_faults, record_faults
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
@@ -18,6 +18,9 @@ from rrlhf.memo import sha256
 from rrlhf.stages import DATA, EXTERNAL, aliases_of, arm_of
 from rrlhf.tracking import MODEL_NAMES, Tracker, Version, tag_fault
 from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.signatures import Notary
 
 
 class Broken(NamedTuple):
@@ -39,13 +42,20 @@ class Report(NamedTuple):
 
 
 class Audit:
-    """One look at a project. `deep`: read every byte, also of MLflow's and DVC's copies."""
+    """One look at a project. `deep`: read every byte, also of MLflow's and DVC's copies. `notary`: verifies."""
 
     def __init__(
-        self, root: Path, graph: Graph, versions: Sequence[Version], tracker: Tracker, *, deep: bool = False
+        self,
+        root: Path,
+        graph: Graph,
+        versions: Sequence[Version],
+        tracker: Tracker,
+        *,
+        deep: bool = False,
+        notary: Notary | None = None,
     ) -> None:
         self.root, self.graph, self.tracker, self.deep = root, graph, tracker, deep
-        self.store = Store(root)
+        self.store = Store(root, notary)
         self.files = self.bytes = 0
         self.notes: list[str] = []
         self._versions: dict[tuple[str, str], list[Version]] = {}
@@ -153,6 +163,8 @@ class Audit:
                 if digest != expected:
                     yield f"{path}, MLflow's copy: expected sha256 {expected}, found {digest}"
                     return
+            if self.store.notary and (problem := self.store.notary.fault(folder, deep=True)):
+                yield f"MLflow's copy: {problem}"
             expected = self.tracker.kept.mlmodel_digest(artifact)
             if description and expected:
                 digest = sha256(description) if description.is_file() else "no file"
@@ -169,7 +181,9 @@ class Audit:
                 problem = f"{folder / MANIFEST}: expected the folder of its key, {artifact.key}"
             except TamperedError as error:
                 problem = str(error).partition("\n")[0]
-            names = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+            names = [
+                path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in {MANIFEST, SIGNATURE}
+            ]
             digest = content_digest({path.relative_to(folder).as_posix(): sha256(path) for path in names})
             downstream = dict.fromkeys(each for made in self.graph.makers(digest) for each in self.graph.down(made)[1:])
             yield Broken(problem, f"{folder.parent.name} {folder.name[:8]}", [line(each) for each in downstream])

@@ -19,6 +19,7 @@ from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.lineage.command import audit, diff, lineage
 from rrlhf.promotion.command import promote
 from rrlhf.reproduction.command import reproduce
+from rrlhf.signing_command import keygen, sign
 from rrlhf.sweeps.command import sweep
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def main() -> None:
 
 for _command in (run, plan, why, status):
     app.command()(_command)
-for _other in (lineage, diff, audit, promote, reproduce, sweep, chat):
+for _other in (lineage, diff, audit, promote, reproduce, sweep, chat, keygen, sign):
     app.command()(mendable(_other))
 
 

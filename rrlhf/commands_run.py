@@ -150,6 +150,7 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
 
     project = _project(profile, overrides)
     planned = project.plan(part)
+    project.check_keys(planned)
     if "PREFECT_API_URL" in os.environ:
         return None
     done = nothing_to_do(project, planned)
@@ -183,7 +184,9 @@ def _project(profile: str, overrides: dict[str, Json]) -> Project:
     from rrlhf.plan import Project
 
     root = Path.cwd()
-    return Project(root, profile, load_params(root, profile, overrides))
+    project = Project(root, profile, load_params(root, profile, overrides))
+    project.check_keys()
+    return project
 
 
 def _line(one: Planned, width: int, verbose: bool) -> str:

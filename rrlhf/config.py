@@ -296,6 +296,13 @@ class Launch(Section):
     arms_at_once: PositiveInt
 
 
+class Signatures(Section):
+    """Key files for signing what is made and verifying what is read (rrlhf/signatures.py); null: not done."""
+
+    private_key: str | None
+    public_key: str | None
+
+
 class Params(Section):
     """All settings of one run."""
 
@@ -315,6 +322,7 @@ class Params(Section):
     gates: Gates
     tracking: Tracking
     launch: Launch
+    signatures: Signatures
 
 
 def profiles(root: Path) -> list[str]:

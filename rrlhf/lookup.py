@@ -6,20 +6,22 @@ import re
 from pathlib import Path
 
 from rrlhf.artifacts import MANIFEST, Artifact, Store, read_artifact
+from rrlhf.config import Params
+from rrlhf.signatures import notary_of
 
 
 class Lookup:
     """The artifacts of a project: those in its store, and those that MLflow can give back."""
 
-    def __init__(self, root: Path, experiment: str) -> None:
-        self.store = Store(root)
-        self._root, self._experiment = root, experiment
+    def __init__(self, root: Path, params: Params) -> None:
+        self.store = Store(root, notary_of(root, params.signatures))
+        self._root, self._experiment = root, params.tracking.experiment
 
     def find(self, reference: str) -> Artifact:
         """Return the artifact of "rrlhf-ensemble@latest", "rrlhf-ensemble/3", a digest's or key's start, or a folder.
 
-        Every file is checked. Raises ValueError with the closest names when there is none, or more than one, and
-        TamperedError when a file is not what its manifest says.
+        Every file is checked, and the signature where there is a key. Raises ValueError with the closest names when
+        there is none, or more than one, and TamperedError when a file is not what its manifest says.
         """
         if Path(reference).is_dir():
             return self._verified(_in_folder(Path(reference)))

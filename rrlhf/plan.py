@@ -16,6 +16,7 @@ from rrlhf.keys import Document, differences, key_digest, key_document, our_modu
 from rrlhf.located import ParamsError
 from rrlhf.modules import Modules
 from rrlhf.partial import Chosen, Part, chosen
+from rrlhf.signatures import notary_of
 from rrlhf.sources import external_digests
 from rrlhf.stages import DATA, Node, nodes
 from rrlhf.types import Dataset, Json
@@ -68,7 +69,7 @@ class Project:
         modules: Modules | None = None,
     ) -> None:
         self.root, self.profile, self.params = root, profile, params
-        self.store = Store(root)
+        self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
         self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
 
@@ -82,7 +83,7 @@ class Project:
         return self.modules.definitions(document["code"])
 
     def check_sources(self) -> None:
-        """Raise ParamsError when a base model, the source data or a reward function cannot be had.
+        """Raise ParamsError when a base model, the source data, a reward function or a key cannot be had.
 
         This comes before anything is computed, and tells every mistake.
         """
@@ -94,8 +95,17 @@ class Project:
                 external_digests(node, self.store.memo)
         with collected(mistakes):
             load_functions(path for node in self.nodes for path in node.functions)
+        with collected(mistakes):
+            if self.store.notary:
+                self.store.notary.prepare()
         if mistakes:
             raise ParamsError("\n".join(dict.fromkeys(mistakes)))
+
+    def check_keys(self, planned: Sequence[Planned] = ()) -> None:
+        """Raise ParamsError when the keys of `signatures` cannot be used, or would refuse what is to be made."""
+        if self.store.notary:
+            self.store.notary.check()
+            self.store.notary.check_making(one.node for one in planned if one.action == "run" and one.node != DATA)
 
     def place(self, document: Document) -> Place:
         """Return where the data set lies."""

@@ -31,13 +31,15 @@ def produce(
 
     compute: fills a folder, in which an interrupted run may have left something. recorded: takes what is logged; opened
     with that folder. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
-    Raises DifferentError when that is not the same.
+    Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
     """
     stage, key = document["stage"], key_digest(document)
     with store.locked(key):
         there = store.find(stage, key)
         if there and not force:
             return there, False
+        if store.notary and there is None:
+            store.notary.check_making([name])
         staged = store.staging(f"again-{stage}" if there else stage, key)
         began = time.monotonic()
         with recorded(staged) as log:

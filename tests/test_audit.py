@@ -10,8 +10,11 @@ from finished import Finished, at_work
 
 from rrlhf.artifacts import Store, TamperedError
 from rrlhf.audit import Audit, as_text
+from rrlhf.config import Signatures
 from rrlhf.datasets import prepare_dataset
 from rrlhf.lineage import load
+from rrlhf.signatures import Notary
+from rrlhf.signing_command import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}
@@ -20,10 +23,11 @@ REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}
 class Audited(Finished):
     """A finished project that is looked at."""
 
-    def audit(self, deep=True, model=None):
+    def audit(self, deep=True, model=None, notary=None):
         versions = self.tracker.versions()
         graph = load(self.root, versions, strict=False)
-        return Audit(self.root, graph, versions, self.tracker, deep=deep).run(graph.find(model) if model else None)
+        audit = Audit(self.root, graph, versions, self.tracker, deep=deep, notary=notary)
+        return audit.run(graph.find(model) if model else None)
 
     def use(self):
         """Look for results as every run does first; what a run would make again counts as found."""
@@ -304,3 +308,30 @@ def test_a_lost_input_is_a_broken_link(finished):
         assert "would bring them back" in report.notes[0]
     finally:
         away.rename(folder)
+
+
+def test_a_signature_that_is_missing_or_not_ours_is_a_broken_link_here_and_in_mlflow(finished, tmp_path):
+    pytest.importorskip("model_signing")
+    pairs = [written_pair(tmp_path / name) for name in ("ours", "other")]
+    ours, other = (Notary(tmp_path, Signatures(private_key=str(a), public_key=str(b))) for a, b in pairs)
+    artifacts, sft = finished.artifacts.values(), finished.artifacts["sft"]
+    try:
+        assert len(finished.audit(deep=False, notary=ours).broken) == len(artifacts)
+        for artifact in artifacts:
+            ours.sign(artifact.path)
+        assert finished.audit(deep=False, notary=ours).broken == finished.audit().broken == []
+        copies = finished.audit(notary=ours).broken
+        assert len(copies) == len(artifacts)
+        assert all("MLflow's copy" in each.problem and "found no file" in each.problem for each in copies)
+        assert all(finished.tracker.add_signature(artifact) for artifact in artifacts)
+        assert finished.audit(notary=ours).broken == []
+        other.sign(sft.path)
+        first, *others = finished.audit(deep=False, notary=ours).broken
+        assert f"{sft.path / 'model.sig'}: expected a signature by" in first.problem
+        assert "another key" in first.problem
+        assert "rrlhf-reward v1" in "".join(first.downstream)
+        assert others == []
+    finally:
+        for path in (*finished.root.glob("artifacts/*/*/model.sig"), *finished.root.glob("mlartifacts/**/model.sig")):
+            path.unlink()
+    assert finished.use() == []

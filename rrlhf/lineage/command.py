@@ -99,13 +99,19 @@ def audit(
 ) -> None:
     """Check that everything kept is what was made: bytes, records, registry, all the way up. Exit code 0 or 3.
 
+    With signatures.public_key set, also that every artifact is signed by that key.
+
     Example: rrlhf audit rrlhf-policy@candidate --deep
     """
     from rrlhf import audit as auditing
+    from rrlhf.config import load_params
+    from rrlhf.signatures import notary_of
 
+    root = Path.cwd()
+    notary = notary_of(root, load_params(root, profile).signatures)
     graph, versions, tracker = _graph(profile, strict=False)
     start = graph.find(model) if model else None
-    report = auditing.Audit(Path.cwd(), graph, versions, tracker, deep=deep).run(start)
+    report = auditing.Audit(root, graph, versions, tracker, deep=deep, notary=notary).run(start)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
     if report.broken:
         raise SystemExit(VERIFICATION_FAILED)

@@ -111,7 +111,7 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
         tracker = Tracker.connect(root, params.tracking.experiment)
         versions = tracker.versions()
         version = named(asked.reference, versions)
-        lookup = Lookup(root, params.tracking.experiment)
+        lookup = Lookup(root, params)
         decision = _weigh(lookup, Project(root, profile, params), version, Registry(tracker, versions), asked)
         file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
         with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
@@ -144,13 +144,13 @@ def named(reference: str, versions: Sequence[Version]) -> Version:
     return known[names[0]]
 
 
-def faults(root: Path, version: Version, registry: Registry) -> list[str]:
+def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     """Say what an audit finds wrong with a version and all that it was made from."""
     from rrlhf.audit import Audit
     from rrlhf.lineage import load
 
-    graph = load(root, registry.versions, strict=False)
-    audit = Audit(root, graph, registry.versions, registry.tracker)
+    graph = load(project.root, registry.versions, strict=False)
+    audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
     report = audit.run(graph.find(f"{version.name}/{version.version}"))
     return [broken.problem for broken in report.broken]
 
@@ -177,7 +177,7 @@ def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registr
     opponent, against = _opponent(lookup, artifact, version, registry.versions, asked.to)
     yardstick, inputs = _yardstick(lookup, project, artifact)
     found = measure(yardstick, artifact.path, opponent.path, project.params)
-    gates = [*found.gates, clean(faults(project.root, version, registry))]
+    gates = [*found.gates, clean(faults(project, version, registry))]
     failed = [gate["name"] for gate in gates if not gate["passed"]]
     outcome = "promoted" if not failed else "overridden" if asked.override else "refused"
     return {

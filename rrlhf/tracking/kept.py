@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from rrlhf.artifacts import Artifact
+from rrlhf.artifacts import SIGNATURE, Artifact
 from rrlhf.keys import canonical
 from rrlhf.stages import DATA
 from rrlhf.tracking.models import MODEL_NAMES
@@ -73,6 +73,26 @@ class Kept:
         expected = {artifact.inputs[name] for name in artifact.made_from}
         return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
 
+    def add_signature(self, artifact: Artifact) -> bool:
+        """Put an artifact's signature beside every copy of its files, over one that is there; False without a copy."""
+        with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as beside:
+            if artifact.stage in MODEL_NAMES:
+                link = Path(beside) / INSIDE / SIGNATURE
+                link.parent.mkdir()
+                link.symlink_to((artifact.path / SIGNATURE).resolve())
+                models = self._models(artifact)
+                for model in models:
+                    self._client.log_model_artifacts(model.model_id, beside)
+                return bool(models)
+            runs = self._runs(artifact)
+            for run in runs:
+                self._client.log_artifact(run.info.run_id, str(artifact.path / SIGNATURE))
+            return bool(runs)
+
+    def _runs(self, artifact: Artifact) -> list[Any]:
+        runs = self._client.search_runs([self._experiment_id], has("key", artifact.key))
+        return [run for run in runs if run.data.tags.get("rrlhf.digest") == artifact.digest]
+
     def _models(self, artifact: Artifact) -> list[Any]:
         same = f"{has('key', artifact.key)} and {has('digest', artifact.digest)}"
         found = self._client.search_logged_models([self._experiment_id], same)
@@ -81,8 +101,7 @@ class Kept:
     def _place(self, artifact: Artifact) -> str | None:
         if artifact.stage in MODEL_NAMES:
             return next((str(model.artifact_location) for model in self._models(artifact)), None)
-        runs = self._client.search_runs([self._experiment_id], has("key", artifact.key))
-        kept = [run for run in runs if run.data.tags.get("rrlhf.digest") == artifact.digest]
+        kept = self._runs(artifact)
         return str(kept[0].info.artifact_uri) if kept else None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rrlhf.artifacts import MANIFEST, Artifact
+from rrlhf.artifacts import MANIFEST, SIGNATURE, Artifact
 from rrlhf.keys import canonical
 from rrlhf.types import Dataset
 
@@ -133,10 +133,14 @@ def dataset_input(dataset: Dataset) -> Any:  # mlflow.entities.DatasetInput
 
 @contextmanager
 def linked_files(artifact: Artifact, inside: str = ".") -> Iterator[Path]:
-    """Yield a temporary folder of links to exactly the artifact's files: an upload follows them, nothing is copied."""
+    """Yield a temporary folder of links to exactly the artifact's files: an upload follows them, nothing is copied.
+
+    Its signature, where it has one, is among them.
+    """
     with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as temporary:
         folder = Path(temporary)
-        for name in [MANIFEST, *artifact.manifest["files"]]:
+        signature = [SIGNATURE] if (artifact.path / SIGNATURE).exists() else []
+        for name in [MANIFEST, *artifact.manifest["files"], *signature]:
             link = folder / inside / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((artifact.path / name).resolve())

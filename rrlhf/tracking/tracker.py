@@ -131,6 +131,11 @@ class Tracker:
                 self._client.set_registered_model_alias(name, alias, str(found.version))
             return Registered(name, str(found.version), created)
 
+    def add_signature(self, artifact: Artifact) -> bool:
+        """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
+        with trouble(self._uri):
+            return self.kept.add_signature(artifact)
+
     def restore(self, stage: str, key: str, to: Path) -> bool:
         """Download the artifact that was registered with this key into the new folder `to`; False if there is none."""
         from mlflow.artifacts import download_artifacts
