@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from rrlhf.stages import Node, nodes
 from rrlhf.types import Dataset
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
+SECONDS_TO_COMMIT = 10.0  # what is recorded last can be recorded by the next run
 
 
 class Place(NamedTuple):
@@ -167,19 +168,26 @@ def _reproduce(root: Path, place: Place) -> None:
             raise PrepareError(f"DVC could not prepare {place.name}: {error}") from error
 
 
-def commit(root: Path, stages: Iterable[str]) -> None:
+def commit(root: Path, stages: Sequence[str]) -> None:
     """Have DVC take note of what stages depend on and left, as `dvc commit` does; stages: FILE:STAGE.
 
     When it cannot, that is told and no error: its record is behind then, and `dvc status` says so.
     """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
 
-    try:
-        with _opened(root) as repository:
-            for stage in stages:
-                repository.commit(stage, force=True)
-    except DvcException as error:
-        print(f"DVC did not take note of this run, so `dvc status` shows it as changed: {error}", file=sys.stderr)
+    give_up = time.monotonic() + SECONDS_TO_COMMIT
+    while True:
+        try:
+            with _opened(root) as repository:
+                for stage in stages:
+                    repository.commit(stage, force=True)
+            return
+        except DvcException as error:
+            if not isinstance(error, LockError) or time.monotonic() > give_up:
+                print(f"DVC took no note of this run, `dvc status` will show it as changed: {error}", file=sys.stderr)
+                return
+            time.sleep(0.5)
 
 
 @contextmanager

@@ -90,8 +90,9 @@ def record(project: Project, *, whole: bool) -> None:
     declared = declared_in(project.root, project.profile)
     if declared is None or _called_by_dvc(project.root) or not is_as_filed(project):
         return
-    now = Project(project.root, project.profile, load_params(project.root, project.profile), modules=Modules(PACKAGE))
-    if asked_of(now) != asked_of(project):
+    params = load_params(project.root, project.profile)
+    now = Modules(PACKAGE, project.root / ".rrlhf" / "code.json")  # of the files as they are, not as they were imported
+    if asked_of(Project(project.root, project.profile, params, modules=now)) != asked_of(project):
         return
     data = project.root / "data"
     write_keys(project, data / f"{project.profile}.key.json", data / f"{project.profile}.run.json")
