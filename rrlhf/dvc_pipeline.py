@@ -18,7 +18,7 @@ from rrlhf.datasets import commit, write_key
 from rrlhf.dvc_records import declared_in, folder_digest, locked_entry
 from rrlhf.evaluation import Evaluation
 from rrlhf.files import write_if_new
-from rrlhf.keys import PACKAGE, key_digest
+from rrlhf.keys import key_digest
 from rrlhf.located import ParamsError, load_yaml
 from rrlhf.memo import Memo, sha256
 from rrlhf.modules import Modules
@@ -91,7 +91,9 @@ def record(project: Project, *, whole: bool) -> None:
     if declared is None or _called_by_dvc(project.root) or not is_as_filed(project):
         return
     params = load_params(project.root, project.profile)
-    now = Modules(PACKAGE, project.root / ".rrlhf" / "code.json")  # of the files as they are, not as they were imported
+    now = Modules(
+        project.modules.package, project.root / ".rrlhf" / "code.json"
+    )  # of the files as they are, not as they were imported
     if asked_of(Project(project.root, project.profile, params, modules=now)) != asked_of(project):
         return
     data = project.root / "data"
