@@ -20,7 +20,7 @@ from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = [".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "profiles", "rrlhf", "flows"]
+PROJECT = [".dvc/config", ".dvcignore", "dvc.yaml", "large", "params.yaml", "profiles", "rrlhf", "flows"]
 FIXED = 7  # nodes of the profile besides the members of its ensemble: data, sft, reward, ensemble, two arms, evaluate
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))} | {
     "OMP_NUM_THREADS": "1",

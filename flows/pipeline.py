@@ -17,6 +17,7 @@ from flows.caching import ByKey
 from rrlhf.artifacts import Artifact, git_commit
 from rrlhf.config import Params, load_params
 from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
+from rrlhf.dvc_pipeline import record, write_numbers
 from rrlhf.environment import find_root, set_environment
 from rrlhf.health import DivergedError
 from rrlhf.keys import Document, key_digest
@@ -92,6 +93,7 @@ def pipeline(
             if node.name in run.artifacts:
                 register.with_options(task_run_name=f"register-{node.name}")(node, run)
         html = report(run) if "evaluate" in run.artifacts else None
+        record(run.project, whole=len(run.digests) == len(run.project.nodes))
     folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
     return {"ran": run.made, "folders": folders, "report": html}
 
@@ -241,20 +243,22 @@ def report(run: Run) -> str:
     from rrlhf.lineage import from_versions, tree
     from rrlhf.report import render
 
-    project = run.project
+    project, trained = run.project, trainings_of(run.project, run.artifacts)
+    evaluation = read_evaluation(project, run.artifacts["evaluate"])
     ancestry = from_versions(run.tracker.versions())
     html = report_file(project)
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
-            read_evaluation(project, run.artifacts["evaluate"]),
+            evaluation,
             params=project.params.model_dump(),
             lineage=tree(ancestry, ancestry.find("rrlhf-policy@candidate")),
             facts=_facts(run),
-            trained=trainings_of(project, run.artifacts),
+            trained=trained,
         ),
         encoding="utf-8",
     )
+    write_numbers(project, evaluation, trained)
     run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
     return show(project, run.artifacts)

@@ -15,6 +15,7 @@ from rrlhf.command_line import clear_errors as _clear_errors
 from rrlhf.command_line import end as _end
 from rrlhf.command_line import overrides as _overrides
 from rrlhf.commands_run import plan, run, run_flow, status, why
+from rrlhf.dvc_config import follow_git
 from rrlhf.environment import end_with_parent, find_root, set_environment
 from rrlhf.lineage.command import audit, diff, lineage
 from rrlhf.promotion.command import promote
@@ -36,7 +37,9 @@ def main() -> None:
     """Run the command in the project's folder, and end with its exit code."""
     if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
         try:
-            set_environment(find_root(Path.cwd()))
+            root = find_root(Path.cwd())
+            set_environment(root)
+            follow_git(root)
         except FileNotFoundError as error:
             _end(USAGE, str(error))
     app()
@@ -177,18 +180,18 @@ def toy(
 
 @app.command(hidden=True)
 def key(
-    out: Annotated[Path, typer.Argument(help="File to write.")],
+    out: Annotated[Path, typer.Argument(help="File for the key document of the data set.")],
+    asked: Annotated[Path, typer.Argument(help="File for the digests of all that a run is asked for.")],
     profile: Profile = "default",
 ) -> None:
-    """Write the key document of a profile's data set; DVC calls this."""
+    """Write what the stages of a profile depend on; DVC calls this."""
     from rrlhf.config import load_params
-    from rrlhf.datasets import write_key
+    from rrlhf.dvc_pipeline import write_keys
     from rrlhf.plan import Project
 
     with _clear_errors():
         root = Path.cwd()
-        project = Project(root, profile, load_params(root, profile))
-        write_key(out, project.document(project.nodes[0], {}))
+        write_keys(Project(root, profile, load_params(root, profile)), out, asked)
 
 
 @app.command(hidden=True)

@@ -145,6 +145,7 @@ def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None,
 
 def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.dvc_pipeline import record
     from rrlhf.records import noted
     from rrlhf.uptodate import nothing_to_do, show
 
@@ -158,6 +159,7 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
         return None
     with noted(project.root, profile, overrides, part):
         show(project, done.artifacts)
+        record(project, whole=True)
     print("nothing to do: every stage is up to date and registered", file=sys.stderr)
     return done.result
 

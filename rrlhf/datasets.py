@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,6 +24,7 @@ from rrlhf.dvc_records import (
     broken_run_records,
     cached,
     copy_faults,
+    declared_in,
     folder_digest,
     keep_document,
     listing,
@@ -31,14 +32,15 @@ from rrlhf.dvc_records import (
     md5,
     run_records,
 )
+from rrlhf.files import write_if_new
 from rrlhf.keys import Document, canonical, key_digest
-from rrlhf.located import load_yaml
 from rrlhf.memo import Memo
 from rrlhf.progress import Interrupted
 from rrlhf.stages import Node, nodes
 from rrlhf.types import Dataset
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
+SECONDS_TO_COMMIT = 10.0  # what is recorded last can be recorded by the next run
 
 
 class Place(NamedTuple):
@@ -66,18 +68,17 @@ class BusyError(RuntimeError):
 
 def place_of(root: Path, profile: str, node: Node, document: Document) -> Place:
     """Return the place of a profile's data set, or of the variant that overrides make of it."""
-    name, project, stage = profile, root / "dvc.yaml", f"prepare@{profile}"
-    declared = load_yaml(project)["stages"]["prepare"]["foreach"]
-    if profile not in declared or nodes(load_params(root, profile))[0].settings != node.settings:
+    name, stage = profile, f"prepare@{profile}"
+    declared = declared_in(root, profile)
+    if declared is None or nodes(load_params(root, profile))[0].settings != node.settings:
         name = f"{profile}-{key_digest(document)[:8]}"
-        project, stage = root / "data" / "variants" / name / "dvc.yaml", "prepare"
-    return Place(name, root / "data" / f"{name}.key.json", root / "data" / name, project, stage)
+        declared, stage = root / "data" / "variants" / name / "dvc.yaml", "prepare"
+    return Place(name, root / "data" / f"{name}.key.json", root / "data" / name, declared, stage)
 
 
 def write_key(path: Path, document: Document) -> None:
     """Write a key document as the file that a data stage depends on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(canonical(document), encoding="utf-8")
+    write_if_new(path, canonical(document))
     keep_document(path.parent, document)
 
 
@@ -148,13 +149,11 @@ def _reproduce(root: Path, place: Place) -> None:
     """Let DVC decide: nothing to do, bring the version back, or run the command."""
     from dvc.exceptions import DvcException, ReproductionError
     from dvc.lock import LockError
-    from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.ERROR)
     give_up = time.monotonic() + SECONDS_TO_LOCK
     while True:
         try:
-            with redirect_stdout(sys.stderr), Repo(str(root)) as repository:
+            with _opened(root) as repository:
                 repository.reproduce(place.address, single_item=True)
             return
         except LockError as error:
@@ -167,6 +166,38 @@ def _reproduce(root: Path, place: Place) -> None:
             raise PrepareError(f"preparing {place.name} failed; the lines above say why") from error
         except DvcException as error:
             raise PrepareError(f"DVC could not prepare {place.name}: {error}") from error
+
+
+def commit(root: Path, stages: Sequence[str]) -> None:
+    """Have DVC take note of what stages depend on and left, as `dvc commit` does; stages: FILE:STAGE.
+
+    When it cannot, that is told and no error: its record is behind then, and `dvc status` says so.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+
+    give_up = time.monotonic() + SECONDS_TO_COMMIT
+    while True:
+        try:
+            with _opened(root) as repository:
+                for stage in stages:
+                    repository.commit(stage, force=True)
+            return
+        except DvcException as error:
+            if not isinstance(error, LockError) or time.monotonic() > give_up:
+                print(f"DVC took no note of this run, `dvc status` will show it as changed: {error}", file=sys.stderr)
+                return
+            time.sleep(0.5)
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[Any]:
+    """Open the project in DVC, where only errors are told; without git, which ignores the variants in data/."""
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr), Repo(str(root), config={"core": {"no_scm": True}}) as repository:
+        yield repository
 
 
 def _check(root: Path, place: Place, expected: str) -> None:

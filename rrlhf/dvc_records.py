@@ -19,6 +19,7 @@ from rrlhf.keys import Document, canonical
 from rrlhf.located import load_yaml
 
 Entry = dict[str, Any]
+PROJECTS = ("dvc.yaml", "large/dvc.yaml")  # what is declared for profiles
 _SIZES = {"size", "nfiles"}  # not part of the digest that names a record
 
 
@@ -62,15 +63,31 @@ def lock_entry(root: Path, project: Path, stage: str, data: Path) -> Entry | Non
     return stages[stage]
 
 
+def declared_in(root: Path, profile: str) -> Path | None:
+    """Return the dvc.yaml that has a profile's stages; None when there is none."""
+    for path in (root / project for project in PROJECTS):
+        if path.is_file() and profile in load_yaml(path)["stages"]["prepare"]["foreach"]:
+            return path
+    return None
+
+
+def locked_entry(project: Path, stage: str) -> Entry | None:
+    """Return what the dvc.lock beside a dvc.yaml says of a stage. Raises TamperedError when it cannot be read."""
+    return _stages(project.with_suffix(".lock")).get(stage)
+
+
 def lock_files(root: Path) -> list[Path]:
     """Return every dvc.lock: of the profiles, and of the variants that overrides made."""
-    return [root / "dvc.lock", *sorted((root / "data" / "variants").glob("*/dvc.lock"))]
+    declared = [(root / project).with_suffix(".lock") for project in PROJECTS]
+    return [*declared, *sorted((root / "data" / "variants").glob("*/dvc.lock"))]
 
 
 def locks(root: Path) -> Iterator[Record]:
     """Yield the data sets of every dvc.lock. Raises TamperedError when one cannot be read."""
     for path in lock_files(root):
-        yield from (Record(path, entry) for entry in _stages(path).values() if _is_record(entry))
+        for stage, entry in _stages(path).items():
+            if _makes_data(stage) and _is_record(entry):
+                yield Record(path, entry)
 
 
 def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
@@ -80,11 +97,12 @@ def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
     except TamperedError as error:
         yield str(error).partition("\n")[0], path.parent.name
         return
+    is_variant = path.parent.parent.name == "variants"
     for stage, entry in stages.items():
-        if stage.startswith("key@"):
+        if not is_variant and stage.startswith(("key@", "pipeline@")):
             continue
-        name = stage.removeprefix("prepare@") if path.parent == root else path.parent.name
-        if stage != (f"prepare@{name}" if path.parent == root else "prepare"):
+        name = path.parent.name if is_variant else stage.removeprefix("prepare@")
+        if stage != ("prepare" if is_variant else f"prepare@{name}"):
             yield f"{path} was changed: it has a stage {stage!r}, and none of that name makes data", name
         elif problem := _entry_fault(root, stage, entry, f"data/{name}"):
             yield f"{path} was changed: {problem}", name
@@ -201,8 +219,12 @@ def _stages(path: Path) -> dict[str, Entry]:
 def _entry_fault(root: Path, stage: str, entry: Any, out: str) -> str | None:
     if not _is_record(entry) or _out(entry) != out:
         return f"what it says of {stage} does not have the form that DVC writes"
-    known = [record.entry for record in run_records(root) if _out(record.entry) == out]
-    if known and entry not in known:
+    said = Record(root, entry)
+    known = [record for record in run_records(root) if _out(record.entry) == out]
+    akin = [
+        record.entry for record in known if record.document_md5 == said.document_md5 or record.digest == said.digest
+    ]
+    if akin and entry not in akin:  # what shares neither came from another machine, by git
         return f"what it says of {stage} is not what DVC's run cache recorded"
     return None
 
@@ -232,6 +254,10 @@ def _without_sizes(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_sizes(item) for name, item in value.items() if name not in _SIZES}
     return value
+
+
+def _makes_data(stage: str) -> bool:
+    return stage.partition("@")[0] == "prepare"
 
 
 def _is_record(entry: Any) -> bool:

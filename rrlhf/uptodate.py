@@ -9,10 +9,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from rrlhf.artifacts import Artifact
+from rrlhf.dvc_pipeline import numbers_digests
 from rrlhf.evaluation import Evaluation
 from rrlhf.keys import canonical
 from rrlhf.memo import sha256
@@ -121,16 +124,17 @@ def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str
 def _report_of(
     project: Project, artifacts: Mapping[str, Artifact], known: Mapping[str, Registration]
 ) -> dict[str, str] | None:
-    """Return digests of the report and of all that it shows; None when there is no report."""
-    html = report_file(project)
-    if not html.is_file():
+    """Return digests of the report and of all that it shows; None when it or the numbers beside it are not there."""
+    html, numbers = report_file(project), numbers_digests(project)
+    if not html.is_file() or numbers is None:
         return None
     templates = sorted(Path(__file__).with_name("templates").glob("*.j2"))
     shown: dict[str, Any] = {
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
         "registered": {name: [*entry[:3], sorted(entry.aliases)] for name, entry in known.items()},
-        "code": project.modules.closure("rrlhf.report") | project.modules.closure("rrlhf.lineage"),
+        "code": reduce(or_, map(project.modules.closure, ("rrlhf.report", "rrlhf.lineage", "rrlhf.numbers"))),
+        "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},
     }
     return {"report": sha256(html), "of": hashlib.sha256(canonical(shown).encode()).hexdigest()}

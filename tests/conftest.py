@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROJECT = [".dvc/config", ".dvcignore", "dvc.yaml", "params.yaml", "profiles", "rrlhf", "flows"]
+PROJECT = [".dvc/config", ".dvc/plots", ".dvcignore", "dvc.yaml", "large", "params.yaml", "profiles", "rrlhf", "flows"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,6 +59,13 @@ class Shell:
         assert done.returncode == code, done.stdout + done.stderr
         return Done(done.returncode, done.stdout, done.stderr)
 
+    def dvc(self, *arguments):
+        command = [sys.executable, "-m", "dvc", *arguments]
+        environment = self.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def run(self, *arguments):
         return self("run", "--profile", "tiny", "--json", *arguments)
 
@@ -133,6 +140,20 @@ def test_policies_of_every_method_have_their_lineage(first, shell):
 
 def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
     assert actions(shell.planned("--set", "dpo.beta=0.3")) == {"dpo-direct": "run", "evaluate": "upstream"}
+
+
+def test_dvc_agrees_with_a_run_and_runs_the_same(first, shell):
+    status, clean = ("status", "pipeline@tiny", "--with-deps"), "Data and pipelines are up to date.\n"
+    assert shell.dvc(*status) == clean
+    numbers = shell.root / "reports" / "tiny" / "metrics.json"
+    before = numbers.read_bytes()
+    assert json.loads(before)["policies"].keys() == {"sft", "single", "robust", "direct", "choosy"}
+    numbers.unlink()
+    told = shell.dvc("repro", "pipeline@tiny")
+    assert re.findall("Running stage '(.*)'", told) == ["pipeline@tiny"]
+    assert numbers.read_bytes() == before
+    assert shell.dvc(*status) == clean
+    assert shell.run().ran == set()
 
 
 def test_without_a_server_a_run_with_nothing_to_do_starts_none_and_tells_the_same(first, shell):

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from rrlhf.datasets import Place, prepared
+from rrlhf.dvc_records import lock_files
 from rrlhf.keys import Document
 from rrlhf.types import Dataset
 
@@ -33,7 +34,7 @@ def find_data(root: Path, digest: str) -> tuple[Dataset, Document]:
 
 def _places(root: Path) -> Iterator[Place]:
     """Yield every place that DVC has a record of: the profiles' and those of variants."""
-    for lock in [root / "dvc.lock", *sorted((root / "data" / "variants").glob("*/dvc.lock"))]:
+    for lock in lock_files(root):
         if not lock.is_file():
             continue
         for stage, entry in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].items():
