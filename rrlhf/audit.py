@@ -109,6 +109,8 @@ class Audit:
                 return
             yield from self._folder_faults(artifact, product)
             if artifact.digest != product.digest:
+                if versions:
+                    yield f"{folder}: expected digest {product.digest}, as registered, found {artifact.digest}"
                 artifact = None
         elif not versions:
             yield f"{folder}: expected an artifact, found nothing"

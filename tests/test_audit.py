@@ -8,11 +8,13 @@ import sqlite3
 import pytest
 from finished import Finished, at_work
 
-from rrlhf.artifacts import Store, TamperedError
+from rrlhf.artifacts import Store, TamperedError, content_digest
 from rrlhf.audit import Audit, as_text
 from rrlhf.config import Signatures
 from rrlhf.datasets import prepare_dataset
 from rrlhf.lineage import load
+from rrlhf.memo import sha256
+from rrlhf.seal import sealed
 from rrlhf.signatures import Notary
 from rrlhf.signing_command import written_pair
 
@@ -267,6 +269,22 @@ def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(f
         assert "no decision gave it" in "".join(found())
         promotions.keep(version.name, version.version, evidence, "promotion/champion-3.json", {})
         assert found() == []
+
+
+def test_a_changed_result_whose_records_were_all_written_anew_is_found_by_its_registration(finished):
+    path = finished.artifacts["ppo-single"].path
+    sound = {file: file.read_bytes() for file in (path / "config.json", path / "artifact.json")}
+    manifest = json.loads(sound[path / "artifact.json"])
+    try:
+        (path / "config.json").write_bytes(sound[path / "config.json"] + b" ")
+        manifest["files"]["config.json"] = sha256(path / "config.json")
+        manifest["digest"] = content_digest(manifest["files"])
+        del manifest["seal"]
+        (path / "artifact.json").write_text(sealed(manifest))
+        assert "as registered, found" in finished.audit(deep=False).broken[0].problem
+    finally:
+        for file, content in sound.items():
+            file.write_bytes(content)
 
 
 def test_the_first_broken_link_comes_first_and_all_downstream_is_named(finished):
