@@ -15,6 +15,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.caching import ByKey
 from rrlhf.artifacts import Artifact, git_commit
+from rrlhf.cards import about
 from rrlhf.config import Params, load_params
 from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.environment import find_root, set_environment
@@ -210,6 +211,7 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Rec
         compute,
         recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
         definitions=project.definitions(document),
+        dataset=about(run.dataset, project.params.prepare) if run.dataset else None,
         force=node.name in run.wanted.forced,
     )
     if computed:
