@@ -240,18 +240,18 @@ def register(node: Node, run: Run) -> None:
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run) -> str:
     """Write the HTML report, print the comparison, and return the report's path."""
-    from rrlhf.lineage import from_versions, tree
+    from rrlhf.lineage import load
     from rrlhf.report import render
 
     project = run.project
-    ancestry = from_versions(run.tracker.versions())
+    ancestry = load(project.root, run.tracker.versions(), strict=False)
     html = report_file(project)
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
             read_evaluation(project, run.artifacts["evaluate"]),
             params=project.params.model_dump(),
-            lineage=tree(ancestry, ancestry.find("rrlhf-policy@candidate")),
+            lineage=(ancestry, ancestry.find("rrlhf-policy@candidate")),
             facts=_facts(run),
             trained=trainings_of(project, run.artifacts),
         ),
