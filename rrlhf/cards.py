@@ -92,6 +92,8 @@ def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:
     told = {"name": dataset.name, "digest": dataset.digest, "limit": str(prepare.limit or "")}
     if prepare.revision:
         return told | {"source": f"{prepare.source}@{prepare.revision}", "hub": prepare.source}
+    if prepare.source == "written":
+        return told | {"source": "tasks of rrlhf/tasks.py"}
     return told | {"source": Path(prepare.source).name}  # of a file, not where this machine has it
 
 

@@ -59,8 +59,8 @@ def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[S
         name = policy["name"]
         if name == start:
             continue
-        judged = golds.get(name), golds.get(start)
-        words = _in_words(difference(*judged)) if judged[0] and judged[1] else UNJUDGED
+        judged = name in golds and start in golds
+        words = _in_words(difference(golds[name], golds[start])) if judged else UNJUDGED
         warnings = ["quality fell while the reward rose"] if name in hacked else []
         warnings += (
             [f"detector: {event.name.replace('_', ' ')}" for event in trained[name].events] if name in trained else []
@@ -103,7 +103,8 @@ def _scale(metric: str, description: str, known: Mapping[str, Measured], start: 
         Bar(name, place(ends[name][0]), place(value["mean"]), place(ends[name][1]), _interval(value, *ends[name]))
         for name, value in known.items()
     ]
-    return Scale(metric, description, bars, place(known[start]["mean"]) if start in known else None)
+    at = place(known[start]["mean"]) if start is not None and start in known else None
+    return Scale(metric, description, bars, at)
 
 
 def _wide(value: Measured) -> float:

@@ -120,6 +120,7 @@ PAYLOADS = [
     "chat_template.jinja",
     "arm.json",
     "health.json",
+    "samples.json",
     "trunk.json",
     "heads.json",
     "README.md",

@@ -59,7 +59,10 @@ def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(nam
     told = sections(text)
     assert "\n\n\n" not in text
     assert list(told) == ["How to load", "Data", "Made from", "Metrics", "Limits", "Reproduce", "Settings"]
-    assert f"`default` in DVC's version `{DATA.digest}`, made from `written` (at most 448 rows of it)." in told["Data"]
+    assert (
+        f"`default` in DVC's version `{DATA.digest}`, made from `tasks of rrlhf/tasks.py` (at most 448 rows of it)."
+        in told["Data"]
+    )
     assert ("through its parents" in told["Data"]) == ("data" not in MODELS[name].inputs)
     for argument, digest in made["document"]["inputs"].items():
         assert argument == "data" or f"| `{argument}` | `{digest}` |" in told["Made from"]
