@@ -33,7 +33,7 @@ def run(document, inputs, out):
     launch = import_module("rrlhf.launch")
     before, executed = loaded(), set()
     out.mkdir()
-    sections, arguments = launch._sections(document["params"]), launch._arguments(inputs)
+    sections, arguments = launch.typed_sections(document["params"]), launch._arguments(inputs)
     stage = import_module(f"rrlhf.{document['stage']}")
     sys.setprofile(lambda frame, event, _: executed.add(frame.f_globals.get("__name__")))
     try:
