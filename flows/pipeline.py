@@ -15,6 +15,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.caching import ByKey
 from rrlhf.artifacts import Artifact, git_commit
+from rrlhf.cards import about
 from rrlhf.config import Params, load_params
 from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.dvc_pipeline import record, write_numbers
@@ -212,6 +213,7 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Rec
         compute,
         recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
         definitions=project.definitions(document),
+        dataset=about(run.dataset, project.params.prepare) if run.dataset else None,
         force=node.name in run.wanted.forced,
     )
     if computed:
@@ -240,19 +242,19 @@ def register(node: Node, run: Run) -> None:
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run) -> str:
     """Write the HTML report, print the comparison, and return the report's path."""
-    from rrlhf.lineage import from_versions, tree
+    from rrlhf.lineage import load
     from rrlhf.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])
-    ancestry = from_versions(run.tracker.versions())
+    ancestry = load(project.root, run.tracker.versions(), strict=False)
     html = report_file(project)
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
             evaluation,
             params=project.params.model_dump(),
-            lineage=tree(ancestry, ancestry.find("rrlhf-policy@candidate")),
+            lineage=(ancestry, ancestry.find("rrlhf-policy@candidate")),
             facts=_facts(run),
             trained=trained,
         ),

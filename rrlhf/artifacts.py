@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrlhf import hardware
+from rrlhf.cards import card
 from rrlhf.keys import Document, key_digest
 from rrlhf.locks import locked
 from rrlhf.memo import Memo
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 MANIFEST = "artifact.json"
 SIGNATURE = "model.sig"  # of the manifest and all that it lists, where there are keys (rrlhf/signatures.py)
 CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
-HISTORY = "history.jsonl"  # the stage's log; it holds times, so it is checked but not part of the digest
+HISTORY = "history.jsonl"  # the stage's log, with times
+CARD = "README.md"  # what the artifact says of itself to people
+BESIDE = frozenset({HISTORY, CARD})  # files that tell of the content: checked like all others, but not in its digest
 
 
 class TamperedError(Exception):
@@ -187,10 +190,12 @@ class Store:
         *,
         seconds: float,
         definitions: Mapping[str, str] | None = None,
+        dataset: Mapping[str, str] | None = None,
     ) -> Artifact:
         """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename.
 
-        definitions: digests of the functions in its code, for telling later which of them changed.
+        definitions: digests of the functions in its code, for telling later which of them changed. dataset: what is
+        known of the data set below it (`rrlhf.cards.about`), for its card.
         """
         key = key_digest(document)
         rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
@@ -210,7 +215,11 @@ class Store:
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
             "definitions": dict(definitions or {}),
+            "dataset": dict(dataset or {}),
         }
+        if text := card(manifest, rows):
+            (staged / CARD).write_text(text, encoding="utf-8")
+            files[CARD] = self._memo.sha256(staged / CARD)
         (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
         if self.notary and self.notary.signs:
             self.notary.sign(staged)
@@ -272,8 +281,8 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def content_digest(files: dict[str, str]) -> str:
-    """Return the sha256 over the names and digests of an artifact's files, its history excepted."""
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if name != HISTORY]
+    """Return the sha256 over the names and digests of an artifact's files, less those beside its content."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if name not in BESIDE]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rrlhf.candidates import FILE, choose, write_candidates
+from rrlhf.candidates import choose, write_candidates
 from rrlhf.config import Arm, BestOfN, Model
 from rrlhf.judgement import Judgement, arm_reward, function_values
 from rrlhf.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
@@ -23,15 +23,6 @@ from rrlhf.rollout import Response, hidden_states, response_features, sample_in_
 from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.tables import prompts
 from rrlhf.types import Log, Message
-
-CARD = """# Best of {n}
-
-Not a trained model but a rule over one, the input `sft` of this version: sample {n} responses at temperature 1, and
-answer with the one whose reward is highest (`{reward}`{settings}, as the inputs `reward` and `ensemble` score it).
-KL to the SFT model: at most {kl:.2f} nats per response.
-
-`{file}` holds {samples} responses to each of {prompts} evaluation prompts, every score of each, and which were chosen.
-"""
 
 
 def run(
@@ -68,7 +59,6 @@ def run(
     score = score.double().view(len(questions), samples)
     write_candidates(out, responses, texts, judgement, score, choose(score, n))
     (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
-    (out / "README.md").write_text(card(arm, samples, len(questions)), encoding="utf-8")
     curve = best_of_n_curve(score, score, n).mean(0)
     for number in curve_points(n):
         log({"step": number, "reward": curve[number - 1].item(), "kl_bound": best_of_n_kl(number)})
@@ -107,12 +97,3 @@ def judged(
         means.append(scores.mean.cpu())
         stds.append(scores.std.cpu())
     return Judgement(torch.cat(singles), Scores(torch.cat(means), torch.cat(stds)))
-
-
-def card(arm: Arm, samples: int, questions: int) -> str:
-    """Say in Markdown what the artifact is, for those who meet it in the registry."""
-    settings = "".join(f", {name} {value:g}" for name, value in arm.settings.items())
-    n = arm.n or 1
-    return CARD.format(
-        n=n, reward=arm.reward, settings=settings, kl=best_of_n_kl(n), file=FILE, samples=samples, prompts=questions
-    )

@@ -242,6 +242,7 @@ def empty_chart(across: str, up: str, size: tuple[float, float] = (4.8, 3.2)) ->
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across == AXIS_LABELS["update"]))
+    axes.ticklabel_format(axis="x", scilimits=(-2, 5))  # a policy that hardly moved: labels would overlap
     return figure, axes
 
 

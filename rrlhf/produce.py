@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from rrlhf.artifacts import HISTORY, Artifact, Store
+from rrlhf.artifacts import BESIDE, Artifact, Store
 from rrlhf.keys import Document, key_digest
 from rrlhf.types import Log
 
@@ -25,12 +25,14 @@ def produce(
     *,
     recorded: Callable[[Path], AbstractContextManager[Log]],
     definitions: Mapping[str, str],
+    dataset: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> tuple[Artifact, bool]:
     """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
 
     compute: fills a folder, in which an interrupted run may have left something. recorded: takes what is logged; opened
-    with that folder. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
+    with that folder. definitions, dataset: see `Store.publish`. force: compute although there is an artifact. It stays,
+    whatever comes out: a key has one result.
     Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
     """
     stage, key = document["stage"], key_digest(document)
@@ -46,7 +48,8 @@ def produce(
             compute(staged, log)
             seconds = time.monotonic() - began
             if there is None:
-                return store.publish(name, document, staged, seconds=seconds, definitions=definitions), True
+                made = store.publish(name, document, staged, seconds=seconds, definitions=definitions, dataset=dataset)
+                return made, True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
         return there, True
 
@@ -56,7 +59,7 @@ def compare(name: str, stored: Mapping[str, str], again: Mapping[str, str], stag
 
     stored, again: the digest of every file by its name.
     """
-    names = sorted({*stored, *again} - {HISTORY})
+    names = sorted({*stored, *again} - BESIDE)
     differing = [file for file in names if stored.get(file) != again.get(file)]
     if not differing:
         shutil.rmtree(staged)

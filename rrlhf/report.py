@@ -5,10 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +18,13 @@ from rrlhf.evaluation import Evaluation, Policy, highest, in_figures, measured
 from rrlhf.excerpts import Excerpt
 from rrlhf.judging import plots as reward_plots
 from rrlhf.plots import Look
+from rrlhf.standing import headline, scales, standings
 from rrlhf.trainings import Training
 from rrlhf.types import Json
 from rrlhf.verdict import verdict
+
+if TYPE_CHECKING:
+    from rrlhf.lineage import Graph, Product
 
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
@@ -51,21 +56,28 @@ def render(
     evaluation: Evaluation,
     *,
     params: Mapping[str, Json],
-    lineage: str,
+    lineage: tuple[Graph, Product] | None,
     facts: Mapping[str, str],
     trained: Mapping[str, Training],
 ) -> str:
     """Return the report as one HTML file; everything in it that others wrote is escaped and made visible.
 
-    trained: how each policy's training went, for those that were watched.
+    lineage: the graph, and the product in it whose ancestry is drawn. trained: how each policy's training went, for
+    those that were watched.
     """
-    looks = _looks(evaluation)
+    from rrlhf.lineage import page as drawing  # here, so that the terminal table does not wait for it
+    from rrlhf.lineage import text
+
+    looks, stand = _looks(evaluation), standings(evaluation, trained)
     return page(
         "report.html.j2",
         evaluation=evaluation,
         profile=evaluation.get("profile"),
         rewards={policy["name"]: reward_in_words(policy) for policy in evaluation["policies"]},
+        standings=stand,
+        headline=headline(stand),
         verdict=verdict(evaluation),
+        scales=scales(evaluation),
         has_gold=bool(measured(evaluation, "gold")),
         rows=_comparison(evaluation),
         looks=looks,
@@ -83,7 +95,8 @@ def render(
         measured=in_figures,
         known=known,
         facts=facts,
-        lineage=lineage,
+        tree=text.tree(*lineage) if lineage else "",
+        graph=_inline(drawing.svg(*lineage)) if lineage else "",
         params=yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True),
     )
 
@@ -157,6 +170,11 @@ def known(value: float | None, decimals: int = 3) -> str:
 def visible(text: str) -> str:
     """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
     return "".join(character if character in "\n\t" else _seen(character) for character in text)
+
+
+def _inline(svg: str) -> Markup:
+    """Return a drawing as part of a page, where it needs no name space; it has escaped all text of others itself."""
+    return Markup(visible(svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)))
 
 
 def _seen(character: str) -> str:

@@ -9,6 +9,16 @@ from rrlhf.config import Arm, Member, Method, Params, Section, TrunkTraining
 DATA = "data"
 EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/sources.py)
 METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
+GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
+MODEL_NAMES = {
+    "sft": "rrlhf-sft",
+    "reward": "rrlhf-reward",
+    "member": "rrlhf-reward-member",
+    "ensemble": "rrlhf-ensemble",
+    "ppo": "rrlhf-policy",
+    "dpo": "rrlhf-policy",
+    "best_of_n": "rrlhf-best-of-n",  # a rule over the SFT model's responses: apart from the policies that one can load
+}
 
 
 class Node(NamedTuple):

@@ -63,7 +63,17 @@ def verdict(evaluation: Evaluation) -> list[str]:
     return [*_ends(evaluation, golds, "gold"), *_over_optimisation(evaluation), *_selection(evaluation)]
 
 
-def _difference(a: Measured, b: Measured) -> Difference:
+def courses(evaluation: Evaluation) -> dict[str, Course]:
+    """Return the course of every arm that has enough updates with gold, by name."""
+    return {
+        name: _course(golden)
+        for name, points in plots.courses(evaluation["curves"]).items()
+        if len(golden := plots.having(plots.having(points, "gold"), "proxy")) > plots.NEIGHBOURS
+    }
+
+
+def difference(a: Measured, b: Measured) -> Difference:
+    """Return a - b with the standard error for independent estimates."""
     return Difference(a["mean"] - b["mean"], math.hypot(a["stderr"], b["stderr"]))
 
 
@@ -88,21 +98,17 @@ def _ends(evaluation: Evaluation, known: Mapping[str, Measured], metric: str) ->
 
 
 def _against(known: Mapping[str, Measured], name: str, other: str) -> str:
-    return _difference(known[name], known[other]).against(other)
+    return difference(known[name], known[other]).against(other)
 
 
 def _over_optimisation(evaluation: Evaluation) -> list[str]:
     """Say for which arms gold fell from its own peak while proxy kept rising: at most one sentence for each answer."""
-    courses = {
-        name: _course(golden)
-        for name, points in plots.courses(evaluation["curves"]).items()
-        if len(golden := plots.having(plots.having(points, "gold"), "proxy")) > plots.NEIGHBOURS
-    }
-    if not courses:
+    known = courses(evaluation)
+    if not known:
         trained = any(policy["reward"] != "none" for policy in evaluation["policies"])
         return ["There are too few updates with gold to say whether over-optimisation set in."] if trained else []
-    showed = [f"for {name}: {_told(course)}" for name, course in courses.items() if course.over_optimised]
-    spared = [f"for {name}: {_told(course)}" for name, course in courses.items() if not course.over_optimised]
+    showed = [f"for {name}: {_told(course)}" for name, course in known.items() if course.over_optimised]
+    spared = [f"for {name}: {_told(course)}" for name, course in known.items() if not course.over_optimised]
     said = [f"Over-optimisation showed {'; '.join(showed)}."] if showed else []
     return said + ([f"Over-optimisation did not show {'; '.join(spared)}."] if spared else [])
 

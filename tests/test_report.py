@@ -3,14 +3,18 @@
 import io
 import math
 import re
+from functools import cache
+from html import unescape
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from rrlhf.evaluation import Evaluation, Measured, Policy
 from rrlhf.excerpts import Excerpt
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
+from rrlhf.lineage import Graph, Product, tree
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
 from rrlhf.report import render, reward_in_words, table, visible
 from rrlhf.trainings import Event, Training, health
@@ -125,14 +129,31 @@ def without_gold() -> Evaluation:
     return bare
 
 
+def ancestry(note: str = "") -> tuple[Graph, Product]:
+    """A policy from an SFT model and a reward model, which are from one data set."""
+    document: Any = {"stage": "ppo", "params": {"ppo": {"updates": 8}, "note": note}}
+    data = Product("md5:" + "d" * 32 + ".dir", "data", "prepare", names=("default",))
+    sft = Product("a" * 64, "sft", "sft", inputs={"data": data.digest, "base": "random:2x32"}, names=("rrlhf-sft/1",))
+    reward = Product("b" * 64, "reward", "reward", inputs={"data": data.digest, "sft": sft.digest})
+    inputs = {"data": data.digest, "sft": sft.digest, "reward": reward.digest}
+    made = Product("c" * 64, f"ppo-{note or 'robust'}", "ppo", inputs=inputs, document=document)
+    return Graph([made, reward, sft, data]), made
+
+
 def html(of: Evaluation, **changes: Any) -> str:
     arguments: dict[str, Any] = {
         "params": {"ppo": {"updates": 8}},
-        "lineage": "policy\n└── sft",
+        "lineage": ancestry(),
         "facts": {"git": "abc"},
         "trained": {},
     }
     return render(of, **(arguments | changes))
+
+
+@cache
+def whole() -> str:
+    """The page of all there is, drawn once: its charts take most of a second."""
+    return html(evaluation())
 
 
 def test_reward_functions_are_named_with_their_weights() -> None:
@@ -212,7 +233,7 @@ def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
         [],
     )
     assert verdict(lonely) == ["There is no trained arm to compare.", "sft has gold 0.40 ± 0.05."]
-    page = html(lonely, lineage="", facts={})
+    page = html(lonely, lineage=None, facts={})
     assert "<img" not in page
     assert "Samples" not in page
 
@@ -237,11 +258,12 @@ def test_twenty_heads_or_one_can_be_drawn() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    page = html(evaluation())
+    page = whole()
     loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
     assert len(loaded) == 11  # six panels, the heads of two arms, two reliabilities, one correlation
     assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded)
-    assert not re.search(r"<script|<link|@import|url\(|http://|https://", page)
+    assert not re.search(r"<script|<link|<iframe|@import|@font-face|srcset|url\((?!#)|http://|https://|//cdn", page)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
 
 
 def test_text_from_models_and_settings_is_escaped() -> None:
@@ -249,15 +271,16 @@ def test_text_from_models_and_settings_is_escaped() -> None:
     planted = evaluation()
     planted["samples"][0]["prompt"] = nasty
     planted["samples"][0]["responses"]["single"]["text"] = f"{nasty}\x1b[31mred\u202eder"
-    page = html(planted, params={"ppo": {"note": nasty}}, lineage=nasty, facts={nasty: nasty})
+    page = html(planted, params={"ppo": {"note": nasty}}, lineage=ancestry(nasty), facts={nasty: nasty})
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") == 6  # prompt, response, params, lineage, fact and its name
+    # prompt, response, params, fact and its name; the tree; of the drawing its title, a box and the box's tip (twice)
+    assert page.count("&lt;script&gt;alert(1)") == 5 + 1 + 4
     assert "⟨U+001B⟩[31mred⟨U+202E⟩der" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
 
 
 def test_reward_models_are_shown_with_calibration_heads_and_gold() -> None:
-    page = html(evaluation())
+    page = whole()
     text = re.sub(r"<[^>]+>", " ", page)
     assert re.search(r"ensemble, worst\s+0.64 ± 0.05\s+\(n = 96\)\s+0.54 to 0.74", text)
     assert re.search(r"single head\s+0.050\s+0.120\s+0.210\s+0.610\s+–", text)
@@ -283,10 +306,10 @@ def test_other_methods_are_named_and_best_of_n_is_drawn_over_n() -> None:
     page = html(with_other_methods())
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "aligned 4 times: by PPO to please a reward, where nothing else is said." in text
-    assert "direct ( DPO: the preferences, no reward model)" in text.replace("direct (DPO", "direct ( DPO")
+    assert "direct DPO: the preferences, no reward model" in text
     assert "best of 16 by 0.4 most confident + 0.6 minimum" in text
     assert page.count("Chart: Gold by n") == page.count("Chart: Reward by n") == 1
-    assert "trained 2 times by PPO" in " ".join(re.sub(r"<[^>]+>", " ", html(evaluation())).split())
+    assert "trained 2 times by PPO" in " ".join(re.sub(r"<[^>]+>", " ", whole()).split())
 
 
 def test_the_verdict_tells_how_gold_goes_with_n() -> None:
@@ -332,7 +355,7 @@ def test_a_healthy_training_is_said_to_be_healthy() -> None:
 
 def test_arms_that_were_not_watched_have_no_health() -> None:
     assert health({}) == ""
-    page = html(evaluation())
+    page = whole()
     assert "Health of the training" not in page
     assert "What they wrote" not in page
 
@@ -358,13 +381,51 @@ def test_what_a_policy_wrote_as_it_trained_is_shown_by_prompt_and_escaped() -> N
     assert re.search(r"Prompt 7\s+rollout 3\s+\(empty\)\s+proxy 0.50 · KL –", text)
 
 
+def test_the_page_fits_a_phone_and_paper() -> None:
+    page = whole()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert "@media print" in page
+    assert "details.printed::details-content" in page
+    assert len(re.findall(r"<table", page)) == len(re.findall(r'<div class="scroll">\s*<table', page))
+
+
+def test_the_lineage_is_drawn_with_every_node_of_the_tree() -> None:
+    graph, made = ancestry()
+    drawn = whole().split('<svg class="graph"')[1].split("</svg>")[0]
+    assert whole().count(tree(graph, made)) == 1
+    for product in graph.up(made):
+        assert re.search(rf">{re.escape(product.title)}</text>", drawn)
+        assert product.short in drawn
+    assert drawn.count('<g class="box') == len(graph.up(made)) == 5
+    assert "ppo.updates: 8" in drawn  # what pointing at the box tells
+
+
+def test_the_drawings_style_stays_inside_it() -> None:
+    style = whole().split('<svg class="graph"')[1].split("<style>")[1].split("</style>")[0]
+    for selectors in re.findall(r"([^{}]+)\{", style):
+        assert all(selector.strip().startswith(".graph ") for selector in selectors.split(","))
+
+
+def test_exact_parameters_can_be_opened() -> None:
+    params = {"ppo": {"updates": 8, "learning_rate": 3e-4}, "arms": {"robust": {"nominal_weight": 0.4}}}
+    folded = html(evaluation(), params=params).split("<summary>All parameters</summary>")[1].split("</details>")[0]
+    assert yaml.safe_load(unescape(re.sub("</?pre[^>]*>", "", folded))) == params
+
+
+def test_every_head_scores_every_sample_and_the_lowest_is_marked() -> None:
+    page = whole()
+    assert (
+        page.count('<div class="heads">heads <span class="lowest">0.10</span> <span>0.20</span> <span>0.40</span>') == 3
+    )
+
+
 def test_visible_keeps_ordinary_text() -> None:
     assert visible("né 猫 😀\n\tok") == "né 猫 😀\n\tok"
     assert visible("\x00\r\x9b\ud800") == "⟨U+0000⟩⟨U+000D⟩⟨U+009B⟩⟨U+D800⟩"
 
 
 def test_the_same_numbers_give_the_same_page() -> None:
-    assert html(evaluation()) == html(evaluation())
+    assert html(evaluation()) == whole()
 
 
 def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> None:

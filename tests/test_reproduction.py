@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rrlhf.artifacts import HISTORY
+from rrlhf.artifacts import CARD, HISTORY
 from rrlhf.reproduction.command import conclusion, verdict
 from rrlhf.reproduction.compare import Comparison, Difference, compare, first_step
 from rrlhf.reproduction.rebuild import Rebuilt
 
-FILES = ["model.safetensors", "config.json", "rollouts.parquet", "notes.txt", HISTORY]
+FILES = ["model.safetensors", "config.json", "rollouts.parquet", "notes.txt", HISTORY, CARD]
 
 
 def write(folder, weight=1.0, number=0.5, text="a", gold=2.0, notes="same", loss=0.25):

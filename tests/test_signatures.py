@@ -134,7 +134,7 @@ def forge(artifact):
 def test_a_forgery_that_is_sealed_again_is_found_by_the_signature_alone(store, artifact, tmp_path):
     forge(artifact)
     assert Store(tmp_path).checked("sft", artifact.key)  # without a key it is sound
-    assert "has signed other content: artifact.json, model.bin" in refused(store, artifact)
+    assert "has signed other content: README.md, artifact.json, model.bin" in refused(store, artifact)
 
 
 def test_a_changed_history_metric_or_time_is_found(store, artifact):
@@ -164,7 +164,7 @@ def test_another_key_that_calls_itself_ours_is_refused(store, artifact, tmp_path
 def test_the_signature_of_another_artifact_is_refused(store, artifact):
     other = publish(store, content=b"others", seed=2)
     shutil.copy(other.path / SIGNATURE, artifact.path / SIGNATURE)
-    assert "has signed other content: artifact.json, model.bin" in refused(store, artifact)
+    assert "has signed other content: README.md, artifact.json, model.bin" in refused(store, artifact)
 
 
 def test_a_signature_that_leaves_a_file_out_is_refused(store, artifact, keys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,8 @@ from threading import Thread
 import pytest
 from mlflow import MlflowClient
 
-from rrlhf.artifacts import HISTORY, Store, clear
+from rrlhf.artifacts import CARD, HISTORY, Store, clear
+from rrlhf.cards import summary, without_front_matter
 from rrlhf.config import load_params
 from rrlhf.health import DivergedError
 from rrlhf.keys import key_digest
@@ -64,7 +66,7 @@ def document(name, inputs):
     return {"stage": node.stage, "params": node.settings, "inputs": inputs, "code": {}, "numerics": {}}
 
 
-def published(root, name, inputs, fill=None):
+def published(root, name, inputs, fill=None, rows=ROWS):
     """Publish a small artifact of a node."""
     store, paper = Store(root), document(name, inputs)
     staged = clear(store.staging(NODES[name].stage, key_digest(paper)))
@@ -72,7 +74,7 @@ def published(root, name, inputs, fill=None):
     (staged / "weights" / "model.safetensors").write_bytes(name.encode())
     if fill:
         fill(staged)
-    (staged / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    (staged / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return store.publish(name, paper, staged, seconds=2.0)
 
 
@@ -447,3 +449,43 @@ def test_a_registered_policy_loads_by_its_alias_and_answers(root, tracker):
     assert len(answers) == 2
     assert all(isinstance(answer, str) and answer for answer in answers)
     assert answers == loaded.predict(["Write a note.", "Write a poem."])
+
+
+def test_a_registered_policy_loads_as_its_card_says(root, tracker, monkeypatch):
+    import mlflow
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
+    tracker.register(policy, DATA, aliases=["robust"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    said = re.search(r"```python\n(.*?)```", (policy.path / CARD).read_text(), re.DOTALL)
+    names = {}
+    exec(said[1], names)
+    by_number = Path(mlflow.artifacts.download_artifacts("models:/rrlhf-policy/1")) / "artifact"
+    own = AutoModelForCausalLM.from_pretrained(policy.path).state_dict()
+    for other in (names["model"], AutoModelForCausalLM.from_pretrained(by_number)):
+        assert own.keys() == other.state_dict().keys()
+        assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in own.items())
+    assert names["tokenizer"].decode(names["tokenizer"]("A note.")["input_ids"]).replace(" ", "") == "Anote."
+    assert files(by_number) == files(policy.path)
+
+
+def test_mlflow_shows_the_card_with_version_run_and_model(tracker, client, family):
+    register_all(tracker, family)
+    version, card = client.get_model_version("rrlhf-policy", "1"), (family[3].path / CARD).read_text()
+    assert version.description == summary(family[3].manifest)
+    shown = without_front_matter(card)
+    assert shown.startswith("# Policy robust, by PPO")
+    assert client.get_run(version.run_id).data.tags["mlflow.note.content"] == shown
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.tags["mlflow.note.content"] == shown
+
+
+def test_a_card_too_long_for_mlflow_ends_with_where_the_rest_is(root, tracker, client):
+    long = [{"step": 1, **{f"head_{n}": float(n) for n in range(300)}}]
+    sft = published(root, "sft", {"data": DATA.digest}, rows=long)
+    tracker.register(sft, DATA)
+    shown = client.get_run(client.get_model_version("rrlhf-sft", "1").run_id).data.tags["mlflow.note.content"]
+    assert 7900 < len(shown) <= 8000
+    assert re.search(r"\| `head_\d+` \| \d+ \| – \|\n\n\(The rest is in artifact/README.md.\)$", shown)

@@ -16,11 +16,12 @@ COLOURS = {"data": "#2a78b5", "outside": "#777777", "policy": "#c0561f", "evalua
 LETTERS = 27  # of a line in a box
 
 STYLE = """
-text{font-family:system-ui,sans-serif;font-size:12px;fill:#1b1b1b}
-.box rect{fill:#fff;stroke-width:1.5}.box.start rect{stroke-width:4}.title{font-weight:600}
-.small{fill:#555;font-size:11px}
-.arrow{fill:none;stroke:#999;stroke-width:1.2}.arrow.far{stroke:#ddd}.arrow.lit{stroke:#111;stroke-width:2.2}
-.box:hover rect,.box:target rect{fill:#fff6d6}.box a{cursor:pointer}
+.graph text{font-family:system-ui,sans-serif;font-size:12px;fill:#1b1b1b}
+.graph .box rect{fill:#fff;stroke-width:1.5}.graph .box.start rect{stroke-width:4}.graph .title{font-weight:600}
+.graph .small{fill:#555;font-size:11px}
+.graph .arrow{fill:none;stroke:#999;stroke-width:1.2}.graph .arrow.far{stroke:#ddd}
+.graph .arrow.lit{stroke:#111;stroke-width:2.2}
+.graph .box:hover rect,.graph .box:target rect{fill:#fff6d6}.graph .box a{cursor:pointer}
 """
 PAGE_STYLE = """
 body{font-family:system-ui,sans-serif;margin:1.5rem;color:#1b1b1b;background:#fafafa}h1{font-size:1.25rem}
@@ -66,7 +67,7 @@ def svg(graph: Graph, start: Product, *, down: bool = False, linked: bool = Fals
     )
     title = escape(f"{'What was made from' if down else 'What made'} {line(start)}")
     inside = "\n".join([f"<title>{title}</title><style>{STYLE}</style>{marker}", *arrows, *boxes])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>\n{inside}\n</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" {size}>\n{inside}\n</svg>'
 
 
 def html(graph: Graph, start: Product, *, down: bool = False) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rrlhf.artifacts import HISTORY
+from rrlhf.artifacts import BESIDE, HISTORY
 from rrlhf.memo import sha256
 
 CLOCKS = {"seconds", "tokens_per_second"}  # of the machine, not of the training
@@ -39,11 +39,11 @@ class Comparison(NamedTuple):
 
 
 def compare(kept: Path, rebuilt: Path, files: Iterable[str], tolerance: float) -> Comparison:
-    """Compare the files of two folders; a history holds times and is left out.
+    """Compare the files of two folders; history and card, which hold times, are left out.
 
     Numbers a and b are equal within tolerance t when |a - b| <= t + t |b|.
     """
-    names = sorted(set(files) - {HISTORY})
+    names = sorted(set(files) - BESIDE)
     found: list[Difference] = []
     for name in names:
         if not (rebuilt / name).is_file():

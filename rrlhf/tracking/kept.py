@@ -13,8 +13,7 @@ from urllib.parse import unquote, urlparse
 
 from rrlhf.artifacts import SIGNATURE, Artifact
 from rrlhf.keys import canonical
-from rrlhf.stages import DATA
-from rrlhf.tracking.models import MODEL_NAMES
+from rrlhf.stages import DATA, MODEL_NAMES
 from rrlhf.tracking.records import INSIDE, MLMODEL, has
 
 

@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 from rrlhf.artifacts import Artifact
+from rrlhf.cards import summary
 from rrlhf.memo import sha256
+from rrlhf.stages import MODEL_NAMES
 from rrlhf.tracking.records import (
     INSIDE,
     MLMODEL,
@@ -15,22 +17,13 @@ from rrlhf.tracking.records import (
     linked_files,
     model_id_of,
     model_metrics,
+    note,
     stage_tags,
     write_metrics,
     write_mlmodel,
 )
 from rrlhf.tracking.server import long_requests
 from rrlhf.types import Dataset
-
-MODEL_NAMES = {
-    "sft": "rrlhf-sft",
-    "reward": "rrlhf-reward",
-    "member": "rrlhf-reward-member",
-    "ensemble": "rrlhf-ensemble",
-    "ppo": "rrlhf-policy",
-    "dpo": "rrlhf-policy",
-    "best_of_n": "rrlhf-best-of-n",  # a rule over the SFT model's responses: apart from the policies that one can load
-}
 
 
 class Models:
@@ -68,16 +61,19 @@ class Models:
             self._client.delete_model_version(found.name, str(found.version))
         return None
 
-    def new_version(self, name: str, model_id: str, run_id: str, tags: dict[str, str]) -> Any:
+    def new_version(self, artifact: Artifact, model_id: str, run_id: str, tags: dict[str, str]) -> Any:
         """Register a logged model. The tags come with the version, so there is never one without them."""
         from mlflow.exceptions import MlflowException
 
+        name = MODEL_NAMES[artifact.stage]
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        made = self._client.create_model_version(name, f"models:/{model_id}", run_id, tags, model_id=model_id)
+        made = self._client.create_model_version(
+            name, f"models:/{model_id}", run_id, tags, description=summary(artifact.manifest), model_id=model_id
+        )
         shown = [{"name": name, "version": made.version}]  # MLflow's page of the logged model reads this tag
         self._client.set_logged_model_tags(model_id, {"mlflow.modelVersions": json.dumps(shown)})
         return made
@@ -100,6 +96,7 @@ class Models:
             write_mlmodel(folder, model.model_id, run_id, artifact.stage)
             self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(folder / "MLmodel")})
             self._client.log_model_artifacts(model.model_id, str(folder))
+        self._client.set_logged_model_tags(model.model_id, note(artifact))
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 
@@ -124,7 +121,7 @@ class Models:
             self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
             write_metrics(self._client, run_id, model_metrics(run, dataset, model_id))
         if len(read) == len(set(digests)):
-            done = {"rrlhf.digest": artifact.digest, "rrlhf.model": model_id or ""}
+            done = {"rrlhf.digest": artifact.digest, "rrlhf.model": model_id or "", **note(artifact)}
             self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in done.items()])
 
     def keep_files(self, run: Any, artifact: Artifact, dataset: Dataset | None) -> None:

@@ -17,14 +17,15 @@ from typing import Any
 
 import yaml
 
-from rrlhf.artifacts import MANIFEST, SIGNATURE, Artifact
+from rrlhf.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.cards import without_front_matter
 from rrlhf.keys import canonical
+from rrlhf.stages import GENERATES
 from rrlhf.types import Dataset
 
-GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
 MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+METRICS_PER_CALL, PARAMS_PER_CALL, LETTERS_PER_TAG = 1000, 100, 8000  # MLflow's limits
 
 
 def has(name: str, value: str) -> str:
@@ -61,6 +62,21 @@ def version_tags(artifact: Artifact, dataset: Dataset | None) -> dict[str, str]:
     if dataset:
         tags |= {"rrlhf.dataset": dataset.digest, "rrlhf.dataset_name": dataset.name}
     return tags
+
+
+def note(artifact: Artifact) -> dict[str, str]:
+    """Return an artifact's card as the tag that MLflow's pages of a run and of a logged model show as its description.
+
+    A card that is longer than a tag may be ends with where the rest is.
+    """
+    path = artifact.path / CARD
+    if not path.is_file():
+        return {}
+    text = without_front_matter(path.read_text(encoding="utf-8"))
+    if len(text) > LETTERS_PER_TAG:
+        rest = f"\n\n(The rest is in {INSIDE}/{CARD}.)"
+        text = text[: LETTERS_PER_TAG - len(rest)].rpartition("\n")[0] + rest
+    return {"mlflow.note.content": text}
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.config import Params
 from rrlhf.locks import locked
-from rrlhf.stages import Node
+from rrlhf.stages import MODEL_NAMES, Node
 from rrlhf.tracking.kept import Kept
-from rrlhf.tracking.models import MODEL_NAMES, Models
+from rrlhf.tracking.models import Models
 from rrlhf.tracking.promotions import Promotions
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
@@ -120,16 +120,15 @@ class Tracker:
             if artifact.stage not in MODEL_NAMES:
                 self._models.keep_files(run, artifact, dataset)
                 return None
-            name = MODEL_NAMES[artifact.stage]
             found = self._models.version_of(artifact)
             created = found is None
             if created:
                 model_id = self._models.upload(artifact, run.info.run_id)
-                found = self._models.new_version(name, model_id, run.info.run_id, version_tags(artifact, dataset))
+                found = self._models.new_version(artifact, model_id, run.info.run_id, version_tags(artifact, dataset))
             self._models.link(run, artifact, dataset, model_id_of(found))
             for alias in set(aliases) - set(found.aliases):
-                self._client.set_registered_model_alias(name, alias, str(found.version))
-            return Registered(name, str(found.version), created)
+                self._client.set_registered_model_alias(found.name, alias, str(found.version))
+            return Registered(found.name, str(found.version), created)
 
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""

@@ -1,0 +1,183 @@
+"""A card follows from the manifest, says what a reader must know, and lets no text out of its place."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from rrlhf.artifacts import CARD, HISTORY, Store, content_digest
+from rrlhf.cards import about, card, code, summary, without_front_matter
+from rrlhf.config import load_params
+from rrlhf.keys import key_digest
+from rrlhf.stages import GENERATES, MODEL_NAMES, nodes
+from rrlhf.types import Dataset
+from rrlhf.units import UNITS, unit
+
+ROOT = Path(__file__).parents[1]
+GLOSSARY = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+MEMBERS = {"ensemble.kind": "members", "arms.direct": {"method": "dpo", "seed": 1}}
+PARAMS = load_params(
+    ROOT, "default", MEMBERS | {"arms.choosy": {"method": "best_of_n", "reward": "worst", "n": 4, "seed": 1}}
+)
+DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
+MODELS = {node.name: node for node in nodes(PARAMS) if node.stage in MODEL_NAMES}
+ROWS = [
+    {"step": 1, "kl": 0.5, "proxy": 0.1, "seconds": 1.0},
+    {"step": 2, "kl": 12.34567, "health_hacking_suspected": 1, "seconds": 2.0},
+]
+
+
+def manifest(name, **changes):
+    node = MODELS[name]
+    inputs = {argument: DATA.digest if argument == "data" else argument[0] * 64 for argument in node.inputs}
+    document = {"stage": node.stage, "params": node.settings, "inputs": inputs, "code": {}, "numerics": {"torch": "2"}}
+    made = {"name": name, "key": "1" * 64, "digest": "2" * 64, "document": document, "git_commit": "3" * 40}
+    made |= {"seconds": 61.5, "hardware": {"cores": 2}, "dataset": about(DATA, PARAMS.prepare)}
+    return made | changes
+
+
+def sections(text):
+    """The text under every heading of the second level, code left out."""
+    return dict(part.split("\n", 1) for part in re.sub(r"```.*?```", "", text, flags=re.DOTALL).split("\n## ")[1:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_a_card_that_the_hub_can_read(name):
+    stage, read = MODELS[name].stage, ModelCard(card(manifest(name), ROWS), ignore_metadata_errors=False).data
+    assert read.library_name == ("transformers" if stage in GENERATES else "rrlhf")
+    assert read.datasets == ["default"]
+    assert f"rrlhf-{stage.replace('_', '-')}" in read.tags
+    assert "license" not in read.to_dict()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(name):
+    made = manifest(name)
+    text = card(made, ROWS)
+    told = sections(text)
+    assert "\n\n\n" not in text
+    assert list(told) == ["How to load", "Data", "Made from", "Metrics", "Limits", "Reproduce", "Settings"]
+    assert (
+        f"`default` in DVC's version `{DATA.digest}`, made from `tasks of rrlhf/tasks.py` (at most 448 rows of it)."
+        in told["Data"]
+    )
+    assert ("through its parents" in told["Data"]) == ("data" not in MODELS[name].inputs)
+    for argument, digest in made["document"]["inputs"].items():
+        assert argument == "data" or f"| `{argument}` | `{digest}` |" in told["Made from"]
+    assert f"| `kl` | 12.35 | {unit(MODELS[name].stage, 'kl')} |" in told["Metrics"]
+    assert "`seconds`" not in told["Metrics"]
+    assert "not for production" in told["Limits"]
+    assert "rrlhf reproduce 222222222222\n" in text
+    assert (
+        yaml.safe_load(re.search(r"## Settings\n\n```yaml\n(.*)\n```\n", text, re.DOTALL)[1]) == MODELS[name].settings
+    )
+
+
+def test_a_policy_tells_its_health_and_what_gold_and_proxy_are():
+    told = sections(card(manifest("ppo-robust"), ROWS))
+    assert "Health of the training: hacking_suspected (step 2)." in told["Metrics"]
+    assert "Health of the training: healthy." in card(manifest("ppo-robust"), ROWS[:1])
+    assert "no detector watched it" in card(manifest("dpo-direct"), ROWS)
+    assert "reward hacking" in told["Limits"]
+    assert "Gold is the score of an independent judge" in told["Limits"]
+
+
+def test_the_summary_names_the_reward_with_its_settings_and_functions():
+    robust = "**Policy robust, by PPO.** The SFT model after PPO on the reward `robust, nominal_weight 0.4"
+    assert summary(manifest("ppo-robust")) == f"{robust}`."
+    made = manifest("ppo-robust")
+    made["document"]["params"]["arm"]["functions"] = {"rules:short": -0.5}
+    assert summary(made) == f"{robust}, -0.5 rules:short`."
+    assert "sample 4 responses" in summary(manifest("best_of_n-choosy"))
+
+
+def test_hub_models_and_data_sets_are_named_as_the_hub_does():
+    made = manifest("reward")
+    made["document"]["params"]["model"] |= {"base": "owner/model", "revision": "abc"}
+    prepare = PARAMS.prepare.model_copy(update={"source": "owner/pairs", "revision": "def", "limit": None})
+    made["dataset"] = about(DATA, prepare)
+    text = card(made, ROWS)
+    read = ModelCard(text).data
+    assert (read.base_model, read.datasets) == ("owner/model", ["owner/pairs"])
+    assert f"`default` in DVC's version `{DATA.digest}`, made from `owner/pairs@def`." in text
+
+
+def test_a_card_does_not_tell_where_a_machine_keeps_its_files():
+    prepare = PARAMS.prepare.model_copy(update={"source": "/home/someone/rows.jsonl"})
+    assert about(DATA, prepare)["source"] == "rows.jsonl"
+
+
+def test_text_of_others_stays_in_its_place():
+    nasty = "a`b|c\n\n# d ```` e"
+    made = manifest("sft")
+    made["document"]["params"]["model"] |= {"system_prompt": nasty, "base": nasty}
+    text = card(made, [{"step": 1, nasty: 1.0}])
+    assert code(nasty) == "`a'b/c # d '''' e`"
+    assert re.findall("^# .*", re.sub("(`{3,}).*?\n\\1", "", text, flags=re.DOTALL), re.MULTILINE) == ["# SFT model"]
+    assert yaml.safe_load(re.search(r"\n`{5}yaml\n(.*)\n`{5}\n", text, re.DOTALL)[1])["model"]["base"] == nasty
+
+
+def test_a_model_without_rows_data_or_commit_has_a_card():
+    made = manifest("sft", git_commit=None)
+    del made["dataset"]
+    assert "None were logged." in card(made, [])
+    assert f"A data set in DVC's version `{DATA.digest}`." in card(made, [])
+    assert card(manifest("sft") | {"document": {"stage": "evaluate", "params": {}, "inputs": {}}}, ROWS) is None
+
+
+def test_the_same_manifest_has_the_same_card():
+    assert card(manifest("ppo-robust"), ROWS) == card(manifest("ppo-robust"), ROWS)
+    assert without_front_matter(card(manifest("sft"), ROWS)).startswith("# SFT model\n")
+
+
+@pytest.mark.parametrize("stage", UNITS)
+def test_units_are_those_of_the_glossary(stage):
+    heading = "reward, ensemble and its members" if UNITS[stage] is UNITS["reward"] else stage
+    rows = re.findall(
+        r"^\| (`[^|]+)\| ([^|]+) \|", GLOSSARY.split(f"\n## {heading}\n")[1].split("\n## ")[0], re.MULTILINE
+    )
+    units = {name: written for names, written in rows for name in re.findall("`([^`]+)`", names)}
+    assert {name: unit(stage, name) for name in units} == units
+    assert set(UNITS[stage]) <= set(units)
+
+
+def test_the_units_of_one_head_function_reading_or_detector_are_those_of_all():
+    assert unit("ppo", "head_3") == unit("ppo", "score") == "normalised score"
+    assert unit("ppo", "head_3_nominal") == unit("ensemble", "heldout_accuracy_worst") == "share, 0 to 1"
+    assert unit("ensemble", "heldout_accuracy_worst_stderr") == unit("reward", "heldout_accuracy_stderr") == "share"
+    assert unit("ppo", "function_short") == "of the function"
+
+
+@pytest.fixture
+def publish(tmp_path):
+    store, paper = Store(tmp_path), manifest("sft")["document"]
+
+    def call(seconds):
+        staged = store.staging("sft", key_digest(paper))
+        staged.mkdir(parents=True)
+        (staged / "model.safetensors").write_bytes(b"weights")
+        (staged / HISTORY).write_text('{"step": 1, "loss": 2.0}\n')
+        return store.publish("sft", paper, staged, seconds=seconds, dataset=about(DATA, PARAMS.prepare))
+
+    return store, call
+
+
+def test_a_published_model_has_its_card_which_is_checked_but_no_content(publish):
+    store, call = publish
+    made = call(1.0)
+    assert "| `loss` | 2 | nats per token |" in (made.path / CARD).read_text()
+    assert set(made.manifest["files"]) == {CARD, HISTORY, "model.safetensors"}
+    assert made.digest == content_digest({"model.safetensors": made.manifest["files"]["model.safetensors"]})
+    (made.path / CARD).write_text("Perfect.")
+    assert CARD in store.fault(made)
+
+
+def test_equal_content_has_one_digest_however_its_card_reads(publish, tmp_path):
+    _, call = publish
+    first = call(1.0)
+    first.path.rename(tmp_path / "away")
+    second = call(2.0)
+    assert second.digest == first.digest
+    assert second.manifest["files"][CARD] != first.manifest["files"][CARD]

@@ -1,0 +1,98 @@
+"""The report's first screen says in words what the numbers say, and no more."""
+
+import math
+
+import pytest
+
+from rrlhf.evaluation import Evaluation, Measured, Policy
+from rrlhf.health import Event
+from rrlhf.standing import headline, scales, standings
+from rrlhf.trainings import Training
+
+
+def measured(mean: float, stderr: float = 0.1) -> Measured:
+    return {"mean": mean, "stderr": stderr, "n": 96}
+
+
+def policy(name: str, reward: str = "single", **metrics: Measured) -> Policy:
+    return {"name": name, "reward": reward, "settings": {}, "metrics": metrics}
+
+
+def evaluation(*arms: Policy, **start: Measured) -> Evaluation:
+    return {"policies": [policy("sft", "none", **start), *arms], "curves": [], "samples": [], "reward_models": []}
+
+
+def words(gold: Measured, start: float = 1.0) -> str:
+    [standing] = standings(evaluation(policy("arm", gold=gold), gold=measured(start)), {})
+    return standing.words
+
+
+@pytest.mark.parametrize(
+    ("gold", "said"),
+    [
+        (measured(1.29), "better than the start"),  # 0.29 > 2 sqrt(0.02) = 0.283
+        (measured(1.28), "not clearly different from the start"),
+        (measured(0.72), "not clearly different from the start"),
+        (measured(0.71), "worse than the start"),
+        (measured(9.0, math.nan), "not comparable with the start: no standard error"),
+    ],
+)
+def test_two_standard_errors_decide(gold, said):
+    assert words(gold) == said
+
+
+def test_changes_have_intervals_of_two_standard_errors_of_the_difference():
+    arm = policy("arm", gold=measured(2.0, 0.3), proxy=measured(-1.0, 0.0))
+    [standing] = standings(evaluation(arm, gold=measured(1.0, 0.4), proxy=measured(0.5, 0.0)), {})
+    assert standing.changes == {"gold": "+1.00 (+0.00 to +2.00)", "proxy": "-1.50 (-1.50 to -1.50)"}
+
+
+def test_the_headline_groups_arms_that_came_out_alike():
+    arms = [policy(name, gold=measured(gold)) for name, gold in (("a", 2.0), ("b", 0.0), ("c", 3.0), ("d", 1.0))]
+    told = headline(standings(evaluation(*arms, gold=measured(1.0)), {}))
+    better, worse, same = "a and c are better than the start", "b is worse than the start", "d is not clearly different"
+    assert told == f"By the independent judge, {better}; {worse}; {same} from the start."
+
+
+def test_without_a_judge_nothing_is_said_of_quality():
+    found = standings(evaluation(policy("a", proxy=measured(9.0)), proxy=measured(0.0)), {})
+    assert headline(found) == "No independent judge read this run: whether the responses became better is not known."
+    assert found[0].words == "not judged"
+    assert found[0].changes.keys() == {"proxy"}
+
+
+def test_warnings_are_those_of_the_courses_and_of_the_detectors():
+    known = evaluation(policy("a", gold=measured(0.0)), policy("b", gold=measured(2.0)), gold=measured(1.0))
+    for update, gold in enumerate([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]):
+        point = {"policy": "a", "update": update, "kl": 1.0, "proxy": update, "spread": 0.1, "words": 9.0, "heads": []}
+        known["curves"].append({**point, "gold": gold, "gold_stderr": 0.1})
+    event = Event(5, "hacking_suspected", "score rose", "warned")
+    a, b = standings(known, {"a": Training([event, event], []), "b": Training([], [])})
+    assert a.warnings == ["quality fell while the reward rose", "detector: hacking suspected"]
+    assert b.warnings == []
+
+
+def test_nothing_is_said_without_a_start():
+    alone = evaluation()
+    alone["policies"] = [policy("a", gold=measured(1.0))]
+    assert standings(alone, {}) == []
+    assert scales(alone) == []
+
+
+def test_intervals_share_a_scale_that_holds_them_all():
+    arms = [policy("a", gold=measured(2.0, 0.5)), policy("b", gold=measured(-1.0, math.nan))]
+    [scale] = scales(evaluation(*arms, gold=measured(0.0)))
+    bars = {bar.policy: bar for bar in scale.bars}
+    places = [place for bar in scale.bars for place in (bar.low, bar.middle, bar.high)]
+    assert 0 < min(places) == bars["b"].low == bars["b"].high
+    assert 100 > max(places) == bars["a"].high
+    assert scale.start == bars["sft"].middle
+    # places are linear: the mean 0 of sft lies a third of the way from -1 to 2
+    share = (bars["sft"].middle - bars["b"].middle) / (bars["a"].middle - bars["b"].middle)
+    assert share == pytest.approx(1 / 3, abs=1e-3)
+    assert (bars["a"].told, bars["b"].told) == ("2.00 (1.00 to 3.00)", "-1.00")
+
+
+def test_equal_policies_without_errors_lie_in_the_middle():
+    [scale] = scales(evaluation(policy("a", gold=measured(1.0, 0.0)), gold=measured(1.0, 0.0)))
+    assert {bar.middle for bar in scale.bars} == {scale.start} == {50.0}
