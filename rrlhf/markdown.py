@@ -56,7 +56,7 @@ def comparison(evaluation: Evaluation, sentences: Iterable[str], report: str) ->
         name = policy["name"]
         figures = [in_figures(known[metric][name]) if name in known[metric] else "–" for metric in metrics]
         rows.append([f"★ {name}" if name == best else name, reward_in_words(policy), *figures])
-    shown = table(["policy", "reward", *metrics], rows)
+    shown = table(["policy", "trained on", *metrics], rows)
     said = "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
     return f"mean ± standard error over prompts, ★ the highest gold\n\n{shown}\n\n{said}\n\nreport: {escaped(report)}"
 
