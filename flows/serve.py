@@ -20,6 +20,7 @@ from urllib.error import HTTPError
 from flows.automations import FILE, declare
 from rrlhf.environment import end_with_parent
 from rrlhf.locks import locked
+from rrlhf.progress import check_stop, stop_between_steps
 from rrlhf.tracking import Tracker
 from rrlhf.tracking.server import PAGES
 
@@ -36,7 +37,7 @@ class ServeError(RuntimeError):
 
 
 def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> None:
-    """Start all services, print their addresses, and stop them at Ctrl-C or when one of them ends.
+    """Start all services, print their addresses, and stop them at Ctrl-C, SIGTERM, or when one of them ends.
 
     Deploys what prefect.yaml declares, and has the automations of automations.yaml on the server.
     """
@@ -50,6 +51,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         "PWD": str(root),  # prefect.yaml names it
     }
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
+    stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
     with ExitStack() as services:
         with locked(root / STARTING):
             start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
@@ -64,6 +66,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             _wait_for(f"http://{HOST}:{mlflow_port}/health", shown)
             print(_addresses(api, prefect_port, mlflow_port), flush=True)
             while all(process.poll() is None for process in (server, at_work, shown)):
+                check_stop()
                 time.sleep(0.5)
             raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
 
@@ -157,9 +160,10 @@ def _call(command: list[str], environment: Mapping[str, str], root: Path) -> Non
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when an address answers. Raises ServeError when it does not, or its process ends."""
+    """Return when an address answers. Raises ServeError when it does not, or its process ends; Interrupted if asked."""
     give_up = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < give_up and process.poll() is None:
+        check_stop()
         try:
             urllib.request.urlopen(address, timeout=2).close()
             return
