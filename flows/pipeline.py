@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.caching import ByKey
+from flows.pages import Pages
 from rrlhf.artifacts import Artifact, git_commit
 from rrlhf.cards import about
-from rrlhf.config import Params, load_params
+from rrlhf.config import load_params
 from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.dvc_pipeline import record, write_numbers
 from rrlhf.environment import find_root, set_environment
@@ -31,7 +33,15 @@ from rrlhf.records import noted
 from rrlhf.stages import DATA, METHODS, Node, aliases_of
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset, Log
-from rrlhf.uptodate import note_report, read_evaluation, report_file, show, trainings_of
+from rrlhf.uptodate import (
+    conclusions,
+    note_report,
+    nothing_to_do,
+    read_evaluation,
+    report_file,
+    show,
+    trainings_of,
+)
 
 Record = dict[str, str]
 
@@ -39,11 +49,17 @@ Record = dict[str, str]
 class Run:
     """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
 
-    def __init__(self, project: Project, wanted: Chosen, tracker: Tracker, tracking_id: str) -> None:
-        self.project, self.wanted, self.tracker, self.tracking_id = project, wanted, tracker, tracking_id
+    def __init__(self, project: Project, wanted: Chosen, made: list[str]) -> None:
+        self.project, self.wanted = project, wanted
+        self.tracking_id = ""  # of its run in MLflow, which one with nothing to do does without
         self.dataset: Dataset | None = None
         self.artifacts: dict[str, Artifact] = {}
-        self.made: list[str] = []  # nodes that computed; all others were there already
+        self.made = made  # nodes that computed; all others were there already
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """MLflow, imported and asked only when it is needed: that takes seconds."""
+        return Tracker.connect(self.project.root, self.project.params.tracking.experiment)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -81,22 +97,31 @@ def pipeline(
     set_environment(root)
     params = load_params(root, profile, overrides)
     asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
-    with noted(root, profile, overrides or {}, asked) as ran, tracked(Project(root, profile, params), asked) as run:
-        run.made = ran
-        data, *models = run.project.nodes
-        run.project.check_sources()
-        run.project.check_keys(run.project.plan(asked))  # `plan` raises when a part lacks what it is built on
-        if takes_part(data, run):
-            prepare(run.project.document(data, {}), run)
-        for together in independent(models, params.launch.arms_at_once):
-            finish([start(node, run, beside=len(together) - 1) for node in together if takes_part(node, run)], run)
-        for node in models:
-            if node.name in run.artifacts:
-                register.with_options(task_run_name=f"register-{node.name}")(node, run)
-        html = report(run) if "evaluate" in run.artifacts else None
-        record(run.project, whole=len(run.digests) == len(run.project.nodes))
+    with noted(root, profile, overrides or {}, asked) as ran:
+        project, pages = Project(root, profile, params), Pages(profile)
+        project.check_sources()
+        planned = project.plan(asked)  # raises when a part lacks what it is built on
+        project.check_keys(planned)
+        pages.plan(planned)
+        done = nothing_to_do(project, planned)
+        run = Run(project, chosen(asked, project.nodes), ran)
+        with nullcontext() if done else tracked(run):
+            make_all(run, pages)
+            html = told(run, pages) if done else register_all(run, pages)
+        record(project, whole=len(run.digests) == len(project.nodes))
     folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
     return {"ran": run.made, "folders": folders, "report": html}
+
+
+def make_all(run: Run, pages: Pages) -> None:
+    """Have every result of the run: computed, or found."""
+    data, *models = run.project.nodes
+    if takes_part(data, run):
+        prepare(run.project.document(data, {}), run)
+    for together in independent(models, run.project.params.launch.arms_at_once):
+        pages.advance(run.digests)
+        finish([start(node, run, beside=len(together) - 1) for node in together if takes_part(node, run)], run)
+    pages.advance(run.digests)
 
 
 def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
@@ -107,20 +132,19 @@ def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
 
 
 @contextmanager
-def tracked(project: Project, part: Part) -> Iterator[Run]:
-    """Open the flow's run in MLflow, and close it with how the flow ended."""
-    params: Params = project.params
-    tracker = Tracker.connect(project.root, params.tracking.experiment)
-    tracking_id = tracker.start_flow(project.profile, params, git_commit(project.root))
+def tracked(run: Run) -> Iterator[None]:
+    """Open the run's run in MLflow, and close it with how the flow ended."""
+    project, tracker = run.project, run.tracker
+    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root))
     status = "FAILED"
     try:
-        yield Run(project, chosen(part, project.nodes), tracker, tracking_id)
+        yield
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        tracker.finish_flow(tracking_id, status)
+        tracker.finish_flow(run.tracking_id, status)
 
 
 def takes_part(node: Node, run: Run) -> bool:
@@ -231,6 +255,14 @@ def restored(node: Node, key: str, run: Run) -> bool:
     return True
 
 
+def register_all(run: Run, pages: Pages) -> str | None:
+    """Make sure that MLflow knows every result; return the path of the report, if there is a comparison."""
+    for node in run.project.nodes:
+        if node.name in run.artifacts:
+            register.with_options(task_run_name=f"register-{node.name}")(node, run)
+    return report(run, pages) if "evaluate" in run.artifacts else None
+
+
 @task(cache_policy=NO_CACHE)
 def register(node: Node, run: Run) -> None:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
@@ -240,30 +272,42 @@ def register(node: Node, run: Run) -> None:
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE)
-def report(run: Run) -> str:
-    """Write the HTML report, print the comparison, and return the report's path."""
+def report(run: Run, pages: Pages) -> str:
+    """Write the HTML report, tell of the comparison, and return the report's path."""
     from rrlhf.lineage import load
     from rrlhf.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])
     ancestry = load(project.root, run.tracker.versions(), strict=False)
+    candidate = ancestry.find("rrlhf-policy@candidate")
     html = report_file(project)
     html.parent.mkdir(exist_ok=True)
     html.write_text(
         render(
             evaluation,
             params=project.params.model_dump(),
-            lineage=(ancestry, ancestry.find("rrlhf-policy@candidate")),
+            lineage=(ancestry, candidate),
             facts=_facts(run),
             trained=trained,
         ),
         encoding="utf-8",
     )
     write_numbers(project, evaluation, trained)
-    run.tracker.log_report(run.tracking_id, html)
+    page = run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
-    return show(project, run.artifacts)
+    pages.lineage(ancestry, candidate)
+    pages.report(page or html.as_uri(), html.name)
+    return told(run, pages)
+
+
+def told(run: Run, pages: Pages) -> str:
+    """Print the comparison, show it in Prefect's pages, and return the report's path."""
+    project = run.project
+    path = show(project, run.artifacts)
+    evaluation = read_evaluation(project, run.artifacts["evaluate"])
+    pages.comparison(evaluation, conclusions(project, run.artifacts), path)
+    return path
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -17,13 +17,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
+from flows.automations import FILE, declare
 from rrlhf.environment import end_with_parent
 from rrlhf.locks import locked
+from rrlhf.progress import check_stop, stop_between_steps
 from rrlhf.tracking import Tracker
+from rrlhf.tracking.server import PAGES
 
 HOST = "127.0.0.1"
 POOL = "rrlhf"
 STARTING = Path(".rrlhf", "starting")  # held while a server migrates the database, which two at once break
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes more, for features not used here
 SECONDS_TO_START = 120.0
 SECONDS_TO_STOP = 15.0
 
@@ -33,28 +37,36 @@ class ServeError(RuntimeError):
 
 
 def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> None:
-    """Start all services, print their addresses, and stop them at Ctrl-C or when one of them ends."""
+    """Start all services, print their addresses, and stop them at Ctrl-C, SIGTERM, or when one of them ends.
+
+    Deploys what prefect.yaml declares, and has the automations of automations.yaml on the server.
+    """
     api = f"http://{HOST}:{prefect_port}/api"
     environment = os.environ | {
         "PREFECT_API_URL": api,
         "PREFECT_SERVER_API_PORT": str(prefect_port),  # the pages ask this port
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; automations.yaml watches for it
+        PAGES: f"http://{HOST}:{mlflow_port}",
         "PWD": str(root),  # prefect.yaml names it
     }
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
+    stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
     with ExitStack() as services:
         with locked(root / STARTING):
             start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
             server = services.enter_context(start)
             _wait_for(f"{api}/health", server)
+        declare(api, root / FILE)
         _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
         _call(_prefect("deploy", "--all"), environment, root)
         worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
-        pages = _process("MLflow", _mlflow(root, mlflow_port), environment, root)
+        pages = _process("MLflow", _mlflow(root, mlflow_port), NO_JOBS | environment, root)
         with worker as at_work, pages as shown:
             _wait_for(f"http://{HOST}:{mlflow_port}/health", shown)
             print(_addresses(api, prefect_port, mlflow_port), flush=True)
             while all(process.poll() is None for process in (server, at_work, shown)):
+                check_stop()
                 time.sleep(0.5)
             raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
 
@@ -148,9 +160,10 @@ def _call(command: list[str], environment: Mapping[str, str], root: Path) -> Non
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when an address answers. Raises ServeError when it does not, or its process ends."""
+    """Return when an address answers. Raises ServeError when it does not, or its process ends; Interrupted if asked."""
     give_up = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < give_up and process.poll() is None:
+        check_stop()
         try:
             urllib.request.urlopen(address, timeout=2).close()
             return

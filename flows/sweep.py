@@ -14,6 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.pages import Pages
 from flows.pipeline import Run, Started, prepare, start
 from rrlhf.artifacts import git_commit
 from rrlhf.config import Params, load_params
@@ -72,7 +73,7 @@ def sweep(
             "overrides": given,
             "rows": rows,
         }
-        files = report_sweep(runs[0], parent, told)
+        files = report_sweep(runs[0], parent, told, Pages(profile))
     return {**told, "ran": [name for run in runs for name in run.made], "files": files}
 
 
@@ -101,10 +102,9 @@ def grouped(profile: str, params: Params, parts: Sequence[Share]) -> Iterator[tu
     try:
         for point, project, _ in parts:
             ids.append(tracker.start_flow(profile, project.params, commit, name=point.label[:200], parent=parent))
-        runs = [
-            Run(share.project, chosen(Part(), share.project.nodes), tracker, each)
-            for share, each in zip(parts, ids[1:], strict=True)
-        ]
+        runs = [Run(share.project, chosen(Part(), share.project.nodes), []) for share in parts]
+        for run, each in zip(runs, ids[1:], strict=True):
+            run.tracker, run.tracking_id = tracker, each
         yield runs, parent
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -185,12 +185,14 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
 
 
 @task(cache_policy=NO_CACHE)
-def report_sweep(run: Run, parent: str, told: Sweep) -> list[str]:
-    """Write the comparison as JSON, picture and page, keep it with the sweep's run, and print the table."""
-    from rrlhf.sweeps.show import show, write
+def report_sweep(run: Run, parent: str, told: Sweep, pages: Pages) -> list[str]:
+    """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the table."""
+    from rrlhf.sweeps.show import markdown, show, write
 
     files = write(told, run.project.root / "reports" / "sweeps" / told["name"])
     for file in files:
         run.tracker.log_report(parent, file)
     show(told)
-    return [str(file.relative_to(run.project.root)) for file in files]
+    written = [str(file.relative_to(run.project.root)) for file in files]
+    pages.sweep(markdown(told), written)
+    return written

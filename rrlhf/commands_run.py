@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,8 +50,8 @@ def run(
     --from with --until leaves what lies between them; --only goes with neither. Models that are up to date are
     registered and shown whatever part is asked for.
 
-    When nothing is to be done, nothing is started, and MLflow gets no further run, unless PREFECT_API_URL names a
-    server, which then shows it.
+    When nothing is to be done, nothing is started, and MLflow gets no further run; a server that PREFECT_API_URL
+    names then shows every stage as cached.
 
     Example: rrlhf run --set ppo.kl_weight=0.05
 
@@ -82,6 +81,8 @@ def plan(
 
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
     """
+    from rrlhf.plan import total
+
     changed = overrides(profile, set_)
     with clear_errors():
         planned = _project(profile, changed).plan(_part(from_, until, only, force))
@@ -91,8 +92,8 @@ def plan(
     width = max(len(one.node) for one in planned)
     for one in planned:
         print(_line(one, width, verbose))
-    if total := _total(planned):
-        print(total)
+    if expected := total(planned):
+        print(expected)
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         print("the tracking server was not asked: a model that it has will be restored instead of run")
 
@@ -198,17 +199,3 @@ def _line(one: Planned, width: int, verbose: bool) -> str:
     reasons = one.reasons if verbose else one.reasons[:1]
     more = f" and {len(one.reasons) - len(reasons)} more" if len(one.reasons) > len(reasons) else ""
     return f"{one.node:{width}}  {one.action:8}  {'; '.join(reasons)}{more}{took}".rstrip()
-
-
-def _total(planned: Sequence[Planned]) -> str:
-    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
-    from rrlhf.progress import in_words
-
-    computing = [one for one in planned if one.action in {"run", "upstream"}]
-    if not computing:
-        return ""
-    surely, perhaps = ([one for one in computing if one.action == action] for action in ("run", "upstream"))
-    counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
-    known = [one.seconds for one in computing if one.seconds is not None]
-    at_least = "at least " if len(known) < len(computing) else ""
-    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted

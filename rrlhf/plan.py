@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from rrlhf.keys import Document, differences, key_digest, key_document, our_modu
 from rrlhf.located import ParamsError
 from rrlhf.modules import Modules
 from rrlhf.partial import Chosen, Part, chosen
+from rrlhf.progress import in_words
 from rrlhf.signatures import notary_of
 from rrlhf.sources import external_digests
 from rrlhf.stages import DATA, Node, nodes
@@ -234,6 +235,23 @@ class Project:
         same: list[Any] = [old.manifest["seconds"] for old in self._earlier if old.name == node.name]
         like = same or [old.manifest["seconds"] for old in self._earlier if old.stage == node.stage]
         return float(like[0]) if like else None
+
+
+def computing(planned: Iterable[Planned]) -> list[Planned]:
+    """Return what will compute, or may."""
+    return [one for one in planned if one.action in {"run", "upstream"}]
+
+
+def total(planned: Iterable[Planned]) -> str:
+    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
+    found = computing(planned)
+    if not found:
+        return ""
+    surely, perhaps = ([one for one in found if one.action == action] for action in ("run", "upstream"))
+    counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
+    known = [one.seconds for one in found if one.seconds is not None]
+    at_least = "at least " if len(known) < len(found) else ""
+    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted
 
 
 @contextmanager

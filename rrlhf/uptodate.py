@@ -73,16 +73,22 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> str:
     from rich.console import Console
 
     from rrlhf.report import table
-    from rrlhf.verdict import verdict
 
-    evaluation, trained = read_evaluation(project, artifacts["evaluate"]), trainings_of(project, artifacts)
     console = Console(file=sys.stdout)
-    console.print(table(evaluation))
-    for sentence in filter(None, [*verdict(evaluation), health(trained)]):
+    console.print(table(read_evaluation(project, artifacts["evaluate"])))
+    for sentence in conclusions(project, artifacts):
         console.print(sentence, highlight=False, markup=False)
     shown = str(report_file(project).relative_to(project.root))
     console.print(f"\nreport: {shown}", highlight=False, markup=False, soft_wrap=True)
     return shown
+
+
+def conclusions(project: Project, artifacts: Mapping[str, Artifact]) -> list[str]:
+    """Return what the comparison says, and what health saw, in sentences."""
+    from rrlhf.verdict import verdict
+
+    said = verdict(read_evaluation(project, artifacts["evaluate"]))
+    return [*filter(None, [*said, health(trainings_of(project, artifacts))])]
 
 
 def note_report(project: Project, artifacts: Mapping[str, Artifact]) -> None:

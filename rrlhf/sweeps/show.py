@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rrlhf.markdown import escaped, table
 from rrlhf.plots import ARM_LOOKS, AXIS_LABELS, REFERENCE_LOOK, empty_chart
 from rrlhf.sweeps.comparison import Interval, Row, Sweep, primary
 from rrlhf.types import Json
 
+TITLE = "mean ± half of the 95 % interval"
 SHOWN = ("gold", "proxy", "kl", "words")
 
 
@@ -22,17 +24,28 @@ def show(sweep: Sweep) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = sweep["rows"]
-    metrics = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
-    shown = Table(title="mean ± half of the 95 % interval", title_justify="left")
-    for name in ("policy", *metrics):
+    header, *rows = cells(sweep["rows"])
+    shown = Table(title=TITLE, title_justify="left")
+    for name in header:
         shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name != "policy")
     for row in rows:
-        cells = [figures(row["metrics"][name]) if name in row["metrics"] else "–" for name in metrics]
-        shown.add_row(label(row), *cells)
+        shown.add_row(*row)
     console = Console(file=sys.stdout)
     console.print(shown)
-    console.print(legend(rows), highlight=False, markup=False)
+    console.print(legend(sweep["rows"]), highlight=False, markup=False)
+
+
+def markdown(sweep: Sweep) -> str:
+    """Return the table as Markdown."""
+    header, *rows = cells(sweep["rows"])
+    return f"{TITLE}\n\n{table(header, rows)}\n\n{escaped(legend(sweep['rows']))}"
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the table's header and rows."""
+    metrics = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
+    figured = [[figures(row["metrics"][name]) if name in row["metrics"] else "–" for name in metrics] for row in rows]
+    return [["policy", *metrics], *([label(row), *each] for row, each in zip(rows, figured, strict=True))]
 
 
 def label(row: Row) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from rrlhf.locks import locked
 from rrlhf.tracking.registry import address
 
+PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
 SECONDS_TO_ANSWER = 2
 SECONDS_TO_UPLOAD = 600
 
@@ -160,6 +161,11 @@ def trouble(uri: str) -> Iterator[None]:
             f"the tracking server {_shown(uri)} failed: {_first_line(error)}\n"
             f"{way_out}; nothing that was computed is lost"
         ) from None  # the client's error shows a password in the address
+
+
+def pages_of(uri: str) -> str | None:
+    """Return where a browser finds MLflow's pages: the server itself, or the one that shows a local database."""
+    return _shown(uri).rstrip("/") if uri.startswith("http") else os.environ.get(PAGES)
 
 
 def _shown(text: str) -> str:

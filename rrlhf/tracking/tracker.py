@@ -17,7 +17,7 @@ from rrlhf.tracking.models import Models
 from rrlhf.tracking.promotions import Promotions
 from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
-from rrlhf.tracking.server import connect, errors, long_requests, trouble, warn
+from rrlhf.tracking.server import connect, errors, long_requests, pages_of, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
@@ -189,7 +189,9 @@ class Tracker:
         with trouble(self._uri):
             yield Promotions(self._client)
 
-    def log_report(self, run_id: str, html: Path) -> None:
-        """Keep a report with a run."""
+    def log_report(self, run_id: str, html: Path) -> str | None:
+        """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
         with trouble(self._uri), long_requests():
             self._client.log_artifact(run_id, str(html))
+        pages = pages_of(self._uri)
+        return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"

@@ -1,0 +1,90 @@
+"""What a run shows in Prefect's pages: its plan, how far it is, what came out, and what that was made from."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+from uuid import UUID
+
+from httpx import HTTPError
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.exceptions import PrefectException
+
+from rrlhf import markdown
+from rrlhf.evaluation import Evaluation
+from rrlhf.lineage.graph import Graph, Product
+from rrlhf.plan import Planned, total
+
+
+class Pages:
+    """The artifacts of one flow run; under one key Prefect shows those of all runs of a profile.
+
+    They only tell: when the server does not take one, a warning says so once, and the run goes on without the rest.
+    """
+
+    def __init__(self, profile: str) -> None:
+        self._profile = re.sub("[^a-z0-9]+", "-", profile.lower()).strip("-")
+        self._planned: Sequence[Planned] = ()
+        self._progress: UUID | None = None
+        self._percent = 0.0
+        self._away = False
+
+    def plan(self, planned: Sequence[Planned]) -> None:
+        """Show what will run, and why; `advance` then tells how far that is."""
+        self._planned, self._percent = planned, markdown.percent_done(planned, ())
+        rows, expected = markdown.plan_rows(planned), total(planned) or "Nothing is to be done."
+        self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
+        self._progress = self._tell(
+            lambda: create_progress_artifact(self._percent, self._key("progress"), "Done, by expected time.")
+        )
+
+    def advance(self, done: Collection[str]) -> None:
+        """Show that these nodes are done."""
+        percent, progress = markdown.percent_done(self._planned, done), self._progress
+        if progress and percent > self._percent:
+            self._percent = percent
+            self._tell(lambda: update_progress_artifact(progress, percent))
+
+    def comparison(self, evaluation: Evaluation, conclusions: Sequence[str], report: str) -> None:
+        """Show the comparison of policies."""
+        shown = markdown.comparison(evaluation, conclusions, report)
+        self._tell(lambda: create_markdown_artifact(shown, self._key("comparison")))
+
+    def lineage(self, graph: Graph, product: Product) -> None:
+        """Show what a product was made from."""
+        shown = markdown.ancestry(graph, product)
+        self._tell(lambda: create_markdown_artifact(shown, self._key("lineage"), product.title))
+
+    def report(self, address: str, name: str) -> None:
+        """Link to the report."""
+        told = "The comparison with its charts and samples."
+        self._tell(lambda: create_link_artifact(address, name, self._key("report"), told))
+
+    def sweep(self, table: str, files: Sequence[str]) -> None:
+        """Show a sweep's table, and say which files were written."""
+        shown = f"{table}\n\nfiles: {markdown.escaped(', '.join(files))}"
+        self._tell(lambda: create_markdown_artifact(shown, self._key("sweep")))
+
+    def _key(self, kind: str) -> str:
+        return f"{kind}-{self._profile}"
+
+    def _tell(self, create: Callable[[], Any]) -> UUID | None:
+        """Return the id of what the server took; None when it did not, now or before."""
+        if self._away:
+            return None
+        try:
+            made: UUID = create()
+        except (HTTPError, PrefectException) as error:
+            self._away = True
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            print(f"Prefect's server takes no artifacts; the run goes on without ({reason})", file=sys.stderr)
+            return None
+        return made

@@ -1,0 +1,113 @@
+"""Tables and Markdown of a run: what is in them, and that nothing in them acts on the page."""
+
+import re
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from rrlhf.lineage.load import from_versions
+from rrlhf.markdown import ancestry, comparison, escaped, fenced, percent_done, plan_rows, table
+from rrlhf.plan import Planned, total
+from rrlhf.sweeps.comparison import Found, compared
+from rrlhf.sweeps.show import markdown
+
+PLAN = [
+    Planned("data", "reuse", [], None),
+    Planned("sft", "run", ["sft.epochs 1 -> 2", "more"], 30.0),
+    Planned("reward", "upstream", ["after sft"], 10.0),
+    Planned("ppo-robust", "upstream", ["after sft, reward"], None),
+    Planned("ppo-single", "skip", ["after sft"], 99.0),
+]
+PAGE = MarkdownIt("commonmark").enable("table")
+
+
+def test_a_plan_is_a_table_with_first_reasons_and_expected_times():
+    rows = plan_rows(PLAN)
+    assert rows[1] == {
+        "node": "sft",
+        "action": "run",
+        "first reason": "sft.epochs 1 -> 2",
+        "expected time": "30 s",
+    }
+    assert rows[0] == {"node": "data", "action": "reuse", "first reason": "", "expected time": ""}
+    assert [row["node"] for row in rows] == [one.node for one in PLAN]
+    assert total(PLAN) == "1 to run, up to 2 after them; at least 40 s by earlier runs"
+
+
+def test_progress_goes_by_expected_time():
+    assert percent_done(PLAN, ["data"]) == 0
+    assert percent_done(PLAN, ["data", "sft"]) == 50  # 30 of 30 + 10 + 20, the mean of those
+    assert percent_done(PLAN, ["sft", "reward", "ppo-robust"]) == 100
+    assert percent_done([one._replace(action="reuse") for one in PLAN], []) == 100
+
+
+ACTIONS = st.sampled_from(["run", "upstream", "reuse", "restore", "skip"])
+SECONDS = st.none() | st.floats(0, 1e6)
+
+
+@given(st.lists(st.tuples(ACTIONS, SECONDS), max_size=8), st.integers(0, 8))
+def test_progress_never_falls_and_ends_at_a_hundred(nodes, done):
+    plan = [Planned(str(number), action, [], seconds) for number, (action, seconds) in enumerate(nodes)]
+    names = [one.node for one in plan]
+    percents = [percent_done(plan, names[:number]) for number in (done, done + 1, len(names))]
+    assert 0 <= percents[0] <= percents[1] + 1e-9
+    assert abs(percents[2] - 100) < 1e-6
+
+
+@given(st.text(max_size=30))
+def test_a_text_is_shown_as_it_is(text):
+    shown = PAGE.parse(f"- x{escaped(text)}")
+    assert not {"code_inline", "link_open", "em_open", "strong_open", "html_inline", "image"} & {
+        child.type for token in shown for child in token.children or []
+    }
+    assert len(PAGE.parse(table(["a", text], [[text, text]] * 2))) == len(
+        PAGE.parse(table(["a", "b"], [["c", "d"]] * 2))
+    )
+
+
+@given(st.text(alphabet="`~a \n", max_size=20))
+def test_code_stays_in_its_block(text):
+    [block] = PAGE.parse(fenced(text, "mermaid"))
+    assert block.type == "fence"
+    assert block.content.rstrip("\n") == text.rstrip("\n")
+
+
+def policy(name, gold, **others):
+    metrics = {"gold": {"mean": gold, "stderr": 0.1, "n": 9}} if gold is not None else {}
+    return {"name": name, "reward": "single", "settings": {}, "functions": {}, "metrics": metrics | others}
+
+
+def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
+    kl = {"mean": 0.5, "stderr": 0.25, "n": 9}
+    evaluation = {"policies": [policy("one", 1.0), policy("a_|b|", 2.0, kl=kl), policy("other", None)]}
+    shown = comparison(evaluation, ["a_|b| ends highest."], "reports/tiny.html")
+    header, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
+    assert header == "| policy | trained on | gold | kl |"
+    assert rows == [
+        "| one | one reward head | 1.00 ± 0.10 | – |",
+        r"| ★ a\_\|b\| | one reward head | 2.00 ± 0.10 | 0.50 ± 0.25 |",
+        "| other | one reward head | – | – |",
+    ]
+    assert r"- a\_\|b\| ends highest." in shown
+    assert shown.endswith("report: reports/tiny.html")
+
+
+def test_lineage_is_a_tree_and_a_chart():
+    tags = {"rrlhf.digest": "ab" * 32, "rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.stage": "sft"}
+    tags["rrlhf.inputs"] = '{"data": "md5:00"}'
+    version = SimpleNamespace(name="rrlhf-sft", version="1", aliases=("latest",), tags=tags, created=0, run_id="")
+    graph = from_versions([version])
+    [read, drawn] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
+    assert read.content.startswith("rrlhf-sft v1")
+    assert drawn.info == "mermaid"
+    assert re.match(r"flowchart LR\n", drawn.content)
+
+
+def test_a_sweep_is_a_table_with_its_legend():
+    rows = compared([Found({"ppo.kl_weight": 0.1}, "robust", "v", {"gold": {"mean": 1.0, "stderr": 0.1, "n": 20}})])
+    shown = markdown({"name": "x", "grid": {}, "overrides": {}, "rows": rows})
+    assert "| policy | gold |" in shown
+    assert r"| robust kl\_weight 0.1 | 1.00 ± 0.21 |" in shown
+    assert "over prompts" in shown
