@@ -90,8 +90,9 @@ def start(inputs: dict[str, str], out: Path, trains: str) -> subprocess.Popen[by
 def run_stage(job: dict[str, Any]) -> None:
     """Run ppo as a flow does, and note in a file when each phase begins and ends."""
     from rrlhf import checkpoint, ppo
-    from rrlhf.config import Arm, Launch, load_params
+    from rrlhf.config import Arm, Launch
     from rrlhf.launch import execute
+    from rrlhf.params import load_params
 
     out = Path(job["out"])
     note = (out.parent / f"{out.name}.phases").open("a", buffering=1)
@@ -125,8 +126,8 @@ def make_inputs(work: Path) -> dict[str, str]:
     """Write prompts, a random model as the SFT model, and random reward heads."""
     import torch
 
-    from rrlhf.config import load_params
     from rrlhf.models import load_base, save_model
+    from rrlhf.params import load_params
     from rrlhf.reward_models.heads import RewardHeads
     from rrlhf.reward_models.trunk import FILE
     from rrlhf.tables import write_table

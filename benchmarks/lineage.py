@@ -31,11 +31,12 @@ from rrlhf.artifacts import HISTORY, Store, clear
 from rrlhf.audit import Audit
 from rrlhf.fingerprints import row_hash, write_hashes
 from rrlhf.keys import key_digest
-from rrlhf.lineage import Graph, from_versions, load, tree
+from rrlhf.lineage.graph import Graph
+from rrlhf.lineage.load import from_versions, load
 from rrlhf.lineage.openlineage import as_lines, events
 from rrlhf.lineage.page import html
 from rrlhf.lineage.rows import sightings
-from rrlhf.lineage.text import as_json, mermaid
+from rrlhf.lineage.text import as_json, mermaid, tree
 from rrlhf.tables import write_table
 from rrlhf.tracking import Tracker, Version
 

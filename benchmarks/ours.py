@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from rrlhf.config import Model, Reward, load_params
+from rrlhf.config import Model, Reward
 from rrlhf.losses import gaussian_bradley_terry
 from rrlhf.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
+from rrlhf.params import load_params
 from rrlhf.reward_models.features import pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.heads import Pairs, RewardHeads, bootstrap_weights, fit

@@ -112,9 +112,9 @@ def fill(overrides: dict[str, str]) -> None:
     import yaml
 
     from rrlhf.artifacts import HISTORY
-    from rrlhf.config import load_params
     from rrlhf.datasets import prepare_dataset
     from rrlhf.environment import set_environment
+    from rrlhf.params import load_params
     from rrlhf.plan import Project
     from rrlhf.produce import produce
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rrlhf.config import load_params
+from rrlhf.params import load_params
 from rrlhf.stages import Node, nodes
 from rrlhf.types import Json
 

@@ -18,13 +18,13 @@ from flows.caching import ByKey
 from flows.pages import Pages
 from rrlhf.artifacts import Artifact, git_commit
 from rrlhf.cards import about
-from rrlhf.config import load_params
 from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.dvc_pipeline import record, write_numbers
 from rrlhf.environment import find_root, set_environment
 from rrlhf.health import DivergedError
 from rrlhf.keys import Document, key_digest
 from rrlhf.launch import execute
+from rrlhf.params import load_params
 from rrlhf.partial import Chosen, Part, chosen
 from rrlhf.plan import Project
 from rrlhf.produce import compare, produce
@@ -274,7 +274,7 @@ def register(node: Node, run: Run) -> None:
 @task(task_run_name="report", cache_policy=NO_CACHE)
 def report(run: Run, pages: Pages) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
-    from rrlhf.lineage import load
+    from rrlhf.lineage.load import load
     from rrlhf.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)

@@ -17,10 +17,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.pages import Pages
 from flows.pipeline import Run, Started, prepare, start
 from rrlhf.artifacts import git_commit
-from rrlhf.config import Params, load_params
+from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.health import DivergedError
 from rrlhf.keys import key_digest
+from rrlhf.params import load_params
 from rrlhf.partial import Part, chosen
 from rrlhf.plan import Project
 from rrlhf.progress import STOPPING, stop_between_steps

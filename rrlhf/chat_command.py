@@ -43,7 +43,7 @@ def chat(
 
     Example: echo "Write about rain." | rrlhf chat rrlhf-policy@champion --json
     """
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     asked = prompts(prompt)

@@ -54,7 +54,7 @@ for _other in (lineage, diff, audit, promote, reproduce, sweep, chat, keygen, si
 @app.command()
 def report(profile: Profile = "default", set_: Set = None) -> None:
     """Write the HTML report of a finished run again, and print its path."""
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.plan import Project
 
     overrides = _overrides(profile, set_)
@@ -109,10 +109,10 @@ def evaluate_reward(
 
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
-    from rrlhf.config import load_params
     from rrlhf.judging.command import evaluate_reward as judged
     from rrlhf.judging.labelled import load_pairs
     from rrlhf.judging.report import show, strict, write
+    from rrlhf.params import load_params
 
     overrides = _overrides(profile, set_)
     with _clear_errors():
@@ -133,7 +133,7 @@ def serve(
 ) -> None:
     """Start Prefect's server, a work pool with a worker, and MLflow's pages on this machine, until Ctrl-C."""
     from flows.serve import serve as start
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
 
     with _clear_errors():
         root = Path.cwd()
@@ -185,8 +185,8 @@ def key(
     profile: Profile = "default",
 ) -> None:
     """Write what the stages of a profile depend on; DVC calls this."""
-    from rrlhf.config import load_params
     from rrlhf.dvc_pipeline import write_keys
+    from rrlhf.params import load_params
     from rrlhf.plan import Project
 
     with _clear_errors():

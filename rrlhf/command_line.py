@@ -27,7 +27,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
     """Parse --set options and check the settings, all mistakes at once, before anything starts."""
-    from rrlhf.config import load_params, parse_override
+    from rrlhf.params import load_params, parse_override
 
     with clear_errors():
         parsed = dict(parse_override(text) for text in texts or [])

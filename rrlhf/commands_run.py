@@ -166,7 +166,7 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
 
 
 def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.starting import started
 
     root = Path.cwd()
@@ -183,7 +183,7 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
 
 
 def _project(profile: str, overrides: dict[str, Json]) -> Project:
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.plan import Project
 
     root = Path.cwd()

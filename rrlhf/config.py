@@ -1,22 +1,10 @@
-"""params.yaml and profiles/, parsed once into frozen, typed sections; every mistake is reported at once.
-
-The default profile is params.yaml alone. Another profile is a file in profiles/ that states only its differences;
-overrides come last. Mappings merge; null removes an arm.
-"""
+"""All settings as frozen, typed sections: what may stand in params.yaml (rrlhf/params.py reads it)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
-
-from rrlhf.checks import contradictions
-from rrlhf.located import ParamsError, Where, did_you_mean, place, read
-from rrlhf.types import Json
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -323,84 +311,3 @@ class Params(Section):
     tracking: Tracking
     launch: Launch
     signatures: Signatures
-
-
-def profiles(root: Path) -> list[str]:
-    """Names of the profiles that can be run."""
-    return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml"))]
-
-
-def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Json] | None = None) -> Params:
-    """Read a profile and apply overrides, whose keys are dotted ("ppo.kl_weight").
-
-    Raises ParamsError with all mistakes at once.
-    """
-    if profile not in profiles(root):
-        raise ParamsError(f"unknown profile {profile!r}{did_you_mean(profile, profiles(root))}")
-    where: Where = {}
-    mistakes: list[str] = []
-    merged = read(root / "params.yaml", where, mistakes)
-    if profile != "default":
-        merged = _merge(merged, read(root / "profiles" / f"{profile}.yaml", where, mistakes))
-    for dotted, value in (overrides or {}).items():
-        path = tuple(dotted.split("."))
-        merged = _merge(merged, _nested(path, value))
-        where[path] = f"--set {dotted}"
-    arms = merged.get("arms")
-    if isinstance(arms, dict):
-        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
-    try:
-        params = Params.model_validate(merged)
-    except ValidationError as error:
-        mistakes += [_explain(detail, where) for detail in error.errors()]
-        raise ParamsError("\n".join(mistakes)) from None
-    mistakes += [f"{place(path, where)}: {text}" for path, text in contradictions(params)]
-    if mistakes:
-        raise ParamsError("\n".join(mistakes))
-    return params
-
-
-def parse_override(text: str) -> tuple[str, Json]:
-    """Split `section.key=value`; the value is read as YAML."""
-    dotted, equals, value = text.partition("=")
-    if not equals or not dotted.strip():
-        raise ParamsError(f"--set {text}: expected section.key=value, for example ppo.kl_weight=0.05")
-    try:
-        return dotted.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ParamsError(f"--set {text}: the value is not valid YAML") from None
-
-
-def _merge(under: Any, over: Any) -> Any:
-    if not (isinstance(under, dict) and isinstance(over, dict)):
-        return over
-    return under | {key: _merge(under.get(key), value) for key, value in over.items()}
-
-
-def _nested(path: tuple[str, ...], value: Json) -> Json:
-    for key in reversed(path):
-        value = {key: value}
-    return value
-
-
-def _explain(detail: Any, where: Where) -> str:
-    path = tuple(str(part) for part in detail["loc"])
-    name, value = ".".join(path), detail["input"]
-    if detail["type"] == "extra_forbidden":
-        text = f"unknown setting {name}{did_you_mean(path[-1], _fields(path[:-1]))}"
-    elif detail["type"] == "missing":
-        text = f"{name} is missing"
-    else:
-        text = f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r}"
-        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
-            mantissa, exponent = value.split("e")
-            text += f" (text to YAML; write {mantissa}.0e{exponent})"
-    return f"{place(path, where)}: {text}"
-
-
-def _fields(path: tuple[str, ...]) -> list[str]:
-    model: Any = Params
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = Arm if path[0] == "arms" else annotation
-    return list(getattr(model, "model_fields", {}))

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from rrlhf.artifacts import Store, TamperedError
-from rrlhf.config import load_params
 from rrlhf.dvc_records import (
     broken_run_records,
     cached,
@@ -35,6 +34,7 @@ from rrlhf.dvc_records import (
 from rrlhf.files import write_if_new
 from rrlhf.keys import Document, canonical, key_digest
 from rrlhf.memo import Memo
+from rrlhf.params import load_params
 from rrlhf.progress import Interrupted
 from rrlhf.stages import Node, nodes
 from rrlhf.types import Dataset

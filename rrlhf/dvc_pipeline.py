@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf import numbers
-from rrlhf.config import load_params
 from rrlhf.datasets import commit, write_key
 from rrlhf.dvc_records import declared_in, folder_digest, locked_entry
 from rrlhf.evaluation import Evaluation
@@ -22,6 +21,7 @@ from rrlhf.keys import key_digest
 from rrlhf.located import ParamsError, load_yaml
 from rrlhf.memo import Memo, sha256
 from rrlhf.modules import Modules
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.stages import nodes
 from rrlhf.trainings import Training

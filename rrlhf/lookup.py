@@ -44,7 +44,7 @@ class Lookup:
 
     def _registered(self, reference: str) -> Artifact:
         """Find a version in MLflow, and bring its files back when they are not here."""
-        from rrlhf.lineage import from_versions
+        from rrlhf.lineage.load import from_versions
         from rrlhf.tracking import Tracker
 
         tracker = Tracker.connect(self._root, self._experiment)

@@ -24,7 +24,7 @@ from rrlhf.types import Json
 from rrlhf.verdict import verdict
 
 if TYPE_CHECKING:
-    from rrlhf.lineage import Graph, Product
+    from rrlhf.lineage.graph import Graph, Product
 
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",

@@ -63,7 +63,7 @@ def sign(
 
     Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
     """
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.signatures import notary_of
 
     root = Path.cwd()

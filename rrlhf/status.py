@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from rrlhf.artifacts import CHECKPOINT, TamperedError
-from rrlhf.config import load_params, profiles
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params, profiles
 from rrlhf.plan import Project
 from rrlhf.progress import in_words
 from rrlhf.records import last_run

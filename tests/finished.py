@@ -5,11 +5,11 @@ from contextlib import contextmanager
 import pytest
 
 from rrlhf.artifacts import clear
-from rrlhf.config import load_params
 from rrlhf.datasets import prepare_dataset
 from rrlhf.environment import set_environment
 from rrlhf.keys import key_digest
 from rrlhf.launch import execute
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.stages import DATA, aliases_of
 from rrlhf.tracking import Tracker

@@ -46,8 +46,8 @@ def run(document, inputs, out):
 def main(root):
     import torch
 
-    from rrlhf.config import load_params
     from rrlhf.keys import key_document
+    from rrlhf.params import load_params
     from rrlhf.stages import nodes
 
     torch.set_num_threads(1)

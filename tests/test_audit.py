@@ -12,7 +12,7 @@ from rrlhf.artifacts import Store, TamperedError, content_digest
 from rrlhf.audit import Audit, as_text
 from rrlhf.config import Signatures
 from rrlhf.datasets import prepare_dataset
-from rrlhf.lineage import load
+from rrlhf.lineage.load import load
 from rrlhf.memo import sha256
 from rrlhf.seal import sealed
 from rrlhf.signatures import Notary

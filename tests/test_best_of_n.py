@@ -9,8 +9,9 @@ import torch
 from rrlhf import best_of_n as stage
 from rrlhf import ensemble, evaluate, reward
 from rrlhf.candidates import choose, read_candidates
-from rrlhf.config import Arm, load_params
+from rrlhf.config import Arm
 from rrlhf.models import load_model
+from rrlhf.params import load_params
 from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.robust import robust_reward
 from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 
 from rrlhf.artifacts import CARD, HISTORY, Store, content_digest
 from rrlhf.cards import about, card, code, summary, without_front_matter
-from rrlhf.config import load_params
 from rrlhf.keys import key_digest
+from rrlhf.params import load_params
 from rrlhf.stages import GENERATES, MODEL_NAMES, nodes
 from rrlhf.types import Dataset
 from rrlhf.units import UNITS, unit

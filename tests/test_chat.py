@@ -8,7 +8,7 @@ import pytest
 
 from rrlhf.chat import Chat, answers, open_chat
 from rrlhf.chat_command import in_words, prompts
-from rrlhf.config import load_params
+from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel
 from rrlhf.reward_models.trunk import Trunk

@@ -7,8 +7,9 @@ from typing import get_args
 import pytest
 
 from rrlhf.checks import NEEDED
-from rrlhf.config import Arm, RewardName, load_params, parse_override, profiles
+from rrlhf.config import Arm, RewardName
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params, parse_override, profiles
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]

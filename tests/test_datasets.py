@@ -5,10 +5,10 @@ import json
 import pytest
 
 from rrlhf.artifacts import TamperedError
-from rrlhf.config import load_params
 from rrlhf.datasets import PrepareError, prepare_dataset, prepared, restorable
 from rrlhf.dvc_records import folder_digest, md5
 from rrlhf.environment import set_environment
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 
 ROWS = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf.config import Health, load_params
+from rrlhf.config import Health
 from rrlhf.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
 from rrlhf.keys import key_document
 from rrlhf.launch import call
+from rrlhf.params import load_params
 from rrlhf.report import METRICS
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE

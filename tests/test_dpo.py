@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from rrlhf import dpo as stage
-from rrlhf.config import Arm, Launch, load_params
+from rrlhf.config import Arm, Launch
 from rrlhf.launch import execute
 from rrlhf.models import load_base, load_model
+from rrlhf.params import load_params
 from rrlhf.tables import preferences
 
 ROOT = Path(__file__).parents[1]

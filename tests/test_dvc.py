@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from rrlhf.artifacts import TamperedError
-from rrlhf.config import load_params
 from rrlhf.datasets import SECONDS_TO_COMMIT
 from rrlhf.dvc_config import follow_git, is_under_git
 from rrlhf.dvc_pipeline import asked_of, numbers_digests, record, write_numbers
 from rrlhf.dvc_records import run_records
 from rrlhf.environment import set_environment
 from rrlhf.modules import Modules
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from rrlhf.artifacts import Store, clear
 from rrlhf.cli import app
-from rrlhf.config import load_params
 from rrlhf.keys import canonical, key_digest
 from rrlhf.launch import execute
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.tables import preferences, write_table
 from rrlhf.tracking import Tracker

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.adapters import Adapted, adapt, adapters, diversity
-from rrlhf.config import TrunkTraining, load_params
+from rrlhf.config import TrunkTraining
+from rrlhf.params import load_params
 from rrlhf.reward_models import finetune as module
 from rrlhf.reward_models.features import pair_features
 from rrlhf.reward_models.finetune import finetune, trainable

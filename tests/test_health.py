@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from rrlhf.artifacts import CHECKPOINT
 from rrlhf.checkpoint import Checkpoints
-from rrlhf.config import load_params
 from rrlhf.guard import Guard
 from rrlhf.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
 from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base
+from rrlhf.params import load_params
 from rrlhf.ppo import train
 
 PARAMS = load_params(Path(__file__).parents[1])

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.config import load_params
 from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.modules import Modules
+from rrlhf.params import load_params
 from rrlhf.sourcecode import changed_since, code_behind
 from rrlhf.sources import external_digests
 from rrlhf.stages import nodes

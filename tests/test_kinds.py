@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rrlhf.config import load_params
 from rrlhf.keys import key_digest, key_document
 from rrlhf.launch import call
+from rrlhf.params import load_params
 from rrlhf.reward_models.features import features_of
 from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.stages import METHODS, nodes

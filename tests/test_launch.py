@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from rrlhf import processes
-from rrlhf.config import Arm, Launch, Ppo, load_params
+from rrlhf.config import Arm, Launch, Ppo
 from rrlhf.health import DivergedError
 from rrlhf.keys import key_document
 from rrlhf.launch import execute
+from rrlhf.params import load_params
 from rrlhf.processes import LaunchError
 from rrlhf.progress import Interrupted, stop
 from rrlhf.stages import nodes

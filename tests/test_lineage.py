@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.lineage import Graph, Product, from_versions, tree
+from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.layout import layout
+from rrlhf.lineage.load import from_versions
 from rrlhf.lineage.page import html, svg
-from rrlhf.lineage.text import as_json, mermaid
+from rrlhf.lineage.text import as_json, mermaid, tree
 from rrlhf.tracking import Version
 
 DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"

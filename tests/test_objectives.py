@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf.config import load_params
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
+from rrlhf.params import load_params
 from rrlhf.reward_models.objectives import preference_loss, single_loss
 from rrlhf.robust import Scores
 

@@ -6,7 +6,7 @@ from datetime import datetime
 import jsonschema
 import pytest
 
-from rrlhf.lineage import Graph, Product
+from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.openlineage import as_lines, events
 
 TEXT, URI = {"type": "string"}, {"type": "string", "format": "uri"}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.config import load_params
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params
 from rrlhf.partial import Part, chosen
 from rrlhf.stages import nodes
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from flows.serve import start_temporary_server
-from rrlhf.config import load_params
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.uptodate import nothing_to_do
 

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrlhf.artifacts import HISTORY, TamperedError
-from rrlhf.config import load_params
 from rrlhf.keys import key_digest
 from rrlhf.modules import Modules
+from rrlhf.params import load_params
 from rrlhf.partial import Part
 from rrlhf.plan import Project
 from rrlhf.produce import produce

@@ -14,7 +14,8 @@ from rich.console import Console
 from rrlhf.evaluation import Evaluation, Measured, Policy
 from rrlhf.excerpts import Excerpt
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
-from rrlhf.lineage import Graph, Product, tree
+from rrlhf.lineage.graph import Graph, Product
+from rrlhf.lineage.text import tree
 from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
 from rrlhf.report import render, reward_in_words, table, visible
 from rrlhf.trainings import Event, Training, health

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from rrlhf.artifacts import CHECKPOINT, Store
-from rrlhf.config import Arm, Launch, load_params
+from rrlhf.config import Arm, Launch
 from rrlhf.keys import key_digest
 from rrlhf.launch import execute
 from rrlhf.memo import sha256
+from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rrlhf import ppo
-from rrlhf.config import Arm, load_params
+from rrlhf.config import Arm
 from rrlhf.judgement import Judgement, arm_reward, reward_metrics
 from rrlhf.located import ParamsError
 from rrlhf.models import load_base, save_model
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.reward_functions import load_functions, metric_names
 from rrlhf.reward_models.heads import RewardHeads

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer
 
 from rrlhf import ensemble, evaluate, ppo, reward
-from rrlhf.config import load_params
 from rrlhf.models import LanguageModel, load_base, save_model
+from rrlhf.params import load_params
 from rrlhf.reward_models.scoring import RewardModel, load_reward_model
 from rrlhf.rollout import Samples, response_features, sample, text_lengths
 from rrlhf.tables import prompts

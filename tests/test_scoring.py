@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rrlhf import ensemble, reward
-from rrlhf.config import load_params
 from rrlhf.judging.perturbations import PERTURBATIONS
 from rrlhf.judging.robustness import robustness
 from rrlhf.models import load_base, save_model
+from rrlhf.params import load_params
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import load_reward_model

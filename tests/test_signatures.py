@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from rrlhf.artifacts import MANIFEST, SIGNATURE, Store, TamperedError, content_digest
-from rrlhf.config import Signatures, load_params
+from rrlhf.config import Signatures
 from rrlhf.keys import key_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
+from rrlhf.params import load_params
 from rrlhf.plan import Project
 from rrlhf.produce import produce
 from rrlhf.seal import opened, sealed

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
-from rrlhf.config import Arm, load_params
+from rrlhf.config import Arm
+from rrlhf.params import load_params
 from rrlhf.report import METRICS
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from rrlhf.cli import main
-from rrlhf.config import load_params
 from rrlhf.keys import key_digest
+from rrlhf.params import load_params
 from rrlhf.partial import Part
 from rrlhf.plan import Project
 from rrlhf.records import last_run, noted

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from rrlhf.config import load_params
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params
 from rrlhf.stages import nodes
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.grid import name_of, parse_grid, points, relevant, shares, trimmed

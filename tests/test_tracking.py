@@ -21,10 +21,11 @@ from mlflow import MlflowClient
 
 from rrlhf.artifacts import CARD, HISTORY, Store, clear
 from rrlhf.cards import summary, without_front_matter
-from rrlhf.config import load_params
 from rrlhf.health import DivergedError
 from rrlhf.keys import key_digest
-from rrlhf.lineage import from_versions, tree
+from rrlhf.lineage.load import from_versions
+from rrlhf.lineage.text import tree
+from rrlhf.params import load_params
 from rrlhf.stages import nodes
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.types import Dataset

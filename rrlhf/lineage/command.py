@@ -104,7 +104,7 @@ def audit(
     Example: rrlhf audit rrlhf-policy@candidate --deep
     """
     from rrlhf import audit as auditing
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.signatures import notary_of
 
     root = Path.cwd()
@@ -130,8 +130,8 @@ def compared(graph: Graph, old: Product, new: Product, root: Path, registry: tup
 
 
 def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], Tracker]:
-    from rrlhf.config import load_params
     from rrlhf.lineage.load import load
+    from rrlhf.params import load_params
     from rrlhf.tracking import Tracker
 
     root = Path.cwd()

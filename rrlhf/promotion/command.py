@@ -83,7 +83,7 @@ def promote(
 
     Example: rrlhf promote rrlhf-policy/3 --to champion --override "length is wanted here"
     """
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     decision = decide(Path.cwd(), profile, params, Asked(version, to, override))
@@ -134,7 +134,7 @@ def check(asked: Asked, arms: Sequence[str]) -> None:
 
 def named(reference: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises ValueError when there is none, or more than one."""
-    from rrlhf.lineage import from_versions
+    from rrlhf.lineage.load import from_versions
 
     found = from_versions(versions).find(reference)
     known = {f"{version.name}/{version.version}": version for version in versions}
@@ -147,7 +147,7 @@ def named(reference: str, versions: Sequence[Version]) -> Version:
 def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     """Say what an audit finds wrong with a version and all that it was made from."""
     from rrlhf.audit import Audit
-    from rrlhf.lineage import load
+    from rrlhf.lineage.load import load
 
     graph = load(project.root, registry.versions, strict=False)
     audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)

@@ -42,8 +42,8 @@ def reproduce(
 
     Example: rrlhf reproduce rrlhf-policy/3 --only --keep again
     """
-    from rrlhf.config import load_params
     from rrlhf.lookup import Lookup
+    from rrlhf.params import load_params
     from rrlhf.reproduction.rebuild import rebuild, steps
 
     root = Path.cwd()

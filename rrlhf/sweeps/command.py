@@ -29,7 +29,7 @@ def sweep(
 
     Example: rrlhf sweep ensemble.heads=3,5,9 --set ppo.updates=15
     """
-    from rrlhf.config import load_params
+    from rrlhf.params import load_params
     from rrlhf.starting import started
     from rrlhf.sweeps.grid import parse_grid, points
 
