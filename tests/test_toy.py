@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
+from rrlhf.toy import rewards
 from rrlhf.toy.policy import train
 from rrlhf.toy.problem import expected, kl, make_worlds, optimum, standardise
 from rrlhf.toy.rewards import Learned, learn
@@ -43,11 +44,11 @@ def test_no_other_policy_is_worth_more_than_the_optimum():
 
 
 def test_training_reaches_the_optimum_of_its_own_reward():
-    rewards = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    courses = list(train(rewards, 0.2, 600))
+    given = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    courses = list(train(given, 0.2, 600))
     reference, final = courses[0][1], courses[-1][1]
     assert courses[-1][0] == 600
-    assert kl(optimum(rewards, reference, 0.2), final).max() < 0.01
+    assert kl(optimum(given, reference, 0.2), final).max() < 0.01
 
 
 def test_a_constant_reward_leaves_the_reference():
@@ -62,6 +63,12 @@ def learned(worlds, heads=3):
     return found[0]
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """Train the heads for a tenth of the time: what is asked holds at any step."""
+    monkeypatch.setattr(rewards, "EPOCHS", 30)
+
+
 def test_labels_everywhere_teach_every_ranking():
     worlds = make_worlds(2, 8, 8, labelled=1.0, interaction=1.0)
     reward = learned(worlds).single
@@ -70,7 +77,7 @@ def test_labels_everywhere_teach_every_ranking():
     assert worlds.labelled.all()
 
 
-def test_labels_of_a_seed_are_all_that_its_heads_see():
+def test_labels_of_a_seed_are_all_that_its_heads_see(briefly):
     """A world learns the same beside another one as alone, though all train together."""
     alone = make_worlds(1, 8, 8, labelled=0.5, interaction=1.0)
     both = make_worlds(2, 8, 8, labelled=0.5, interaction=1.0)
@@ -81,7 +88,7 @@ def test_labels_of_a_seed_are_all_that_its_heads_see():
     assert not torch.allclose(one.single[1], other.single[1], atol=0.1)
 
 
-def test_learned_scores_are_in_units_of_the_labelled_cells():
+def test_learned_scores_are_in_units_of_the_labelled_cells(briefly):
     worlds = make_worlds(2, 8, 8, labelled=0.5, interaction=1.0)
     found = learned(worlds)
     for scores in (found.single[..., None], found.ensemble.mean):
@@ -113,7 +120,9 @@ def test_an_interval_is_students():
 
 @pytest.fixture(scope="module")
 def small():
-    return study(Setting(seeds=2, steps=150, heads=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewards, "EPOCHS", 100)
+        return study(Setting(seeds=2, steps=150, heads=3))
 
 
 def test_the_policy_that_sees_gold_is_the_best_and_the_constant_one_stays(small):
@@ -125,7 +134,7 @@ def test_the_policy_that_sees_gold_is_the_best_and_the_constant_one_stays(small)
     assert arms[SINGLE]["gold_over_single"]["mean"] == 0
 
 
-def test_the_mixture_of_weight_zero_is_the_minimum():
+def test_the_mixture_of_weight_zero_is_the_minimum(briefly):
     worlds = make_worlds(1, 8, 8, labelled=0.5, interaction=1.0)
     found = learned(worlds)
     assert torch.allclose(arm_rewards(worlds, found)["robust 0"], found.ensemble.mean.amin(-1))
@@ -143,7 +152,7 @@ def test_the_verdict_follows_the_numbers(small):
     assert "worse: robust 1, robust 0.8, robust 0.6, robust 0.2, robust 0;" in said
 
 
-def test_the_command_writes_its_files_and_json(tmp_path):
+def test_the_command_writes_its_files_and_json(tmp_path, briefly):
     done = CliRunner().invoke(app, ["toy", "--seeds", "2", "--steps", "5", "--out", str(tmp_path), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["setting"]["seeds"] == 2
