@@ -10,7 +10,7 @@ demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

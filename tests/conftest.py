@@ -10,6 +10,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = [".dvc/config", ".dvc/plots", ".dvcignore", "dvc.yaml", "large", "params.yaml", "profiles", "rrlhf", "flows"]
 
+LONGEST = [
+    "test_pipeline",
+    "test_deployment",
+    "test_products",
+    "test_audit",
+    "test_interrupted",
+    "test_ppo",
+    "test_dvc",
+]
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that workers end at about the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_servers_of_the_user():
