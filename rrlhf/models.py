@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rrlhf import trunk
 from rrlhf.attention import PACKED, Packing, register
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
@@ -236,6 +237,8 @@ class PolicyTop(nn.Module):
         super().__init__()
         network = language.network
         self.first = first
+        self.gradients = trunk.Gradients()
+        self._plain = trunk.fits(network)
         self.embed = network.model.embed_tokens if first is None else None
         self.rotary = network.model.rotary_emb
         self.layers = network.model.layers[first or 0 :]
@@ -262,20 +265,47 @@ class PolicyTop(nn.Module):
         trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count.
         """
         packing = Packing.of(prompt_lengths + mask.sum(1))
-        tokens = packing.packed(entering)
-        hidden = tokens if self.embed is None else self.embed(tokens)
-        below = 0 if layer is None else layer - (self.first or 0)
-        place = (packing.positions, None, None, packing)
-        hidden = entered = _through(self.layers[:below], self.rotary, hidden, *place)
-        hidden = _through(self.layers[below:], self.rotary, hidden, *place)
         row, step = mask.nonzero(as_tuple=True)
-        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
-        logits = self.unembed(final).float()
-        logprobs = -nn.functional.cross_entropy(logits, responses[mask], reduction="none")
+        asked = packing.flat(row, prompt_lengths[row] + step - 1)
+        below = None if layer is None else layer - (self.first or 0)
+        place = (packing.packed(entering), packing, row, step, asked, responses[mask], below)
+        by_hand = self._plain and trunk.stands_in(self)
+        logprobs, final, states = self._by_hand(*place) if by_hand else self._by_modules(*place)
         values = self.value(final).float().squeeze(-1)
-        empty = torch.zeros(mask.shape, device=hidden.device)
-        states = None if layer is None else packing.grid(entered)
-        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
+        empty = torch.zeros(mask.shape, device=final.device)
+        entered = None if states is None else packing.grid(states)
+        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), entered)
+
+    def _by_hand(
+        self,
+        entering: Tensor,
+        packing: Packing,
+        row: Tensor,
+        step: Tensor,
+        asked: Tensor,
+        chosen: Tensor,
+        layer: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        whole = trunk.Trunk(self.embed, self.rotary, self.layers, self.norm, self.unembed, self.gradients)
+        logprobs, final, states = whole.read(entering[0], whole.places(packing, row, step, asked), chosen, layer)
+        return logprobs, final, None if states is None else states[None]
+
+    def _by_modules(
+        self,
+        entering: Tensor,
+        packing: Packing,
+        row: Tensor,
+        step: Tensor,
+        asked: Tensor,
+        chosen: Tensor,
+        layer: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, place = entering if self.embed is None else self.embed(entering), (packing.positions, None, None, packing)
+        hidden = entered = _through(self.layers[: layer or 0], self.rotary, hidden, *place)
+        hidden = _through(self.layers[layer or 0 :], self.rotary, hidden, *place)
+        final = self.norm(hidden[0, asked])
+        logprobs = -nn.functional.cross_entropy(self.unembed(final).float(), chosen, reduction="none")
+        return logprobs, final, None if layer is None else entered
 
     def reference(self) -> PolicyTop:
         """Return a frozen copy: with what is shared below it is the reference policy."""

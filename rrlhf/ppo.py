@@ -244,6 +244,7 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
         skipped += len(steps) - len(taken)
         if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
             break
+    learner.top.gradients.release()
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
     rate = float(learner.optimizer.param_groups[0]["lr"])
@@ -262,6 +263,7 @@ def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics
     is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
     if is_finite:
         learner.optimizer.step()
+    learner.top.gradients.clear()
     learner.optimizer.zero_grad()
     if not is_finite:
         return None
