@@ -22,16 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     return (x * scale).mul_(weight), scale
 
 
-def rms_norm_backward(g: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients by x and by the weight; g is used up.
+def rms_norm_backward(g: Tensor, n: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by x and by the weight, with n = x / rms(x) and scale = 1 / rms(x); g is used up.
 
-    With n = x / rms(x): d/dw = sum of g n over tokens, and as dn/dx = (1 - n n' / width) / rms(x),
-    d/dx = (g w - n mean(g w n)) / rms(x).
+    d/dw = sum of g n over tokens; as dn/dx = (1 - n n' / width) / rms(x), d/dx = (g w - n mean(g w n)) / rms(x).
     """
-    n = x * scale
     along = g * n
     by_weight = along.sum(0)
-    mean = torch.mv(along, weight).div_(-x.shape[-1])[:, None]
+    mean = torch.mv(along, weight).div_(-n.shape[-1])[:, None]
     return g.mul_(weight).addcmul_(n, mean).mul_(scale), by_weight
 
 
@@ -70,7 +68,7 @@ def attend_backward(
     d/dQ = S K and d/dK = S' Q.
     """
     by_weights = torch.bmm(g, values.transpose(1, 2))
-    by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32)
+    by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
     by_values = torch.bmm(weights.transpose(1, 2), g)
     return torch.bmm(by_scores, keys), torch.bmm(by_scores.transpose(1, 2), queries), by_values
 

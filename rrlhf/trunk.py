@@ -210,9 +210,9 @@ class Layer:
         add, middle = self._gradients, self._backward_mlp(g, kept)
         add.product(self.output, middle, kept.attended)
         query, key, value = self._backward_attention(middle @ self.output, kept, place)
-        n = (kept.x * kept.scale).mul_(self.norm.weight)
-        asked = n if place.asked is None else n[place.asked]
-        add.product(self.query, query, asked)
+        normal = kept.x * kept.scale
+        n = normal * self.norm.weight
+        add.product(self.query, query, n if place.asked is None else n[place.asked])
         add.product(self.key, key, n)
         add.product(self.value, value, n)
         by_norm = (key @ self.key).addmm_(value, self.value)
@@ -220,7 +220,7 @@ class Layer:
             by_norm.addmm_(query, self.query)
         else:
             by_norm.index_add_(0, place.asked, query @ self.query)
-        by_x, by_weight = rms_norm_backward(by_norm, kept.x, kept.scale, self.norm.weight)
+        by_x, by_weight = rms_norm_backward(by_norm, normal, kept.scale, self.norm.weight)
         add.sum(self.norm.weight, by_weight)
         return by_x.add_(middle) if place.asked is None else by_x.index_add_(0, place.asked, middle)
 
@@ -228,11 +228,12 @@ class Layer:
         add = self._gradients
         by_gate, by_up, result = gated_backward(g @ self.down, kept.gate, kept.up)
         add.product(self.down, g, result)
-        second = (kept.middle * kept.middle_scale).mul_(self.second_norm.weight)
+        normal = kept.middle * kept.middle_scale
+        second = normal * self.second_norm.weight
         add.product(self.gate, by_gate, second)
         add.product(self.up, by_up, second)
         by_second = (by_gate @ self.gate).addmm_(by_up, self.up)
-        by_middle, by_weight = rms_norm_backward(by_second, kept.middle, kept.middle_scale, self.second_norm.weight)
+        by_middle, by_weight = rms_norm_backward(by_second, normal, kept.middle_scale, self.second_norm.weight)
         add.sum(self.second_norm.weight, by_weight)
         return by_middle.add_(g)
 
@@ -305,7 +306,8 @@ class Trunk:
         add.product(self.unembed.weight, by_logits, final)
         by_final = by_logits @ self.unembed.weight + by_final
         del by_logits
-        by_x, by_weight = rms_norm_backward(by_final, *kept.pop(), self.norm.weight)
+        x, scale = kept.pop()
+        by_x, by_weight = rms_norm_backward(by_final, x * scale, scale, self.norm.weight)
         add.sum(self.norm.weight, by_weight)
         for one, place in zip(reversed(self.layers), reversed(places), strict=True):
             by_x = one.backward(by_x, kept.pop(), place)
