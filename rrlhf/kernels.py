@@ -97,6 +97,6 @@ def chosen_logprobs(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen_logprobs_backward(g: Tensor, logprobs: Tensor, chosen: Tensor) -> Tensor:
-    """Return the gradient by the logits, g (1 - softmax at the chosen one, -softmax elsewhere), in place of logprobs."""
+    """Return the gradient by the logits, g (1 - softmax at the chosen one, -softmax elsewhere), in logprobs' place."""
     by_logits = logprobs.exp_().mul_(-g[:, None])
     return by_logits.scatter_add_(1, chosen[:, None], g[:, None])

@@ -300,7 +300,10 @@ class PolicyTop(nn.Module):
         chosen: Tensor,
         layer: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden, place = entering if self.embed is None else self.embed(entering), (packing.positions, None, None, packing)
+        hidden, place = (
+            entering if self.embed is None else self.embed(entering),
+            (packing.positions, None, None, packing),
+        )
         hidden = entered = _through(self.layers[: layer or 0], self.rotary, hidden, *place)
         hidden = _through(self.layers[layer or 0 :], self.rotary, hidden, *place)
         final = self.norm(hidden[0, asked])

@@ -140,7 +140,7 @@ def sample(
     real = (at < lengths[:, None]) | (at >= width)  # the cache's columns: prompts, their padding, responses
     for step in range(response_tokens):
         state = network.model.norm(hidden)
-        distribution = network.lm_head(state).float().log_softmax(dim=-1)
+        distribution = step_on.logits(state).float().log_softmax(dim=-1)
         probabilities = distribution.exp()
         drawn = _draw(probabilities, torch.rand(batch, generator=generator, device=device)[rows])
         counts = running[rows]
@@ -200,6 +200,11 @@ class _Steps:
         self._network, self._cache, self._keep, device = network, cache, keep, network.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         self._decoder = Decoder(network, rows, dtype) if decodes(network) else None
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Return the logits of normalised last states [rows, width]."""
+        logits: Tensor = self._network.lm_head(state) if self._decoder is None else self._decoder.logits(state)
+        return logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the last states [rows, width], and those that enter the kept layers.

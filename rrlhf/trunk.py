@@ -26,7 +26,9 @@ from rrlhf.kernels import (
     rotate,
 )
 
-MAPS = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+MAPS = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
 
 
 def fits(network: Any) -> bool:
@@ -38,7 +40,7 @@ def fits(network: Any) -> bool:
 
 
 def stands_in(top: nn.Module) -> bool:
-    """Whether it may be used now: nobody waits for other precision, for a module's call, or for autograd's gradients."""
+    """Whether it may be used now: nobody waits for other precision, a module's call, or autograd's gradients."""
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in top.modules())
     return not (hooked or torch.is_autocast_enabled("cpu") or torch.distributed.is_initialized())
 
@@ -100,7 +102,7 @@ class Side(NamedTuple):
     """Where the queries, or the keys and values, of packed tokens stand in a padded grid [batch, heads, width]."""
 
     seats: Tensor  # [tokens * heads] in the flattened grid
-    index: Tensor  # [batch * heads * width] the packed row of each seat; any row on padding
+    source: Tensor  # [batch * heads * width] the packed row of each seat; any row on padding
     positions: Tensor  # [batch, width]; 0 on padding
     cosine: Tensor  # [tokens, 1, head width]
     sine: Tensor
@@ -111,14 +113,14 @@ class Side(NamedTuple):
         width = int(column.max()) + 1
         head = torch.arange(heads)
         seats = ((row[:, None] * heads + head) * width + column[:, None]).flatten()
-        index = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
+        source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
         positions = position.new_zeros(batch, width)
         positions[row, column] = position
-        return cls(seats, index, positions, turn[0][:, None], turn[1][:, None])
+        return cls(seats, source, positions, turn[0][:, None], turn[1][:, None])
 
     def seated(self, packed: Tensor, blocks: int) -> Tensor:
         """Take [tokens, heads, head width] to [blocks, grid / blocks, head width]."""
-        return packed.flatten(0, 1).index_select(0, self.index).view(blocks, -1, packed.shape[-1])
+        return packed.flatten(0, 1).index_select(0, self.source).view(blocks, -1, packed.shape[-1])
 
     def packed(self, grid: Tensor) -> Tensor:
         """Take a grid to [tokens, heads, head width]."""
@@ -126,7 +128,7 @@ class Side(NamedTuple):
 
     def seated_or_zero(self, packed: Tensor, blocks: int) -> Tensor:
         """Like `seated`, with zeros as padding: a gradient."""
-        grid = packed.new_zeros(len(self.index), packed.shape[-1]).index_copy_(0, self.seats, packed.flatten(0, 1))
+        grid = packed.new_zeros(len(self.source), packed.shape[-1]).index_copy_(0, self.seats, packed.flatten(0, 1))
         return grid.view(blocks, -1, packed.shape[-1])
 
 
@@ -144,7 +146,7 @@ class Place(NamedTuple):
         later = torch.arange(keys.positions.shape[1]) > queries.positions[..., None]  # [batch, queries, keys]
         bias = torch.zeros(later.shape).masked_fill_(later, -torch.inf)
         batch, asking, looked_at = bias.shape
-        shared = len(queries.index) // (batch * groups * asking)  # heads that share keys
+        shared = len(queries.source) // (batch * groups * asking)  # heads that share keys
         every = bias[:, None, None].expand(batch, groups, shared, asking, looked_at)
         return cls(keys, queries, asked, every.reshape(batch * groups, -1, looked_at))
 
@@ -190,8 +192,7 @@ class Layer:
         n, scale = rms_norm(x, self.norm.weight, self.norm.variance_epsilon)
         asked = n if place.asked is None else n[place.asked]
         query, key, value = (
-            self._heads(states @ weight.t())
-            for states, weight in ((asked, self.query), (n, self.key), (n, self.value))
+            self._heads(states @ weight.t()) for states, weight in ((asked, self.query), (n, self.key), (n, self.value))
         )
         blocks = len(place.bias)
         queries = place.queries.seated(rotate(query, place.queries.cosine, place.queries.sine), blocks)
@@ -277,7 +278,7 @@ class Trunk:
         if torch.is_grad_enabled():
             weights = [part.weight for part in (self.embed, self.norm, self.unembed) if part is not None]
             weights += [weight for one in self.layers for weight in one.weights]
-            return Reading(*_Pass.apply(self, entering, places, chosen, layer, *weights))
+            return Reading(*_Pass.apply(self, entering, places, chosen, layer, *weights))  # type: ignore[no-untyped-call]
         return self.forward(entering, places, chosen, layer, None)
 
     def forward(
@@ -298,7 +299,14 @@ class Trunk:
         return Reading(logprobs, final, states)
 
     def backward(
-        self, g: Tensor, by_final: Tensor, entering: Tensor, places: list[Place], chosen: Tensor, final: Tensor, kept: list[Any]
+        self,
+        g: Tensor,
+        by_final: Tensor,
+        entering: Tensor,
+        places: list[Place],
+        chosen: Tensor,
+        final: Tensor,
+        kept: list[Any],
     ) -> Tensor | None:
         """Add to all weights' gradients, emptying `kept`; return the gradient by states that entered."""
         add = self.gradients
@@ -330,7 +338,7 @@ class _Pass(torch.autograd.Function):
     """A trunk's forward and backward passes; weights' gradients are added where they stay, not handed on."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         trunk: Trunk,
         entering: Tensor,
@@ -348,6 +356,6 @@ class _Pass(torch.autograd.Function):
         return reading
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, by_final: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, by_final: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         by_entering = ctx.trunk.backward(g, by_final, *ctx.place, *ctx.saved_tensors, ctx.kept)
         return None, by_entering, *[None] * (len(ctx.needs_input_grad) - 2)

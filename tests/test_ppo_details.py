@@ -47,7 +47,7 @@ def test_an_optimizer_step_is_adam_with_epsilon_1e_5_and_without_weight_decay(mo
     def note(*_):
         gradients.update({name: weight.grad.double().clone() for name, weight in trainable(found).items()})
 
-    found.optimizer.optimizer.register_step_pre_hook(note)
+    found.optimizer.optimizer.register_step_post_hook(note)
     before = {name: weight.detach().double().clone() for name, weight in trainable(found).items()}
     rollout, *_ = collect(found, EIGHT, single, model, ppo)
     optimise(found, rollout, model, ppo)
@@ -57,14 +57,14 @@ def test_an_optimizer_step_is_adam_with_epsilon_1e_5_and_without_weight_decay(mo
         torch.testing.assert_close(weight.double(), expected, atol=1e-7, rtol=1e-5)
 
 
-def test_gradients_are_clipped_to_their_norm_before_the_step(model, ppo, rewards):
+def test_gradients_are_clipped_to_their_norm_in_the_step(model, ppo, rewards):
     ppo = ppo.model_copy(update={"max_grad_norm": 0.01})
     found, norms = learner(load_base(model), ppo, rewards), []
 
     def note(*_):
         norms.append(torch.stack([weight.grad.norm() for weight in trainable(found).values()]).norm().item())
 
-    found.optimizer.optimizer.register_step_pre_hook(note)
+    found.optimizer.optimizer.register_step_post_hook(note)
     rollout, *_ = collect(found, EIGHT, single, model, ppo)
     assert optimise(found, rollout, model, ppo)["gradient_norm"] > 0.01  # what is logged is the norm before it
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
