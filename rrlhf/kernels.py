@@ -3,7 +3,7 @@
 Autograd keeps what every operation read and walks through memory once for each. Here a layer keeps only what its
 backward pass cannot cheaply make again, few operations walk through memory, and products of weights' gradients are
 added to the gradients themselves. Every backward formula stands beside its forward one; g is the loss's gradient by a
-function's result. rrlhf/trunk.py runs layers of these.
+function's result. rrlhf/passes.py runs layers of these.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ from rrlhf.checkpoint import (
 )
 from rrlhf.config import Ppo
 from rrlhf.health import Event
-from rrlhf.models import LanguageModel, PolicyTop, Read, first_trained
+from rrlhf.models import LanguageModel
+from rrlhf.policy import PolicyTop, Read, first_trained
 from rrlhf.reference import frozen
 from rrlhf.reward_functions import RewardFunction
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, shared_layer

@@ -1,12 +1,13 @@
-"""The trunk written by hand against transformers' own modules, forwards and backwards."""
+"""Passes written by hand against transformers' own modules, forwards and backwards."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrlhf import trunk
+from rrlhf import passes
 from rrlhf.attention import PACKED, register
-from rrlhf.models import LanguageModel, PolicyTop
+from rrlhf.models import LanguageModel
+from rrlhf.policy import PolicyTop
 
 SHAPE = {
     "vocab_size": 60,
@@ -37,7 +38,7 @@ def network(request):
     return made
 
 
-def read(top, first, parts=((0, 1, 2),), by_hand=True):
+def read(top, first, parts=((0, 1, 2),), by_hand=True, layer=2):
     """Return what a policy says of three rows, read in parts, and the gradient of a sum of it by each weight."""
     top._plain = by_hand
     top.zero_grad()
@@ -49,7 +50,7 @@ def read(top, first, parts=((0, 1, 2),), by_hand=True):
     responses, share = torch.randint(3, 60, (3, 6), generator=draw), torch.randn(2, 3, 6, generator=draw)
     said = []
     for part in map(list, parts):
-        found = top.read(entering[part], prompts[part], responses[part], mask[part], layer=2)
+        found = top.read(entering[part], prompts[part], responses[part], mask[part], layer=layer)
         (found.logprobs * share[0, part] + found.values * share[1, part]).sum().backward()
         said.append(found)
     return said, {name: weight.grad for name, weight in top.named_parameters()}
@@ -67,6 +68,14 @@ def test_by_hand_and_by_modules_policies_say_the_same_and_have_the_same_gradient
     assert gradient.keys() == expected.keys()
     for name, grad in gradient.items():
         assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("first", "layer"), [(None, 0), (None, 3), (3, 3)])
+def test_states_of_any_layer_can_be_had(network, first, layer):
+    top = PolicyTop(LanguageModel(network, None), first).requires_grad_(True)
+    [[ours], _], [[theirs], _] = read(top, first, layer=layer), read(top, first, by_hand=False, layer=layer)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_add_up_over_parts_and_their_memory_is_used_again(network):
@@ -104,13 +113,13 @@ def test_the_same_input_gives_the_same_bits(network):
 
 def test_a_module_that_somebody_listens_to_is_called(network):
     top, heard = PolicyTop(LanguageModel(network, None), None), []
-    assert trunk.stands_in(top)
+    assert passes.stands_in(top)
     top.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
     read(top.requires_grad_(True), None)
     assert heard
 
 
 def test_layers_of_another_make_are_left_to_their_modules(network):
-    assert trunk.fits(network)
+    assert passes.fits(network)
     network.lm_head = torch.nn.Linear(32, 60)
-    assert not trunk.fits(network)
+    assert not passes.fits(network)

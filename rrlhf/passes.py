@@ -1,8 +1,8 @@
-"""A Llama-like decoder's layers with what stands around them in training: embeddings, last norm, log-probabilities.
+"""A Llama-like decoder forwards and backwards: layers, and in training what stands around them.
 
-Does what transformers' modules do, forwards and backwards, with the formulas of rrlhf/kernels.py. The last layer works
-for the tokens that are asked for only: nobody reads its other states. `fits` says where all this can stand in: plain
-layers in float32 on a processor, in one process.
+Does what transformers' modules do, with the formulas of rrlhf/kernels.py. The last layer works for the tokens that are
+asked for only: nobody reads its other states. `fits` and `stands_in` say where all this can take the modules' place:
+plain layers in float32 on a processor, in one process.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rrlhf.attention import Packing
+from rrlhf.attention import Asked, Packing, Place, Side
 from rrlhf.decoding import decodes
+from rrlhf.gradients import Gradients
 from rrlhf.kernels import (
     attend,
     attend_backward,
@@ -43,112 +44,6 @@ def stands_in(top: nn.Module) -> bool:
     """Whether it may be used now: nobody waits for other precision, a module's call, or autograd's gradients."""
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in top.modules())
     return not (hooked or torch.is_autocast_enabled("cpu") or torch.distributed.is_initialized())
-
-
-class Gradients:
-    """Adds to weights' `grad` in place, and keeps that memory from step to step.
-
-    Handed to autograd, every gradient of a matrix would be new memory, which the system fills with zeros page by page.
-    """
-
-    def __init__(self) -> None:
-        self._made: set[Tensor] = set()
-        self._spare: dict[Tensor, Tensor] = {}
-
-    def product(self, weight: Tensor, g: Tensor, x: Tensor) -> None:
-        """Add g' x, the gradient by W of y = x W'."""
-        if weight.requires_grad:
-            if weight.grad is None:
-                torch.mm(g.t(), x, out=self._new(weight))
-            else:
-                weight.grad.addmm_(g.t(), x)
-
-    def sum(self, weight: Tensor, g: Tensor) -> None:
-        """Add g."""
-        if weight.requires_grad:
-            if weight.grad is None:
-                self._new(weight).copy_(g)
-            else:
-                weight.grad.add_(g)
-
-    def rows(self, weight: Tensor, index: Tensor, g: Tensor) -> None:
-        """Add g to the rows of `index`."""
-        if weight.requires_grad:
-            grad = self._new(weight).zero_() if weight.grad is None else weight.grad
-            grad.index_add_(0, index, g)
-
-    def _new(self, weight: Tensor) -> Tensor:
-        grad = self._spare.pop(weight, None)
-        weight.grad = torch.empty_like(weight) if grad is None else grad
-        self._made.add(weight)
-        return weight.grad
-
-    def clear(self) -> None:
-        """Have the weights without gradients, as `zero_grad` does, whose memory is kept."""
-        self._spare |= {weight: weight.grad for weight in self._made if weight.grad is not None}
-        for weight in self._made:
-            weight.grad = None
-        self._made.clear()
-
-    def release(self) -> None:
-        """Give the memory back."""
-        self._spare.clear()
-
-
-Turn = tuple[Tensor, Tensor]  # cosines and sines
-
-
-class Side(NamedTuple):
-    """Where the queries, or the keys and values, of packed tokens stand in a padded grid [batch, heads, width]."""
-
-    seats: Tensor  # [tokens * heads] in the flattened grid
-    source: Tensor  # [batch * heads * width] the packed row of each seat; any row on padding
-    positions: Tensor  # [batch, width]; 0 on padding
-    cosine: Tensor  # [tokens, 1, head width]
-    sine: Tensor
-
-    @classmethod
-    def of(cls, row: Tensor, column: Tensor, position: Tensor, batch: int, heads: int, turn: Turn) -> Side:
-        """Seat tokens at [row, column] of the grid; turn: their cosines and sines [tokens, head width]."""
-        width = int(column.max()) + 1
-        head = torch.arange(heads)
-        seats = ((row[:, None] * heads + head) * width + column[:, None]).flatten()
-        source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
-        positions = position.new_zeros(batch, width)
-        positions[row, column] = position
-        return cls(seats, source, positions, turn[0][:, None], turn[1][:, None])
-
-    def seated(self, packed: Tensor, blocks: int) -> Tensor:
-        """Take [tokens, heads, head width] to [blocks, grid / blocks, head width]."""
-        return packed.flatten(0, 1).index_select(0, self.source).view(blocks, -1, packed.shape[-1])
-
-    def packed(self, grid: Tensor) -> Tensor:
-        """Take a grid to [tokens, heads, head width]."""
-        return grid.view(-1, grid.shape[-1]).index_select(0, self.seats).view(len(self.cosine), -1, grid.shape[-1])
-
-    def seated_or_zero(self, packed: Tensor, blocks: int) -> Tensor:
-        """Like `seated`, with zeros as padding: a gradient."""
-        grid = packed.new_zeros(len(self.source), packed.shape[-1]).index_copy_(0, self.seats, packed.flatten(0, 1))
-        return grid.view(blocks, -1, packed.shape[-1])
-
-
-class Place(NamedTuple):
-    """What a layer must know of a batch besides its states."""
-
-    keys: Side
-    queries: Side
-    asked: Tensor | None  # the packed tokens that are queries; None: all
-    bias: Tensor  # [blocks, queries, keys] 0 where a query may look, else -inf; a block is a row's group of heads
-
-    @classmethod
-    def of(cls, keys: Side, queries: Side, asked: Tensor | None, groups: int) -> Place:
-        """Let each query look at the keys of its row up to its own position."""
-        later = torch.arange(keys.positions.shape[1]) > queries.positions[..., None]  # [batch, queries, keys]
-        bias = torch.zeros(later.shape).masked_fill_(later, -torch.inf)
-        batch, asking, looked_at = bias.shape
-        shared = len(queries.source) // (batch * groups * asking)  # heads that share keys
-        every = bias[:, None, None].expand(batch, groups, shared, asking, looked_at)
-        return cls(keys, queries, asked, every.reshape(batch * groups, -1, looked_at))
 
 
 class Kept(NamedTuple):
@@ -250,7 +145,15 @@ class Layer:
         return states.view(len(states), -1, self.width)
 
 
-class Trunk:
+class Reading(NamedTuple):
+    """What a stack says about the asked tokens."""
+
+    logprobs: Tensor  # [asked tokens] of the tokens that were chosen behind them
+    final: Tensor  # [asked tokens, width] normalised last states
+    states: Tensor | None  # [tokens, width] that enter the layer that was asked for
+
+
+class Stack:
     """Layers from some layer on, with the embeddings below them where they are all, and the readout above."""
 
     def __init__(self, embed: Any, rotary: Any, layers: Any, norm: Any, unembed: Any, gradients: Gradients) -> None:
@@ -258,16 +161,17 @@ class Trunk:
         self.layers = [Layer(layer, gradients) for layer in layers]
         self.gradients = gradients
 
-    def places(self, packing: Packing, row: Tensor, step: Tensor, asked: Tensor) -> list[Place]:
-        """Return each layer's place; asked: the packed tokens whose last states count, which are at [row, step]."""
+    def places(self, packing: Packing, asked: Asked) -> list[Place]:
+        """Return each layer's place; the last layer's queries are the asked tokens only."""
         some, batch, position = self.layers[0], packing.batch, packing.positions[0]
         own = packing.places // packing.width
         heads, groups = len(some.query) // some.width, len(some.key) // some.width
         cosine, sine = (part[0] for part in self.rotary(self.norm.weight, position[None]))
         keys = Side.of(own, position, position, batch, groups, (cosine, sine))
         cosine, sine = (part * some.width**-0.5 for part in (cosine, sine))  # queries come scaled
-        last = Side.of(row, step, position[asked], batch, heads, (cosine[asked], sine[asked]))
-        places = [Place.of(keys, last, asked, groups)]
+        turn = (cosine[asked.at], sine[asked.at])
+        last = Side.of(asked.row, asked.step, position[asked.at], batch, heads, turn)
+        places = [Place.of(keys, last, asked.at, groups)]
         if len(self.layers) > 1:
             whole = Side.of(own, position, position, batch, heads, (cosine, sine))
             places = [Place.of(keys, whole, None, groups)] * (len(self.layers) - 1) + places
@@ -278,7 +182,7 @@ class Trunk:
         if torch.is_grad_enabled():
             weights = [part.weight for part in (self.embed, self.norm, self.unembed) if part is not None]
             weights += [weight for one in self.layers for weight in one.weights]
-            return Reading(*_Pass.apply(self, entering, places, chosen, layer, *weights))  # type: ignore[no-untyped-call]
+            return Reading(*_Run.apply(self, entering, places, chosen, layer, *weights))  # type: ignore[no-untyped-call]
         return self.forward(entering, places, chosen, layer, None)
 
     def forward(
@@ -326,21 +230,13 @@ class Trunk:
         return None
 
 
-class Reading(NamedTuple):
-    """What a trunk says about the asked tokens."""
-
-    logprobs: Tensor  # [asked tokens] of the tokens that were chosen behind them
-    final: Tensor  # [asked tokens, width] normalised last states
-    states: Tensor | None  # [tokens, width] that enter the layer that was asked for
-
-
-class _Pass(torch.autograd.Function):
-    """A trunk's forward and backward passes; weights' gradients are added where they stay, not handed on."""
+class _Run(torch.autograd.Function):
+    """A stack's forward and backward passes; weights' gradients are added where they stay, not handed on."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        trunk: Trunk,
+        stack: Stack,
         entering: Tensor,
         places: list[Place],
         chosen: Tensor,
@@ -348,8 +244,8 @@ class _Pass(torch.autograd.Function):
         *_: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.kept = []
-        reading = trunk.forward(entering, places, chosen, layer, ctx.kept)
-        ctx.trunk, ctx.place = trunk, (entering, places, chosen)
+        reading = stack.forward(entering, places, chosen, layer, ctx.kept)
+        ctx.stack, ctx.place = stack, (entering, places, chosen)
         ctx.save_for_backward(reading.final)
         if reading.states is not None:
             ctx.mark_non_differentiable(reading.states)
@@ -357,5 +253,5 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, by_final: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        by_entering = ctx.trunk.backward(g, by_final, *ctx.place, *ctx.saved_tensors, ctx.kept)
+        by_entering = ctx.stack.backward(g, by_final, *ctx.place, *ctx.saved_tensors, ctx.kept)
         return None, by_entering, *[None] * (len(ctx.needs_input_grad) - 2)
