@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -73,21 +72,29 @@ def attend_backward(
     return torch.bmm(by_scores, keys), torch.bmm(by_scores.transpose(1, 2), queries), by_values
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
-    return silu(gate).mul_(up)
+class Gated(NamedTuple):
+    """silu(gate) * up and what its backward pass needs."""
+
+    result: Tensor
+    share: Tensor  # sigmoid(gate)
+    opened: Tensor  # silu(gate)
 
 
-def gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients by gate and up, and what the forward pass gave; g is used up.
+def gated(gate: Tensor, up: Tensor) -> Gated:
+    """Return silu(gate) * up, silu(x) = x sigmoid(x) (SwiGLU, Shazeer 2020, arXiv 2002.05202); gate is used up."""
+    share = gate.sigmoid()
+    opened = gate.mul_(share)
+    return Gated(opened * up, share, opened)
 
-    d/dup = g silu(gate); d/dgate = g up silu'(gate).
+
+def gated_backward(g: Tensor, share: Tensor, opened: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by gate and up; g is used up.
+
+    d/dup = g silu(gate); d/dgate = g up silu'(gate), silu' = s + x s (1 - s) = s + silu - s silu with s = sigmoid(x).
     """
-    opened = silu(gate)
-    result = opened * up
-    by_up = opened.mul_(g)
-    by_gate: Tensor = torch.ops.aten.silu_backward(g.mul_(up), gate)
-    return by_gate, by_up, result
+    by_up = g * opened
+    slope = (share + opened).addcmul_(share, opened, value=-1)
+    return g.mul_(up).mul_(slope), by_up
 
 
 def chosen_logprobs(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rrlhf.attention import Asked, Packing, Place, Side
+from rrlhf.attention import Asked, Cache, Packing, Place, Side
 from rrlhf.decoding import decodes
 from rrlhf.gradients import Gradients
 from rrlhf.kernels import (
@@ -58,8 +58,9 @@ class Kept(NamedTuple):
     attended: Tensor  # [asked tokens, heads * head width]
     middle: Tensor  # [asked tokens, width] states between attention and the feed-forward part
     middle_scale: Tensor  # of the second norm
-    gate: Tensor
-    up: Tensor
+    up: Tensor  # [asked tokens, feed-forward width]
+    share: Tensor  # of the gate
+    opened: Tensor
 
 
 class Layer:
@@ -97,9 +98,11 @@ class Layer:
         attended = place.queries.packed(grid).flatten(1)
         middle = torch.addmm(x if place.asked is None else x[place.asked], attended, self.output.t())
         second, middle_scale = rms_norm(middle, self.second_norm.weight, self.second_norm.variance_epsilon)
-        gate, up = second @ self.gate.t(), second @ self.up.t()
-        after = torch.addmm(middle, gated(gate, up), self.down.t())
-        return after, Kept(x, scale, queries, keys, values, weights, attended, middle, middle_scale, gate, up)
+        up = second @ self.up.t()
+        result, share, opened = gated(second @ self.gate.t(), up)
+        after = torch.addmm(middle, result, self.down.t())
+        heads = (queries, keys, values, weights, attended)
+        return after, Kept(x, scale, *heads, middle, middle_scale, up, share, opened)
 
     def backward(self, g: Tensor, kept: Kept, place: Place) -> Tensor:
         """Add to the weights' gradients; return the gradient by the states that entered; g is used up."""
@@ -122,8 +125,8 @@ class Layer:
 
     def _backward_mlp(self, g: Tensor, kept: Kept) -> Tensor:
         add = self._gradients
-        by_gate, by_up, result = gated_backward(g @ self.down, kept.gate, kept.up)
-        add.product(self.down, g, result)
+        add.product(self.down, g, kept.opened * kept.up)
+        by_gate, by_up = gated_backward(g @ self.down, kept.share, kept.opened, kept.up)
         normal = kept.middle * kept.middle_scale
         second = normal * self.second_norm.weight
         add.product(self.gate, by_gate, second)
@@ -156,26 +159,46 @@ class Reading(NamedTuple):
 class Stack:
     """Layers from some layer on, with the embeddings below them where they are all, and the readout above."""
 
-    def __init__(self, embed: Any, rotary: Any, layers: Any, norm: Any, unembed: Any, gradients: Gradients) -> None:
+    def __init__(
+        self, embed: Any, rotary: Any, layers: Any, norm: Any = None, unembed: Any = None, gradients: Any = None
+    ) -> None:
         self.embed, self.rotary, self.norm, self.unembed = embed, rotary, norm, unembed
         self.layers = [Layer(layer, gradients) for layer in layers]
         self.gradients = gradients
 
-    def places(self, packing: Packing, asked: Asked) -> list[Place]:
-        """Return each layer's place; the last layer's queries are the asked tokens only."""
+    def places(self, packing: Packing, asked: Asked | None) -> list[Place]:
+        """Return each layer's place; the last layer's queries are the asked tokens only, where some are named."""
         some, batch, position = self.layers[0], packing.batch, packing.positions[0]
         own = packing.places // packing.width
         heads, groups = len(some.query) // some.width, len(some.key) // some.width
-        cosine, sine = (part[0] for part in self.rotary(self.norm.weight, position[None]))
+        cosine, sine = (part[0] for part in self.rotary(some.norm.weight, position[None]))
         keys = Side.of(own, position, position, batch, groups, (cosine, sine))
         cosine, sine = (part * some.width**-0.5 for part in (cosine, sine))  # queries come scaled
-        turn = (cosine[asked.at], sine[asked.at])
-        last = Side.of(asked.row, asked.step, position[asked.at], batch, heads, turn)
-        places = [Place.of(keys, last, asked.at, groups)]
-        if len(self.layers) > 1:
+        places = []
+        if asked is None or len(self.layers) > 1:
             whole = Side.of(own, position, position, batch, heads, (cosine, sine))
-            places = [Place.of(keys, whole, None, groups)] * (len(self.layers) - 1) + places
+            places = [Place.of(keys, whole, None, groups)] * (len(self.layers) - (asked is not None))
+        if asked is not None:
+            turn = (cosine[asked.at], sine[asked.at])
+            last = Side.of(asked.row, asked.step, position[asked.at], batch, heads, turn)
+            places.append(Place.of(keys, last, asked.at, groups))
         return places
+
+    def fill(
+        self, hidden: Tensor, packing: Packing, cache: Cache, keep: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the layers on packed states [tokens, width] and put their keys and values into a cache.
+
+        Returns the last states, not normalised, and those that enter the layers `keep`.
+        """
+        entered = {}
+        for number, (layer, place) in enumerate(zip(self.layers, self.places(packing, None), strict=True)):
+            entered[number] = hidden
+            hidden, kept = layer.forward(hidden, place)
+            cache.update(*(states.unflatten(0, (packing.batch, -1)) for states in (kept.keys, kept.values)), number)
+            del kept
+        entered[len(self.layers)] = hidden
+        return hidden, {number: entered[number] for number in keep}
 
     def read(self, entering: Tensor, places: list[Place], chosen: Tensor, layer: int | None = None) -> Reading:
         """Read packed tokens [tokens], or states [tokens, width]; layer: counted from the first that is here."""
