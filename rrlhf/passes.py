@@ -27,6 +27,7 @@ from rrlhf.kernels import (
     rotate,
 )
 
+KEPT_KEYS = 128  # a row's tokens up to which attention's weights, tokens squared, are kept for the backward pass
 MAPS = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")] + [
     f"mlp.{name}_proj" for name in ("gate", "up", "down")
 ]
@@ -54,7 +55,7 @@ class Kept(NamedTuple):
     queries: Tensor
     keys: Tensor
     values: Tensor
-    weights: Tensor  # attention's
+    weights: Tensor | None  # attention's; None: they are to be made again
     attended: Tensor  # [asked tokens, heads * head width]
     middle: Tensor  # [asked tokens, width] states between attention and the feed-forward part
     middle_scale: Tensor  # of the second norm
@@ -101,7 +102,7 @@ class Layer:
         up = second @ self.up.t()
         result, share, opened = gated(second @ self.gate.t(), up)
         after = torch.addmm(middle, result, self.down.t())
-        heads = (queries, keys, values, weights, attended)
+        heads = (queries, keys, values, weights if weights.shape[-1] <= KEPT_KEYS else None, attended)
         return after, Kept(x, scale, *heads, middle, middle_scale, up, share, opened)
 
     def backward(self, g: Tensor, kept: Kept, place: Place) -> Tensor:
@@ -139,7 +140,10 @@ class Layer:
     def _backward_attention(self, g: Tensor, kept: Kept, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients by what the maps to queries, keys and values gave."""
         grid = place.queries.seated_or_zero(self._heads(g), len(place.bias))
-        by_queries, by_keys, by_values = attend_backward(grid, kept.queries, kept.keys, kept.values, kept.weights)
+        given, weights = (kept.queries, kept.keys, kept.values), kept.weights
+        if weights is None:
+            weights = attend(*given, place.bias).weights
+        by_queries, by_keys, by_values = attend_backward(grid, *given, weights)
         query = rotate(place.queries.packed(by_queries), place.queries.cosine, place.queries.sine, -1)
         key = rotate(place.keys.packed(by_keys), place.keys.cosine, place.keys.sine, -1)
         return query.flatten(1), key.flatten(1), place.keys.packed(by_values).flatten(1)

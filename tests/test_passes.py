@@ -78,6 +78,14 @@ def test_states_of_any_layer_can_be_had(network, first, layer):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_that_is_made_again_has_the_same_bits(network, monkeypatch):
+    top = PolicyTop(LanguageModel(network, None), None).requires_grad_(True)
+    kept = {name: weight.clone() for name, weight in read(top, None)[1].items()}
+    monkeypatch.setattr(passes, "KEPT_KEYS", 3)
+    again = read(top, None)[1]
+    assert all(torch.equal(weight, again[name]) for name, weight in kept.items())
+
+
 def test_gradients_add_up_over_parts_and_their_memory_is_used_again(network):
     top = PolicyTop(LanguageModel(network, None), None).requires_grad_(True)
     _, whole = read(top, None)
