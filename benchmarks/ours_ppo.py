@@ -59,7 +59,7 @@ def train(job: Job) -> Job:
     """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
     libraries_mib = _peak_mib()
     language, settings = load_model(Path(job["folder"])), _settings(job)
-    language.network.lm_head.register_forward_hook(_never_ends(language.tokenizer.eos_token_id))
+    language = language._replace(tokenizer=NeverEnds(language.tokenizer))
     model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, seed=job["seed"])
     torch.manual_seed(job["seed"])
     engine = accelerator(model)
@@ -210,13 +210,16 @@ def _rate(maps: list[Tensor], rows: int, device: str) -> float:
     return 2 * rows * passes * sum(weight.numel() for weight in maps) / (watch.now() - start) / 1e9
 
 
-def _never_ends(eos: int) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that makes the end of sequence impossible, so that responses have the full length."""
+class NeverEnds:
+    """A tokenizer whose end of sequence is no token, so that responses have the full length."""
 
-    def hook(_: nn.Module, __: Any, logits: Tensor) -> None:
-        logits[..., eos] = -1e4
+    eos_token_id = -1
 
-    return hook
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def _model(job: Job) -> Model:

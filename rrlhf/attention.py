@@ -1,7 +1,8 @@
 """Attention over rows of different lengths without work on padding, and the keys and values of a growing batch.
 
 While training, the tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a
-time, so only attention sees padding. While sampling, keys and values are written into memory that was taken once.
+time, so only attention sees padding (`Place`, or `packed_attention` for transformers' layers). While sampling, keys and
+values are written into memory that was taken once.
 """
 
 from __future__ import annotations
@@ -45,6 +46,71 @@ class Packing(NamedTuple):
     def flat(self, row: Tensor, column: Tensor) -> Tensor:
         """Return where the tokens at [row, column] of the grid stand among the packed ones."""
         return torch.searchsorted(self.places, row * self.width + column)
+
+
+class Asked(NamedTuple):
+    """Tokens whose log-probabilities are asked for."""
+
+    row: Tensor  # [asked] of the batch
+    step: Tensor  # [asked] of the response
+    token: Tensor  # [asked]
+    at: Tensor  # [asked] the packed token before it, which predicts it
+
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines
+
+
+class Side(NamedTuple):
+    """Where the queries, or the keys and values, of packed tokens stand in a padded grid [batch, heads, width]."""
+
+    seats: Tensor  # [tokens * heads] in the flattened grid
+    source: Tensor  # [batch * heads * width] the packed row of each seat; any row on padding
+    positions: Tensor  # [batch, width]; 0 on padding
+    cosine: Tensor  # [tokens, 1, head width]
+    sine: Tensor
+
+    @classmethod
+    def of(cls, row: Tensor, column: Tensor, position: Tensor, batch: int, heads: int, turn: Turn) -> Side:
+        """Seat tokens at [row, column] of the grid; turn: their cosines and sines [tokens, head width]."""
+        width = int(column.max()) + 1
+        head = torch.arange(heads)
+        seats = ((row[:, None] * heads + head) * width + column[:, None]).flatten()
+        source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
+        positions = position.new_zeros(batch, width)
+        positions[row, column] = position
+        return cls(seats, source, positions, turn[0][:, None], turn[1][:, None])
+
+    def seated(self, packed: Tensor, blocks: int) -> Tensor:
+        """Take [tokens, heads, head width] to [blocks, grid / blocks, head width]."""
+        return packed.flatten(0, 1).index_select(0, self.source).view(blocks, -1, packed.shape[-1])
+
+    def packed(self, grid: Tensor) -> Tensor:
+        """Take a grid to [tokens, heads, head width]."""
+        return grid.view(-1, grid.shape[-1]).index_select(0, self.seats).view(len(self.cosine), -1, grid.shape[-1])
+
+    def seated_or_zero(self, packed: Tensor, blocks: int) -> Tensor:
+        """Like `seated`, with zeros as padding: a gradient."""
+        grid = packed.new_zeros(len(self.source), packed.shape[-1]).index_copy_(0, self.seats, packed.flatten(0, 1))
+        return grid.view(blocks, -1, packed.shape[-1])
+
+
+class Place(NamedTuple):
+    """What a layer must know of a batch besides its states."""
+
+    keys: Side
+    queries: Side
+    asked: Tensor | None  # the packed tokens that are queries; None: all
+    bias: Tensor  # [blocks, queries, keys] 0 where a query may look, else -inf; a block is a row's group of heads
+
+    @classmethod
+    def of(cls, keys: Side, queries: Side, asked: Tensor | None, groups: int) -> Place:
+        """Let each query look at the keys of its row up to its own position."""
+        later = torch.arange(keys.positions.shape[1]) > queries.positions[..., None]  # [batch, queries, keys]
+        bias = torch.zeros(later.shape).masked_fill_(later, -torch.inf)
+        batch, asking, looked_at = bias.shape
+        shared = len(queries.source) // (batch * groups * asking)  # heads that share keys
+        every = bias[:, None, None].expand(batch, groups, shared, asking, looked_at)
+        return cls(keys, queries, asked, every.reshape(batch * groups, -1, looked_at))
 
 
 def register() -> None:

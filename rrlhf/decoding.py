@@ -16,6 +16,7 @@ from torch.nn.functional import linear, pad
 
 from rrlhf.adapters import Adapted
 from rrlhf.attention import Cache
+from rrlhf.kernels import rms_norm, rotate
 
 
 class Product:
@@ -26,13 +27,10 @@ class Product:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self._weight, self._bias, self._rows = weight, bias, rows
-        on_mkl = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available()
-        self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows) if on_mkl else None
-
-    def resized(self, rows: int) -> Product:
-        """Return the same map for fewer rows."""
-        return Product(self._weight, self._bias, rows)
+        self._weight, self._bias, self._rows, self._laid_out = weight, bias, rows, None
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+            self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+            self._weight = weight.new_empty(1, 1).expand_as(weight)  # only its shape is looked at from now on
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [rows, in] to [rows, out]."""
@@ -60,11 +58,19 @@ class Decoder:
 
     def __init__(self, network: Any, rows: int, dtype: torch.dtype = torch.float32) -> None:
         config = network.config
-        self.rows = rows
         self._network, self._dtype = network, dtype
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._width = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._activation = network.model.layers[0].mlp.act_fn
+        self.resize(rows)
+
+    def fits(self, rows: int) -> bool:
+        """Whether it is still the quickest for so many rows."""
+        return 2 * rows > self.rows
+
+    def resize(self, rows: int) -> None:
+        """Make it the quickest for so many rows."""
+        self.rows = rows
         self._layers = [
             Layer(
                 layer.input_layernorm,
@@ -74,8 +80,14 @@ class Decoder:
                 self._stacked(layer.mlp.gate_proj, layer.mlp.up_proj),
                 self._stacked(layer.mlp.down_proj),
             )
-            for layer in network.model.layers
+            for layer in self._network.model.layers
         ]
+        self._unembedding = self._stacked(self._network.lm_head)
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Return the logits of normalised last states [rows, width]."""
+        with torch.autocast(state.device.type, enabled=False):
+            return self._unembedding(state)
 
     def _stacked(self, *maps: Any) -> Product:
         weights = [one.merged() if isinstance(one, Adapted) else one.weight.detach() for one in maps]
@@ -84,18 +96,6 @@ class Decoder:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         bias = torch.cat(biases).to(self._dtype) if biases else None
         return Product(weight.to(self._dtype), bias, self.rows)
-
-    def fits(self, rows: int) -> bool:
-        """Whether it is still the quickest for so many rows."""
-        return 2 * rows > self.rows
-
-    def resize(self, rows: int) -> None:
-        """Make it the quickest for fewer rows."""
-        self.rows = rows
-        self._layers = [
-            Layer(*(part.resized(rows) if isinstance(part, Product) else part for part in layer))
-            for layer in self._layers
-        ]
 
     def step(
         self, hidden: Tensor, positions: Tensor, bias: Tensor, cache: Cache, keep: tuple[int, ...]
@@ -107,13 +107,15 @@ class Decoder:
         """
         states: dict[int, Tensor] = {}
         with torch.autocast(hidden.device.type, enabled=False):
-            rotation, bias = self._network.model.rotary_emb(hidden[:, None], positions[:, None]), bias[:, None, None]
+            cosine, sine = self._network.model.rotary_emb(hidden[:, None], positions[:, None])
+            shared = (len(hidden), self._groups, self._heads // self._groups, bias.shape[1])
+            bias = bias[:, None, None].expand(shared).flatten(0, 1)
             for number, layer in enumerate(self._layers):
                 if number in keep:
                     states[number] = hidden
-                hidden = hidden + self._attend(layer, number, hidden, rotation, bias, cache)
-                gate, up = layer.gated(layer.second_norm(hidden)).chunk(2, dim=-1)
-                hidden = hidden + layer.down(self._activation(gate) * up)
+                hidden = hidden + self._attend(layer, number, hidden, (cosine, sine), bias, cache)
+                gate, up = layer.gated(_normal(layer.second_norm, hidden)).chunk(2, dim=-1)
+                hidden = hidden + layer.down(self._activation(gate).mul_(up))
         if len(self._layers) in keep:
             states[len(self._layers)] = hidden
         return hidden, states
@@ -121,17 +123,20 @@ class Decoder:
     def _attend(
         self, layer: Layer, number: int, hidden: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor, cache: Cache
     ) -> Tensor:
-        heads, groups, (cosine, sine) = self._heads, self._groups, rotation
-        mapped = layer.attention(layer.norm(hidden)).unflatten(-1, (-1, self._width))
+        heads, groups = self._heads, self._groups
+        mapped = layer.attention(_normal(layer.norm, hidden)).unflatten(-1, (-1, self._width))
         turned, value = mapped.split([heads + groups, groups], dim=1)
-        first, second = turned.chunk(2, dim=-1)
-        turned = turned * cosine + torch.cat([-second, first], dim=-1) * sine
-        query, key = turned.split([heads, groups], dim=1)
-        keys, values = cache.update(key[:, :, None], value[:, :, None], number)
-        scores = query.unflatten(1, (groups, -1)).to(keys.dtype) @ keys.transpose(2, 3) * self._width**-0.5
-        weights = (scores + bias).softmax(dim=-1).to(values.dtype)  # [rows, groups, heads of a group, tokens]
-        attended = weights @ values
-        return layer.output(attended.flatten(1))
+        query, key = rotate(turned, *rotation).split([heads, groups], dim=1)
+        keys, values = (
+            states.flatten(0, 1) for states in cache.update(key[:, :, None], value[:, :, None], number)
+        )  # [rows and groups, tokens, head width]
+        query = (query * self._width**-0.5).to(keys.dtype).view(len(keys), -1, self._width)
+        weights = torch.baddbmm(bias.to(keys.dtype), query, keys.transpose(1, 2)).softmax(dim=-1)
+        return layer.output(torch.bmm(weights.to(values.dtype), values).view(len(hidden), -1))
+
+
+def _normal(norm: Any, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)[0]
 
 
 @torch.no_grad()

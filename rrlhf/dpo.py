@@ -24,16 +24,15 @@ from rrlhf.calibration import correct
 from rrlhf.config import Arm, Dpo, Model
 from rrlhf.models import (
     LanguageModel,
-    PolicyTop,
     accelerator,
     autocast,
     encode_prompt,
     encode_text,
-    first_trained,
     load_model,
     microbatches,
     save_model,
 )
+from rrlhf.policy import PolicyTop, first_trained
 from rrlhf.progress import track
 from rrlhf.rollout import hidden_states
 from rrlhf.tables import preferences

@@ -28,7 +28,9 @@ from rrlhf.checkpoint import (
 )
 from rrlhf.config import Ppo
 from rrlhf.health import Event
-from rrlhf.models import LanguageModel, PolicyTop, Read, first_trained
+from rrlhf.models import LanguageModel
+from rrlhf.policy import PolicyTop, Read, first_trained
+from rrlhf.reference import frozen
 from rrlhf.reward_functions import RewardFunction
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, shared_layer
 from rrlhf.types import Metrics
@@ -139,23 +141,23 @@ def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[PolicyTop, Callable[.
     """Let the weights of `ppo.trains` move; return what trains and its reference."""
     if ppo.trains == "full":
         top = PolicyTop(language, None)
-        return top, _frozen_copy(top)
+        return top, _reference(top, language)
     first = first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
         adapt(language.network, first, language.layers, copies=1, rank=ppo.lora_rank)
         top = PolicyTop(language, first)
         return top, _without_adapters(top, language)
     top = PolicyTop(language, first)
-    reference = _frozen_copy(top)
+    reference = _reference(top, language)
     top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
     return top, reference
 
 
-def _frozen_copy(top: PolicyTop) -> Callable[..., Read]:
-    """Return the reference as it is before the first step, and let the policy's own weights move."""
-    reference = top.reference()
+def _reference(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
+    """Return the policy as it is before the first step, and let its weights move."""
+    read = frozen(top, language)
     top.requires_grad_(True)
-    return reference.read
+    return read
 
 
 def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
@@ -166,6 +168,20 @@ def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., 
             return top.read(*arguments, **options)
 
     return read
+
+
+def clip_gradients(learner: Learner, max_norm: float) -> float:
+    """Have the next step use gradients whose norm is at most `max_norm`; return the norm that they have.
+
+    In one process the fused optimizer divides them as it goes, which spares a walk through all of them.
+    """
+    if learner.engine.num_processes > 1:
+        return float(learner.engine.clip_grad_norm_(learner.policy.parameters(), max_norm))
+    gradients = [weight.grad for weight in learner.top.parameters() if weight.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    inner: Any = learner.optimizer
+    inner.optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)
+    return float(norm)
 
 
 def snapshot(learner: Learner, course: Course) -> State:

@@ -8,7 +8,6 @@ value function and the reward features. It asks for a decoder of the Llama famil
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import re
 import tempfile
@@ -185,10 +184,10 @@ def run_layers(
     mask: [batch, 1, queries, keys], True where attention is allowed. packing: of hidden states [1, tokens, width].
     """
     layers = network.model.layers[first:last]
-    return _through(layers, network.model.rotary_emb, hidden, positions, mask, cache, packing)
+    return through(layers, network.model.rotary_emb, hidden, positions, mask, cache, packing)
 
 
-def _through(
+def through(
     layers: Any,
     rotary: Any,
     hidden: Tensor,
@@ -197,6 +196,7 @@ def _through(
     cache: Any,
     packing: Packing | None = None,
 ) -> Tensor:
+    """Run these decoder layers, as `run_layers` does."""
     if positions is None:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
     rotation = rotary(hidden, position_ids=positions)
@@ -211,78 +211,6 @@ def _through(
             packing=packing,
         )
     return hidden
-
-
-class Read(NamedTuple):
-    """What a policy says about given responses."""
-
-    logprobs: Tensor  # [batch, response tokens]; 0 off the mask
-    values: Tensor  # [batch, response tokens]; 0 off the mask
-    states: Tensor | None  # [batch, tokens, width] that enter the layer that was asked for
-
-
-def first_trained(language: LanguageModel, train_layers: int, setting: str) -> int:
-    """Return the lowest of the top layers that train; raises ValueError when there are fewer layers."""
-    if train_layers > language.layers:
-        raise ValueError(f"{setting} {train_layers}: the model has {language.layers} layers; set it to at most that")
-    return language.layers - train_layers
-
-
-class PolicyTop(nn.Module):
-    """The trainable part of a policy with its value head; the language model's own modules, not copies."""
-
-    def __init__(self, language: LanguageModel, first: int | None) -> None:
-        """Take the layers from `first` on; None: the embeddings too."""
-        super().__init__()
-        network = language.network
-        self.first = first
-        self.embed = network.model.embed_tokens if first is None else None
-        self.rotary = network.model.rotary_emb
-        self.layers = network.model.layers[first or 0 :]
-        self.norm = network.model.norm
-        self.unembed = network.lm_head
-        self.value = nn.Linear(network.config.hidden_size, 1)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
-        self.to(language.device)
-
-    def forward(
-        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask."""
-        logprobs, values, _ = self.read(entering, prompt_lengths, responses, mask)
-        return logprobs, values
-
-    def read(
-        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None = None
-    ) -> Read:
-        """Read responses in one pass, with the states that enter `layer`, counted from the network's first.
-
-        entering: what the frozen layers left, [batch, tokens, width], or tokens [batch, tokens] where everything
-        trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count.
-        """
-        packing = Packing.of(prompt_lengths + mask.sum(1))
-        tokens = packing.packed(entering)
-        hidden = tokens if self.embed is None else self.embed(tokens)
-        below = 0 if layer is None else layer - (self.first or 0)
-        place = (packing.positions, None, None, packing)
-        hidden = entered = _through(self.layers[:below], self.rotary, hidden, *place)
-        hidden = _through(self.layers[below:], self.rotary, hidden, *place)
-        row, step = mask.nonzero(as_tuple=True)
-        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
-        logits = self.unembed(final).float()
-        logprobs = -nn.functional.cross_entropy(logits, responses[mask], reduction="none")
-        values = self.value(final).float().squeeze(-1)
-        empty = torch.zeros(mask.shape, device=hidden.device)
-        states = None if layer is None else packing.grid(entered)
-        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
-
-    def reference(self) -> PolicyTop:
-        """Return a frozen copy: with what is shared below it is the reference policy."""
-        shared = (
-            {} if self.first is None else {id(self.unembed): self.unembed}
-        )  # the largest matrix, if it never trains
-        return copy.deepcopy(self, shared).requires_grad_(False).eval()
 
 
 def _template_tokens(language: LanguageModel, text: str) -> list[int]:

@@ -25,13 +25,14 @@ from rrlhf.advantages import estimate, has_critic
 from rrlhf.artifacts import CHECKPOINT
 from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Arm, Health, Model, Ppo
+from rrlhf.environment import give_back_memory
 from rrlhf.excerpts import FILE as EXCERPTS
 from rrlhf.excerpts import excerpts
 from rrlhf.guard import Guard
 from rrlhf.health import EVENTS, DivergedError
 from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.kl import ESTIMATORS, adapted_weight
-from rrlhf.learner import Course, Learner, Sampled, prepare_learner, resume
+from rrlhf.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models import accelerator, accumulated, autocast, decode, encode_prompt, load_model, save_model
 from rrlhf.progress import Interrupted, track
@@ -244,6 +245,8 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
         skipped += len(steps) - len(taken)
         if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
             break
+    learner.top.gradients.release()
+    give_back_memory()
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
     rate = float(learner.optimizer.param_groups[0]["lr"])
@@ -258,10 +261,11 @@ def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics
     for index, synchronised in accumulated(learner.engine, learner.policy, parts):
         with synchronised:
             shares.append(_accumulate(learner, rollout.rows(index), tokens, model, ppo))
-    norm = float(learner.engine.clip_grad_norm_(learner.policy.parameters(), ppo.max_grad_norm))
+    norm = clip_gradients(learner, ppo.max_grad_norm)
     is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
     if is_finite:
         learner.optimizer.step()
+    learner.top.gradients.clear()
     learner.optimizer.zero_grad()
     if not is_finite:
         return None

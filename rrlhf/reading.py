@@ -12,7 +12,8 @@ from rrlhf.config import Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
 from rrlhf.judgement import function_values
-from rrlhf.models import LanguageModel, PolicyTop, autocast, decode, encode_prompt, load_model
+from rrlhf.models import LanguageModel, autocast, decode, encode_prompt, load_model
+from rrlhf.policy import PolicyTop
 from rrlhf.progress import track
 from rrlhf.reward_functions import RewardFunction
 from rrlhf.reward_models.heads import RewardHeads

@@ -19,6 +19,7 @@ from rrlhf.decoding import Decoder, decodes
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.models import LanguageModel, autocast, embed, run_layers
+from rrlhf.passes import Stack, fits, stands_in
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.types import Metrics
@@ -140,7 +141,7 @@ def sample(
     real = (at < lengths[:, None]) | (at >= width)  # the cache's columns: prompts, their padding, responses
     for step in range(response_tokens):
         state = network.model.norm(hidden)
-        distribution = network.lm_head(state).float().log_softmax(dim=-1)
+        distribution = step_on.logits(state).float().log_softmax(dim=-1)
         probabilities = distribution.exp()
         drawn = _draw(probabilities, torch.rand(batch, generator=generator, device=device)[rows])
         counts = running[rows]
@@ -175,8 +176,14 @@ def _prefill(
     """
     network, packing = language.network, Packing.of(lengths)
     tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=language.device)
-    place: dict[str, Any] = {"positions": packing.positions, "cache": Filling(cache, packing), "packing": packing}
-    hidden, entered = _through_all(network, embed(network, tokens), keep, **place)
+    hidden = embed(network, tokens)
+    if stands_in(network.model) and fits(network):
+        stack = Stack(None, network.model.rotary_emb, network.model.layers)
+        hidden, entered = stack.fill(hidden[0], packing, cache, keep)
+        hidden, entered = hidden[None], {layer: states[None] for layer, states in entered.items()}
+    else:
+        place: dict[str, Any] = {"positions": packing.positions, "cache": Filling(cache, packing), "packing": packing}
+        hidden, entered = _through_all(network, hidden, keep, **place)
     room = (0, 0, 0, cache.capacity - packing.width)
     states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in entered.items()}
     return hidden[0, lengths.cumsum(0) - 1], states
@@ -200,6 +207,11 @@ class _Steps:
         self._network, self._cache, self._keep, device = network, cache, keep, network.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         self._decoder = Decoder(network, rows, dtype) if decodes(network) else None
+
+    def logits(self, state: Tensor) -> Tensor:
+        """Return the logits of normalised last states [rows, width]."""
+        logits: Tensor = self._network.lm_head(state) if self._decoder is None else self._decoder.logits(state)
+        return logits
 
     def __call__(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """Return the last states [rows, width], and those that enter the kept layers.

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf.attention import Cache, Packing
-from rrlhf.models import PolicyTop, load_base
+from rrlhf.models import load_base
+from rrlhf.policy import PolicyTop
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rrlhf import rollout
 from rrlhf.adapters import adapt, adapters
+from rrlhf.attention import PACKED, register
 from rrlhf.decoding import Decoder, Product, decodes
 from rrlhf.models import LanguageModel, load_base
 
@@ -36,6 +37,8 @@ def network(request):
     else:
         changed = {"one head width": {"num_key_value_heads": 4}, "wide heads": {"head_dim": 16}}.get(request.param, {})
         made = LlamaForCausalLM(LlamaConfig(**SHAPE | changed))
+    register()
+    made.set_attn_implementation(PACKED)
     return made.eval().requires_grad_(False)
 
 

@@ -1,17 +1,8 @@
 import pytest
 import torch
 
-from rrlhf.models import (
-    PolicyTop,
-    decode,
-    embed,
-    encode_prompt,
-    encode_text,
-    load_base,
-    load_model,
-    run_layers,
-    save_model,
-)
+from rrlhf.models import decode, embed, encode_prompt, encode_text, load_base, load_model, run_layers, save_model
+from rrlhf.policy import PolicyTop
 
 USER = [{"role": "user", "content": "Hello there"}]
 

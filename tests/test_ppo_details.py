@@ -5,6 +5,8 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from rrlhf import passes
+from rrlhf.kernels import chosen_logprobs
 from rrlhf.learner import Course, prepare_learner
 from rrlhf.models import load_base, load_model, save_model
 from rrlhf.ppo import collect, optimise, train
@@ -47,7 +49,7 @@ def test_an_optimizer_step_is_adam_with_epsilon_1e_5_and_without_weight_decay(mo
     def note(*_):
         gradients.update({name: weight.grad.double().clone() for name, weight in trainable(found).items()})
 
-    found.optimizer.optimizer.register_step_pre_hook(note)
+    found.optimizer.optimizer.register_step_post_hook(note)
     before = {name: weight.detach().double().clone() for name, weight in trainable(found).items()}
     rollout, *_ = collect(found, EIGHT, single, model, ppo)
     optimise(found, rollout, model, ppo)
@@ -57,14 +59,14 @@ def test_an_optimizer_step_is_adam_with_epsilon_1e_5_and_without_weight_decay(mo
         torch.testing.assert_close(weight.double(), expected, atol=1e-7, rtol=1e-5)
 
 
-def test_gradients_are_clipped_to_their_norm_before_the_step(model, ppo, rewards):
+def test_gradients_are_clipped_to_their_norm_in_the_step(model, ppo, rewards):
     ppo = ppo.model_copy(update={"max_grad_norm": 0.01})
     found, norms = learner(load_base(model), ppo, rewards), []
 
     def note(*_):
         norms.append(torch.stack([weight.grad.norm() for weight in trainable(found).values()]).norm().item())
 
-    found.optimizer.optimizer.register_step_pre_hook(note)
+    found.optimizer.optimizer.register_step_post_hook(note)
     rollout, *_ = collect(found, EIGHT, single, model, ppo)
     assert optimise(found, rollout, model, ppo)["gradient_norm"] > 0.01  # what is logged is the norm before it
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
@@ -78,10 +80,21 @@ def test_the_learning_rate_falls_linearly_to_zero(model, ppo, rewards):
 
 
 @pytest.mark.parametrize("trains", ["layers", "lora", "full"])
-def test_logits_exist_only_where_a_response_token_counts(model, ppo, rewards, trains):
+def test_logits_exist_only_where_a_response_token_counts(model, ppo, rewards, trains, monkeypatch):
     ppo = ppo.model_copy(update={"trains": trains, "epochs": 1, "minibatch_size": 8})
     found, rows = learner(load_base(model), ppo, rewards), []
     rollout, *_ = collect(found, EIGHT, single, model, ppo)
+
+    def counted(logits, chosen):
+        rows.append(len(logits))
+        return chosen_logprobs(logits, chosen)
+
+    if trains != "lora":  # whose layers are not plain ones
+        with monkeypatch.context() as patched:
+            patched.setattr(passes, "chosen_logprobs", counted)
+            optimise(found, rollout, model, ppo)
+        assert rows == [int(rollout.mask.sum())]
+        rows.clear()
     found.top.unembed.register_forward_pre_hook(lambda _, states: rows.append(states[0].shape[:-1].numel()))
     optimise(found, rollout, model, ppo)
     assert rows == [int(rollout.mask.sum())]

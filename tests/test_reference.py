@@ -1,0 +1,40 @@
+"""The reference is what the policy was, wherever its weights are."""
+
+import pytest
+import torch
+
+from rrlhf.models import load_base, load_model, save_model
+from rrlhf.policy import PolicyTop
+from rrlhf.reference import frozen
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    made = tmp_path_factory.mktemp("sft")
+    save_model(load_base(model), made)
+    return made
+
+
+def said(read):
+    draw = torch.Generator().manual_seed(0)
+    tokens, prompts = torch.randint(3, 60, (2, 9), generator=draw), torch.tensor([4, 5])
+    return read(tokens, prompts, tokens[:, 5:], torch.ones(2, 4).bool())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_the_reference_stays_what_the_policy_was(folder, is_changed):
+    language = load_model(folder)
+    top = PolicyTop(language, None)
+    if is_changed:  # so that the file holds other weights
+        top.layers[0].mlp.up_proj.weight.mul_(2)
+    before = said(top.read)
+    read = frozen(top, language)
+    for weight in top.parameters():
+        weight.add_(0.1)
+    assert torch.equal(said(read).logprobs, before.logprobs)
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    try:
+        assert torch.equal(said(read).logprobs, before.logprobs)
+    finally:
+        (folder / "elsewhere").rename(folder / "model.safetensors")
