@@ -297,7 +297,7 @@ def test_nothing_is_computed_that_would_be_refused(tmp_path, keys):
 
 def test_no_key_no_signature_and_no_library(project):
     code = (
-        "import sys; from pathlib import Path; from rrlhf.config import load_params; from rrlhf.plan import Project\n"
+        "import sys; from pathlib import Path; from rrlhf.params import load_params; from rrlhf.plan import Project\n"
         "import rrlhf.cli, rrlhf.signing_command\n"
         "root = Path(sys.argv[1]); project = Project(root, 'tiny', load_params(root, 'tiny'))\n"
         "project.plan(); project.check_keys()\n"
