@@ -48,6 +48,16 @@ class Packing(NamedTuple):
         return torch.searchsorted(self.places, row * self.width + column)
 
 
+def groups(lengths: Tensor, tokens: int) -> list[Tensor]:
+    """Split rows of `lengths` [batch] into groups of similar length, of at most so many tokens with their padding."""
+    found: list[list[int]] = []
+    for row in lengths.argsort(stable=True).tolist():  # each is at least as long as those before it
+        if not found or (len(found[-1]) + 1) * int(lengths[row]) > tokens:
+            found.append([])
+        found[-1].append(row)
+    return [torch.tensor(group, device=lengths.device) for group in found]
+
+
 class Asked(NamedTuple):
     """Tokens whose log-probabilities are asked for."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rrlhf.attention import Asked, Packing
+from rrlhf.attention import Asked, Packing, groups
 from rrlhf.gradients import Gradients
 from rrlhf.models import LanguageModel, through
 from rrlhf.passes import Stack, fits, stands_in
@@ -57,13 +57,39 @@ class PolicyTop(nn.Module):
         return logprobs, values
 
     def read(
-        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None = None
+        self,
+        entering: Tensor,
+        prompt_lengths: Tensor,
+        responses: Tensor,
+        mask: Tensor,
+        layer: int | None = None,
+        tokens: int | None = None,
     ) -> Read:
-        """Read responses in one pass, with the states that enter `layer`, counted from the network's first.
+        """Read responses, with the states that enter `layer`, counted from the network's first.
 
         entering: what the frozen layers left, [batch, tokens, width], or tokens [batch, tokens] where everything
-        trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count.
+        trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count. tokens:
+        read so many at a time, in a pass without gradients; None: all of them.
         """
+        if tokens is None:
+            return self._read(entering, prompt_lengths, responses, mask, layer)
+        logprobs, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
+        states = None
+        steps = mask.sum(1)
+        for rows in groups(prompt_lengths + steps, tokens):
+            longest, most = int((prompt_lengths + steps)[rows].max()), int(steps[rows].max())
+            part = entering[rows, :longest], prompt_lengths[rows], responses[rows, :most], mask[rows, :most]
+            read = self._read(*part, layer)
+            logprobs[rows, :most], values[rows, :most] = read.logprobs, read.values
+            if read.states is not None:
+                if states is None:
+                    states = read.states.new_zeros(*entering.shape[:2], read.states.shape[2])
+                states[rows, :longest] = read.states
+        return Read(logprobs, values, states)
+
+    def _read(
+        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None
+    ) -> Read:
         packing = Packing.of(prompt_lengths + mask.sum(1))
         row, step = mask.nonzero(as_tuple=True)
         asked = Asked(row, step, responses[mask], packing.flat(row, prompt_lengths[row] + step - 1))

@@ -186,9 +186,10 @@ def collect(
         entering = tokens_of(batch, samples) if boundary is None else samples.states[boundary][:, :longest]
         place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
         old_logprobs, values = samples.logprobs, learner.top.value(samples.top).float().squeeze(-1)
-        reference = learner.reference(*place, layer=elsewhere)
+        tokens = min(ppo.microbatch_tokens, ppo.minibatch_size * longest)  # takes no more memory than an update's step
+        reference = learner.reference(*place, layer=elsewhere, tokens=tokens)
         if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
-            old_logprobs, values = learner.top(*place)
+            old_logprobs, values, _ = learner.top.read(*place, tokens=tokens)
     judgement = judge(
         samples,
         learner.single,
@@ -257,7 +258,7 @@ def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics
     """Take one optimizer step; None if its gradient was not finite and nothing was done."""
     shares: list[dict[str, Tensor]] = []
     tokens = rollout.mask.sum()
-    parts = [index.to(rollout.mask.device) for index in rollout.packed(ppo.microbatch_tokens)]
+    parts = rollout.packed(ppo.microbatch_tokens)
     for index, synchronised in accumulated(learner.engine, learner.policy, parts):
         with synchronised:
             shares.append(_accumulate(learner, rollout.rows(index), tokens, model, ppo))

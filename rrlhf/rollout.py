@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rrlhf.attention import Cache, Filling, Packing
+from rrlhf.attention import Cache, Filling, Packing, groups
 from rrlhf.config import Model
 from rrlhf.decoding import Decoder, decodes
 from rrlhf.environment import give_back_memory
@@ -73,13 +73,7 @@ class Rollout(NamedTuple):
 
     def packed(self, tokens: int) -> list[Tensor]:
         """Split the rows into groups of similar length, each of at most so many tokens with its padding."""
-        lengths = self.prompt_lengths + self.mask.sum(1)
-        groups: list[list[int]] = []
-        for row in lengths.argsort(stable=True).tolist():  # each is at least as long as those before it
-            if not groups or (len(groups[-1]) + 1) * int(lengths[row]) > tokens:
-                groups.append([])
-            groups[-1].append(row)
-        return [torch.tensor(group) for group in groups]
+        return groups(self.prompt_lengths + self.mask.sum(1), tokens)
 
 
 def rollout_metrics(rollout: Rollout, samples: Samples) -> Metrics:

@@ -78,6 +78,22 @@ def test_states_of_any_layer_can_be_had(network, first, layer):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", [None, 1])
+@pytest.mark.parametrize("tokens", [1, 17, 20, 1000])
+def test_reading_a_few_tokens_at_a_time_says_the_same(network, first, tokens):
+    top = PolicyTop(LanguageModel(network, None), first)
+    torch.nn.init.normal_(top.value.weight)
+    draw = torch.Generator().manual_seed(1)
+    prompts, steps = torch.tensor([5, 2, 9, 4]), torch.tensor([4, 6, 1, 3])
+    entering = torch.randint(3, 60, (4, 10), generator=draw)
+    entering = entering if first is None else torch.randn(4, 10, 32, generator=draw)
+    responses, mask = torch.randint(3, 60, (4, 6), generator=draw), torch.arange(6) < steps[:, None]
+    whole, parts = (top.read(entering, prompts, responses, mask, layer=2, tokens=limit) for limit in (None, tokens))
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_attention_that_is_made_again_has_the_same_bits(network, monkeypatch):
     top = PolicyTop(LanguageModel(network, None), None).requires_grad_(True)
     kept = {name: weight.clone() for name, weight in read(top, None)[1].items()}
