@@ -64,7 +64,8 @@ def wilson_interval(share: float, n: float, level: float = 0.95) -> Interval:
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Interval(max(centre - half, 0.0), min(centre + half, 1.0))
+    low, high = max(centre - half, 0.0), min(centre + half, 1.0)
+    return Interval(min(low, share), max(high, share))  # rounding may leave out a share of 0 or 1
 
 
 def share_interval(found: Estimate, level: float = 0.95) -> Interval:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm, spearmanr
@@ -125,6 +125,13 @@ def test_there_is_no_finite_temperature_for_perfect_or_chance_orders():
     assert fitted_temperature(torch.tensor([0.1, 2.0])) == 0
     assert fitted_temperature(torch.tensor([1.0, -1.0])) == math.inf
     assert fitted_temperature(torch.tensor([1.0, -3.0])) == math.inf
+
+
+@given(st.floats(0, 1), st.floats(0.5, 1e6), st.floats(0.5, 0.999))
+@example(1.0, 15, 0.95)
+def test_a_wilson_interval_holds_its_share(share, n, level):
+    low, high = wilson_interval(share, n, level)
+    assert 0 <= low <= share <= high <= 1
 
 
 def test_wilson_by_hand_and_its_use_of_the_standard_error():
