@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: workers and what they start share the cores
+
 ROOT = Path(__file__).parents[1]
 PROJECT = [".dvc/config", ".dvc/plots", ".dvcignore", "dvc.yaml", "large", "params.yaml", "profiles", "rrlhf", "flows"]
 

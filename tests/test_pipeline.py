@@ -273,7 +273,7 @@ def versions(client):
     return {(found.name, found.version) for found in client.search_model_versions()}
 
 
-@pytest.mark.parametrize(("at_once", "arms"), [(1, ["ppo-single"]), (2, ["ppo-robust", "ppo-single"])])
+@pytest.mark.parametrize(("at_once", "arms"), [(2, ["ppo-robust", "ppo-single"])])
 def test_a_training_that_diverges_says_so_and_registers_nothing(first, shell, client, at_once, arms):
     registered, kept = versions(client), sorted((shell.root / "artifacts").glob("*/*/artifact.json"))
     settings = DIVERGES | {"launch.arms_at_once": at_once, "ppo.kl_weight": 0.1 * at_once}
