@@ -4,13 +4,16 @@ BIN := .venv/bin
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 
-.PHONY: demo test check serve clean
+.PHONY: demo test test-all check serve clean
 
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
-test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/.installed  ## all but the slow ones, in about ten minutes on two cores
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m ""
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

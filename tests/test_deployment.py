@@ -161,6 +161,7 @@ def test_the_report_is_linked_where_mlflow_shows_it(first, served):
     assert experiment.isdigit()
 
 
+@pytest.mark.slow
 def test_an_override_of_one_arm_reruns_what_depends_on_it(changed, served):
     tasks = served.tasks(changed)
     assert {name for name, state in tasks.items() if state == "Cached"} == MODELS - {"ppo-robust", "evaluate"}
@@ -198,6 +199,7 @@ def soon(root):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_crashed(first, served):
     declare(served.api, soon(served.root))
     command = [sys.executable, "-m", "rrlhf", "run", "--profile", "tiny", "--set", "sft.epochs=50"]

@@ -156,6 +156,7 @@ def test_more_layers_than_there_are_is_told(start, model, settings, tmp_path):
         run(start, model, settings.model_copy(update={"train_layers": 9}), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_policy(trained, start, model, settings, tmp_path):
     params = {"model": model.model_dump(), "dpo": settings.model_dump(), "arm": ARM.model_dump()}
     out, inputs = tmp_path / "out", {name: start / name for name in ("data", "sft")}

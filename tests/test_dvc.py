@@ -113,6 +113,7 @@ def test_repro_with_nothing_changed_runs_nothing(made):
     assert "Running" not in made.dvc("repro", "pipeline@tiny")
 
 
+@pytest.mark.slow
 def test_an_edit_shows_until_it_was_run(made):
     before = asked_of(made.project)
     made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
@@ -124,6 +125,7 @@ def test_an_edit_shows_until_it_was_run(made):
     assert made.dvc("status", *STAGES) == CLEAN
 
 
+@pytest.mark.slow
 def test_a_comment_in_the_code_asks_once_and_runs_nothing_else(made):
     source = made.root / "rrlhf" / "ppo.py"
     source.write_text(f"# why\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
@@ -133,6 +135,7 @@ def test_a_comment_in_the_code_asks_once_and_runs_nothing_else(made):
     assert made.dvc("status", *STAGES) == CLEAN
 
 
+@pytest.mark.slow
 def test_numbers_of_two_commits_differ_by_arm(made):
     made.finish(gold=1.25)
     found = json.loads(made.dvc("metrics", "diff", "--json"))["reports/tiny/metrics.json"]
@@ -184,6 +187,7 @@ def test_a_missing_number_is_noticed(made):
     assert numbers_digests(made.project) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_cache", [["--run-cache"], []])
 def test_pushed_data_come_back_and_are_not_made_again(made, tmp_path, run_cache):
     dataset = made.project.dataset()

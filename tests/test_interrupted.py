@@ -48,6 +48,7 @@ def weights(root):
     return json.loads(artifact.read_text())["files"]["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_killed_run_end_with_the_bits_and_the_history_of_an_undisturbed_one(
     shared_project, start, tmp_path
 ):

@@ -142,6 +142,7 @@ def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
     assert actions(shell.planned("--set", "dpo.beta=0.3")) == {"dpo-direct": "run", "evaluate": "upstream"}
 
 
+@pytest.mark.slow
 def test_dvc_agrees_with_a_run_and_runs_the_same(first, shell):
     status, clean = ("status", "pipeline@tiny", "--with-deps"), "Data and pipelines are up to date.\n"
     assert shell.dvc(*status) == clean
@@ -188,6 +189,7 @@ def test_nothing_is_reported_that_is_not_so(first, shell):
     assert nothing_to_do(project, project.plan())
 
 
+@pytest.mark.slow
 def test_a_forced_stage_that_repeats_itself_reruns_nothing_below_it(first, shell):
     assert actions(shell.planned("--force", "sft")) == {"sft": "run"}
     forced = shell.run("--force", "sft", "--force", "data", "--until", "reward")
@@ -196,6 +198,7 @@ def test_a_forced_stage_that_repeats_itself_reruns_nothing_below_it(first, shell
     assert shell.run().ran == set()
 
 
+@pytest.mark.slow
 def test_a_part_runs_alone_and_says_what_it_lacks(first, shell):
     new = ("--set", "reward.epochs=9")
     assert shell.run(*new, "--until", "reward").ran == {"reward"}
@@ -220,6 +223,7 @@ def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, 
     assert (reward / "artifact.json").read_bytes() == manifest
 
 
+@pytest.mark.slow
 def test_an_empty_tracking_server_is_filled_again_without_training(first, shell):
     for path in shell.root.glob("mlflow.db*"):
         path.unlink()

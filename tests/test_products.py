@@ -114,6 +114,7 @@ def test_a_policy_is_made_again_bit_by_bit_the_whole_way_up(shell):
     assert not list((shell.root / ".rrlhf").glob("reproduce-*"))
 
 
+@pytest.mark.slow
 def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     source = shell.root / "rrlhf" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
@@ -129,6 +130,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     assert "exists already" in shell("reproduce", ROBUST, "--only", "--keep", "again", code=1).stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     robust = number(client, "robust")
     grid = ["arms.robust.nominal_weight=0.4,0.9", "arms.robust.seed=1,2"]

@@ -74,6 +74,7 @@ def test_accumulated_gradients_train_the_same_model(model, settings, data, tmp_p
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, settings, data, tmp_path):
     document = {
         "stage": "sft",
