@@ -210,6 +210,7 @@ def test_a_part_runs_alone_and_says_what_it_lacks(first, shell):
     assert "not part of this run" in told
 
 
+@pytest.mark.slow
 def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, shell):
     reward, evaluation = (shell.root / first.folders[name] for name in ("reward", "evaluate"))
     manifest = (reward / "artifact.json").read_bytes()
