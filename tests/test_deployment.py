@@ -172,6 +172,7 @@ def test_an_override_of_one_arm_reruns_what_depends_on_it(changed, served):
     assert "0.7 most confident" in found["comparison-tiny"]["data"]
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_to_do_shows_every_stage_and_leaves_mlflow_alone(changed, served):
     before = (served.root / "mlflow.db").stat().st_mtime_ns
     again = served.run("-p", f"overrides={json.dumps(OVERRIDE)}")

@@ -278,6 +278,7 @@ def versions(client):
     return {(found.name, found.version) for found in client.search_model_versions()}
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_says_so_and_registers_nothing(first, shell, client):
     arms = ["ppo-robust", "ppo-single"]  # each in a process of its own
     registered, kept = versions(client), sorted((shell.root / "artifacts").glob("*/*/artifact.json"))
