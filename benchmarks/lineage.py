@@ -27,17 +27,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rrlhf.artifacts import HISTORY, Store, clear
-from rrlhf.audit import Audit
-from rrlhf.fingerprints import row_hash, write_hashes
-from rrlhf.keys import key_digest
+from rrlhf.auditing.audit import Audit
+from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.graph import Graph
 from rrlhf.lineage.load import from_versions, load
 from rrlhf.lineage.openlineage import as_lines, events
 from rrlhf.lineage.page import html
 from rrlhf.lineage.rows import sightings
 from rrlhf.lineage.text import as_json, mermaid, tree
-from rrlhf.tables import write_table
+from rrlhf.preferences.fingerprints import row_hash, write_hashes
+from rrlhf.preferences.tables import write_table
+from rrlhf.store.artifacts import HISTORY, Store, clear
 from rrlhf.tracking import Tracker, Version
 
 NODES, ROWS, TURNS = 10_000, 10_000, 7

@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Model, Reward
+from rrlhf.language_models.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
 from rrlhf.losses import gaussian_bradley_terry
-from rrlhf.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
 from rrlhf.params import load_params
 from rrlhf.reward_models.features import pair_features
 from rrlhf.reward_models.finetune import finetune, trainable

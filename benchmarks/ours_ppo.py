@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from rrlhf import ppo
 from rrlhf.config import Arm, Model, Ppo
-from rrlhf.judgement import arm_reward
-from rrlhf.learner import Course, Learner, prepare_learner
-from rrlhf.models import LanguageModel, accelerator, load_base, load_model, save_model
+from rrlhf.language_models.models import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.params import load_params
+from rrlhf.policies.judgement import arm_reward
+from rrlhf.policies.learner import Course, Learner, prepare_learner
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 from rrlhf.types import Metrics

@@ -111,12 +111,12 @@ def fill(overrides: dict[str, str]) -> None:
     """Make the data set by DVC, and an artifact that holds one small file for every other node."""
     import yaml
 
-    from rrlhf.artifacts import HISTORY
-    from rrlhf.datasets import prepare_dataset
     from rrlhf.environment import set_environment
     from rrlhf.params import load_params
-    from rrlhf.plan import Project
-    from rrlhf.produce import produce
+    from rrlhf.running.plan import Project
+    from rrlhf.running.produce import produce
+    from rrlhf.store.artifacts import HISTORY
+    from rrlhf.versioning.datasets import prepare_dataset
 
     root = Path.cwd()
     set_environment(root)

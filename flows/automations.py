@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import urllib.request
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rrlhf.keys import canonical
+from rrlhf.identity.keys import key_digest
 
 FILE = "automations.yaml"
 DECLARED = "declared:"  # begins the tag that holds the digest of a declaration
@@ -24,7 +23,7 @@ def declare(api: str, file: Path) -> None:
     Raises OSError (urllib's HTTPError) when the server refuses.
     """
     for automation in yaml.safe_load(file.read_text(encoding="utf-8"))["automations"]:
-        tag = DECLARED + hashlib.sha256(canonical(automation).encode()).hexdigest()[:16]
+        tag = DECLARED + key_digest(automation)[:16]
         wanted = automation | {"tags": ["rrlhf", tag]}
         named = {"automations": {"name": {"any_": [automation["name"]]}}}
         found = _ask("POST", f"{api}/automations/filter", named)

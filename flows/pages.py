@@ -18,10 +18,10 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from rrlhf import markdown
-from rrlhf.evaluation import Evaluation
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.plan import Planned, total
+from rrlhf.reporting import markdown
+from rrlhf.reporting.evaluation import Evaluation
+from rrlhf.running.plan import Planned, total
 
 
 class Pages:

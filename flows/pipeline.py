@@ -16,25 +16,18 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.caching import ByKey
 from flows.pages import Pages
-from rrlhf.artifacts import Artifact, git_commit
-from rrlhf.cards import about
-from rrlhf.datasets import digests, prepare_dataset, prepared, restorable
-from rrlhf.dvc_pipeline import record, write_numbers
 from rrlhf.environment import find_root, set_environment
-from rrlhf.health import DivergedError
-from rrlhf.keys import Document, key_digest
-from rrlhf.launch import execute
+from rrlhf.files import write
+from rrlhf.identity.keys import Document, key_digest
 from rrlhf.params import load_params
-from rrlhf.partial import Chosen, Part, chosen
-from rrlhf.plan import Project
-from rrlhf.produce import compare, produce
+from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, stop_between_steps
-from rrlhf.records import noted
-from rrlhf.stages import DATA, METHODS, Node, aliases_of
-from rrlhf.tracking import Tracker
-from rrlhf.types import Dataset, Log
-from rrlhf.uptodate import (
-    conclusions,
+from rrlhf.running.launch import execute
+from rrlhf.running.partial import Chosen, Part, chosen
+from rrlhf.running.plan import Project
+from rrlhf.running.produce import compare, produce
+from rrlhf.running.records import noted
+from rrlhf.running.uptodate import (
     note_report,
     nothing_to_do,
     read_evaluation,
@@ -42,6 +35,13 @@ from rrlhf.uptodate import (
     show,
     trainings_of,
 )
+from rrlhf.stages import DATA, METHODS, Node, aliases_of
+from rrlhf.store.artifacts import Artifact, git_commit
+from rrlhf.store.cards import about
+from rrlhf.tracking import Tracker
+from rrlhf.types import Dataset, Log
+from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
+from rrlhf.versioning.pipeline import record, write_numbers
 
 Record = dict[str, str]
 
@@ -89,7 +89,7 @@ def pipeline(
     """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
-    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/partial.py).
+    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/running/partial.py).
     Returns what ran, the folder of every result, and the report (None where a part has no comparison).
     """
     stop_between_steps(STOPPING)  # here, since Prefect's own handler of SIGTERM ends a step in its middle
@@ -126,9 +126,14 @@ def make_all(run: Run, pages: Pages) -> None:
 
 def independent(models: Iterable[Node], at_once: int) -> Iterator[list[Node]]:
     """Group nodes that do not depend on each other: arms, members of an ensemble; at most `at_once` together."""
-    for _, mapped in groupby(models, key=lambda node: "arm" if node.stage in METHODS else node.stage):
+    for _, mapped in groupby(models, key=kind_of):
         arms = list(mapped)
         yield from (arms[i : i + at_once] for i in range(0, len(arms), at_once))
+
+
+def kind_of(node: Node) -> str:
+    """Return what nodes have in common that may run side by side: their stage, of a policy that it is an arm."""
+    return "arm" if node.stage in METHODS else node.stage
 
 
 @contextmanager
@@ -212,12 +217,17 @@ def finish(started: Iterable[Started], run: Run) -> None:
         except DivergedError as error:
             diverged.append(f"{node.name} {error}")
             continue
-        artifact = run.project.store.find(node.stage, key)
-        if artifact is None:
-            raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
-        run.artifacts[node.name] = artifact
+        take(node, key, run)
     if diverged:
         raise DivergedError("\n".join(diverged))
+
+
+def take(node: Node, key: str, run: Run) -> None:
+    """Add a finished result to a run."""
+    artifact = run.project.store.find(node.stage, key)
+    if artifact is None:
+        raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
+    run.artifacts[node.name] = artifact
 
 
 @task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
@@ -275,24 +285,21 @@ def register(node: Node, run: Run) -> None:
 def report(run: Run, pages: Pages) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
     from rrlhf.lineage.load import load
-    from rrlhf.report import render
+    from rrlhf.reporting.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])
     ancestry = load(project.root, run.tracker.versions(), strict=False)
     candidate = ancestry.find("rrlhf-policy@candidate")
     html = report_file(project)
-    html.parent.mkdir(exist_ok=True)
-    html.write_text(
-        render(
-            evaluation,
-            params=project.params.model_dump(),
-            lineage=(ancestry, candidate),
-            facts=_facts(run),
-            trained=trained,
-        ),
-        encoding="utf-8",
+    text = render(
+        evaluation,
+        params=project.params.model_dump(),
+        lineage=(ancestry, candidate),
+        facts=_facts(run),
+        trained=trained,
     )
+    write(html, text)
     write_numbers(project, evaluation, trained)
     page = run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
@@ -303,11 +310,9 @@ def report(run: Run, pages: Pages) -> str:
 
 def told(run: Run, pages: Pages) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
-    project = run.project
-    path = show(project, run.artifacts)
-    evaluation = read_evaluation(project, run.artifacts["evaluate"])
-    pages.comparison(evaluation, conclusions(project, run.artifacts), path)
-    return path
+    shown = show(run.project, run.artifacts)
+    pages.comparison(*shown)
+    return shown.report
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,23 +14,23 @@ from prefect.futures import wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.pipeline import Run, Started, prepare, start
-from rrlhf.artifacts import git_commit
+from flows.pipeline import Run, Started, kind_of, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
-from rrlhf.health import DivergedError
-from rrlhf.keys import key_digest
+from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
-from rrlhf.partial import Part, chosen
-from rrlhf.plan import Project
+from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, stop_between_steps
-from rrlhf.stages import DATA, METHODS, Node, arm_of
+from rrlhf.running.partial import Part, chosen
+from rrlhf.running.plan import Project
+from rrlhf.running.uptodate import read_evaluation
+from rrlhf.stages import DATA, Node, arm_of
+from rrlhf.store.artifacts import git_commit
 from rrlhf.sweeps.comparison import Found, Sweep, compared, metrics_of
 from rrlhf.sweeps.grid import Point, name_of, points, shares, trimmed
 from rrlhf.tracking import Tracker
 from rrlhf.types import Json
 
-FILE = "evaluation.json"
 ORDER = ("sft", "reward", "member", "ensemble", "arm", "evaluate")
 User = tuple[Run, Node]
 
@@ -129,10 +128,10 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
         started = {key: start(users[key][0][1], users[key][0][0], beside=len(together) - 1) for key in together}
         wait([one.future for one in started.values()])
         for key, one in started.items():
-            take(key, one, users[key])
+            hand_out(key, one, users[key])
 
 
-def take(key: str, one: Started, users: Sequence[User]) -> None:
+def hand_out(key: str, one: Started, users: Sequence[User]) -> None:
     """Hand a finished result to every point that has it."""
     try:
         one.future.result()
@@ -140,15 +139,7 @@ def take(key: str, one: Started, users: Sequence[User]) -> None:
         print(f"{one.node.name} {error}", file=sys.stderr, flush=True)
         return
     for run, node in users:
-        artifact = run.project.store.find(node.stage, key)
-        if artifact is None:
-            raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the sweep ran")
-        run.artifacts[node.name] = artifact
-
-
-def kind_of(node: Node) -> str:
-    """Return in which of the turns of a sweep a node is made."""
-    return "arm" if node.stage in METHODS else node.stage
+        take(node, key, run)
 
 
 def reading_what_is_there(node: Node, run: Run) -> Node | None:
@@ -178,7 +169,7 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
     """Yield every policy of every point with its numbers."""
     for run, part in zip(runs, parts, strict=True):
         evaluated = run.artifacts.get("evaluate")
-        metrics = metrics_of(json.loads((evaluated.path / FILE).read_bytes())["policies"]) if evaluated else {}
+        metrics = metrics_of(read_evaluation(part.project, evaluated)["policies"]) if evaluated else {}
         for name, settings in part.new.items():
             artifact, policy = run.artifacts.get(name), arm_of(name) or name
             version = versions[artifact.digest] if artifact else None

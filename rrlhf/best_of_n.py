@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from rrlhf.candidates import choose, write_candidates
 from rrlhf.config import Arm, BestOfN, Model
-from rrlhf.judgement import Judgement, arm_reward, function_values
-from rrlhf.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
+from rrlhf.language_models.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
+from rrlhf.policies.candidates import choose, write_candidates
+from rrlhf.policies.judgement import Judgement, arm_reward, function_values
+from rrlhf.policies.reward_functions import load_functions
+from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.preferences.tables import prompts
 from rrlhf.progress import track
-from rrlhf.reward_functions import load_functions
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
 from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
-from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.tables import prompts
 from rrlhf.types import Log, Message
 
 

@@ -29,9 +29,8 @@ def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
     """Parse --set options and check the settings, all mistakes at once, before anything starts."""
     from rrlhf.params import load_params, parse_override
 
-    with clear_errors():
-        parsed = dict(parse_override(text) for text in texts or [])
-        load_params(Path.cwd(), profile, parsed)
+    parsed = dict(parse_override(text) for text in texts or [])
+    load_params(Path.cwd(), profile, parsed)
     return parsed
 
 
@@ -39,8 +38,8 @@ def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
 def clear_errors() -> Iterator[None]:
     """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
     from rrlhf import progress
-    from rrlhf.artifacts import TamperedError
     from rrlhf.located import ParamsError
+    from rrlhf.store.artifacts import TamperedError
 
     try:
         yield
@@ -78,23 +77,23 @@ def mendable(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _busy() -> type[Exception]:
-    from rrlhf.datasets import BusyError
+    from rrlhf.versioning.datasets import BusyError
 
     return BusyError
 
 
 def _different() -> type[Exception]:
-    from rrlhf.produce import DifferentError
+    from rrlhf.running.produce import DifferentError
 
     return DifferentError
 
 
 def _mendable() -> tuple[type[Exception], ...]:
     from flows.serve import ServeError
-    from rrlhf.datasets import PrepareError
-    from rrlhf.health import DivergedError
-    from rrlhf.processes import LaunchError
+    from rrlhf.policies.health import DivergedError
+    from rrlhf.running.processes import LaunchError
     from rrlhf.tracking import TrackingError
+    from rrlhf.versioning.datasets import PrepareError
 
     return DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError
 

@@ -183,7 +183,7 @@ class Ppo(Section):
 
 
 class Health(Section):
-    """When a policy's training counts as gone wrong, and what is then tried (rrlhf/health.py)."""
+    """When a policy's training counts as gone wrong, and what is then tried (rrlhf/policies/health.py)."""
 
     checkpoint_every: PositiveInt
     rollbacks: Annotated[int, Field(ge=0)]
@@ -285,7 +285,7 @@ class Launch(Section):
 
 
 class Signatures(Section):
-    """Key files for signing what is made and verifying what is read (rrlhf/signatures.py); null: not done."""
+    """Key files for signing what is made and verifying what is read (rrlhf/signing/signatures.py); null: not done."""
 
     private_key: str | None
     public_key: str | None

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf import losses
-from rrlhf.calibration import correct
 from rrlhf.config import Arm, Dpo, Model
-from rrlhf.models import (
+from rrlhf.judging.calibration import correct
+from rrlhf.language_models.models import (
     LanguageModel,
     accelerator,
     autocast,
@@ -32,10 +32,10 @@ from rrlhf.models import (
     microbatches,
     save_model,
 )
-from rrlhf.policy import PolicyTop, first_trained
+from rrlhf.policies.policy import PolicyTop, first_trained
+from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
 from rrlhf.rollout import hidden_states
-from rrlhf.tables import preferences
 from rrlhf.types import Log, Message, Metrics, Preference
 
 MEASURED = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")

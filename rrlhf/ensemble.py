@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rrlhf.adapters import adapt, diversity
 from rrlhf.config import Ensemble, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
-from rrlhf.models import accelerator
+from rrlhf.language_models.adapters import adapt, diversity
+from rrlhf.language_models.models import accelerator
+from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
 from rrlhf.reward_models.features import PairFeatures, pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
@@ -26,7 +27,6 @@ from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
 from rrlhf.reward_models.objectives import stage2_loss
 from rrlhf.reward_models.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.robust import Scores, head_spread
-from rrlhf.tables import preferences
 from rrlhf.types import Log, Metrics
 
 

@@ -15,20 +15,20 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.calibration import estimate
-from rrlhf.candidates import read_candidates
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.excerpts import Excerpt, read_excerpts
 from rrlhf.gold import GoldJudge
-from rrlhf.judgement import with_functions
+from rrlhf.judging.calibration import estimate
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
-from rrlhf.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
-from rrlhf.reward_functions import load_functions, metric_names
+from rrlhf.policies.candidates import read_candidates
+from rrlhf.policies.excerpts import Excerpt, read_excerpts
+from rrlhf.policies.judgement import with_functions
+from rrlhf.policies.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.policies.reward_functions import load_functions, metric_names
+from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.preferences.tables import Rows, read_table
 from rrlhf.reward_models.features import PairFeatures, features_of
 from rrlhf.robust import AGGREGATIONS, READINGS, head_spread
-from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.tables import Rows, read_table
 from rrlhf.types import Log
 
 

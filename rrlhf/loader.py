@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rrlhf.artifacts import MANIFEST
 from rrlhf.config import Model
+from rrlhf.store.artifacts import MANIFEST
 from rrlhf.types import Message
 
 
@@ -16,7 +16,7 @@ class Policy:
     """A policy that answers prompts with its most likely tokens, in the format and length it was trained with."""
 
     def __init__(self, folder: Path) -> None:
-        from rrlhf.models import load_model
+        from rrlhf.language_models.models import load_model
 
         document = json.loads((folder / MANIFEST).read_bytes())["document"]
         self._model = Model.model_validate(document["params"]["model"])
@@ -31,7 +31,7 @@ class Policy:
     def _response(self, prompt: str, response_tokens: int) -> str:
         import torch
 
-        from rrlhf.models import decode, encode_prompt
+        from rrlhf.language_models.models import decode, encode_prompt
 
         language = self._language
         tokens = encode_prompt(language, [Message(role="user", content=prompt)], self._model)

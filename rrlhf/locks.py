@@ -1,4 +1,4 @@
-"""Locks between processes."""
+"""Locks between processes, and whether one is there."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def locked(path: Path) -> Iterator[None]:
         handle.write(f"process {os.getpid()}, at work since {datetime.now():%H:%M:%S}")
         handle.flush()
         yield
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine runs a process with this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

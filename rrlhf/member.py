@@ -16,7 +16,8 @@ import torch
 
 from rrlhf.config import Member, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
-from rrlhf.models import accelerator
+from rrlhf.language_models.models import accelerator
+from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
 from rrlhf.reward_models.features import PairFeatures, pair_features, started
 from rrlhf.reward_models.finetune import finetune, trainable
@@ -24,7 +25,6 @@ from rrlhf.reward_models.gather import START
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
 from rrlhf.reward_models.objectives import stage2_loss
 from rrlhf.reward_models.trunk import Trunk, link_trunk, save_trunk, start_trunk
-from rrlhf.tables import preferences
 from rrlhf.types import Log
 
 COMMON_SEED = 0

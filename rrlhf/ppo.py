@@ -1,7 +1,7 @@
 """Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
 
 An update samples a rollout, scores it, and takes a few optimizer steps on it. What trains and what is frozen stands
-in rrlhf/learner.py; what is done when training goes wrong, in rrlhf/guard.py.
+in rrlhf/policies/learner.py; what is done when training goes wrong, in rrlhf/policies/guard.py.
 """
 
 from __future__ import annotations
@@ -20,26 +20,34 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from rrlhf.adapters import merge_adapters
 from rrlhf.advantages import estimate, has_critic
-from rrlhf.artifacts import CHECKPOINT
-from rrlhf.checkpoint import Checkpoints
 from rrlhf.config import Arm, Health, Model, Ppo
 from rrlhf.environment import give_back_memory
-from rrlhf.excerpts import FILE as EXCERPTS
-from rrlhf.excerpts import excerpts
-from rrlhf.guard import Guard
-from rrlhf.health import EVENTS, DivergedError
-from rrlhf.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.kl import ESTIMATORS, adapted_weight
-from rrlhf.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
+from rrlhf.language_models.adapters import merge_adapters
+from rrlhf.language_models.models import (
+    accelerator,
+    accumulated,
+    autocast,
+    decode,
+    encode_prompt,
+    load_model,
+    save_model,
+)
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
-from rrlhf.models import accelerator, accumulated, autocast, decode, encode_prompt, load_model, save_model
+from rrlhf.policies.checkpoint import Checkpoints
+from rrlhf.policies.excerpts import FILE as EXCERPTS
+from rrlhf.policies.excerpts import excerpts
+from rrlhf.policies.guard import Guard
+from rrlhf.policies.health import EVENTS, DivergedError
+from rrlhf.policies.judgement import Judgement, arm_reward, judge, reward_metrics
+from rrlhf.policies.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
+from rrlhf.policies.reward_functions import load_functions
+from rrlhf.preferences.tables import prompts
 from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
-from rrlhf.reward_functions import load_functions
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample, tokens_of
-from rrlhf.tables import prompts
+from rrlhf.store.artifacts import CHECKPOINT
 from rrlhf.types import Log, Message, Metrics
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rrlhf.config import Gold, Model, Prepare
-from rrlhf.data import load_preferences, split_by_prompt
-from rrlhf.fingerprints import fingerprint, row_hash, write_hashes
 from rrlhf.gold import GoldJudge
-from rrlhf.models import decode, encode_prompt, load_base
+from rrlhf.language_models.models import decode, encode_prompt, load_base
+from rrlhf.preferences.data import load_preferences, split_by_prompt
+from rrlhf.preferences.fingerprints import fingerprint, row_hash, write_hashes
+from rrlhf.preferences.tables import SCHEMAS, Rows, write_table
+from rrlhf.preferences.tasks import WritingTask, writing_tasks
 from rrlhf.rollout import sample_in_batches
-from rrlhf.tables import SCHEMAS, Rows, write_table
-from rrlhf.tasks import WritingTask, writing_tasks
 from rrlhf.types import Log, Message
 
 

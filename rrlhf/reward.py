@@ -8,14 +8,14 @@ import torch
 
 from rrlhf.config import Model, Reward
 from rrlhf.judging.metrics import heldout_metrics, judge_single, score_pairs
-from rrlhf.models import accelerator
+from rrlhf.language_models.models import accelerator
+from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
 from rrlhf.reward_models.features import START, pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.heads import RewardHeads, fit
 from rrlhf.reward_models.objectives import single_loss
 from rrlhf.reward_models.trunk import save_trunk, start_trunk
-from rrlhf.tables import preferences
 from rrlhf.types import Log
 
 

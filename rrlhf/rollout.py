@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rrlhf.attention import Cache, Filling, Packing, groups
 from rrlhf.config import Model
-from rrlhf.decoding import Decoder, decodes
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
-from rrlhf.models import LanguageModel, autocast, embed, run_layers
-from rrlhf.passes import Stack, fits, stands_in
+from rrlhf.language_models.attention import Cache, Filling, Packing, groups
+from rrlhf.language_models.decoding import Decoder, decodes
+from rrlhf.language_models.models import LanguageModel, autocast, embed, run_layers
+from rrlhf.language_models.passes import Stack, fits, stands_in
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.types import Metrics

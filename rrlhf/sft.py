@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from rrlhf.config import Model, Sft
-from rrlhf.models import (
+from rrlhf.language_models.models import (
     LanguageModel,
     accelerator,
     autocast,
@@ -23,8 +23,8 @@ from rrlhf.models import (
     microbatches,
     save_model,
 )
+from rrlhf.preferences.tables import demonstrations
 from rrlhf.progress import track
-from rrlhf.tables import demonstrations
 from rrlhf.types import Log, Message
 
 

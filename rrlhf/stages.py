@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 from rrlhf.config import Arm, Member, Method, Params, Section, TrunkTraining
 
 DATA = "data"
-EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/sources.py)
+EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/language_models/sources.py)
 METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
 GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
 MODEL_NAMES = {

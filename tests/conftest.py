@@ -59,9 +59,9 @@ def shared_project(tmp_path_factory):
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """A small data set of pairs, without topics, and a random model as the SFT model: folders `data` and `sft`."""
-    from rrlhf.models import load_base, save_model
+    from rrlhf.language_models.models import load_base, save_model
     from rrlhf.params import load_params
-    from rrlhf.tables import write_table
+    from rrlhf.preferences.tables import write_table
 
     root, draw = tmp_path_factory.mktemp("start"), random.Random(0)
     (root / "data").mkdir()

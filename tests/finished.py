@@ -4,15 +4,15 @@ from contextlib import contextmanager
 
 import pytest
 
-from rrlhf.artifacts import clear
-from rrlhf.datasets import prepare_dataset
 from rrlhf.environment import set_environment
-from rrlhf.keys import key_digest
-from rrlhf.launch import execute
+from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
-from rrlhf.plan import Project
+from rrlhf.running.launch import execute
+from rrlhf.running.plan import Project
 from rrlhf.stages import DATA, aliases_of
+from rrlhf.store.artifacts import clear
 from rrlhf.tracking import Tracker
+from rrlhf.versioning.datasets import prepare_dataset
 
 
 @contextmanager

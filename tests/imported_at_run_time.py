@@ -30,7 +30,7 @@ def run(document, inputs, out):
     """Run a stage with every module of ours imported anew; return those that were loaded or executed for it."""
     for name in loaded():
         del sys.modules[name]
-    launch = import_module("rrlhf.launch")
+    launch = import_module("rrlhf.running.launch")
     before, executed = loaded(), set()
     out.mkdir()
     sections, arguments = launch.typed_sections(document["params"]), launch._arguments(inputs)
@@ -46,7 +46,7 @@ def run(document, inputs, out):
 def main(root):
     import torch
 
-    from rrlhf.keys import key_document
+    from rrlhf.identity.keys import key_document
     from rrlhf.params import load_params
     from rrlhf.stages import nodes
 

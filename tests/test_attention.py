@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.attention import Cache, Packing
-from rrlhf.models import load_base
-from rrlhf.policy import PolicyTop
+from rrlhf.language_models.attention import Cache, Packing
+from rrlhf.language_models.models import load_base
+from rrlhf.policies.policy import PolicyTop
 
 
 @pytest.fixture(scope="module")

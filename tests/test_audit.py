@@ -8,15 +8,15 @@ import sqlite3
 import pytest
 from finished import Finished, at_work
 
-from rrlhf.artifacts import Store, TamperedError, content_digest
-from rrlhf.audit import Audit, as_text
+from rrlhf.auditing.audit import Audit, as_text
 from rrlhf.config import Signatures
-from rrlhf.datasets import prepare_dataset
+from rrlhf.identity.memo import sha256
+from rrlhf.identity.seal import sealed
 from rrlhf.lineage.load import load
-from rrlhf.memo import sha256
-from rrlhf.seal import sealed
-from rrlhf.signatures import Notary
-from rrlhf.signing_command import written_pair
+from rrlhf.signing.command import written_pair
+from rrlhf.signing.signatures import Notary
+from rrlhf.store.artifacts import Store, TamperedError, content_digest
+from rrlhf.versioning.datasets import prepare_dataset
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}

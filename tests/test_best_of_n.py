@@ -8,14 +8,14 @@ import torch
 
 from rrlhf import best_of_n as stage
 from rrlhf import ensemble, evaluate, reward
-from rrlhf.candidates import choose, read_candidates
 from rrlhf.config import Arm
-from rrlhf.models import load_model
+from rrlhf.language_models.models import load_model
 from rrlhf.params import load_params
+from rrlhf.policies.candidates import choose, read_candidates
+from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.preferences.tables import prompts
 from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.robust import robust_reward
-from rrlhf.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.tables import prompts
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT, "tiny", {"model.base": "random:3x32", "best_of_n.samples": 9, "best_of_n.batch_size": 8})

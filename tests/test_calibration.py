@@ -10,7 +10,7 @@ from scipy.stats import norm, spearmanr
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
-from rrlhf.calibration import (
+from rrlhf.judging.calibration import (
     Estimate,
     brier_score,
     correct,

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rrlhf.artifacts import CARD, HISTORY, Store, content_digest
-from rrlhf.cards import about, card, code, summary, without_front_matter
-from rrlhf.keys import key_digest
+from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
 from rrlhf.stages import GENERATES, MODEL_NAMES, nodes
+from rrlhf.store.artifacts import CARD, HISTORY, Store, content_digest
+from rrlhf.store.cards import about, card, code, summary, without_front_matter
+from rrlhf.store.units import UNITS, unit
 from rrlhf.types import Dataset
-from rrlhf.units import UNITS, unit
 
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -60,8 +60,8 @@ def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(nam
     assert "\n\n\n" not in text
     assert list(told) == ["How to load", "Data", "Made from", "Metrics", "Limits", "Reproduce", "Settings"]
     assert (
-        f"`default` in DVC's version `{DATA.digest}`, made from `tasks of rrlhf/tasks.py` (at most 448 rows of it)."
-        in told["Data"]
+        f"`default` in DVC's version `{DATA.digest}`, "
+        "made from `tasks of rrlhf/preferences/tasks.py` (at most 448 rows of it)." in told["Data"]
     )
     assert ("through its parents" in told["Data"]) == ("data" not in MODELS[name].inputs)
     for argument, digest in made["document"]["inputs"].items():

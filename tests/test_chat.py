@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.chat import Chat, answers, open_chat
-from rrlhf.chat_command import in_words, prompts
+from rrlhf.chatting.chat import Chat, answers, open_chat
+from rrlhf.chatting.command import in_words, prompts
 from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel

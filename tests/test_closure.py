@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rrlhf
-from rrlhf.modules import WITHOUT_EFFECT, read_module
+from rrlhf.identity.modules import WITHOUT_EFFECT, read_module
 
 PACKAGE = Path(rrlhf.__file__).parent
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.data import Loaded, load_preferences, prompt_hash, split_by_prompt
-from rrlhf.rows import FIXES, MAX_CHARACTERS
+from rrlhf.preferences.data import Loaded, load_preferences, prompt_hash, split_by_prompt
+from rrlhf.preferences.rows import FIXES, MAX_CHARACTERS
 from rrlhf.types import Message, Preference
 
 SHARES = {"sft": 0.15, "preferences": 0.45, "heldout": 0.1, "ppo": 0.15, "evaluate": 0.15}
@@ -366,7 +366,9 @@ def test_a_hub_data_set_is_read_at_its_revision(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_importing_the_module_is_fast():
-    code = "import rrlhf.data, sys; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = (
+        "import rrlhf.preferences.data, sys; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

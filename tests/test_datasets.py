@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from rrlhf.artifacts import TamperedError
-from rrlhf.datasets import PrepareError, prepare_dataset, prepared, restorable
-from rrlhf.dvc_records import folder_digest, md5
 from rrlhf.environment import set_environment
 from rrlhf.params import load_params
-from rrlhf.plan import Project
+from rrlhf.running.plan import Project
+from rrlhf.store.artifacts import TamperedError
+from rrlhf.versioning.datasets import PrepareError, prepare_dataset, prepared, restorable
+from rrlhf.versioning.records import folder_digest, md5
 
 ROWS = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rrlhf import rollout
-from rrlhf.adapters import adapt, adapters
-from rrlhf.attention import PACKED, register
-from rrlhf.decoding import Decoder, Product, decodes
-from rrlhf.models import LanguageModel, load_base
+from rrlhf.language_models.adapters import adapt, adapters
+from rrlhf.language_models.attention import PACKED, register
+from rrlhf.language_models.decoding import Decoder, Product, decodes
+from rrlhf.language_models.models import LanguageModel, load_base
 
 SHAPE = {
     "vocab_size": 60,

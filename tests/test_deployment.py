@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from flows.automations import declare
-from rrlhf.plan import Planned
+from rrlhf.running.plan import Planned
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}

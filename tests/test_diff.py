@@ -1,8 +1,8 @@
 """What differs between two products, and where it begins; products are written by hand."""
 
-from rrlhf.fingerprints import Changed, RowChanges
 from rrlhf.lineage.diff import Diff, as_json, as_text, metrics, stages
 from rrlhf.lineage.graph import Graph, Product
+from rrlhf.preferences.fingerprints import Changed, RowChanges
 
 CODE = {"rrlhf.sft": "1", "rrlhf.ppo": "2"}
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from rrlhf.config import Health
-from rrlhf.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
-from rrlhf.keys import key_document
-from rrlhf.launch import call
+from rrlhf.identity.keys import key_document
 from rrlhf.params import load_params
-from rrlhf.report import METRICS
+from rrlhf.policies.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
+from rrlhf.preferences.tables import write_table
+from rrlhf.reporting.report import METRICS
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import READINGS
+from rrlhf.running.launch import call
 from rrlhf.stages import nodes
-from rrlhf.tables import write_table
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

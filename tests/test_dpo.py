@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from rrlhf import dpo as stage
 from rrlhf.config import Arm, Launch
-from rrlhf.launch import execute
-from rrlhf.models import load_base, load_model
+from rrlhf.language_models.models import load_base, load_model
 from rrlhf.params import load_params
-from rrlhf.tables import preferences
+from rrlhf.preferences.tables import preferences
+from rrlhf.running.launch import execute
 
 ROOT = Path(__file__).parents[1]
 ARM = Arm(method="dpo", seed=1)

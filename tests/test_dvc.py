@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rrlhf.artifacts import TamperedError
-from rrlhf.datasets import SECONDS_TO_COMMIT
-from rrlhf.dvc_config import follow_git, is_under_git
-from rrlhf.dvc_pipeline import asked_of, numbers_digests, record, write_numbers
-from rrlhf.dvc_records import run_records
 from rrlhf.environment import set_environment
-from rrlhf.modules import Modules
+from rrlhf.identity.modules import Modules
 from rrlhf.params import load_params
-from rrlhf.plan import Project
+from rrlhf.running.plan import Project
+from rrlhf.store.artifacts import TamperedError
+from rrlhf.versioning.datasets import SECONDS_TO_COMMIT
+from rrlhf.versioning.pipeline import asked_of, numbers_digests, record, write_numbers
+from rrlhf.versioning.records import run_records
+from rrlhf.versioning.setup import follow_git, is_under_git
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Say {i}.", "chosen": f"Here you are: {i}.", "rejected": f"No, not {i}."} for i in range(60)]
@@ -264,7 +264,7 @@ def test_both_files_declare_the_same_stages():
 
 def test_waiting_for_another_command_ends(made, monkeypatch, capfd):
     assert SECONDS_TO_COMMIT < 60
-    monkeypatch.setattr("rrlhf.datasets.SECONDS_TO_COMMIT", 0.0)
+    monkeypatch.setattr("rrlhf.versioning.datasets.SECONDS_TO_COMMIT", 0.0)
     made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
     holder = (
         "import sys, time; from dvc.repo import Repo\n"

@@ -7,13 +7,13 @@ from hashlib import md5
 import pytest
 from typer.testing import CliRunner
 
-from rrlhf.artifacts import Store, clear
 from rrlhf.cli import app
-from rrlhf.keys import canonical, key_digest
-from rrlhf.launch import execute
+from rrlhf.identity.keys import canonical, key_digest
 from rrlhf.params import load_params
-from rrlhf.plan import Project
-from rrlhf.tables import preferences, write_table
+from rrlhf.preferences.tables import preferences, write_table
+from rrlhf.running.launch import execute
+from rrlhf.running.plan import Project
+from rrlhf.store.artifacts import Store, clear
 from rrlhf.tracking import Tracker
 
 PROFILE = ("--profile", "tiny")

@@ -6,16 +6,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rrlhf.adapters import Adapted, adapt, adapters, diversity
 from rrlhf.config import TrunkTraining
+from rrlhf.language_models.adapters import Adapted, adapt, adapters, diversity
 from rrlhf.params import load_params
+from rrlhf.preferences.tables import preferences
 from rrlhf.reward_models import finetune as module
 from rrlhf.reward_models.features import pair_features
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights
 from rrlhf.reward_models.objectives import single_loss
 from rrlhf.reward_models.trunk import start_trunk
-from rrlhf.tables import preferences
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,8 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.fingerprints import FILE, Changed, fingerprint, hashes, row_changes, row_hash, tables_with, write_hashes
-from rrlhf.tables import write_table
+from rrlhf.preferences.fingerprints import (
+    FILE,
+    Changed,
+    fingerprint,
+    hashes,
+    row_changes,
+    row_hash,
+    tables_with,
+    write_hashes,
+)
+from rrlhf.preferences.tables import write_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 messages = st.lists(

@@ -7,7 +7,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 import rrlhf.gold
 from rrlhf.gold import GoldJudge, GoldScores, brevity, nonwords, repetition
-from rrlhf.tasks import TOPICS
+from rrlhf.preferences.tasks import TOPICS
 
 WEIGHTS = SimpleNamespace(relevance=3.0, tone=1.0, repetition=2.0, nonwords=2.0, cutoff=1.0, brevity=2.0)
 TOPIC = "ice skating"

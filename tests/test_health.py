@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.artifacts import CHECKPOINT
-from rrlhf.checkpoint import Checkpoints
-from rrlhf.guard import Guard
-from rrlhf.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
-from rrlhf.learner import Course, prepare_learner
-from rrlhf.models import load_base
+from rrlhf.language_models.models import load_base
 from rrlhf.params import load_params
+from rrlhf.policies.checkpoint import Checkpoints
+from rrlhf.policies.guard import Guard
+from rrlhf.policies.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
+from rrlhf.policies.learner import Course, prepare_learner
 from rrlhf.ppo import train
+from rrlhf.store.artifacts import CHECKPOINT
 
 PARAMS = load_params(Path(__file__).parents[1])
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
-from rrlhf import kernels
+from rrlhf.language_models import kernels
 
 
 def drawn(*shape, seed=0):

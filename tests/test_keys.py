@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.identity.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.identity.memo import Memo
+from rrlhf.identity.modules import Modules
+from rrlhf.identity.sourcecode import changed_since, code_behind
+from rrlhf.language_models.sources import external_digests
 from rrlhf.located import ParamsError
-from rrlhf.memo import Memo
-from rrlhf.modules import Modules
 from rrlhf.params import load_params
-from rrlhf.sourcecode import changed_since, code_behind
-from rrlhf.sources import external_digests
 from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]

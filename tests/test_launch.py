@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf import processes
 from rrlhf.config import Arm, Launch, Ppo
-from rrlhf.health import DivergedError
-from rrlhf.keys import key_document
-from rrlhf.launch import execute
+from rrlhf.identity.keys import key_document
 from rrlhf.params import load_params
-from rrlhf.processes import LaunchError
+from rrlhf.policies.health import DivergedError
 from rrlhf.progress import Interrupted, stop
+from rrlhf.running import processes
+from rrlhf.running.launch import execute
+from rrlhf.running.processes import LaunchError
 from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]

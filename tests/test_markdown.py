@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from rrlhf.lineage.load import from_versions
-from rrlhf.markdown import ancestry, comparison, escaped, fenced, percent_done, plan_rows, table
-from rrlhf.plan import Planned, total
+from rrlhf.reporting.markdown import ancestry, comparison, escaped, fenced, percent_done, plan_rows, table
+from rrlhf.running.plan import Planned, total
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.show import markdown
 

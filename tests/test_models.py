@@ -1,8 +1,17 @@
 import pytest
 import torch
 
-from rrlhf.models import decode, embed, encode_prompt, encode_text, load_base, load_model, run_layers, save_model
-from rrlhf.policy import PolicyTop
+from rrlhf.language_models.models import (
+    decode,
+    embed,
+    encode_prompt,
+    encode_text,
+    load_base,
+    load_model,
+    run_layers,
+    save_model,
+)
+from rrlhf.policies.policy import PolicyTop
 
 USER = [{"role": "user", "content": "Hello there"}]
 

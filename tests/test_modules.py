@@ -2,7 +2,7 @@
 
 import pytest
 
-from rrlhf.modules import Modules, changed_definitions, read_module
+from rrlhf.identity.modules import Modules, changed_definitions, read_module
 
 SOURCE = '''
 """A module."""

@@ -6,7 +6,7 @@ import pytest
 
 from rrlhf.located import ParamsError
 from rrlhf.params import load_params
-from rrlhf.partial import Part, chosen
+from rrlhf.running.partial import Part, chosen
 from rrlhf.stages import nodes
 
 NODES = nodes(load_params(Path(__file__).parents[1], "tiny"))

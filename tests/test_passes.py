@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rrlhf import passes
-from rrlhf.attention import PACKED, register
-from rrlhf.models import LanguageModel
-from rrlhf.policy import PolicyTop
+from rrlhf.language_models import passes
+from rrlhf.language_models.attention import PACKED, register
+from rrlhf.language_models.models import LanguageModel
+from rrlhf.policies.policy import PolicyTop
 
 SHAPE = {
     "vocab_size": 60,

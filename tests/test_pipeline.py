@@ -15,8 +15,8 @@ import pytest
 
 from flows.serve import start_temporary_server
 from rrlhf.params import load_params
-from rrlhf.plan import Project
-from rrlhf.uptodate import nothing_to_do
+from rrlhf.running.plan import Project
+from rrlhf.running.uptodate import nothing_to_do
 
 OTHERS = {"dpo-direct", "best_of_n-choosy"}
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"} | OTHERS

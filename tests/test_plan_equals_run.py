@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrlhf.artifacts import HISTORY, TamperedError
-from rrlhf.keys import key_digest
-from rrlhf.modules import Modules
+from rrlhf.identity.keys import key_digest
+from rrlhf.identity.modules import Modules
 from rrlhf.params import load_params
-from rrlhf.partial import Part
-from rrlhf.plan import Project
-from rrlhf.produce import produce
+from rrlhf.running.partial import Part
+from rrlhf.running.plan import Project
+from rrlhf.running.produce import produce
 from rrlhf.stages import Node
+from rrlhf.store.artifacts import HISTORY, TamperedError
 
 PARAMS = load_params(Path(__file__).parents[1], "tiny")
 
@@ -367,8 +367,8 @@ def folder_of(world, made_of):
 def test_the_plan_is_what_a_run_does(sequence):
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setattr("rrlhf.artifacts.sync", lambda path: None)  # the disk is not what this is about
-        patch.setattr("rrlhf.artifacts.git_commit", lambda root: None)
+        patch.setattr("rrlhf.store.artifacts.sync", lambda path: None)  # the disk is not what this is about
+        patch.setattr("rrlhf.store.artifacts.git_commit", lambda root: None)
         world = World(Path(folder))
         world.paths = {}
         look_and_run(world, set())

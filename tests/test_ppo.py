@@ -4,12 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rrlhf.adapters import merge_adapters
 from rrlhf.config import Arm
-from rrlhf.judgement import Judgement, arm_reward
 from rrlhf.kl import adapted_weight
-from rrlhf.learner import Course, prepare_learner
-from rrlhf.models import load_base
+from rrlhf.language_models.adapters import merge_adapters
+from rrlhf.language_models.models import load_base
+from rrlhf.policies.judgement import Judgement, arm_reward
+from rrlhf.policies.learner import Course, prepare_learner
 from rrlhf.ppo import collect, optimise, train
 from rrlhf.robust import AGGREGATIONS, Scores
 

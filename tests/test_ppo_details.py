@@ -5,10 +5,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from rrlhf import passes
-from rrlhf.kernels import chosen_logprobs
-from rrlhf.learner import Course, prepare_learner
-from rrlhf.models import load_base, load_model, save_model
+from rrlhf.language_models import passes
+from rrlhf.language_models.kernels import chosen_logprobs
+from rrlhf.language_models.models import load_base, load_model, save_model
+from rrlhf.policies.learner import Course, prepare_learner
 from rrlhf.ppo import collect, optimise, train
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from rrlhf.artifacts import HISTORY, Store
-from rrlhf.produce import DifferentError, produce
+from rrlhf.running.produce import DifferentError, produce
+from rrlhf.store.artifacts import HISTORY, Store
 
 DOCUMENT = {"stage": "sft", "params": {"epochs": 1}, "inputs": {}, "code": {}, "numerics": {}}
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rrlhf.models import load_base, load_model, save_model
-from rrlhf.policy import PolicyTop
-from rrlhf.reference import frozen
+from rrlhf.language_models.models import load_base, load_model, save_model
+from rrlhf.policies.policy import PolicyTop
+from rrlhf.policies.reference import frozen
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from rrlhf.evaluation import Evaluation, Measured, Policy
-from rrlhf.excerpts import Excerpt
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import tree
-from rrlhf.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.report import render, reward_in_words, table, visible
-from rrlhf.trainings import Event, Training, health
-from rrlhf.verdict import verdict
+from rrlhf.policies.excerpts import Excerpt
+from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
+from rrlhf.reporting.plots import Point, neighbour_means, neighbour_stderrs
+from rrlhf.reporting.report import render, reward_in_words, table, visible
+from rrlhf.reporting.trainings import Event, Training, health
+from rrlhf.reporting.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.05) -> Measured:

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.artifacts import CHECKPOINT, Store
 from rrlhf.config import Arm, Launch
-from rrlhf.keys import key_digest
-from rrlhf.launch import execute
-from rrlhf.memo import sha256
+from rrlhf.identity.keys import key_digest
+from rrlhf.identity.memo import sha256
 from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
+from rrlhf.running.launch import execute
+from rrlhf.store.artifacts import CHECKPOINT, Store
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 6
@@ -29,7 +29,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from rrlhf.config import Launch
-from rrlhf.launch import execute
+from rrlhf.running.launch import execute
 job = json.loads(sys.argv[1])
 inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
 execute(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: print(row["step"], flush=True),

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from rrlhf import ppo
 from rrlhf.config import Arm
-from rrlhf.judgement import Judgement, arm_reward, reward_metrics
+from rrlhf.identity.sourcecode import code_behind
+from rrlhf.language_models.models import load_base, save_model
 from rrlhf.located import ParamsError
-from rrlhf.models import load_base, save_model
 from rrlhf.params import load_params
-from rrlhf.plan import Project
-from rrlhf.reward_functions import load_functions, metric_names
+from rrlhf.policies.judgement import Judgement, arm_reward, reward_metrics
+from rrlhf.policies.reward_functions import load_functions, metric_names
+from rrlhf.preferences.tables import write_table
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
-from rrlhf.sourcecode import code_behind
-from rrlhf.tables import write_table
+from rrlhf.running.plan import Project
 
 PROMPTS = [[{"role": "user", "content": "Say a"}], [{"role": "user", "content": "Say b"}]]
 OWN = {"my_rules", "checks", "broken", "script"}

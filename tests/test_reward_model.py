@@ -8,11 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 from rrlhf import ensemble, evaluate, ppo, reward
-from rrlhf.models import LanguageModel, load_base, save_model
+from rrlhf.language_models.models import LanguageModel, load_base, save_model
 from rrlhf.params import load_params
+from rrlhf.preferences.tables import prompts
 from rrlhf.reward_models.scoring import RewardModel, load_reward_model
 from rrlhf.rollout import Samples, response_features, sample, text_lengths
-from rrlhf.tables import prompts
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}[reply]"

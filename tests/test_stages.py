@@ -12,10 +12,10 @@ import torch
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm
 from rrlhf.params import load_params
-from rrlhf.report import METRICS
+from rrlhf.preferences.tables import SCHEMAS, preferences, prompts, read_table
+from rrlhf.reporting.report import METRICS
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.tables import SCHEMAS, preferences, prompts, read_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from rrlhf.evaluation import Evaluation, Measured, Policy
-from rrlhf.health import Event
-from rrlhf.standing import headline, scales, standings
-from rrlhf.trainings import Training
+from rrlhf.policies.health import Event
+from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
+from rrlhf.reporting.standing import headline, scales, standings
+from rrlhf.reporting.trainings import Training
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from rrlhf.cli import main
-from rrlhf.keys import key_digest
+from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
-from rrlhf.partial import Part
-from rrlhf.plan import Project
-from rrlhf.records import last_run, noted
-from rrlhf.status import overview, told
+from rrlhf.running.partial import Part
+from rrlhf.running.plan import Project
+from rrlhf.running.records import last_run, noted
+from rrlhf.running.status import overview, told
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ from threading import Thread
 import pytest
 from mlflow import MlflowClient
 
-from rrlhf.artifacts import CARD, HISTORY, Store, clear
-from rrlhf.cards import summary, without_front_matter
-from rrlhf.health import DivergedError
-from rrlhf.keys import key_digest
+from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.load import from_versions
 from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
+from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
+from rrlhf.store.artifacts import CARD, HISTORY, Store, clear
+from rrlhf.store.cards import summary, without_front_matter
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.types import Dataset
 
@@ -317,7 +317,7 @@ def test_the_store_is_not_touched_by_registering(tracker, family):
 KILLED_WHILE_COPYING = """
 import resource, signal, sys
 from pathlib import Path
-from rrlhf.artifacts import Store
+from rrlhf.store.artifacts import Store
 from rrlhf.tracking import Tracker
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when a file grows past the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
@@ -426,7 +426,7 @@ def tiny_policy(staged):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from rrlhf.models import CHAT_TEMPLATE, LanguageModel, save_model
+    from rrlhf.language_models.models import CHAT_TEMPLATE, LanguageModel, save_model
 
     characters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
     raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))

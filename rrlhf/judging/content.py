@@ -35,7 +35,7 @@ class ReliabilityBin(TypedDict):
 
 
 class Calibration(TypedDict):
-    """How honest P(chosen wins) is; see rrlhf/calibration.py for each formula."""
+    """How honest P(chosen wins) is; see rrlhf/judging/calibration.py for each formula."""
 
     ece: float
     mce: float

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.data import Rejected, open_rows, refuse_repetition, require_columns
 from rrlhf.located import did_you_mean
-from rrlhf.rows import FIXES, FORMATS, Format, RowError, plain_row, subset_of
+from rrlhf.preferences.data import Rejected, open_rows, refuse_repetition, require_columns
+from rrlhf.preferences.rows import FIXES, FORMATS, Format, RowError, plain_row, subset_of
 from rrlhf.types import Preference
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def prompt_numbers(pairs: Sequence[Preference]) -> Tensor:
     """Return a number for every pair, [pairs]; equal where the prompts count as the same."""
     import torch
 
-    from rrlhf.data import prompt_hash
+    from rrlhf.preferences.data import prompt_hash
 
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(prompt_hash(pair.prompt), len(numbers)) for pair in pairs])

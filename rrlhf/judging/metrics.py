@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rrlhf.calibration import (
+from rrlhf.judging.calibration import (
     Bin,
     brier_score,
     correct,

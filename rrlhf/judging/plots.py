@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rrlhf.judging.content import ReliabilityBin, RewardJudgement
-from rrlhf.plots import ARM_LOOKS, Chart, data_uri, empty_chart
+from rrlhf.reporting.plots import ARM_LOOKS, Chart, data_uri, empty_chart
 
 COLOR = ARM_LOOKS[1].color
 

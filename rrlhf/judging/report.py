@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rrlhf.evaluation import in_figures
+from rrlhf import files
 from rrlhf.judging import plots as reward_plots
-from rrlhf.judging.command import RewardReport
 from rrlhf.judging.content import Calibration, Heads, Share
-from rrlhf.report import known, page, visible
+from rrlhf.judging.judge import RewardReport
+from rrlhf.reporting.evaluation import in_figures
+from rrlhf.reporting.report import known, page, visible
 from rrlhf.types import Json
 
 
@@ -79,7 +80,6 @@ def show(report: RewardReport, file: Path) -> None:
 
 def write(report: RewardReport, folder: Path) -> tuple[Path, Path]:
     """Write the report as JSON and as one HTML file into a folder, and return both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     about = Path(report["data"]).name.split(".")[0]
     stem = re.sub(r"[^\w-]+", "-", f"{report['model']}-{about}").strip("-")
     texts = {
@@ -87,9 +87,7 @@ def write(report: RewardReport, folder: Path) -> tuple[Path, Path]:
         folder / f"{stem}.html": render(report),
     }
     for path, text in texts.items():
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        files.write(path, text)
     html, as_json = sorted(texts)
     return as_json, html
 

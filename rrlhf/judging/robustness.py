@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rrlhf.calibration import correct, estimate
+from rrlhf.judging.calibration import correct, estimate
 from rrlhf.judging.content import Measured, Robustness
 from rrlhf.judging.metrics import measured_share
 from rrlhf.judging.perturbations import PERTURBATIONS, perturbed

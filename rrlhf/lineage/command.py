@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.command_line import VERIFICATION_FAILED, AsJson
+from rrlhf.files import write
 
 if TYPE_CHECKING:
-    from rrlhf.fingerprints import RowChanges
     from rrlhf.lineage.diff import Diff
     from rrlhf.lineage.graph import Graph, Product
+    from rrlhf.preferences.fingerprints import RowChanges
     from rrlhf.tracking import Tracker, Version
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
@@ -63,10 +64,7 @@ def lineage(
     if out is None:
         print(text)
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.with_name(f".{out.name}.new")
-        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        beside.replace(out)
+        write(out, text.rstrip("\n") + "\n")
         print(out)
 
 
@@ -103,9 +101,9 @@ def audit(
 
     Example: rrlhf audit rrlhf-policy@candidate --deep
     """
-    from rrlhf import audit as auditing
+    from rrlhf.auditing import audit as auditing
     from rrlhf.params import load_params
-    from rrlhf.signatures import notary_of
+    from rrlhf.signing.signatures import notary_of
 
     root = Path.cwd()
     notary = notary_of(root, load_params(root, profile).signatures)
@@ -182,9 +180,9 @@ def _rows_between(
     graph: Graph, old: Product, new: Product, root: Path
 ) -> tuple[dict[str, RowChanges], dict[str, str], list[str]]:
     """Compare the data sets above two products; return also what shown rows say, and what cannot be compared."""
-    from rrlhf.fingerprints import beginnings, row_changes
     from rrlhf.lineage.diff import shown
     from rrlhf.lineage.rows import files_by_version
+    from rrlhf.preferences.fingerprints import beginnings, row_changes
 
     before, after = ([each for each in graph.up(product) if each.stage == "prepare"] for product in (old, new))
     if {each.digest for each in before} == {each.digest for each in after}:

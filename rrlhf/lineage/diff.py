@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rrlhf.fingerprints import RowChanges
-from rrlhf.keys import UNSET, Change, changes
+from rrlhf.identity.keys import UNSET, Change, changes
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
+from rrlhf.preferences.fingerprints import RowChanges
 from rrlhf.stages import EXTERNAL
 from rrlhf.types import Json
 

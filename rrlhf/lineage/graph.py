@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import islice, takewhile
 from typing import NamedTuple
 
-from rrlhf.keys import Document
+from rrlhf.identity.keys import Document
 from rrlhf.stages import DATA
 
 SHOWN = 8  # hex digits of a digest that a person reads

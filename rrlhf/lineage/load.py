@@ -13,12 +13,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rrlhf.artifacts import Artifact, Store, TamperedError
-from rrlhf.dvc_records import Record, cached, kept_document, locks, run_records
+from rrlhf.identity.seal import opened
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.seal import opened
 from rrlhf.stages import DATA
+from rrlhf.store.artifacts import Artifact, Store, TamperedError
 from rrlhf.tracking import Tracker, Version
+from rrlhf.versioning.records import Record, cached, kept_document, locks, run_records
 
 Identity = tuple[str, str]  # digest of the content, key
 

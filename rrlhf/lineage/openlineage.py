@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from rrlhf.keys import canonical
+from rrlhf.identity.keys import canonical
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.stages import DATA
 
@@ -93,7 +93,7 @@ def _dataset(product: Product) -> Object:
 
 def _tables() -> list[Object]:
     """Return the columns of a data set's tables, nested as they are."""
-    from rrlhf.tables import SCHEMAS
+    from rrlhf.preferences.tables import SCHEMAS
 
     def fields(names: Iterable[Any]) -> list[Object]:
         described = []

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from rrlhf.dvc_records import Record, files_of, locks, run_records
-from rrlhf.fingerprints import row_hash, tables_with
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
+from rrlhf.preferences.fingerprints import row_hash, tables_with
 from rrlhf.types import Json
+from rrlhf.versioning.records import Record, files_of, locks, run_records
 
 PAIRS = {"preferences", "heldout"}
 READS = {  # the tables that a stage reads of the data set it is given; any other stage may read all

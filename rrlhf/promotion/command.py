@@ -15,12 +15,12 @@ import typer
 from rrlhf.command_line import AsJson, Profile, Set, overrides
 
 if TYPE_CHECKING:
-    from rrlhf.artifacts import Artifact
     from rrlhf.config import Params
-    from rrlhf.lookup import Lookup
-    from rrlhf.plan import Project
     from rrlhf.promotion.gates import Gate
     from rrlhf.promotion.measure import Yardstick
+    from rrlhf.running.plan import Project
+    from rrlhf.store.artifacts import Artifact
+    from rrlhf.store.lookup import Lookup
     from rrlhf.tracking import Tracker, Version
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
@@ -102,8 +102,8 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
     Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
     """
     from rrlhf.locks import locked
-    from rrlhf.lookup import Lookup
-    from rrlhf.plan import Project
+    from rrlhf.running.plan import Project
+    from rrlhf.store.lookup import Lookup
     from rrlhf.tracking import Tracker
 
     check(asked, list(params.arms))
@@ -146,7 +146,7 @@ def named(reference: str, versions: Sequence[Version]) -> Version:
 
 def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     """Say what an audit finds wrong with a version and all that it was made from."""
-    from rrlhf.audit import Audit
+    from rrlhf.auditing.audit import Audit
     from rrlhf.lineage.load import load
 
     graph = load(project.root, registry.versions, strict=False)
@@ -169,9 +169,9 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
 
 def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registry, asked: Asked) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
-    from rrlhf.artifacts import git_commit
     from rrlhf.promotion.gates import clean
     from rrlhf.promotion.measure import measure
+    from rrlhf.store.artifacts import git_commit
 
     artifact = _policy(lookup, version)
     opponent, against = _opponent(lookup, artifact, version, registry.versions, asked.to)

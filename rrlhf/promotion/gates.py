@@ -9,8 +9,8 @@ from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
-from rrlhf.calibration import correct, estimate, share_interval
-from rrlhf.intervals import mean_interval
+from rrlhf.judging.calibration import correct, estimate, share_interval
+from rrlhf.reporting.intervals import mean_interval
 
 
 class Gate(TypedDict):

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from rrlhf.config import Model, Params
+from rrlhf.policies.reading import Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.preferences.tables import read_table
 from rrlhf.promotion.gates import Gate, Read, gates
-from rrlhf.reading import Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.robust import head_spread, mean_reward
-from rrlhf.tables import read_table
 
 
 class Yardstick(NamedTuple):

@@ -42,9 +42,9 @@ def reproduce(
 
     Example: rrlhf reproduce rrlhf-policy/3 --only --keep again
     """
-    from rrlhf.lookup import Lookup
     from rrlhf.params import load_params
     from rrlhf.reproduction.rebuild import rebuild, steps
+    from rrlhf.store.lookup import Lookup
 
     root = Path.cwd()
     params = load_params(root, profile, overrides(profile, set_))
@@ -95,8 +95,8 @@ def conclusion(version: str, rebuilt: Sequence[Rebuilt]) -> str:
 
 def _tell_changes(root: Path, order: Sequence[Step], found: Sequence[Step]) -> dict[str, list[str]]:
     """Say on stderr what is not as the key documents have it."""
-    from rrlhf.artifacts import git_commit
     from rrlhf.reproduction.rebuild import changed, functions_of
+    from rrlhf.store.artifacts import git_commit
 
     everything = sorted({path for step in found for path in functions_of(step)})
     changes = {}

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rrlhf.artifacts import BESIDE, HISTORY
-from rrlhf.memo import sha256
+from rrlhf.identity.memo import sha256
+from rrlhf.store.artifacts import BESIDE, HISTORY
 
 CLOCKS = {"seconds", "tokens_per_second"}  # of the machine, not of the training
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from rrlhf.datasets import Place, prepared
-from rrlhf.dvc_records import lock_files
-from rrlhf.keys import Document
+from rrlhf.identity.keys import Document
 from rrlhf.types import Dataset
+from rrlhf.versioning.datasets import Place, prepared
+from rrlhf.versioning.records import lock_files
 
 
 def find_data(root: Path, digest: str) -> tuple[Dataset, Document]:

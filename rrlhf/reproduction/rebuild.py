@@ -8,16 +8,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
-from rrlhf.artifacts import Artifact
 from rrlhf.config import Launch
-from rrlhf.keys import Document, differences, key_document
-from rrlhf.launch import call, execute, typed_sections
-from rrlhf.lookup import Lookup
-from rrlhf.memo import Memo
+from rrlhf.identity.keys import Document, differences, key_document
+from rrlhf.identity.memo import Memo
+from rrlhf.language_models.sources import external_digests
 from rrlhf.reproduction.compare import Comparison, compare, first_step
 from rrlhf.reproduction.data import find_data
-from rrlhf.sources import external_digests
+from rrlhf.running.launch import call, execute, typed_sections
 from rrlhf.stages import DATA, Node
+from rrlhf.store.artifacts import Artifact
+from rrlhf.store.lookup import Lookup
 
 
 class Step(NamedTuple):

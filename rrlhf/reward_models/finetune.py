@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rrlhf.adapters import copies_of
 from rrlhf.config import TrunkTraining
-from rrlhf.models import autocast, microbatches, run_layers
+from rrlhf.language_models.adapters import copies_of
+from rrlhf.language_models.models import autocast, microbatches, run_layers
 from rrlhf.reward_models.features import distinct, identity
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.objectives import PairLoss

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.models import encode_text
+from rrlhf.language_models.models import encode_text
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE, Trunk, identity_of, load_trunk, trunk_layer
 from rrlhf.robust import Scores

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.adapters import WEIGHTS as ADAPTERS
-from rrlhf.adapters import copies_of, first_adapted, load_adapters, save_adapters
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
-from rrlhf.memo import sha256
-from rrlhf.models import (
+from rrlhf.identity.memo import sha256
+from rrlhf.language_models.adapters import WEIGHTS as ADAPTERS
+from rrlhf.language_models.adapters import copies_of, first_adapted, load_adapters, save_adapters
+from rrlhf.language_models.models import (
     LanguageModel,
     autocast,
     encode_prompt,

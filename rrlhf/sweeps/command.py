@@ -30,7 +30,7 @@ def sweep(
     Example: rrlhf sweep ensemble.heads=3,5,9 --set ppo.updates=15
     """
     from rrlhf.params import load_params
-    from rrlhf.starting import started
+    from rrlhf.running.starting import started
     from rrlhf.sweeps.grid import parse_grid, points
 
     root = Path.cwd()

@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
-from rrlhf.calibration import Estimate, estimate
-from rrlhf.evaluation import Policy
-from rrlhf.intervals import mean_interval
+from rrlhf.judging.calibration import Estimate, estimate
 from rrlhf.judging.content import Measured
+from rrlhf.reporting.evaluation import Policy
+from rrlhf.reporting.intervals import mean_interval
 from rrlhf.types import Json
 
 METRICS = ("gold", "proxy", "reward", "spread", "kl", "words", "repetition", "finished")

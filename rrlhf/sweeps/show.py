@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rrlhf.markdown import escaped, table
-from rrlhf.plots import ARM_LOOKS, AXIS_LABELS, REFERENCE_LOOK, empty_chart
+from rrlhf.reporting.markdown import escaped, table
+from rrlhf.reporting.plots import ARM_LOOKS, AXIS_LABELS, REFERENCE_LOOK, empty_chart, write_study
 from rrlhf.sweeps.comparison import Interval, Row, Sweep, primary
 from rrlhf.types import Json
 
@@ -74,14 +73,7 @@ def legend(rows: Sequence[Row]) -> str:
 
 def write(sweep: Sweep, folder: Path) -> list[Path]:
     """Write sweep.json, sweep.png and sweep.svg into a folder; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = figure(sweep)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        staged = Path(beside)
-        (staged / "sweep.json").write_text(json.dumps(sweep, indent=1), encoding="utf-8")
-        picture.savefig(staged / "sweep.png", dpi=110)
-        picture.savefig(staged / "sweep.svg", metadata={"Date": None})
-        return [path.replace(folder / path.name) for path in sorted(staged.iterdir())]
+    return write_study(folder, "sweep", sweep, figure(sweep))
 
 
 def figure(sweep: Sweep) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from rrlhf.reporting.plots import write_study
 from rrlhf.toy.study import GOLD, SINGLE, Arm, Interval, Study
 
 SHOWN_MAPS = ("optimum", SINGLE, "robust 0.4", "constant")
@@ -79,15 +78,7 @@ def _disagreement(study: Study) -> str:
 
 def write(study: Study, folder: Path) -> None:
     """Write toy.json, toy.png and toy.svg into a folder; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = _figure(study)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        staged = Path(beside)
-        (staged / "toy.json").write_text(json.dumps(study, indent=1), encoding="utf-8")
-        figure.savefig(staged / "toy.png", dpi=110)
-        figure.savefig(staged / "toy.svg", metadata={"Date": None})
-        for path in sorted(staged.iterdir()):
-            path.replace(folder / path.name)
+    write_study(folder, "toy", study, _figure(study))
 
 
 def _figure(study: Study) -> Any:

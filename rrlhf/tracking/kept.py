@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from rrlhf.artifacts import SIGNATURE, Artifact
-from rrlhf.keys import canonical
+from rrlhf.identity.keys import canonical
 from rrlhf.stages import DATA, MODEL_NAMES
+from rrlhf.store.artifacts import SIGNATURE, Artifact
 from rrlhf.tracking.records import INSIDE, MLMODEL, has
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rrlhf.artifacts import Artifact
-from rrlhf.cards import summary
-from rrlhf.memo import sha256
+from rrlhf.identity.memo import sha256
 from rrlhf.stages import MODEL_NAMES
+from rrlhf.store.artifacts import Artifact
+from rrlhf.store.cards import summary
 from rrlhf.tracking.records import (
     INSIDE,
     MLMODEL,

@@ -17,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from rrlhf.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
-from rrlhf.cards import without_front_matter
-from rrlhf.keys import canonical
+from rrlhf.identity.keys import canonical
 from rrlhf.stages import GENERATES
+from rrlhf.store.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.store.cards import without_front_matter
 from rrlhf.types import Dataset
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rrlhf.artifacts import Artifact
-from rrlhf.excerpts import FILE as EXCERPTS
-from rrlhf.excerpts import Excerpt, read_excerpts
-from rrlhf.health import EVENTS, in_words
+from rrlhf.locks import is_alive
+from rrlhf.policies.excerpts import FILE as EXCERPTS
+from rrlhf.policies.excerpts import Excerpt, read_excerpts
+from rrlhf.policies.health import EVENTS, in_words
+from rrlhf.store.artifacts import Artifact
 from rrlhf.tracking.records import close_finished, commit_tags, has, stage_tags, to_metrics, write_metrics, write_params
 from rrlhf.tracking.server import errors, long_requests, warn
 from rrlhf.types import Metrics
@@ -49,7 +49,7 @@ class Runs:
         """Close the runs of this machine's processes that were killed: MLflow shows them as RUNNING for ever."""
         unfinished = f"attributes.status = 'RUNNING' and {has('host', socket.gethostname())}"
         for run in self._client.search_runs([self._experiment_id], unfinished):
-            if not _is_alive(int(run.data.tags["rrlhf.pid"])):
+            if not is_alive(int(run.data.tags["rrlhf.pid"])):
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
     def complete(self, artifact: Artifact, parent: str | None) -> Any:  # mlflow.entities.Run
@@ -160,13 +160,3 @@ def _write_table(client: Any, run_id: str, rows: Sequence[Excerpt], name: str) -
     content = {"columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
     client.log_text(run_id, json.dumps(content), name)
     client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": name, "type": "table"}]))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrlhf.artifacts import MANIFEST, Artifact
 from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.stages import MODEL_NAMES, Node
+from rrlhf.store.artifacts import MANIFEST, Artifact
 from rrlhf.tracking.kept import Kept
 from rrlhf.tracking.models import Models
 from rrlhf.tracking.promotions import Promotions

@@ -1,0 +1,1 @@
+"""Prompts answered by one or two models, side by side."""

@@ -1,0 +1,116 @@
+"""Digests of files that have not changed since they were read, so that checking gigabytes takes no time.
+
+A file counts as unchanged with the same size, inode, and times of content (mtime) and of change (ctime). A program can
+set the first time back, the second only the kernel writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rrlhf.files import write
+
+TICK = 10_000_000  # ns; the longest step of the clock that file systems stamp times with (Linux: 1 to 10 ms)
+
+LARGE = 1 << 20  # bytes; what is smaller is soon read again
+
+Mark = list[int]  # size, mtime and ctime in ns, inode
+
+
+def mark_of(path: Path) -> Mark | None:
+    """Return what changes with a file; None while it is so new that another change might leave the same times.
+
+    Waits a tick for a large file that was just written: remembering it pays.
+    """
+    for may_wait in (True, False):
+        stat = path.stat()
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > TICK:
+            return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if stat.st_size < LARGE:
+            break
+        if may_wait:
+            time.sleep(1.5 * TICK / 1e9)
+    return None  # small, written to at this moment, or stamped by another machine's clock
+
+
+class Memory:
+    """A JSON object in a file, kept by whoever writes last; losing an entry only costs finding it again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.known: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            self.known = {}
+        self.grew = False
+        self._saving = threading.Lock()
+
+    def save(self) -> None:
+        """Write what was learned, if anything."""
+        with self._saving:
+            if not self.grew:
+                return
+            self.grew = False
+            write(self.path, json.dumps(dict(self.known)))
+
+
+class Memo:
+    """Digests by path, from memory while the file is unchanged."""
+
+    def __init__(self, path: Path, algorithm: str = "sha256") -> None:
+        self._memory, self._algorithm = Memory(path), algorithm
+
+    def digest(self, path: Path, expected: str | None = None) -> str:
+        """Return the file's digest in hex.
+
+        expected: what the file should have; when memory says otherwise, memory may be wrong, and the file is read.
+        """
+        mark, name = mark_of(path), str(path.resolve())
+        known = self._memory.known.get(name)
+        if mark and known and known[:4] == mark and expected in {None, known[4]}:
+            return str(known[4])
+        digest = file_digest(path, self._algorithm)
+        if mark:
+            self._memory.known[name] = [*mark, digest]
+            self._memory.grew = True
+        return digest
+
+    def sha256(self, path: Path, expected: str | None = None) -> str:
+        """Return the file's sha256 in hex; see `digest`."""
+        return self.digest(path, expected)
+
+    def forget(self, folder: Path) -> None:
+        """Have the files in a folder read again."""
+        above = f"{folder.resolve()}{os.sep}"
+        for name in [name for name in list(self._memory.known) if name.startswith(above)]:
+            del self._memory.known[name]
+        self._memory.grew = True
+
+    def renamed(self, old: Path, new: Path) -> None:
+        """Keep what is known of the files in a folder that was renamed."""
+        known, above = self._memory.known, f"{old.resolve()}{os.sep}"
+        for name in [name for name in list(known) if name.startswith(above)]:
+            known[str(new.resolve() / name.removeprefix(above))] = known.pop(name)
+        self._memory.grew = True
+        self.save()
+
+    def save(self) -> None:
+        """Write what was learned."""
+        self._memory.save()
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Return a file's digest in hex; md5 only where DVC asks for it."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    return file_digest(path, "sha256")

@@ -1,0 +1,108 @@
+"""What the reward models and reward functions say about a rollout, and what an arm's policy is paid for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rrlhf.config import Arm
+from rrlhf.language_models.models import LanguageModel, decode
+from rrlhf.policies.reward_functions import RewardFunction, metric_names
+from rrlhf.reward_models.scoring import RewardModel, read_by
+from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
+from rrlhf.rollout import Samples, response_features, text_lengths
+from rrlhf.types import Message, Metrics
+
+
+class Judgement(NamedTuple):
+    """What the reward models and the arm's functions say about a batch of responses."""
+
+    single: Tensor  # [batch] normalised score of the single head: the proxy
+    ensemble: Scores  # [batch, heads] normalised
+    functions: Mapping[str, Tensor] = MappingProxyType({})  # [batch] value of each function, by import path
+
+
+def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
+    """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
+
+    To what the reward models say, each function of the arm adds its weight times its value.
+    """
+
+    def reward(judgement: Judgement) -> Tensor:
+        if arm.reward == "single":
+            return with_functions(arm, judgement.single, judgement.functions)
+        mean, std = judgement.ensemble
+        own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
+        everyone = Scores(engine.gather(mean), engine.gather(std))
+        return with_functions(arm, AGGREGATIONS[str(arm.reward)](everyone, **arm.settings)[own], judgement.functions)
+
+    return reward
+
+
+def with_functions(arm: Arm, reward: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
+    """Return reward + sum over the arm's functions of weight * value, [batch]; always added in the same order."""
+    for path, weight in sorted(arm.functions.items()):
+        reward = reward + weight * functions[path]
+    return reward
+
+
+def function_values(
+    functions: Sequence[RewardFunction],
+    prompts: Sequence[list[Message]],
+    responses: Sequence[str],
+    tokens: Sequence[list[int]],
+    finished: Sequence[bool],
+) -> dict[str, Tensor]:
+    """Return every function's value [responses] for each response, on the CPU, by import path."""
+    return {each.path: torch.tensor(each.values(prompts, responses, tokens, finished)) for each in functions}
+
+
+def judge(
+    samples: Samples,
+    single: RewardModel,
+    ensemble: RewardModel,
+    *,
+    states: Tensor | None,
+    language: LanguageModel,
+    asked: Sequence[list[Message]],
+    microbatch_size: int,
+    functions: Sequence[RewardFunction] = (),
+) -> Judgement:
+    """Score the responses, from a pass of the SFT model's layers where reward heads read those, else from their text.
+
+    states: [batch, tokens, width] at the reward heads' layer, padded on the right; None: no model reads them.
+    In a distributed launch the functions see this process's responses only.
+    """
+    pooled = None
+    if states is not None:
+        pooled = response_features(states, samples.prompt_lengths, text_lengths(samples))
+    models = (single, ensemble)
+    reads_text = bool(functions) or any(model.trunks for model in models)
+    tokens = samples.lists() if reads_text else []
+    texts = [decode(language, row) for row in tokens]
+    alone, several = read_by(models, pooled, asked, texts, microbatch_size)
+    values = function_values(functions, asked, texts, tokens, samples.finished.tolist())
+    proxy = alone.mean[:, 0]
+    return Judgement(proxy, several, {path: value.to(proxy.device) for path, value in values.items()})
+
+
+def reward_metrics(judgement: Judgement) -> Metrics:
+    """Return what a batch's scores say on average: proxy, nominal, worst, spread, each head's share, each function."""
+    single, scores, functions = judgement
+    metrics = {
+        "proxy": single.mean().item(),
+        "nominal": nominal_reward(scores).mean().item(),
+        "worst": worst_reward(scores).mean().item(),
+        "spread": head_spread(scores).mean().item(),
+    }
+    counts = torch.bincount(most_confident(scores), minlength=scores.mean.shape[1])
+    for head, (mean, count) in enumerate(zip(scores.mean.mean(0).tolist(), counts.tolist(), strict=True)):
+        metrics[f"head_{head}"] = mean
+        metrics[f"head_{head}_nominal"] = count / len(scores.mean)
+    names = metric_names(functions)
+    return metrics | {names[path]: value.mean().item() for path, value in functions.items()}

@@ -1,0 +1,1 @@
+"""Preference data: rows, the tables that hold them, and their fingerprints."""

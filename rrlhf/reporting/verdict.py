@@ -1,0 +1,177 @@
+"""What the numbers of an evaluation say, in sentences that claim no more than the numbers do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rrlhf.reporting import plots
+from rrlhf.reporting.evaluation import Evaluation, Measured, in_figures, measured
+from rrlhf.reporting.plots import Point
+
+
+class Difference(NamedTuple):
+    """How much higher one estimate is than another, with the standard error of that."""
+
+    value: float
+    stderr: float
+
+    @property
+    def is_noise(self) -> bool:
+        """Less than two standard errors from zero."""
+        return abs(self.value) < 2 * self.stderr or self.value == 0
+
+    def against(self, name: str) -> str:
+        """Say it in words, relative to a policy."""
+        if math.isnan(self.stderr):
+            return f"{self.value:+z.2f} relative to {name} (no standard error to judge that by)"
+        if self.is_noise:
+            return f"within noise of {name} (difference {self.value:+z.2f} ± {self.stderr:.2f})"
+        return f"{abs(self.value):.2f} ± {self.stderr:.2f} {'above' if self.value > 0 else 'below'} {name}"
+
+
+class Course(NamedTuple):
+    """Gold and proxy while one arm trained, at gold's peak and at the end, each a mean over neighbouring updates."""
+
+    peak_update: int
+    peak_gold: float
+    end_gold: float
+    fall: Difference  # of gold, from its peak to the end
+    peak_proxy: float
+    end_proxy: float
+
+    @property
+    def over_optimised(self) -> bool:
+        """Gold fell by more than chance allows while proxy kept rising (Gao et al. 2022, arXiv 2210.10760).
+
+        The peak is the best of many updates: of flat courses of 40 updates, 22 % fall by two standard errors and
+        2 % by three (simulated).
+        """
+        return self.fall.value > 3 * self.fall.stderr and self.end_proxy > self.peak_proxy
+
+
+def verdict(evaluation: Evaluation) -> list[str]:
+    """Return 2 to 5 sentences that the numbers support.
+
+    Differences carry sqrt(s_a^2 + s_b^2) and count as noise below two of those. Policies answer the same prompts, so
+    this errs on the careful side where their scores go together.
+    """
+    golds = measured(evaluation, "gold")
+    if not golds:
+        return _verdict_without_gold(evaluation)
+    return [*_ends(evaluation, golds, "gold"), *_over_optimisation(evaluation), *_selection(evaluation)]
+
+
+def courses(evaluation: Evaluation) -> dict[str, Course]:
+    """Return the course of every arm that has enough updates with gold, by name."""
+    return {
+        name: _course(golden)
+        for name, points in plots.courses(evaluation["curves"]).items()
+        if len(golden := plots.having(plots.having(points, "gold"), "proxy")) > plots.NEIGHBOURS
+    }
+
+
+def difference(a: Measured, b: Measured) -> Difference:
+    """Return a - b with the standard error for independent estimates."""
+    return Difference(a["mean"] - b["mean"], math.hypot(a["stderr"], b["stderr"]))
+
+
+def _ends(evaluation: Evaluation, known: Mapping[str, Measured], metric: str) -> list[str]:
+    """Say which trained arm ends highest, and which comes next, relative to the start and to each other."""
+    start = next((p["name"] for p in evaluation["policies"] if p["reward"] == "none" and p["name"] in known), None)
+    ranked = sorted((name for name in known if name != start), key=lambda name: -known[name]["mean"])
+    if not ranked:
+        return [
+            "There is no trained arm to compare.",
+            *(f"{name} has {metric} {in_figures(known[name])}." for name in known),
+        ]
+    best, *others = ranked
+    highest = f"the highest {metric} of the {len(ranked)} arms: " if others else f"{metric} "
+    relative = f", which is {_against(known, best, start)} ({in_figures(known[start])})" if start else ""
+    said = [f"{best} ends with {highest}{in_figures(known[best])}{relative}."]
+    if others:
+        second = others[0]
+        gaps = [_against(known, second, name) for name in (best, start) if name]
+        said.append(f"{second} comes next with {in_figures(known[second])}: {', '.join(gaps)}.")
+    return said
+
+
+def _against(known: Mapping[str, Measured], name: str, other: str) -> str:
+    return difference(known[name], known[other]).against(other)
+
+
+def _over_optimisation(evaluation: Evaluation) -> list[str]:
+    """Say for which arms gold fell from its own peak while proxy kept rising: at most one sentence for each answer."""
+    known = courses(evaluation)
+    if not known:
+        trained = any(policy["reward"] != "none" for policy in evaluation["policies"])
+        return ["There are too few updates with gold to say whether over-optimisation set in."] if trained else []
+    showed = [f"for {name}: {_told(course)}" for name, course in known.items() if course.over_optimised]
+    spared = [f"for {name}: {_told(course)}" for name, course in known.items() if not course.over_optimised]
+    said = [f"Over-optimisation showed {'; '.join(showed)}."] if showed else []
+    return said + ([f"Over-optimisation did not show {'; '.join(spared)}."] if spared else [])
+
+
+def _course(points: Sequence[Point]) -> Course:
+    """Read gold's peak and end.
+
+    The peak is the best of many windows: 40 updates of flat gold fall by more than two errors one time in five.
+    """
+    golds = plots.neighbour_means([point["gold"] for point in points])
+    stderrs = plots.neighbour_stderrs([point.get("gold_stderr", math.nan) for point in points])
+    proxies = plots.neighbour_means([point["proxy"] for point in points])
+    updates = plots.neighbour_means([point["update"] for point in points])
+    peak = golds.index(max(golds))
+    return Course(
+        peak_update=round(updates[peak]),
+        peak_gold=golds[peak],
+        end_gold=golds[-1],
+        fall=Difference(golds[peak] - golds[-1], math.hypot(stderrs[peak], stderrs[-1])),
+        peak_proxy=proxies[peak],
+        end_proxy=proxies[-1],
+    )
+
+
+def _told(course: Course) -> str:
+    peak = f"gold peaked at {course.peak_gold:z.2f} around update {course.peak_update}"
+    proxy = f"proxy went from {course.peak_proxy:z.2f} to {course.end_proxy:z.2f}"
+    if course.fall.value == 0:
+        return f"{peak}, where training ended"
+    noise = ", within noise" if course.fall.is_noise else ""
+    error = "" if math.isnan(course.fall.stderr) else f" ± {course.fall.stderr:.2f}"
+    return f"{peak} and ended at {course.end_gold:z.2f} (a fall of {course.fall.value:.2f}{error}{noise}) while {proxy}"
+
+
+def _selection(evaluation: Evaluation) -> list[str]:
+    """Say where gold is highest over n, for the arms that choose the best of n; at most one sentence."""
+    curves: dict[str, list[tuple[int, Measured]]] = {}
+    for point in evaluation.get("selection", []):
+        if "gold" in point:
+            curves.setdefault(point["policy"], []).append((point["n"], point["gold"]))
+    told = []
+    for name, points in curves.items():
+        (first, start), (last, end), (best, top) = (
+            points[0],
+            points[-1],
+            max(points, key=lambda point: point[1]["mean"]),
+        )
+        middle = f", highest at n = {best} ({in_figures(top)})" if best not in {first, last} else ""
+        told.append(
+            f"for {name} gold goes from {in_figures(start)} at n = {first} to {in_figures(end)} at n = {last}{middle}"
+        )
+    return [f"Choosing the best of n: {'; '.join(told)}."] if told else []
+
+
+def _verdict_without_gold(evaluation: Evaluation) -> list[str]:
+    said = [
+        "No gold judge read this run: the numbers say what the reward models think of the responses, not whether the "
+        "responses became better."
+    ]
+    proxies, spreads = measured(evaluation, "proxy"), measured(evaluation, "spread")
+    if proxies:
+        said += _ends(evaluation, proxies, "proxy")
+    if spreads:
+        listed = ", ".join(f"{in_figures(value)} for {name}" for name, value in spreads.items())
+        said.append(f"The heads disagree (spread) by {listed}.")
+    return said

@@ -1,0 +1,1 @@
+"""Running the graph, or a part of it: what would run and why, and starting it."""

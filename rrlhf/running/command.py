@@ -1,0 +1,207 @@
+"""The commands that run the pipeline, and those that say what a run would do: run, plan, why, status, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rrlhf.command_line import FAILED, USAGE, AsJson, Profile, Set, end, overrides
+from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.running.partial import Part
+    from rrlhf.running.plan import Planned, Project
+
+Names = list[str] | None
+From = Annotated[
+    Names,
+    typer.Option("--from", metavar="STAGE", help="Only this stage and what is built on it; what it reads must be up to "
+                 "date. Says what may run, not what must: see --force."),
+]  # fmt: skip
+Until = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage and what it is built on.")]
+Only = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage; what it reads must be up to date.")]
+Force = Annotated[
+    Names,
+    typer.Option(metavar="STAGE", help="Compute this stage although its result is there, and compare: the same bits "
+                 "rerun nothing below it; others end the run with exit code 3, and the stored result stays."),
+]  # fmt: skip
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
+
+
+def run(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run what is not up to date, register every model, and write the report.
+
+    A STAGE is a node, such as ppo-robust, or all nodes of one kind: ppo, dpo, member. These options may be repeated;
+    --from with --until leaves what lies between them; --only goes with neither. Models that are up to date are
+    registered and shown whatever part is asked for.
+
+    When nothing is to be done, nothing is started, and MLflow gets no further run; a server that PREFECT_API_URL
+    names then shows every stage as cached.
+
+    Example: rrlhf run --set ppo.kl_weight=0.05
+
+    Example: rrlhf run --until ensemble
+    """
+    part = _part(from_, until, only, force)
+    if dry_run:
+        plan(profile, set_, from_, until, only, force, as_json)
+    else:
+        run_flow(profile, overrides(profile, set_), part, as_json)
+
+
+def plan(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run would do, and why, without running anything.
+
+    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC's cache. upstream: an input
+    will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
+
+    Example: rrlhf plan --set ppo.kl_weight=0.05 -v
+    """
+    from rrlhf.running.plan import total
+
+    changed = overrides(profile, set_)
+    planned = _project(profile, changed).plan(_part(from_, until, only, force))
+    if as_json:
+        print(json.dumps([one.as_json() for one in planned], indent=1))
+        return
+    width = max(len(one.node) for one in planned)
+    for one in planned:
+        print(_line(one, width, verbose))
+    if expected := total(planned):
+        print(expected)
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        print("the tracking server was not asked: a model that it has will be restored instead of run")
+
+
+def why(
+    stage: Annotated[str, typer.Argument(help="A node, such as ppo-robust, or all of one kind: ppo, member.")],
+    profile: Profile = "default",
+    set_: Set = None,
+) -> None:
+    """Say why a stage would run, back to its first causes, or where its result is.
+
+    Example: rrlhf why evaluate --set sft.epochs=3
+    """
+    from rrlhf.running.partial import matching, unknown
+    from rrlhf.running.why import explained
+
+    changed = overrides(profile, set_)
+    project = _project(profile, changed)
+    these = matching(stage, project.nodes)
+    if not these:
+        end(USAGE, unknown(stage, project.nodes))
+    planned = project.plan()
+    for node in these:
+        print("\n".join(explained(project, planned, node.name)))
+
+
+def status(as_json: AsJson = False) -> None:
+    """Show every profile's state and last run, what runs now, what was interrupted, and the disk used."""
+    from rrlhf.running.status import overview, told
+
+    found = overview(Path.cwd())
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(told(found)))
+
+
+def report(profile: Profile = "default", set_: Set = None) -> None:
+    """Write the HTML report of a finished run again, and print its path."""
+    changed = overrides(profile, set_)
+    left = [one.node for one in _project(profile, changed).plan() if one.action != "reuse"]
+    if left:
+        end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")
+    run_flow(profile, changed)
+
+
+def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False) -> None:
+    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
+    from rrlhf.running.partial import Part
+
+    part = part or Part()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = _found_done(profile, overrides, part) or _run(profile, overrides, part)
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+    """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.running.records import noted
+    from rrlhf.running.uptodate import nothing_to_do, show
+    from rrlhf.versioning.pipeline import record
+
+    project = _project(profile, overrides)
+    planned = project.plan(part)
+    project.check_keys(planned)
+    if "PREFECT_API_URL" in os.environ:
+        return None
+    done = nothing_to_do(project, planned)
+    if done is None:
+        return None
+    with noted(project.root, profile, overrides, part):
+        show(project, done.artifacts)
+        record(project, whole=True)
+    print("nothing to do: every stage is up to date and registered", file=sys.stderr)
+    return done.result
+
+
+def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+    from rrlhf.params import load_params
+    from rrlhf.running.starting import started
+
+    root = Path.cwd()
+    pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
+    asked = {name: [*names] for name, names in part._asdict().items() if names}
+    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None)
+    return result
+
+
+def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
+    from rrlhf.running.partial import Part
+
+    return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
+
+
+def _project(profile: str, overrides: dict[str, Json]) -> Project:
+    from rrlhf.params import load_params
+    from rrlhf.running.plan import Project
+
+    root = Path.cwd()
+    project = Project(root, profile, load_params(root, profile, overrides))
+    project.check_keys()
+    return project
+
+
+def _line(one: Planned, width: int, verbose: bool) -> str:
+    from rrlhf.progress import in_words
+
+    took = f"  (took {in_words(one.seconds)} last time)" if one.seconds is not None else ""
+    reasons = one.reasons if verbose else one.reasons[:1]
+    more = f" and {len(one.reasons) - len(reasons)} more" if len(one.reasons) > len(reasons) else ""
+    return f"{one.node:{width}}  {one.action:8}  {'; '.join(reasons)}{more}{took}".rstrip()

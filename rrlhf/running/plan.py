@@ -1,0 +1,267 @@
+"""What a run would do, and why, without starting it: no Prefect, torch or MLflow is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rrlhf.config import Params
+from rrlhf.identity.keys import Document, differences, key_digest, key_document, our_modules
+from rrlhf.identity.modules import Modules
+from rrlhf.language_models.sources import external_digests
+from rrlhf.located import ParamsError
+from rrlhf.progress import in_words
+from rrlhf.running.partial import Chosen, Part, chosen
+from rrlhf.signing.signatures import notary_of
+from rrlhf.stages import DATA, Node, nodes
+from rrlhf.store.artifacts import Artifact, Store
+from rrlhf.types import Dataset, Json
+from rrlhf.versioning.datasets import Place, place_of, prepared, restorable
+
+# "upstream": an input will run, and its result decides; "skip": left out of this run, and not up to date.
+Action = Literal["run", "reuse", "restore", "upstream", "skip"]
+EVERYTHING = Part()
+
+
+class Planned(NamedTuple):
+    """One node of a run: what will happen to it, and the reasons in words."""
+
+    node: str
+    action: Action
+    reasons: list[str]
+    seconds: float | None  # what it took the last time, or one like it
+    key: str | None = None  # unknown while an input is
+
+    def as_json(self) -> Json:
+        """Return it for scripts."""
+        return {
+            "node": self.node,
+            "action": self.action,
+            "reasons": [*self.reasons],
+            "seconds": self.seconds,
+            "key": self.key,
+        }
+
+
+class Found(NamedTuple):
+    """A node's result that is there, or can be brought back without computing."""
+
+    digest: str
+    restored: str = ""  # where it has to be brought back from, in words
+
+
+class Project:
+    """A project folder's settings and results: finds the key of every node.
+
+    graph, modules: another graph, and the package that its stages are modules of.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        profile: str,
+        params: Params,
+        *,
+        graph: Sequence[Node] | None = None,
+        modules: Modules | None = None,
+    ) -> None:
+        self.root, self.profile, self.params = root, profile, params
+        self.store = Store(root, notary_of(root, params.signatures))
+        self.nodes = nodes(params) if graph is None else [*graph]
+        self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
+
+    def document(self, node: Node, digests: Mapping[str, str]) -> Document:
+        """Return a node's key document, given the digest of every node that it reads."""
+        inputs = {argument: digests[name] for argument, name in node.inputs.items()}
+        return key_document(node, inputs | external_digests(node, self.store.memo), self.modules)
+
+    def definitions(self, document: Document) -> dict[str, str]:
+        """Return digests of the definitions in a document's code, to be kept with its result."""
+        return self.modules.definitions(document["code"])
+
+    def check_sources(self) -> None:
+        """Raise ParamsError when a base model, the source data, a reward function or a key cannot be had.
+
+        This comes before anything is computed, and tells every mistake.
+        """
+        from rrlhf.policies.reward_functions import load_functions
+
+        mistakes: list[str] = []
+        for node in self.nodes:
+            with collected(mistakes):
+                external_digests(node, self.store.memo)
+        with collected(mistakes):
+            load_functions(path for node in self.nodes for path in node.functions)
+        with collected(mistakes):
+            if self.store.notary:
+                self.store.notary.prepare()
+        if mistakes:
+            raise ParamsError("\n".join(dict.fromkeys(mistakes)))
+
+    def check_keys(self, planned: Sequence[Planned] = ()) -> None:
+        """Raise ParamsError when the keys of `signatures` cannot be used, or would refuse what is to be made."""
+        if self.store.notary:
+            self.store.notary.check()
+            self.store.notary.check_making(one.node for one in planned if one.action == "run" and one.node != DATA)
+
+    def place(self, document: Document) -> Place:
+        """Return where the data set lies."""
+        return place_of(self.root, self.profile, self.nodes[0], document)
+
+    def plan(self, part: Part = EVERYTHING) -> list[Planned]:
+        """Return what would happen to every node, in order.
+
+        Raises ParamsError when a node that may run would read one that `part` leaves out and that is not up to date.
+        """
+        wanted = chosen(part, self.nodes)
+        digests: dict[str, str] = {}
+        planned: list[Planned] = []
+        for node in self.nodes:
+            missing = [name for name in node.inputs.values() if name not in digests]
+            if missing:
+                reasons = [f"after {', '.join(missing)}"]
+                planned.append(Planned(node.name, "upstream", reasons, self._usual_seconds(node)))
+            else:
+                document = self.document(node, digests)
+                making = [one for one in planned if one.action == "run" and one.node not in digests]
+                same = [one.node for one in making if one.key == key_digest(document)]
+                if same:
+                    reasons = [f"the same as {same[0]}"]
+                    planned.append(Planned(node.name, "upstream", reasons, None, key_digest(document)))
+                else:
+                    planned.append(self._planned(node, document, node.name in wanted.forced, digests))
+            if node.name not in wanted.allowed and planned[-1].action in {"run", "upstream"}:
+                planned[-1] = planned[-1]._replace(action="skip")
+        self._check_part(planned, wanted)
+        return planned
+
+    def artifact(self, name: str) -> Artifact | None:
+        """Return the checked result of a node under the present settings; None when a run would make it first."""
+        digests = self.known_digests()
+        node = next((node for node in self.nodes if node.name == name), None)
+        if node is None or not set(node.inputs.values()) <= set(digests):
+            return None
+        return self.store.checked(node.stage, key_digest(self.document(node, digests)))
+
+    def known_digests(self) -> dict[str, str]:
+        """Return the digest of every node's result that is there or can be brought back."""
+        digests: dict[str, str] = {}
+        for node in self.nodes:
+            if set(node.inputs.values()) <= set(digests):
+                found = self._found(node, self.document(node, digests))
+                digests |= {node.name: found.digest} if found else {}
+        return digests
+
+    def dataset(self) -> Dataset | None:
+        """Return the data set of the present settings, checked, if it is there."""
+        document = self.document(self.nodes[0], {})
+        return prepared(self.root, self.place(document), document)
+
+    def closest(self, node: Node, document: Document) -> tuple[list[str], Artifact | None]:
+        """Return the differences to the most similar result that this node had before, and that result."""
+        if node.name == DATA:
+            known = [json.loads(path.read_bytes()) for path in (self.root / "data").glob(f"{self.profile}*.key.json")]
+            return min((differences(old, document) for old in known), key=len, default=["never made here"]), None
+        now = self.definitions(document)
+
+        def reasons(old: Artifact) -> list[str]:
+            then: dict[str, str] = old.manifest.get("definitions", {})
+            return differences(old.manifest["document"], document, then=then, now=now)
+
+        earlier = [(reasons(old), old) for old in self._earlier if old.name == node.name]
+        return min(earlier, key=lambda item: len(item[0]), default=(["never made here"], None))
+
+    def _planned(self, node: Node, document: Document, forced: bool, digests: dict[str, str]) -> Planned:
+        """Plan a node whose inputs are known; note the digest of its result in `digests`, in place, if it is known."""
+        key, found = key_digest(document), self._found(node, document)
+        if found:
+            digests[node.name] = found.digest
+        if forced:
+            return Planned(node.name, "run", ["forced"], self._usual_seconds(node), key)
+        if found is None:
+            return Planned(node.name, "run", self._reasons(node, document, key), self._usual_seconds(node), key)
+        if found.restored:
+            return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
+        return Planned(node.name, "reuse", [], None, key)
+
+    def _found(self, node: Node, document: Document) -> Found | None:
+        """Find a node's result, here (checked) or where it can be brought back from."""
+        if node.name == DATA:
+            place = self.place(document)
+            if dataset := prepared(self.root, place, document):
+                return Found(dataset.digest)
+            dataset = restorable(self.root, place, document)
+            return Found(dataset.digest, "in DVC's cache") if dataset else None
+        key = key_digest(document)
+        if artifact := self.store.checked(node.stage, key):
+            return Found(artifact.digest)
+        return self._registered(key)
+
+    def _registered(self, key: str) -> Found | None:
+        from rrlhf.tracking.registry import registrations
+
+        found = (registrations(self.root, self.params.tracking.experiment, [key]) or {}).get(key)
+        return Found(found.digest, f"registered as {found.name} v{found.version}") if found and found.name else None
+
+    def _reasons(self, node: Node, document: Document, key: str) -> list[str]:
+        if self.store.was_here(key):
+            return ["artifact missing"]
+        return self.closest(node, document)[0] or ["artifact missing"]
+
+    def _check_part(self, planned: Sequence[Planned], wanted: Chosen) -> None:
+        """Raise ParamsError unless what may run finds its inputs."""
+        skipped = {one.node: one for one in planned if one.action == "skip"}
+        computing = {one.node for one in planned if one.action in {"run", "upstream"}}
+        needed = [name for node in self.nodes if node.name in computing for name in node.inputs.values()]
+        lines = [
+            f"{name} is needed and not up to date ({_first(skipped[name].reasons)}), but not part of this run"
+            for name in dict.fromkeys(needed)
+            if name in skipped
+        ]
+        if lines:
+            raise ParamsError("\n".join([*lines, "let it run first, or leave --from and --only out"]))
+
+    @cached_property
+    def _earlier(self) -> list[Artifact]:
+        """All results, newest first."""
+        return sorted(self.store.all(), key=lambda artifact: str(artifact.manifest["created"]), reverse=True)
+
+    def _usual_seconds(self, node: Node) -> float | None:
+        """Return what a node took the last time; a new one, what the last of its stage did."""
+        same: list[Any] = [old.manifest["seconds"] for old in self._earlier if old.name == node.name]
+        like = same or [old.manifest["seconds"] for old in self._earlier if old.stage == node.stage]
+        return float(like[0]) if like else None
+
+
+def computing(planned: Iterable[Planned]) -> list[Planned]:
+    """Return what will compute, or may."""
+    return [one for one in planned if one.action in {"run", "upstream"}]
+
+
+def total(planned: Iterable[Planned]) -> str:
+    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
+    found = computing(planned)
+    if not found:
+        return ""
+    surely, perhaps = ([one for one in found if one.action == action] for action in ("run", "upstream"))
+    counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
+    known = [one.seconds for one in found if one.seconds is not None]
+    at_least = "at least " if len(known) < len(found) else ""
+    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted
+
+
+@contextmanager
+def collected(mistakes: list[str]) -> Iterator[None]:
+    """Note a mistake in the settings instead of raising it."""
+    try:
+        yield
+    except ParamsError as error:
+        mistakes.append(str(error))
+
+
+def _first(reasons: Sequence[str]) -> str:
+    return reasons[0] if reasons else "unknown"

@@ -1,0 +1,1 @@
+"""Signatures of artifacts, and the commands that make them."""

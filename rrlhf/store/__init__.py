@@ -1,0 +1,1 @@
+"""The store of artifacts, and what else is kept in files."""

@@ -1,0 +1,313 @@
+"""The store: immutable folders `artifacts/<stage>/<key>/`, published by one rename and checked at every use.
+
+A folder is named by its key, so finding a result needs no index. `artifact.json` in it records the key document,
+the sha256 of every file, and the content digest that names this artifact as an input of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rrlhf import hardware
+from rrlhf.identity.keys import Document, key_digest
+from rrlhf.identity.memo import Memo
+from rrlhf.identity.seal import opened, sealed
+from rrlhf.locks import locked
+from rrlhf.stages import DATA, EXTERNAL
+from rrlhf.store.cards import card, last_values
+
+if TYPE_CHECKING:
+    from rrlhf.signing.signatures import Notary
+
+MANIFEST = "artifact.json"
+SIGNATURE = "model.sig"  # of the manifest and all that it lists, where there are keys (rrlhf/signing/signatures.py)
+CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
+HISTORY = "history.jsonl"  # the stage's log, with times
+CARD = "README.md"  # what the artifact says of itself to people
+BESIDE = frozenset({HISTORY, CARD})  # files that tell of the content: checked like all others, but not in its digest
+
+
+class TamperedError(Exception):
+    """A stored file is not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One published result."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The node that made it."""
+        return str(self.manifest["name"])
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it."""
+        return str(self.manifest["document"]["stage"])
+
+    @property
+    def key(self) -> str:
+        """The sha256 of its key document."""
+        return str(self.manifest["key"])
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its content."""
+        return str(self.manifest["digest"])
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Content digest of every input, by argument name."""
+        return dict(self.manifest["document"]["inputs"])
+
+    @property
+    def made_from(self) -> list[str]:
+        """The inputs that are artifacts: neither the data set nor what lies outside the project."""
+        return [argument for argument in self.inputs if argument not in {DATA, *EXTERNAL}]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of every number that the stage logged."""
+        return dict(self.manifest["metrics"])
+
+    def history(self) -> list[dict[str, float]]:
+        """Return every row that the stage logged."""
+        lines = (self.path / HISTORY).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class Store:
+    """The artifacts of one project folder.
+
+    notary: signs what is published and verifies what is read, as far as there are keys; None: neither.
+    """
+
+    def __init__(self, root: Path, notary: Notary | None = None) -> None:
+        self.root, self.notary = root / "artifacts", notary
+        self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self._made = root / ".rrlhf" / "made"
+
+    @property
+    def memo(self) -> Memo:
+        """Digests of files, remembered while they are unchanged."""
+        return self._memo
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Return where the result with this key lies, published or not."""
+        return self.root / stage / key
+
+    def staging(self, stage: str, key: str) -> Path:
+        """Return the folder in which a result is prepared; what an interrupted run left in it is kept."""
+        return self.root / ".staging" / f"{stage}-{key}"
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the artifact with this key, or None when there is none; files are not checked."""
+        folder = self.folder(stage, key)
+        if not folder.exists():
+            return None
+        artifact = read_artifact(folder)
+        if artifact.key != key:
+            raise TamperedError(f"{folder / MANIFEST} is that of another key, {artifact.key}{_way_out(folder)}")
+        return artifact
+
+    def checked(self, stage: str, key: str) -> Artifact | None:
+        """Like `find`, with every file's sha256 compared to the manifest, and its signature verified."""
+        artifact = self.find(stage, key)
+        if artifact:
+            self.verify(artifact)
+        return artifact
+
+    def verify(self, artifact: Artifact) -> None:
+        """Raise TamperedError naming the first file that differs, and every artifact built on it."""
+        problem = self.fault(artifact)
+        if problem:
+            raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
+
+    def fault(self, artifact: Artifact, *, deep: bool = False) -> str | None:
+        """Say which file of an artifact is not what its manifest says, or None.
+
+        deep: read every byte, also of files whose size, times and inode are those of an earlier look.
+        """
+        if deep:
+            self._memo.forget(artifact.path)
+        files: dict[str, str] = artifact.manifest["files"]
+        try:
+            for name, expected in files.items():
+                path = artifact.path / name
+                found = self._memo.sha256(path, expected) if path.is_file() else "no file"
+                if found != expected:
+                    return f"{path}: expected sha256 {expected}, found {found}"
+        finally:
+            self._memo.save()
+        for path in sorted(artifact.path.rglob("*")):
+            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
+                return f"{path}: expected no such file, {MANIFEST} does not list it"
+        if artifact.digest != content_digest(files):
+            return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
+        return self.notary.fault(artifact.path, deep=deep) if self.notary else None
+
+    def all(self) -> Iterator[Artifact]:
+        """Yield every artifact whose manifest can be read."""
+        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            with suppress(TamperedError):
+                yield read_artifact(path.parent)
+
+    def users(self, digest: str) -> str:
+        """Name the artifacts that were made from the content with this digest."""
+        return ", ".join(f"{found.name} {found.key[:8]}" for found in self.descendants(digest)) or "nothing yet"
+
+    def descendants(self, digest: str) -> list[Artifact]:
+        """Return all artifacts that were made from the content with this digest, directly or not."""
+        everything = list(self.all())
+        digests: set[str] = {digest}
+        found: list[Artifact] = []
+        grew = True
+        while grew:
+            new = [item for item in everything if item not in found and digests & set(item.inputs.values())]
+            found += new
+            digests |= {item.digest for item in new}
+            grew = bool(new)
+        return found
+
+    def publish(
+        self,
+        name: str,
+        document: Document,
+        staged: Path,
+        *,
+        seconds: float,
+        definitions: Mapping[str, str] | None = None,
+        dataset: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename.
+
+        definitions: digests of the functions in its code, for telling later which of them changed. dataset: what is
+        known of the data set below it (`rrlhf.store.cards.about`), for its card.
+        """
+        key = key_digest(document)
+        rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
+        files = self.digests(staged)
+        manifest = {
+            "name": name,
+            "key": key,
+            "digest": content_digest(files),
+            "document": document,
+            "files": files,
+            "metrics": last_values(rows),
+            "git_commit": git_commit(self.root.parent),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "hardware": hardware.describe(),
+            "definitions": dict(definitions or {}),
+            "dataset": dict(dataset or {}),
+        }
+        if text := card(manifest, rows):
+            (staged / CARD).write_text(text, encoding="utf-8")
+            files[CARD] = self._memo.sha256(staged / CARD)
+        (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+        if self.notary and self.notary.signs:
+            self.notary.sign(staged)
+        for path in staged.rglob("*"):
+            sync(path)
+        final = self.folder(document["stage"], key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.rename(final)
+        sync(final.parent)
+        self._memo.renamed(staged, final)
+        self._note(key)
+        return Artifact(final, manifest)
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file in a folder, by its path inside, less a manifest and its signature."""
+        return {
+            path.relative_to(folder).as_posix(): self._memo.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in {MANIFEST, SIGNATURE}
+        }
+
+    def was_here(self, key: str) -> bool:
+        """Whether this folder had the artifact of a key at some time, removed or not."""
+        return (self._made / key).exists()
+
+    def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
+        """Publish a folder that holds a complete artifact already, after checking every byte and its signature."""
+        artifact = read_artifact(downloaded)
+        self.verify(artifact)
+        final = self.folder(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        downloaded.rename(final)
+        self._memo.renamed(downloaded, final)
+        self._note(key)
+        return Artifact(final, artifact.manifest)
+
+    def _note(self, key: str) -> None:
+        self._made.mkdir(parents=True, exist_ok=True)
+        (self._made / key).touch()
+
+    def locked(self, key: str) -> AbstractContextManager[None]:
+        """Hold the lock of a key, waiting for it if need be."""
+        return locked(self.root / ".locks" / key)
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Return the artifact in a folder by its manifest; files are not checked.
+
+    Raises TamperedError when the manifest is missing or not as it was written.
+    """
+    try:
+        manifest = opened((folder / MANIFEST).read_bytes())
+        if manifest["key"] != key_digest(manifest["document"]):
+            raise ValueError("its key is not that of its key document")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise TamperedError(f"{folder / MANIFEST} is missing or was changed: {reason}{_way_out(folder)}") from None
+    return Artifact(folder, manifest)
+
+
+def content_digest(files: dict[str, str]) -> str:
+    """Return the sha256 over the names and digests of an artifact's files, less those beside its content."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if name not in BESIDE]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def clear(folder: Path) -> Path:
+    """Make an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the checked-out commit, with "-dirty" when files differ from it, or None outside git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _way_out(folder: Path) -> str:
+    return f"\nto have it restored or computed again: rm -r {folder}"

@@ -1,0 +1,45 @@
+"""What DVC calls: the stages of dvc.yaml."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rrlhf.command_line import Profile
+from rrlhf.environment import end_with_parent
+
+
+def key(
+    out: Annotated[Path, typer.Argument(help="File for the key document of the data set.")],
+    asked: Annotated[Path, typer.Argument(help="File for the digests of all that a run is asked for.")],
+    profile: Profile = "default",
+) -> None:
+    """Write what the stages of a profile depend on; DVC calls this."""
+    from rrlhf.params import load_params
+    from rrlhf.running.plan import Project
+    from rrlhf.versioning.pipeline import write_keys
+
+    root = Path.cwd()
+    write_keys(Project(root, profile, load_params(root, profile)), out, asked)
+
+
+def prepare(
+    key: Annotated[Path, typer.Argument(help="Key document of the data stage.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the data set.")],
+) -> None:
+    """Make a data set from its key document; DVC calls this."""
+    from rrlhf.identity.keys import key_digest
+    from rrlhf.running.launch import call
+    from rrlhf.store.artifacts import Store, clear
+
+    end_with_parent()
+    document = json.loads(key.read_bytes())
+    store, digest = Store(Path.cwd()), key_digest(document)
+    with store.locked(digest):
+        staged = clear(store.staging("prepare", digest))
+        call(document, inputs={}, out=staged, log=lambda row: None)
+        clear(out).rmdir()
+        staged.rename(out)
