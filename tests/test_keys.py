@@ -132,7 +132,7 @@ def test_a_module_that_a_stage_imports_is_its_code(sources):
 
 
 def test_a_module_that_a_stage_does_not_import_is_not(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "report.py") == set()
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "reporting" / "report.py") == set()
 
 
 def test_every_stage_sees_only_its_own_code():
