@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rrlhf.auditing.audit import Audit
+from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.graph import Graph
 from rrlhf.lineage.load import from_versions, load
@@ -37,7 +38,7 @@ from rrlhf.lineage.rows import sightings
 from rrlhf.lineage.text import as_json, mermaid, tree
 from rrlhf.preferences.fingerprints import row_hash, write_hashes
 from rrlhf.preferences.tables import write_table
-from rrlhf.store.artifacts import HISTORY, Store, clear
+from rrlhf.store.artifacts import HISTORY, Store
 from rrlhf.tracking import Tracker, Version
 
 NODES, ROWS, TURNS = 10_000, 10_000, 7

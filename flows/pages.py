@@ -22,6 +22,7 @@ from rrlhf.lineage.graph import Graph, Product
 from rrlhf.reporting import markdown
 from rrlhf.reporting.evaluation import Evaluation
 from rrlhf.running.plan import Planned, total
+from rrlhf.running.table import percent_done, plan_rows
 
 
 class Pages:
@@ -39,8 +40,8 @@ class Pages:
 
     def plan(self, planned: Sequence[Planned]) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
-        self._planned, self._percent = planned, markdown.percent_done(planned, ())
-        rows, expected = markdown.plan_rows(planned), total(planned) or "Nothing is to be done."
+        self._planned, self._percent = planned, percent_done(planned, ())
+        rows, expected = plan_rows(planned), total(planned) or "Nothing is to be done."
         self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
         self._progress = self._tell(
             lambda: create_progress_artifact(self._percent, self._key("progress"), "Done, by expected time.")
@@ -48,7 +49,7 @@ class Pages:
 
     def advance(self, done: Collection[str]) -> None:
         """Show that these nodes are done."""
-        percent, progress = markdown.percent_done(self._planned, done), self._progress
+        percent, progress = percent_done(self._planned, done), self._progress
         if progress and percent > self._percent:
             self._percent = percent
             self._tell(lambda: update_progress_artifact(progress, percent))

@@ -22,6 +22,7 @@ from rrlhf.identity.keys import Document, key_digest
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, stop_between_steps
+from rrlhf.running.dvc_record import record, write_numbers
 from rrlhf.running.launch import execute
 from rrlhf.running.partial import Chosen, Part, chosen
 from rrlhf.running.plan import Project
@@ -41,7 +42,6 @@ from rrlhf.store.cards import about
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset, Log
 from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
-from rrlhf.versioning.pipeline import record, write_numbers
 
 Record = dict[str, str]
 

@@ -1,8 +1,9 @@
-"""Small text files, written whole or not at all."""
+"""Small text files written whole or not at all, folders made empty, and both on the disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -21,3 +22,19 @@ def write_if_new(path: Path, text: str) -> None:
     """Write a file unless this is its content already."""
     if not (path.is_file() and path.read_bytes() == text.encode()):
         write(path, text)
+
+
+def clear(folder: Path) -> Path:
+    """Make an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 import pytest
 
 from rrlhf.environment import set_environment
+from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
 from rrlhf.running.launch import execute
 from rrlhf.running.plan import Project
 from rrlhf.stages import DATA, aliases_of
-from rrlhf.store.artifacts import clear
 from rrlhf.tracking import Tracker
 from rrlhf.versioning.datasets import prepare_dataset
 

@@ -13,10 +13,10 @@ import yaml
 from rrlhf.environment import set_environment
 from rrlhf.identity.modules import Modules
 from rrlhf.params import load_params
+from rrlhf.running.dvc_record import asked_of, numbers_digests, record, write_numbers
 from rrlhf.running.plan import Project
 from rrlhf.store.artifacts import TamperedError
 from rrlhf.versioning.datasets import SECONDS_TO_COMMIT
-from rrlhf.versioning.pipeline import asked_of, numbers_digests, record, write_numbers
 from rrlhf.versioning.records import run_records
 from rrlhf.versioning.setup import follow_git, is_under_git
 

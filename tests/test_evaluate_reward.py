@@ -8,12 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
+from rrlhf.files import clear
 from rrlhf.identity.keys import canonical, key_digest
 from rrlhf.params import load_params
 from rrlhf.preferences.tables import preferences, write_table
 from rrlhf.running.launch import execute
 from rrlhf.running.plan import Project
-from rrlhf.store.artifacts import Store, clear
+from rrlhf.store.artifacts import Store
 from rrlhf.tracking import Tracker
 
 PROFILE = ("--profile", "tiny")

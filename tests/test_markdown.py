@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from rrlhf.lineage.load import from_versions
-from rrlhf.reporting.markdown import ancestry, comparison, escaped, fenced, percent_done, plan_rows, table
+from rrlhf.reporting.markdown import ancestry, comparison, escaped, fenced, table
 from rrlhf.running.plan import Planned, total
+from rrlhf.running.table import percent_done, plan_rows
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.show import markdown
 

@@ -19,13 +19,14 @@ from threading import Thread
 import pytest
 from mlflow import MlflowClient
 
+from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.load import from_versions
 from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Store, clear
+from rrlhf.store.artifacts import CARD, HISTORY, Store
 from rrlhf.store.cards import summary, without_front_matter
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.types import Dataset

@@ -11,12 +11,12 @@ import torch
 from rrlhf.config import Model, Params
 from rrlhf.hardware import device_kind
 from rrlhf.language_models.models import LanguageModel, decode, encode_prompt, load_model
+from rrlhf.lineage.lookup import Lookup
 from rrlhf.reward_models.scoring import RewardModel, load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward
 from rrlhf.rollout import Response, sample_in_batches
 from rrlhf.running.plan import Project
 from rrlhf.store.artifacts import MANIFEST, Artifact
-from rrlhf.store.lookup import Lookup
 from rrlhf.types import Message
 
 ANSWERS = ("sft", "ppo", "dpo")  # stages whose artifact is a model that answers

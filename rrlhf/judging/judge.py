@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 from rrlhf.config import Params
 from rrlhf.judging.content import RewardJudgement, Robustness, SubsetAccuracy
 from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers
+from rrlhf.lineage.lookup import Lookup
 from rrlhf.running.plan import Project
 from rrlhf.stages import DATA
 from rrlhf.store.artifacts import Artifact
-from rrlhf.store.lookup import Lookup
 
 if TYPE_CHECKING:
     from rrlhf.judging.metrics import PairScores

@@ -22,9 +22,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rrlhf.files import sync
 from rrlhf.identity.memo import sha256
 from rrlhf.locks import locked
-from rrlhf.store.artifacts import sync
 
 MANIFEST = "checkpoint.json"
 SHARED = "shared.safetensors"

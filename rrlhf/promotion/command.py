@@ -16,11 +16,11 @@ from rrlhf.command_line import AsJson, Profile, Set, overrides
 
 if TYPE_CHECKING:
     from rrlhf.config import Params
+    from rrlhf.lineage.lookup import Lookup
     from rrlhf.promotion.gates import Gate
     from rrlhf.promotion.measure import Yardstick
     from rrlhf.running.plan import Project
     from rrlhf.store.artifacts import Artifact
-    from rrlhf.store.lookup import Lookup
     from rrlhf.tracking import Tracker, Version
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
@@ -101,9 +101,9 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
 
     Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
     """
+    from rrlhf.lineage.lookup import Lookup
     from rrlhf.locks import locked
     from rrlhf.running.plan import Project
-    from rrlhf.store.lookup import Lookup
     from rrlhf.tracking import Tracker
 
     check(asked, list(params.arms))

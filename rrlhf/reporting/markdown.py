@@ -1,44 +1,16 @@
-"""A run as tables and Markdown, for pages that draw them: what will run, how far it is, what came out, from what."""
+"""What came out of a run, and from what, as Markdown for pages that draw it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import mermaid, tree
-from rrlhf.progress import in_words
 from rrlhf.reporting.evaluation import Evaluation, highest, in_figures, measured
 from rrlhf.reporting.report import METRICS, reward_in_words, visible
-from rrlhf.running.plan import Planned, computing
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&])")
-
-
-def plan_rows(planned: Iterable[Planned]) -> list[dict[str, str]]:
-    """Return a plan as the rows of a table."""
-    return [
-        {
-            "node": visible(one.node),
-            "action": one.action,
-            "first reason": visible(one.reasons[0]) if one.reasons else "",
-            "expected time": in_words(one.seconds) if one.seconds is not None else "",
-        }
-        for one in planned
-    ]
-
-
-def percent_done(planned: Iterable[Planned], done: Collection[str]) -> float:
-    """Return how much of a plan's computing is done, 0 to 100, by expected times.
-
-    A node that never ran counts like the mean of those that did. What is there already is no work.
-    """
-    work = computing(planned)
-    known = [one.seconds for one in work if one.seconds is not None]
-    usual = max(sum(known) / len(known), 1.0) if known else 1.0
-    seconds = {one.node: usual if one.seconds is None else one.seconds for one in work}
-    total = sum(seconds.values())
-    return 100 * sum(seconds[name] for name in seconds if name in done) / total if total else 100.0
 
 
 def comparison(evaluation: Evaluation, sentences: Iterable[str], report: str) -> str:

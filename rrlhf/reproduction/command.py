@@ -42,9 +42,9 @@ def reproduce(
 
     Example: rrlhf reproduce rrlhf-policy/3 --only --keep again
     """
+    from rrlhf.lineage.lookup import Lookup
     from rrlhf.params import load_params
     from rrlhf.reproduction.rebuild import rebuild, steps
-    from rrlhf.store.lookup import Lookup
 
     root = Path.cwd()
     params = load_params(root, profile, overrides(profile, set_))

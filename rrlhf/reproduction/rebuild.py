@@ -12,12 +12,12 @@ from rrlhf.config import Launch
 from rrlhf.identity.keys import Document, differences, key_document
 from rrlhf.identity.memo import Memo
 from rrlhf.language_models.sources import external_digests
+from rrlhf.lineage.lookup import Lookup
 from rrlhf.reproduction.compare import Comparison, compare, first_step
 from rrlhf.reproduction.data import find_data
 from rrlhf.running.launch import call, execute, typed_sections
 from rrlhf.stages import DATA, Node
 from rrlhf.store.artifacts import Artifact
-from rrlhf.store.lookup import Lookup
 
 
 class Step(NamedTuple):

@@ -152,9 +152,9 @@ def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None,
 
 def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.running.dvc_record import record
     from rrlhf.running.records import noted
     from rrlhf.running.uptodate import nothing_to_do, show
-    from rrlhf.versioning.pipeline import record
 
     project = _project(profile, overrides)
     planned = project.plan(part)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,14 +16,12 @@ from rrlhf.identity.keys import key_digest
 from rrlhf.identity.memo import sha256
 from rrlhf.reporting.evaluation import Evaluation
 from rrlhf.reporting.trainings import Training, health, training
+from rrlhf.running.dvc_record import numbers_digests, report_code
 from rrlhf.running.plan import Planned, Project
 from rrlhf.stages import DATA, METHODS, aliases_of, arm_of
 from rrlhf.store.artifacts import Artifact
 from rrlhf.tracking.registry import Registration, registrations
 from rrlhf.types import Json
-from rrlhf.versioning.pipeline import numbers_digests
-
-SHOWING = ("rrlhf.reporting.report", "rrlhf.reporting.numbers", "rrlhf.lineage.load")  # whose code makes the report
 
 
 class Done(NamedTuple):
@@ -143,7 +139,7 @@ def _report_of(
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
         "registered": {name: [*entry[:3], sorted(entry.aliases)] for name, entry in known.items()},
-        "code": reduce(or_, map(project.modules.closure, SHOWING)),
+        "code": report_code(project),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},
     }

@@ -121,7 +121,7 @@ def _write_new(path: Path, mode: int, content: bytes) -> None:
 def _named(root: Path, params: Params, models: Sequence[str]) -> list[Artifact]:
     """Find artifacts as other commands do, but whether they are signed or not."""
     from rrlhf.config import Signatures
-    from rrlhf.store.lookup import Lookup
+    from rrlhf.lineage.lookup import Lookup
 
     unsigned = params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
     lookup = Lookup(root, unsigned)

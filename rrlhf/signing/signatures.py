@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from rrlhf.config import Signatures
+from rrlhf.files import sync
 from rrlhf.identity.memo import Memory, sha256
 from rrlhf.identity.seal import opened
 from rrlhf.located import ParamsError
-from rrlhf.store.artifacts import MANIFEST, SIGNATURE, sync
+from rrlhf.store.artifacts import MANIFEST, SIGNATURE
 
 INSTALL = "pip install 'rrlhf[sign]'"
 CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}

@@ -19,8 +19,8 @@ def key(
 ) -> None:
     """Write what the stages of a profile depend on; DVC calls this."""
     from rrlhf.params import load_params
+    from rrlhf.running.dvc_record import write_keys
     from rrlhf.running.plan import Project
-    from rrlhf.versioning.pipeline import write_keys
 
     root = Path.cwd()
     write_keys(Project(root, profile, load_params(root, profile)), out, asked)
@@ -31,9 +31,10 @@ def prepare(
     out: Annotated[Path, typer.Argument(help="Folder of the data set.")],
 ) -> None:
     """Make a data set from its key document; DVC calls this."""
+    from rrlhf.files import clear
     from rrlhf.identity.keys import key_digest
     from rrlhf.running.launch import call
-    from rrlhf.store.artifacts import Store, clear
+    from rrlhf.store.artifacts import Store
 
     end_with_parent()
     document = json.loads(key.read_bytes())

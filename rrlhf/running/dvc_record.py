@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,17 @@ def asked_of(project: Project) -> Json:
     A node's key document with the names of its inputs for their digests, and what is done with the results.
     """
     names = {node.name: node.name for node in project.nodes}
-    shown = project.modules.closure("rrlhf.reporting.report") | project.modules.closure("rrlhf.reporting.numbers")
     return {
         "stages": {node.name: key_digest(project.document(node, names)) for node in project.nodes},
-        "report": key_digest(shown),
+        "report": key_digest(report_code(project)),
         "tracking": project.params.tracking.model_dump(),
     }
+
+
+def report_code(project: Project) -> dict[str, str]:
+    """Return the digests of the modules that make the report and the numbers beside it."""
+    made_by = ("rrlhf.reporting.report", "rrlhf.reporting.numbers", "rrlhf.lineage.load")
+    return reduce(or_, map(project.modules.closure, made_by))
 
 
 def write_numbers(project: Project, evaluation: Evaluation, trainings: Mapping[str, Training]) -> None:
