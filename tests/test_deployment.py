@@ -65,9 +65,9 @@ class Served:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read())
 
-    def run(self, *options):
-        """Run the tiny deployment as a person would; return the id of its run."""
-        command = [sys.executable, "-m", "prefect", "deployment", "run", "reward-robust-rlhf/tiny", "--watch", *options]
+    def run(self, *options, deployment="reward-robust-rlhf/tiny"):
+        """Run a deployment as a person would; return the id of its run."""
+        command = [sys.executable, "-m", "prefect", "deployment", "run", deployment, "--watch", *options]
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
         log = (self.root / ".rrlhf" / "serve" / "worker.log").read_text()
         assert done.returncode == 0, done.stdout + done.stderr + log[-5000:]
@@ -181,6 +181,21 @@ def test_a_run_with_nothing_to_do_shows_every_stage_and_leaves_mlflow_alone(chan
     assert set(found) == {"plan-tiny", "progress-tiny", "comparison-tiny"}
     assert found["plan-tiny"]["description"] == "Nothing is to be done."
     assert (served.root / "mlflow.db").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_what_no_earlier_run_made_and_shows_the_comparison(changed, served):
+    grid = {"arms.robust.nominal_weight": [0.4, 0.7, 1.0]}
+    options = ["-p", "profile=tiny", "-p", f"grid={json.dumps(grid)}"]
+    run = served.run(*options, deployment="reward-robust-rlhf-sweep/sweep")
+    assert "ppo-robust" in served.tasks(run)
+    [shown] = [each for key, each in served.artifacts(run).items() if key.startswith("sweep")]
+    assert all(f"robust nominal\\_weight {weight}" in shown["data"] for weight in (0.4, 0.7, 1))
+    [told] = (served.root / "reports" / "sweeps").glob("*/sweep.json")
+    assert json.loads(told.read_text())["grid"] == grid
+    made = {path.name: json.loads((path / "artifact.json").read_text()) for path in served.root.glob("artifacts/ppo/*")}
+    weights = [each["document"]["params"]["arm"].get("nominal_weight") for each in made.values()]
+    assert sorted(filter(None, weights)) == [0.4, 0.7, 1.0], "each policy is made once"
 
 
 def test_automations_are_made_once_and_brought_up_to_date(served):
