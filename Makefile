@@ -11,10 +11,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
-test: .venv/.installed  ## all but the slow ones, in about ten minutes on two cores
+test: .venv/.installed  ## all but the slow ones, in seven minutes on two cores
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-all: .venv/.installed
+test-all: .venv/.installed  ## in eleven
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m ""
 
 check: .venv/.installed
