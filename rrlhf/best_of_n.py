@@ -13,6 +13,7 @@ import torch
 
 from rrlhf.config import Arm, BestOfN, Model
 from rrlhf.language_models.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.candidates import choose, write_candidates
 from rrlhf.policies.judgement import Judgement, arm_reward, function_values
 from rrlhf.policies.reward_functions import load_functions
@@ -21,7 +22,7 @@ from rrlhf.preferences.tables import prompts
 from rrlhf.progress import track
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
-from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.rollout import Response, response_features, sample_in_batches
 from rrlhf.types import Log, Message
 
 

@@ -32,10 +32,10 @@ from rrlhf.language_models.models import (
     microbatches,
     save_model,
 )
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.policy import PolicyTop, first_trained
 from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
-from rrlhf.rollout import hidden_states
 from rrlhf.types import Log, Message, Metrics, Preference
 
 MEASURED = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")

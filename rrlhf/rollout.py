@@ -16,10 +16,10 @@ from torch.nn.functional import pad
 from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
-from rrlhf.language_models.attention import Cache, Filling, Packing, groups
+from rrlhf.language_models.attention import Cache, groups
 from rrlhf.language_models.decoding import Decoder, decodes
-from rrlhf.language_models.models import LanguageModel, autocast, embed, run_layers
-from rrlhf.language_models.passes import Stack, fits, stands_in
+from rrlhf.language_models.models import LanguageModel, autocast
+from rrlhf.language_models.prefill import prefill, run_through
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.types import Metrics
@@ -127,7 +127,10 @@ def sample(
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
 
     cache = Cache(language.layers, width + response_tokens)
-    hidden, states = _prefill(language, prompts, lengths, cache, keep)
+    packing, entered, below = prefill(language, prompts, language.layers, cache, keep)
+    hidden = entered[0, packing.flat(torch.arange(batch, device=device), lengths - 1)]
+    room = (0, 0, 0, response_tokens)
+    states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in below.items()}
     step_on = _Steps(network, cache, keep, batch)
     rows = torch.arange(batch, device=device)  # the rows still growing
     running = torch.ones(batch, dtype=torch.bool, device=device)
@@ -152,46 +155,12 @@ def sample(
             cache.keep(alive.nonzero()[:, 0])
             rows = rows[alive]
         # The last tokens enter too: reward features look at them.
-        hidden, entered = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
-        for layer, entering in entered.items():
+        hidden, below = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
+        for layer, entering in below.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
     del step_on  # its copies of the weights go back to the system, not into holes of the heap
     give_back_memory()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
-
-
-def _prefill(
-    language: LanguageModel, prompts: list[list[int]], lengths: Tensor, cache: Cache, keep: tuple[int, ...]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Run all layers on the prompts, laid end to end, and fill the cache.
-
-    Returns each prompt's last state [batch, width], and with room for responses the states that enter the layers
-    `keep`, [batch, cache's capacity, width], padded on the right.
-    """
-    network, packing = language.network, Packing.of(lengths)
-    tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=language.device)
-    hidden = embed(network, tokens)
-    if stands_in(network.model) and fits(network):
-        stack = Stack(None, network.model.rotary_emb, network.model.layers)
-        hidden, entered = stack.fill(hidden[0], packing, cache, keep)
-        hidden, entered = hidden[None], {layer: states[None] for layer, states in entered.items()}
-    else:
-        place: dict[str, Any] = {"positions": packing.positions, "cache": Filling(cache, packing), "packing": packing}
-        hidden, entered = _through_all(network, hidden, keep, **place)
-    room = (0, 0, 0, cache.capacity - packing.width)
-    states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in entered.items()}
-    return hidden[0, lengths.cumsum(0) - 1], states
-
-
-def _through_all(network: Any, hidden: Tensor, keep: tuple[int, ...], **place: Any) -> tuple[Tensor, dict[int, Tensor]]:
-    """Run all layers; return the last states, and those that enter the layers `keep`. place: as of `run_layers`."""
-    first, entered = 0, {}
-    for layer in sorted({*keep, len(network.model.layers)}):
-        hidden = run_layers(network, hidden, first, layer, **place)
-        if layer in keep:
-            entered[layer] = hidden
-        first = layer
-    return hidden, entered
 
 
 class _Steps:
@@ -220,7 +189,7 @@ class _Steps:
             bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
             return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
         place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
-        hidden, entered = _through_all(network, hidden[:, None], self._keep, **place)
+        hidden, entered = run_through(network, hidden[:, None], len(network.model.layers), self._keep, **place)
         return hidden[:, 0], {layer: entering[:, 0] for layer, entering in entered.items()}
 
 
@@ -232,15 +201,6 @@ def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(dim=1)
     target = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp(max=probabilities.shape[1] - 1)
-
-
-@torch.no_grad()
-def hidden_states(language: LanguageModel, sequences: list[list[int]], layer: int) -> Tensor:
-    """Return the states that enter `layer` for token sequences padded on the right, [batch, tokens, width]."""
-    eos = language.tokenizer.eos_token_id
-    width = max(map(len, sequences))
-    tokens = torch.tensor([row + [eos] * (width - len(row)) for row in sequences], device=language.device)
-    return run_layers(language.network, embed(language.network, tokens), 0, layer)
 
 
 def response_features(states: Tensor, prompt_lengths: Tensor, text_lengths: Tensor) -> Tensor:

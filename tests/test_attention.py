@@ -29,6 +29,22 @@ def test_packing_is_undone_by_the_grid(lengths, spare):
     assert packing.flat(row, column).tolist() == list(range(sum(lengths)))
 
 
+ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(ROWS)
+def test_rows_share_the_tokens_that_they_begin_with_and_no_others(rows):
+    tokens, packing = Packing.sharing(rows, torch.device("cpu"))
+    assert len(tokens) == len({tuple(row[: i + 1]) for row in rows for i in range(len(row))})
+    grid = packing.grid(1.0 + tokens[None, :, None])[..., 0]
+    assert [(part[part > 0] - 1).tolist() for part in grid] == rows
+    assert torch.equal(packing.packed(grid), 1.0 + tokens[None])
+    for number, row in enumerate(rows):
+        at = packing.flat(torch.full((len(row),), number), torch.arange(len(row)))
+        assert tokens[at].tolist() == row
+        assert packing.positions[0, at].tolist() == list(range(len(row)))
+
+
 @pytest.mark.parametrize("first", [None, 1])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rows_read_together_give_what_each_gives_alone_and_the_same_gradient(language, first, seed):

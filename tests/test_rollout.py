@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from rrlhf.language_models.models import load_base
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.policy import PolicyTop
-from rrlhf.rollout import hidden_states, response_features, sample, sample_in_batches, text_lengths
+from rrlhf.rollout import response_features, sample, sample_in_batches, text_lengths
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21, 22, 23], [5, 30, 31, 32]]
 

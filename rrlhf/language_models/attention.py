@@ -18,9 +18,10 @@ PACKED = "packed"  # name of the attention function below in transformers' regis
 class Packing(NamedTuple):
     """Where the tokens of rows padded on the right are when they stand end to end."""
 
-    places: Tensor  # [tokens] of the flattened grid [batch, width]
+    places: Tensor  # [tokens] of the flattened grid [batch, width]; of a shared token, the first of its places
     batch: int
     width: int
+    source: Tensor | None = None  # [batch * width] the token at each place, -1 on padding; None: none is shared
 
     @classmethod
     def of(cls, lengths: Tensor) -> Packing:
@@ -29,23 +30,50 @@ class Packing(NamedTuple):
         inside = torch.arange(width, device=lengths.device) < lengths[:, None]
         return cls(inside.flatten().nonzero()[:, 0], len(lengths), width)
 
+    @classmethod
+    def sharing(cls, rows: list[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
+        """Lay rows of tokens end to end, what they have in common at their beginnings once; return the tokens [tokens].
+
+        A causal decoder's states at a token depend on nothing but the row up to there. So a chat template's first
+        words, and a prompt that is answered several times, are worked on once: the tokens are the nodes of the rows'
+        prefix tree.
+        """
+        width = max(map(len, rows))
+        nodes: dict[tuple[int, int], int] = {}  # by the node before it, -1 for none, and its token
+        places: list[int] = []
+        source = [-1] * (len(rows) * width)
+        for number, row in enumerate(rows):
+            node = -1
+            for place, token in enumerate(row, number * width):
+                node = nodes.setdefault((node, token), len(nodes))
+                if node == len(places):
+                    places.append(place)
+                source[place] = node
+        tokens, at, spread = (torch.tensor(one, device=device) for one in ([t for _, t in nodes], places, source))
+        return tokens, cls(at, len(rows), width, spread)
+
     @property
     def positions(self) -> Tensor:
         """Each token's position in its own row, [1, tokens]."""
         return (self.places % self.width)[None]
 
     def packed(self, grid: Tensor) -> Tensor:
-        """Take the tokens out of [batch, at least width, ...]; return [1, tokens, ...]."""
+        """Take the tokens out of [batch, at least width, ...], each at its first place; return [1, tokens, ...]."""
         return grid[:, : self.width].flatten(0, 1).index_select(0, self.places)[None]
 
     def grid(self, packed: Tensor) -> Tensor:
         """Put [1, tokens, ...] back into [batch, width, ...], with zeros as padding."""
+        if self.source is not None:
+            spread = packed[0].index_select(0, self.source.clamp(min=0))
+            spread[self.source < 0] = 0
+            return spread.view(self.batch, self.width, *packed.shape[2:])
         empty = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
         return empty.index_copy(0, self.places, packed[0]).view(self.batch, self.width, *packed.shape[2:])
 
     def flat(self, row: Tensor, column: Tensor) -> Tensor:
         """Return where the tokens at [row, column] of the grid stand among the packed ones."""
-        return torch.searchsorted(self.places, row * self.width + column)
+        place = row * self.width + column
+        return torch.searchsorted(self.places, place) if self.source is None else self.source[place]
 
 
 def groups(lengths: Tensor, tokens: int) -> list[Tensor]:
@@ -80,12 +108,27 @@ class Side(NamedTuple):
     sine: Tensor
 
     @classmethod
-    def of(cls, row: Tensor, column: Tensor, position: Tensor, batch: int, heads: int, turn: Turn) -> Side:
-        """Seat tokens at [row, column] of the grid; turn: their cosines and sines [tokens, head width]."""
+    def of(
+        cls,
+        row: Tensor,
+        column: Tensor,
+        position: Tensor,
+        batch: int,
+        heads: int,
+        turn: Turn,
+        shared: Tensor | None = None,
+    ) -> Side:
+        """Seat tokens at [row, column] of the grid; turn: their cosines and sines [tokens, head width].
+
+        shared: `source` of a packing whose rows share tokens, each of which then has many seats.
+        """
         width = int(column.max()) + 1
         head = torch.arange(heads)
         seats = ((row[:, None] * heads + head) * width + column[:, None]).flatten()
-        source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
+        if shared is None:
+            source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
+        else:
+            source = (shared.clamp(min=0).view(batch, 1, width) * heads + head[:, None]).flatten()
         positions = position.new_zeros(batch, width)
         positions[row, column] = position
         return cls(seats, source, positions, turn[0][:, None], turn[1][:, None])

@@ -176,7 +176,7 @@ class Stack:
         own = packing.places // packing.width
         heads, groups = len(some.query) // some.width, len(some.key) // some.width
         cosine, sine = (part[0] for part in self.rotary(some.norm.weight, position[None]))
-        keys = Side.of(own, position, position, batch, groups, (cosine, sine))
+        keys = Side.of(own, position, position, batch, groups, (cosine, sine), packing.source)
         cosine, sine = (part * some.width**-0.5 for part in (cosine, sine))  # queries come scaled
         places = []
         if asked is None or len(self.layers) > 1:
@@ -189,9 +189,9 @@ class Stack:
         return places
 
     def fill(
-        self, hidden: Tensor, packing: Packing, cache: Cache, keep: tuple[int, ...]
+        self, hidden: Tensor, packing: Packing, cache: Cache | None, keep: tuple[int, ...]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the layers on packed states [tokens, width] and put their keys and values into a cache.
+        """Run the layers on packed states [tokens, width] and put their keys and values into a cache, if there is one.
 
         Returns the last states, not normalised, and those that enter the layers `keep`.
         """
@@ -199,7 +199,8 @@ class Stack:
         for number, (layer, place) in enumerate(zip(self.layers, self.places(packing, None), strict=True)):
             entered[number] = hidden
             hidden, kept = layer.forward(hidden, place)
-            cache.update(*(states.unflatten(0, (packing.batch, -1)) for states in (kept.keys, kept.values)), number)
+            if cache is not None:
+                cache.update(*(states.unflatten(0, (packing.batch, -1)) for states in (kept.keys, kept.values)), number)
             del kept
         entered[len(self.layers)] = hidden
         return hidden, {number: entered[number] for number in keep}

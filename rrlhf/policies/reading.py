@@ -12,6 +12,7 @@ from rrlhf.config import Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
 from rrlhf.language_models.models import LanguageModel, autocast, decode, encode_prompt, load_model
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.judgement import function_values
 from rrlhf.policies.policy import PolicyTop
 from rrlhf.policies.reward_functions import RewardFunction
@@ -20,7 +21,7 @@ from rrlhf.progress import track
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
-from rrlhf.rollout import Response, hidden_states, response_features, sample_in_batches
+from rrlhf.rollout import Response, response_features, sample_in_batches
 
 
 class Judges(NamedTuple):

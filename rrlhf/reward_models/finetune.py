@@ -21,12 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 from rrlhf.config import TrunkTraining
 from rrlhf.language_models.adapters import copies_of
 from rrlhf.language_models.models import autocast, microbatches, run_layers
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.reward_models.features import distinct, identity
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.objectives import PairLoss
 from rrlhf.reward_models.trunk import Encoded, Trunk, by_copy, expanded, lengths
 from rrlhf.robust import Scores
-from rrlhf.rollout import hidden_states, response_features
+from rrlhf.rollout import response_features
 from rrlhf.types import Metrics, Preference
 
 ROWS_TOGETHER = 8  # responses in one pass on a CPU: more only adds padding there

@@ -31,8 +31,9 @@ from rrlhf.language_models.models import (
     run_layers,
     save_model,
 )
+from rrlhf.language_models.prefill import hidden_states
 from rrlhf.progress import track
-from rrlhf.rollout import hidden_states, response_features
+from rrlhf.rollout import response_features
 from rrlhf.types import Message
 
 FILE = "trunk.json"
@@ -62,9 +63,10 @@ class Trunk(NamedTuple):
     def features(self, rows: Sequence[Encoded], batch_size: int, label: str = "") -> Tensor:
         """Return pooled features in the order of the rows, on the CPU: [rows, width], or [rows, adapters, width].
 
-        Rows of similar length run together; which ones do changes nothing but rounding.
+        Responses to the same prompt, and prompts of similar length, run together; which ones do changes nothing but
+        rounding.
         """
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         found: dict[int, Tensor] = {}
         for batch in track(batches, len(batches), label) if label else batches:
