@@ -17,7 +17,7 @@ from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.language_models.attention import Cache, groups
-from rrlhf.language_models.decoding import Decoder, decodes
+from rrlhf.language_models.decoding import Decoder, quick_decoder
 from rrlhf.language_models.models import LanguageModel, autocast
 from rrlhf.language_models.prefill import prefill, run_through
 from rrlhf.progress import track
@@ -111,9 +111,11 @@ def sample(
     response_tokens: int,
     generator: torch.Generator,
     keep: tuple[int, ...] = (),
+    decoder: Decoder | None = None,
 ) -> Samples:
     """Sample a response to each prompt at temperature 1, and keep the hidden states that enter the layers `keep`.
 
+    decoder: of the network as it is, where several calls share one; None: made for this call.
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
     """
     network, eos = language.network, language.tokenizer.eos_token_id
@@ -131,23 +133,22 @@ def sample(
     hidden = entered[0, packing.flat(torch.arange(batch, device=device), lengths - 1)]
     room = (0, 0, 0, response_tokens)
     states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in below.items()}
-    step_on = _Steps(network, cache, keep, batch)
+    step_on = _Steps(network, decoder or quick_decoder(network, batch), cache, keep)
     rows = torch.arange(batch, device=device)  # the rows still growing
     running = torch.ones(batch, dtype=torch.bool, device=device)
     at = torch.arange(width + response_tokens, device=device)
     real = (at < lengths[:, None]) | (at >= width)  # the cache's columns: prompts, their padding, responses
     for step in range(response_tokens):
         state = network.model.norm(hidden)
-        distribution = step_on.logits(state).float().log_softmax(dim=-1)
-        probabilities = distribution.exp()
-        drawn = _draw(probabilities, torch.rand(batch, generator=generator, device=device)[rows])
+        uniform = torch.rand(batch, generator=generator, device=device)[rows]
+        token, logprob, spread = _draw(step_on.logits(state).float(), uniform)
         counts = running[rows]
-        responses[rows, step] = torch.where(counts, drawn[:, 0], eos)
+        responses[rows, step] = torch.where(counts, token, eos)
         mask[rows, step] = counts
-        logprobs[rows, step] = torch.where(counts, distribution.gather(1, drawn)[:, 0], 0.0)
-        entropy[rows, step] = torch.where(counts, -(probabilities * distribution).sum(1), 0.0)
+        logprobs[rows, step] = torch.where(counts, logprob, 0.0)
+        entropy[rows, step] = torch.where(counts, spread, 0.0)
         top[rows, step] = state.float()
-        running[rows] &= drawn[:, 0] != eos
+        running[rows] &= token != eos
         if not running.any() or (step == response_tokens - 1 and not keep):
             break
         alive = running[rows]
@@ -166,10 +167,8 @@ def sample(
 class _Steps:
     """One more token for each row, by the quick way where the network allows it."""
 
-    def __init__(self, network: Any, cache: Cache, keep: tuple[int, ...], rows: int) -> None:
-        self._network, self._cache, self._keep, device = network, cache, keep, network.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        self._decoder = Decoder(network, rows, dtype) if decodes(network) else None
+    def __init__(self, network: Any, decoder: Decoder | None, cache: Cache, keep: tuple[int, ...]) -> None:
+        self._network, self._decoder, self._cache, self._keep = network, decoder, cache, keep
 
     def logits(self, state: Tensor) -> Tensor:
         """Return the logits of normalised last states [rows, width]."""
@@ -184,8 +183,7 @@ class _Steps:
         network = self._network
         hidden = network.model.embed_tokens(tokens)
         if self._decoder is not None:
-            if not self._decoder.fits(len(tokens)):
-                self._decoder.resize(len(tokens))
+            self._decoder = self._decoder.quickest(len(tokens))
             bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
             return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
         place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
@@ -193,14 +191,21 @@ class _Steps:
         return hidden[:, 0], {layer: entering[:, 0] for layer, entering in entered.items()}
 
 
-def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Return one index per row [rows, 1] by inverting the cumulative distribution at `uniform` [rows].
+def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one index per row with its log-probability and the distribution's entropy in nats, [rows] each.
 
-    Several times faster than torch.multinomial on a large vocabulary, and a row's draw does not depend on the others.
+    Inverts the cumulative distribution at `uniform` [rows]: several times faster than torch.multinomial on a large
+    vocabulary, and a row's draw does not depend on the others. With Z the softmax's denominator, log p = logit - log Z,
+    so one index gives log Z, and the entropy is log Z - sum of p logit: a single exponential of the vocabulary.
     """
+    probabilities = logits.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=1)
     target = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).clamp(max=probabilities.shape[1] - 1)
+    drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
+    logprob = probabilities.gather(1, drawn)[:, 0].log()
+    log_z = logits.gather(1, drawn)[:, 0] - logprob
+    entropy = (log_z - torch.linalg.vecdot(probabilities, logits)).clamp(min=0.0)
+    return drawn[:, 0], logprob, entropy
 
 
 def response_features(states: Tensor, prompt_lengths: Tensor, text_lengths: Tensor) -> Tensor:
@@ -236,16 +241,20 @@ def sample_in_batches(
 ) -> list[Response]:
     """Sample a response to every prompt, prompts of similar length together.
 
-    On a CPU the matrices of one decoding step are too small to share, so each core samples batches of its own; every
-    batch has its own generator, and the number of cores changes nothing.
+    On a CPU the matrices of one decoding step are too small to share, so each core samples batches of its own, all with
+    the same copy of the weights; every batch has its own generator, and the number of cores changes nothing.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    with autocast(model):
+        decoder = quick_decoder(language.network, min(batch_size, len(prompts)))
 
     def draw(number: int) -> Samples:
         generator = torch.Generator(language.device).manual_seed(seed * 100_003 + number)
         with autocast(model):
-            return sample(language, [prompts[i] for i in batches[number]], model.response_tokens, generator)
+            return sample(
+                language, [prompts[i] for i in batches[number]], model.response_tokens, generator, decoder=decoder
+            )
 
     workers = torch.get_num_threads() if language.device.type == "cpu" else 1
     responses: dict[int, Response] = {}

@@ -89,9 +89,9 @@ def test_a_product_serves_fewer_rows_than_it_was_made_for(rows):
 
 def test_a_decoder_is_made_anew_for_half_of_the_rows(network):
     decoder = Decoder(network, 8)
-    assert decoder.fits(8)
-    assert decoder.fits(5)
-    assert not decoder.fits(4)
-    decoder.resize(4)
-    assert decoder.fits(4)
-    assert not decoder.fits(2)
+    assert decoder.quickest(8) is decoder
+    assert decoder.quickest(5) is decoder
+    half = decoder.quickest(4)
+    assert (half.rows, decoder.rows) == (4, 8)
+    assert half.quickest(3) is half
+    assert half.quickest(2).rows == 2

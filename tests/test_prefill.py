@@ -39,9 +39,10 @@ def test_states_keys_and_values_are_those_of_each_row_alone(language, way, rows)
         with torch.no_grad():
             run_layers(language.network, embed(language.network, torch.tensor([row])), 0, language.layers, cache=single)
         for layer in range(language.layers):
-            for held, expected in (cache.keys, single.keys), (cache.values, single.values):
-                got = held[layer][number, :, : len(row)]
-                torch.testing.assert_close(got, expected[layer][0, :, : len(row)], atol=1e-5, rtol=1e-5)
+            keys, expected = cache.keys[layer][number, ..., : len(row)], single.keys[layer][0, ..., : len(row)]
+            torch.testing.assert_close(keys, expected, atol=1e-5, rtol=1e-5)
+            values, expected = cache.values[layer][number, :, : len(row)], single.values[layer][0, :, : len(row)]
+            torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_states_below_the_first_layer_are_the_embeddings(language):

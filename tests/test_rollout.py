@@ -27,7 +27,7 @@ def drawn(language, prompts=PROMPTS, seed=0, tokens=10, keep=()):
     return sample(language, prompts, tokens, torch.Generator().manual_seed(seed), keep)
 
 
-def test_log_probabilities_are_those_of_the_network_run_on_each_row_alone(language):
+def test_log_probabilities_and_entropies_are_those_of_the_network_run_on_each_row_alone(language):
     for seed in range(3):
         samples = drawn(language, seed=seed)
         for row, prompt in enumerate(PROMPTS):
@@ -36,6 +36,8 @@ def test_log_probabilities_are_those_of_the_network_run_on_each_row_alone(langua
                 logits = language.network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
             alone = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
             torch.testing.assert_close(samples.logprobs[row, : len(response)], alone, atol=1e-4, rtol=1e-4)
+            spread = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(samples.entropy[row, : len(response)], spread, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_end_at_their_first_end_of_sequence_and_nothing_counts_behind_it(language):

@@ -62,14 +62,6 @@ class Decoder:
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._width = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._activation = network.model.layers[0].mlp.act_fn
-        self.resize(rows)
-
-    def fits(self, rows: int) -> bool:
-        """Whether it is still the quickest for so many rows."""
-        return 2 * rows > self.rows
-
-    def resize(self, rows: int) -> None:
-        """Make it the quickest for so many rows."""
         self.rows = rows
         self._layers = [
             Layer(
@@ -80,9 +72,13 @@ class Decoder:
                 self._stacked(layer.mlp.gate_proj, layer.mlp.up_proj),
                 self._stacked(layer.mlp.down_proj),
             )
-            for layer in self._network.model.layers
+            for layer in network.model.layers
         ]
-        self._unembedding = self._stacked(self._network.lm_head)
+        self._unembedding = self._stacked(network.lm_head)
+
+    def quickest(self, rows: int) -> Decoder:
+        """Return the decoder for so many rows or fewer: this one, or one that is laid out anew because it pays."""
+        return self if 2 * rows > self.rows else Decoder(self._network, rows, self._dtype)
 
     def logits(self, state: Tensor) -> Tensor:
         """Return the logits of normalised last states [rows, width]."""
@@ -137,6 +133,14 @@ class Decoder:
 
 def _normal(norm: Any, x: Tensor) -> Tensor:
     return rms_norm(x, norm.weight, norm.variance_epsilon)[0]
+
+
+@torch.no_grad()
+def quick_decoder(network: Any, rows: int) -> Decoder | None:
+    """Return a decoder for up to `rows` rows in the precision of the moment; None: the network decodes otherwise."""
+    device = network.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return Decoder(network, rows, dtype) if decodes(network) else None
 
 
 @torch.no_grad()
