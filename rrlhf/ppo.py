@@ -46,7 +46,7 @@ from rrlhf.policies.reward_functions import load_functions
 from rrlhf.preferences.tables import prompts
 from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
-from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, sample, tokens_of
+from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, tokens_of
 from rrlhf.store.artifacts import CHECKPOINT
 from rrlhf.types import Log, Message, Metrics
 
@@ -189,7 +189,7 @@ def collect(
     boundary, layer = learner.boundary, learner.reward_layer
     elsewhere = None if learner.shares_trunk else layer  # the reference's pass gives the reward heads' states
     with autocast(model):
-        samples = sample(learner.language, batch, model.response_tokens, learner.generator, keep=learner.kept_layers)
+        samples = learner.sample(batch, model.response_tokens)
         longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
         entering = tokens_of(batch, samples) if boundary is None else samples.states[boundary][:, :longest]
         place = (entering, samples.prompt_lengths, samples.responses, samples.mask)

@@ -159,8 +159,6 @@ def sample(
         hidden, below = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
         for layer, entering in below.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
-    del step_on  # its copies of the weights go back to the system, not into holes of the heap
-    give_back_memory()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
 
 
@@ -183,7 +181,7 @@ class _Steps:
         network = self._network
         hidden = network.model.embed_tokens(tokens)
         if self._decoder is not None:
-            self._decoder = self._decoder.quickest(len(tokens))
+            self._decoder = self._decoder.quickest(len(tokens), self._cache.capacity - allowed.shape[1])
             bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
             return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
         place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
@@ -262,4 +260,6 @@ def sample_in_batches(
         for batch, drawn in zip(batches, track(pool.map(draw, range(len(batches))), len(batches), label), strict=True):
             rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
             responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
+    decoder = None  # the copy goes back to the system, not into holes of the heap
+    give_back_memory()
     return [responses[i] for i in range(len(prompts))]

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rrlhf import rollout
 from rrlhf.language_models.adapters import adapt, adapters
-from rrlhf.language_models.attention import PACKED, register
+from rrlhf.language_models.attention import PACKED, Cache, register
 from rrlhf.language_models.decoding import Decoder, Product, decodes
 from rrlhf.language_models.models import LanguageModel, load_base
 
@@ -89,9 +89,28 @@ def test_a_product_serves_fewer_rows_than_it_was_made_for(rows):
 
 def test_a_decoder_is_made_anew_for_half_of_the_rows(network):
     decoder = Decoder(network, 8)
-    assert decoder.quickest(8) is decoder
-    assert decoder.quickest(5) is decoder
-    half = decoder.quickest(4)
+    assert decoder.quickest(8, 100) is decoder
+    assert decoder.quickest(5, 100) is decoder
+    assert decoder.quickest(4, 10) is decoder  # too few steps to repay it
+    half = decoder.quickest(4, 100)
     assert (half.rows, decoder.rows) == (4, 8)
-    assert half.quickest(3) is half
-    assert half.quickest(2).rows == 2
+    assert half.quickest(3, 100) is half
+    assert half.quickest(2, 100).rows == 2
+
+
+def test_what_does_not_train_is_laid_out_once(network):
+    network.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    first = Decoder(network, 8)
+    trained = network.model.layers[1].mlp
+    assert trained.gate_proj not in first.frozen.products
+    assert {network.lm_head, trained.down_proj} <= first.frozen.products.keys()
+    with torch.no_grad():
+        trained.up_proj.weight.add_(0.1)
+    again = Decoder(network, 8, laid_out=first.frozen)
+    assert again.frozen.products == first.frozen.products
+    state = torch.randn(8, 32)
+    at, bias = torch.zeros(4, dtype=torch.long), torch.zeros(4, 1)
+    expected = Decoder(network, 8).step(state[:4], at, bias, Cache(2, 1), ())[0]
+    for one in (again, Decoder(network, 4, laid_out=first.frozen)):
+        found = one.step(state[:4], at, bias, Cache(2, 1), ())[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -17,6 +17,9 @@ from torch.nn.functional import linear, pad
 from rrlhf.language_models.adapters import Adapted
 from rrlhf.language_models.attention import Cache
 from rrlhf.language_models.kernels import rms_norm, rotate
+from rrlhf.language_models.trial import say_the_same, trial_tokens
+
+REPAYS = 24  # decoding steps after which weights laid out for half of the rows have repaid the time that it takes
 
 
 class Product:
@@ -31,6 +34,11 @@ class Product:
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
             self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
             self._weight = weight.new_empty(1, 1).expand_as(weight)  # only its shape is looked at from now on
+
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether the weights stand in memory in another order than the network's."""
+        return self._laid_out is not None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [rows, in] to [rows, out]."""
@@ -53,12 +61,27 @@ class Layer(NamedTuple):
     down: Product
 
 
+class LaidOut(NamedTuple):
+    """Products of maps that do not train, to be used again."""
+
+    rows: int
+    products: dict[Any, Product]  # by the first of the maps
+
+
+NOTHING = LaidOut(0, {})
+
+
 class Decoder:
     """A network's layers as they are now, for steps of one token in up to `rows` rows; training does not reach it."""
 
-    def __init__(self, network: Any, rows: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, network: Any, rows: int, dtype: torch.dtype = torch.float32, laid_out: LaidOut = NOTHING
+    ) -> None:
+        """Lay out what is not in `laid_out` for as many rows."""
         config = network.config
         self._network, self._dtype = network, dtype
+        self._known = laid_out.products if laid_out.rows == rows else {}
+        self._frozen: dict[Any, Product] = {}
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._width = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._activation = network.model.layers[0].mlp.act_fn
@@ -76,9 +99,14 @@ class Decoder:
         ]
         self._unembedding = self._stacked(network.lm_head)
 
-    def quickest(self, rows: int) -> Decoder:
-        """Return the decoder for so many rows or fewer: this one, or one that is laid out anew because it pays."""
-        return self if 2 * rows > self.rows else Decoder(self._network, rows, self._dtype)
+    def quickest(self, rows: int, steps: int) -> Decoder:
+        """Return the decoder for so many steps of so many rows: this one, or one that is laid out anew if it pays."""
+        return self if 2 * rows > self.rows or steps < REPAYS else Decoder(self._network, rows, self._dtype)
+
+    @property
+    def frozen(self) -> LaidOut:
+        """What was laid out and does not train."""
+        return LaidOut(self.rows, self._frozen)
 
     def logits(self, state: Tensor) -> Tensor:
         """Return the logits of normalised last states [rows, width]."""
@@ -86,6 +114,12 @@ class Decoder:
             return self._unembedding(state)
 
     def _stacked(self, *maps: Any) -> Product:
+        product = self._known.get(maps[0]) or self._laid(*maps)
+        if product.is_laid_out and not any(weight.requires_grad for one in maps for weight in one.parameters()):
+            self._frozen[maps[0]] = product
+        return product
+
+    def _laid(self, *maps: Any) -> Product:
         weights = [one.merged() if isinstance(one, Adapted) else one.weight.detach() for one in maps]
         bases = [one.base if isinstance(one, Adapted) else one for one in maps]
         biases = [base.bias.detach() for base in bases if base.bias is not None]
@@ -136,11 +170,15 @@ def _normal(norm: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quick_decoder(network: Any, rows: int) -> Decoder | None:
-    """Return a decoder for up to `rows` rows in the precision of the moment; None: the network decodes otherwise."""
+@torch.no_grad()
+def quick_decoder(network: Any, rows: int, laid_out: LaidOut = NOTHING) -> Decoder | None:
+    """Return a decoder for up to `rows` rows in the precision of the moment; None: the network decodes otherwise.
+
+    laid_out: what an earlier one of this network, in this precision, left.
+    """
     device = network.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return Decoder(network, rows, dtype) if decodes(network) else None
+    return Decoder(network, rows, dtype, laid_out) if decodes(network) else None
 
 
 @torch.no_grad()
@@ -153,7 +191,7 @@ def decodes(network: Any) -> bool:
 
 
 def _agrees(network: Any) -> bool:
-    tokens = torch.arange(3, 9, device=network.device)[None]
+    tokens = trial_tokens(network)
     with torch.autocast(network.device.type, enabled=False):
         expected = network.model(tokens).last_hidden_state[0, -1]
         try:
@@ -164,4 +202,4 @@ def _agrees(network: Any) -> bool:
                 hidden, _ = decoder.step(network.model.embed_tokens(tokens[:, i]), at, bias, cache, ())
         except (AttributeError, RuntimeError, TypeError, ValueError):  # layers of another make
             return False
-        return torch.allclose(network.model.norm(hidden)[0], expected, atol=1e-3, rtol=1e-3)
+        return say_the_same(network.model.norm(hidden)[0], expected)

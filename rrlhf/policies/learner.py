@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from rrlhf.advantages import has_critic
 from rrlhf.config import Ppo
+from rrlhf.environment import give_back_memory
 from rrlhf.language_models.adapters import adapt, without_adapters
+from rrlhf.language_models.decoding import NOTHING, LaidOut, quick_decoder
 from rrlhf.language_models.models import LanguageModel
 from rrlhf.policies.checkpoint import (
     State,
@@ -33,6 +35,7 @@ from rrlhf.policies.policy import PolicyTop, Read, first_trained
 from rrlhf.policies.reference import frozen
 from rrlhf.policies.reward_functions import RewardFunction
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, shared_layer
+from rrlhf.rollout import Samples, sample
 from rrlhf.types import Metrics
 
 
@@ -82,6 +85,7 @@ class Learner:
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
     functions: Sequence[RewardFunction]  # of the arm
+    laid_out: LaidOut = NOTHING  # the frozen weights as sampling reads them, kept from rollout to rollout
 
     @property
     def boundary(self) -> int | None:
@@ -98,6 +102,15 @@ class Learner:
     def shares_trunk(self) -> bool:
         """Whether the reward heads' layer lies in the frozen part; else the reference's pass gives its states."""
         return self.reward_layer is not None and self.boundary is not None and self.reward_layer <= self.boundary
+
+    def sample(self, prompts: list[list[int]], response_tokens: int) -> Samples:
+        """Sample from the policy as it is, with the frozen weights as the rollout before laid them out."""
+        decoder = quick_decoder(self.language.network, len(prompts), self.laid_out)
+        samples = sample(self.language, prompts, response_tokens, self.generator, self.kept_layers, decoder)
+        self.laid_out = decoder.frozen if decoder else NOTHING
+        decoder = None  # its copies of what trains go back to the system, not into holes of the heap
+        give_back_memory()
+        return samples
 
 
 def prepare_learner(
