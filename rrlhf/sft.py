@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model, Sft
 from rrlhf.language_models.models import (
@@ -23,6 +23,7 @@ from rrlhf.language_models.models import (
     microbatches,
     save_model,
 )
+from rrlhf.policies.policy import PolicyTop
 from rrlhf.preferences.tables import demonstrations
 from rrlhf.progress import track
 from rrlhf.types import Log, Message
@@ -59,10 +60,13 @@ def train(
     Every process takes its share of each batch, and the gradient is the mean over all tokens of the batch, so the
     number of processes changes nothing but rounding.
     """
-    optimizer = torch.optim.AdamW(language.network.parameters(), lr=sft.learning_rate, eps=1e-5, weight_decay=0.0)
+    top = PolicyTop(language, None)
+    top.value.requires_grad_(False)
+    weights = list(language.network.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=sft.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     steps = sft.epochs * math.ceil(len(examples) / sft.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    network, optimizer = engine.prepare(language.network, optimizer)
+    policy, optimizer = engine.prepare(top, optimizer)
     generator = torch.Generator().manual_seed(seed)
     step = 0
     for _ in range(sft.epochs):
@@ -72,14 +76,15 @@ def train(
             mine = batch[engine.process_index :: engine.num_processes]
             counted = sum(len(example.tokens) - example.prompt_length for example in batch)
             total = torch.zeros((), device=engine.device)
-            for part, synchronised in microbatches(engine, network, mine or batch[:1], sft.microbatch_size):
+            for part, synchronised in microbatches(engine, policy, mine or batch[:1], sft.microbatch_size):
                 with synchronised:
                     with autocast(model):
-                        loss = _summed_loss(network, part, engine.device) * bool(mine) / counted
+                        loss = _summed_loss(policy, part, engine.device) * bool(mine) / counted
                     engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
                 total += loss.detach()
-            norm = engine.clip_grad_norm_(network.parameters(), sft.max_grad_norm)
+            norm = engine.clip_grad_norm_(policy.parameters(), sft.max_grad_norm)
             optimizer.step()
+            top.gradients.clear()
             optimizer.zero_grad()
             schedule.step()
             step += 1
@@ -93,15 +98,14 @@ def _example(language: LanguageModel, prompt: list[Message], response: str, mode
     return Example([*tokens, *answer, language.tokenizer.eos_token_id], len(tokens))
 
 
-def _summed_loss(network: torch.nn.Module, examples: list[Example], device: torch.device) -> Tensor:
+def _summed_loss(policy: nn.Module, examples: list[Example], device: torch.device) -> Tensor:
     """Return the sum of the completions' token losses; rows are padded on the right, behind all that counts."""
-    width = max(len(example.tokens) for example in examples)
-    tokens = torch.zeros(len(examples), width, dtype=torch.long)
-    counts = torch.zeros(len(examples), width, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        counts[row, example.prompt_length : len(example.tokens)] = True
-    kept = torch.arange(min(example.prompt_length for example in examples) - 1, width - 1, device=device)
-    logits = network(input_ids=tokens.to(device), logits_to_keep=kept).logits
-    counted = counts.to(device)[:, kept + 1]
-    return cross_entropy(logits[counted].float(), tokens.to(device)[:, kept + 1][counted], reduction="sum")
+    tokens = [torch.tensor(example.tokens, device=device) for example in examples]
+    prompts = torch.tensor([example.prompt_length for example in examples], device=device)
+    completions = [row[example.prompt_length :] for row, example in zip(tokens, examples, strict=True)]
+    responses = pad_sequence(completions, batch_first=True)
+    counts = torch.tensor([len(row) for row in completions], device=device)
+    mask = torch.arange(responses.shape[1], device=device) < counts[:, None]
+    logprobs, _ = policy(pad_sequence(tokens, batch_first=True), prompts, responses, mask)
+    loss: Tensor = -logprobs.sum()
+    return loss

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from rrlhf import sft as stage
 from rrlhf.config import Sft
 from rrlhf.language_models.models import load_base
+from rrlhf.policies.policy import PolicyTop
 from rrlhf.preferences.tables import write_table
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def test_the_loss_counts_the_completion_and_its_end_only(model):
     language = load_base(model)
     example = stage._example(language, [{"role": "user", "content": "Say 1"}], "one", model)
     assert example.tokens[-1] == language.tokenizer.eos_token_id
-    loss = stage._summed_loss(language.network, [example], torch.device("cpu"))
+    loss = stage._summed_loss(PolicyTop(language, None), [example], torch.device("cpu"))
     with torch.no_grad():
         logprobs = language.network(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
     counted = range(example.prompt_length, len(example.tokens))
@@ -51,8 +52,9 @@ def test_padding_never_matters(model):
         stage._example(language, [{"role": "user", "content": text}], text, model) for text in ("a", "bcdefgh")
     )
     device = torch.device("cpu")
-    alone = sum(stage._summed_loss(language.network, [one], device).item() for one in (short, long))
-    assert stage._summed_loss(language.network, [short, long], device).item() == pytest.approx(alone, rel=1e-5)
+    policy = PolicyTop(language, None)
+    alone = sum(stage._summed_loss(policy, [one], device).item() for one in (short, long))
+    assert stage._summed_loss(policy, [short, long], device).item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
