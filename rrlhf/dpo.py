@@ -8,7 +8,7 @@ the policy before its first step, so its log-probabilities are taken then, once,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,9 @@ from rrlhf.language_models.models import (
     save_model,
 )
 from rrlhf.language_models.prefill import hidden_states
+from rrlhf.policies.checkpoint import Trained
 from rrlhf.policies.policy import PolicyTop, first_trained
+from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
 from rrlhf.types import Log, Message, Metrics, Preference
@@ -62,15 +64,14 @@ class Learner:
 
 
 def run(*, model: Model, dpo: Dpo, arm: Arm, data: Path, sft: Path, out: Path, log: Log) -> None:
-    """Train one policy from the SFT model on the preference pairs, and save it."""
+    """Train one policy from the SFT model on the preference pairs, and save it; goes on from a checkpoint in `out`."""
     torch.manual_seed(arm.seed)
     engine, language = accelerator(model), load_model(sft)
     training, held = (encoded(language, preferences(data, name), model) for name in ("preferences", "heldout"))
     steps = dpo.epochs * math.ceil(len(training) / dpo.pairs_per_batch)
     learner = prepare_learner(engine, language, dpo, steps)
     pairs, heldout = (Pairs(learner, answers, model, dpo, "dpo: reference") for answers in (training, held))
-    for row in track(train(learner, pairs, heldout, model, dpo, arm.seed), steps, "dpo"):
-        log(row)
+    train(learner, pairs, heldout, model, dpo, arm, out, log)
     if engine.is_main_process:
         save_model(language, out)
         (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
@@ -177,27 +178,29 @@ class Pairs:
 
 
 def train(
-    learner: Learner, pairs: Pairs, heldout: Pairs, model: Model, dpo: Dpo, seed: int
-) -> Iterator[dict[str, float]]:
-    """Minimise the loss; yield metrics after every optimizer step, with an epoch's last those of held-out pairs.
+    learner: Learner, pairs: Pairs, heldout: Pairs, model: Model, dpo: Dpo, arm: Arm, out: Path, log: Log
+) -> None:
+    """Minimise the loss; log metrics after every optimizer step, with an epoch's last those of held-out pairs.
 
     Every process takes its share of each batch, and the gradient is the mean over all pairs of the batch, so the
-    number of processes changes nothing but rounding.
+    number of processes changes nothing but rounding. Goes on from the checkpoint in `out`, if there is one.
     """
-    generator = torch.Generator().manual_seed(seed)
-    step = 0
-    for _ in range(dpo.epochs):
-        batches = torch.randperm(len(pairs), generator=generator).split(dpo.pairs_per_batch)
-        for batch in batches:
-            rate = float(learner.schedule.get_last_lr()[0])
-            metrics = _step(learner, pairs, batch.tolist(), dpo)
-            learner.schedule.step()
-            step += 1
-            if batch is batches[-1]:
-                log_ratio = heldout.logprobs("dpo: held-out pairs") - heldout.reference
-                means = (_measured(log_ratio, _losses(log_ratio, dpo), dpo) / len(heldout)).tolist()
-                metrics |= {f"heldout_{name}": mean for name, mean in zip(MEASURED, means, strict=True)}
-            yield {"step": step, **metrics, "learning_rate": rate}
+    batches = shuffled(len(pairs), dpo.pairs_per_batch, dpo.epochs, arm.seed)
+    per_epoch = len(batches) // dpo.epochs
+
+    def step(number: int) -> Metrics:
+        rate = float(learner.schedule.get_last_lr()[0])
+        metrics = _step(learner, pairs, batches[number], dpo)
+        learner.schedule.step()
+        if (number + 1) % per_epoch == 0:
+            log_ratio = heldout.logprobs("dpo: held-out pairs") - heldout.reference
+            means = (_measured(log_ratio, _losses(log_ratio, dpo), dpo) / len(heldout)).tolist()
+            metrics |= {f"heldout_{name}": mean for name, mean in zip(MEASURED, means, strict=True)}
+        return {"step": number + 1, **metrics, "learning_rate": rate}
+
+    made_for = {name: part.model_dump() for name, part in {"model": model, "dpo": dpo, "arm": arm}.items()}
+    trained = Trained(learner.top, learner.optimizer, learner.schedule)
+    take_steps(learner.engine, trained, step, len(batches), label="dpo", log=log, out=out, made_for=made_for)
 
 
 def _step(learner: Learner, pairs: Pairs, batch: list[int], dpo: Dpo) -> Metrics:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +21,11 @@ from rrlhf.language_models.models import (
     microbatches,
     save_model,
 )
+from rrlhf.policies.checkpoint import Trained
 from rrlhf.policies.policy import PolicyTop
+from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import demonstrations
-from rrlhf.progress import track
-from rrlhf.types import Log, Message
+from rrlhf.types import Log, Message, Metrics
 
 
 class Example(NamedTuple):
@@ -44,52 +43,59 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
         _example(language, demonstration.prompt, demonstration.response, model)
         for demonstration in demonstrations(data)
     ]
-    steps = sft.epochs * math.ceil(len(examples) / sft.batch_size)
-    for metrics in track(train(engine, language, examples, model, sft, seed), steps, "sft"):
-        log(metrics)
+    train(engine, language, examples, model, sft, seed, out, log)
     if engine.is_main_process:
         save_model(language, out)
     engine.wait_for_everyone()
 
 
 def train(
-    engine: Accelerator, language: LanguageModel, examples: list[Example], model: Model, sft: Sft, seed: int
-) -> Iterator[dict[str, float]]:
-    """Minimise the token-mean loss on completions; yield metrics after every optimizer step.
+    engine: Accelerator,
+    language: LanguageModel,
+    examples: list[Example],
+    model: Model,
+    sft: Sft,
+    seed: int,
+    out: Path,
+    log: Log,
+) -> None:
+    """Minimise the token-mean loss on completions; log metrics after every optimizer step.
+
+    Goes on from the checkpoint in `out`, if there is one.
 
     Every process takes its share of each batch, and the gradient is the mean over all tokens of the batch, so the
     number of processes changes nothing but rounding.
     """
+    batches = shuffled(len(examples), sft.batch_size, sft.epochs, seed)
     top = PolicyTop(language, None)
-    top.value.requires_grad_(False)
+    top.value.requires_grad_(False)  # PPO's
     weights = list(language.network.parameters())
     optimizer = torch.optim.AdamW(weights, lr=sft.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
-    steps = sft.epochs * math.ceil(len(examples) / sft.batch_size)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     policy, optimizer = engine.prepare(top, optimizer)
-    generator = torch.Generator().manual_seed(seed)
-    step = 0
-    for _ in range(sft.epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        for start in range(0, len(order), sft.batch_size):
-            batch = [examples[i] for i in order[start : start + sft.batch_size]]
-            mine = batch[engine.process_index :: engine.num_processes]
-            counted = sum(len(example.tokens) - example.prompt_length for example in batch)
-            total = torch.zeros((), device=engine.device)
-            for part, synchronised in microbatches(engine, policy, mine or batch[:1], sft.microbatch_size):
-                with synchronised:
-                    with autocast(model):
-                        loss = _summed_loss(policy, part, engine.device) * bool(mine) / counted
-                    engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
-                total += loss.detach()
-            norm = engine.clip_grad_norm_(policy.parameters(), sft.max_grad_norm)
-            optimizer.step()
-            top.gradients.clear()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-            mean = engine.reduce(total, reduction="sum").item()
-            yield {"step": step, "loss": mean, "gradient_norm": float(norm), "tokens": counted}
+
+    def step(number: int) -> Metrics:
+        batch = [examples[i] for i in batches[number]]
+        mine = batch[engine.process_index :: engine.num_processes]
+        counted = sum(len(example.tokens) - example.prompt_length for example in batch)
+        total = torch.zeros((), device=engine.device)
+        for part, synchronised in microbatches(engine, policy, mine or batch[:1], sft.microbatch_size):
+            with synchronised:
+                with autocast(model):
+                    loss = _summed_loss(policy, part, engine.device) * bool(mine) / counted
+                engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
+            total += loss.detach()
+        norm = engine.clip_grad_norm_(policy.parameters(), sft.max_grad_norm)
+        optimizer.step()
+        top.gradients.clear()
+        optimizer.zero_grad()
+        schedule.step()
+        mean = engine.reduce(total, reduction="sum").item()
+        return {"step": number + 1, "loss": mean, "gradient_norm": float(norm), "tokens": counted}
+
+    made_for = {"seed": seed, "model": model.model_dump(), "sft": sft.model_dump()}
+    trained = Trained(top, optimizer, schedule)
+    take_steps(engine, trained, step, len(batches), label="sft", log=log, out=out, made_for=made_for)
 
 
 def _example(language: LanguageModel, prompt: list[Message], response: str, model: Model) -> Example:

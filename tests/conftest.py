@@ -58,7 +58,7 @@ def shared_project(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """A small data set of pairs, without topics, and a random model as the SFT model: folders `data` and `sft`."""
+    """A small data set without topics, and a random model as the SFT model: folders `data` and `sft`."""
     from rrlhf.language_models.models import load_base, save_model
     from rrlhf.params import load_params
     from rrlhf.preferences.tables import write_table
@@ -77,6 +77,8 @@ def start(tmp_path_factory):
         if name in {"ppo", "evaluate"}:
             asked = [{"prompt": row["prompt"], "topic": None} for row in asked]
         write_table(root / "data", name, asked)
+    said = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows(20, "sft")]
+    write_table(root / "data", "sft", said)
     model = load_params(ROOT, "tiny").model.model_copy(update={"base": "random:3x32"})
     save_model(load_base(model), root / "sft")
     return root

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rrlhf.files import sync
 from rrlhf.identity.memo import sha256
@@ -148,6 +148,33 @@ def load_optimizer(
             state.setdefault(int(i), {})[name] = value
     tuples = [{name: tuple(v) if name == "betas" else v for name, v in group.items()} for group in groups]
     optimizer.load_state_dict({"state": state, "param_groups": tuples})
+
+
+class Trained(NamedTuple):
+    """What optimizer steps change."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights that train and the optimizer's state."""
+        return self._weights() | optimizer_tensors(self.optimizer)
+
+    def notes(self) -> dict[str, Any]:
+        """Return what else there is to know, as JSON."""
+        return {"groups": optimizer_groups(self.optimizer), "schedule": self.schedule.state_dict()}
+
+    @torch.no_grad()
+    def put_back(self, state: State) -> None:
+        """Put back what `tensors` and `notes` returned, in place."""
+        for name, weight in self._weights().items():
+            weight.copy_(state.shared[name])
+        load_optimizer(self.optimizer, state.shared, state.notes["groups"])
+        self.schedule.load_state_dict(state.notes["schedule"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weights.{name}": weight for name, weight in self.module.named_parameters() if weight.requires_grad}
 
 
 def random_states(**generators: torch.Generator) -> dict[str, Tensor]:

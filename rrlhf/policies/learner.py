@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from rrlhf.advantages import has_critic
 from rrlhf.config import Ppo
@@ -22,14 +22,7 @@ from rrlhf.environment import give_back_memory
 from rrlhf.language_models.adapters import adapt, without_adapters
 from rrlhf.language_models.decoding import NOTHING, LaidOut, quick_decoder
 from rrlhf.language_models.models import LanguageModel
-from rrlhf.policies.checkpoint import (
-    State,
-    load_optimizer,
-    optimizer_groups,
-    optimizer_tensors,
-    random_states,
-    set_random_states,
-)
+from rrlhf.policies.checkpoint import State, Trained, random_states, set_random_states
 from rrlhf.policies.health import Event
 from rrlhf.policies.policy import PolicyTop, Read, first_trained
 from rrlhf.policies.reference import frozen
@@ -86,6 +79,11 @@ class Learner:
     shuffle: torch.Generator  # order of minibatches
     functions: Sequence[RewardFunction]  # of the arm
     laid_out: LaidOut = NOTHING  # the frozen weights as sampling reads them, kept from rollout to rollout
+
+    @property
+    def trained(self) -> Trained:
+        """What its optimizer steps change."""
+        return Trained(self.top, self.optimizer, self.schedule)
 
     @property
     def boundary(self) -> int | None:
@@ -200,24 +198,15 @@ def clip_gradients(learner: Learner, max_norm: float) -> float:
 def snapshot(learner: Learner, course: Course) -> State:
     """Return all that a learner needs to go on."""
     return State(
-        shared=_weights(learner) | optimizer_tensors(learner.optimizer),
+        shared=learner.trained.tensors(),
         own=random_states(generator=learner.generator, shuffle=learner.shuffle),
-        notes={
-            "groups": optimizer_groups(learner.optimizer),
-            "schedule": learner.schedule.state_dict(),
-            "kl_weight": learner.kl_weight,
-            "course": vars(course),
-        },
+        notes={**learner.trained.notes(), "kl_weight": learner.kl_weight, "course": vars(course)},
     )
 
 
-@torch.no_grad()
 def restore(learner: Learner, state: State) -> None:
     """Put the weights, the optimizer, its schedule and the KL weight where they were; randomness goes on as it is."""
-    for name, weight in _weights(learner).items():
-        weight.copy_(state.shared[name])
-    load_optimizer(learner.optimizer, state.shared, state.notes["groups"])
-    learner.schedule.load_state_dict(state.notes["schedule"])
+    learner.trained.put_back(state)
     learner.kl_weight = state.notes["kl_weight"]
 
 
@@ -230,7 +219,3 @@ def resume(learner: Learner, state: State | None) -> Course:
     told = state.notes["course"]
     kept, events = [Sampled(*row) for row in told["kept"]], [Event(*row) for row in told["events"]]
     return Course(**told | {"kept": kept, "events": events})
-
-
-def _weights(learner: Learner) -> dict[str, Tensor]:
-    return {f"weights.{name}": weight for name, weight in learner.top.named_parameters() if weight.requires_grad}

@@ -25,7 +25,7 @@ from rrlhf.language_models.prefill import hidden_states
 from rrlhf.reward_models.features import distinct, identity
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.objectives import PairLoss
-from rrlhf.reward_models.trunk import Encoded, Trunk, by_copy, expanded, lengths
+from rrlhf.reward_models.trunk import Encoded, Trunk, alike, by_copy, expanded, lengths
 from rrlhf.robust import Scores
 from rrlhf.rollout import response_features
 from rrlhf.types import Metrics, Preference
@@ -63,7 +63,7 @@ class LowerStates:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._kept: dict[int, Tensor] = {}
         if needed <= CACHED_SHARE * free:
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+            order = alike(rows)
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 states = self._computed(part).cpu()

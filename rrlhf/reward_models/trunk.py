@@ -63,10 +63,9 @@ class Trunk(NamedTuple):
     def features(self, rows: Sequence[Encoded], batch_size: int, label: str = "") -> Tensor:
         """Return pooled features in the order of the rows, on the CPU: [rows, width], or [rows, adapters, width].
 
-        Responses to the same prompt, and prompts of similar length, run together; which ones do changes nothing but
-        rounding.
+        Which rows run together changes nothing but rounding.
         """
-        order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
+        order = alike(rows)
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         found: dict[int, Tensor] = {}
         for batch in track(batches, len(batches), label) if label else batches:
@@ -82,6 +81,11 @@ class Trunk(NamedTuple):
             states = hidden_states(self.language, [row.tokens for row in rows], first)
             states = run_layers(network, expanded(states, copies), first, self.layer)
         return by_copy(response_features(states, prompts.repeat(copies), texts.repeat(copies)), copies)
+
+
+def alike(rows: Sequence[Encoded]) -> list[int]:
+    """Return the rows' numbers, responses to one prompt side by side, whose prompt then runs once; short prompts first."""
+    return sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
 
 
 def lengths(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
