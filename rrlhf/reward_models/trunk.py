@@ -84,7 +84,7 @@ class Trunk(NamedTuple):
 
 
 def alike(rows: Sequence[Encoded]) -> list[int]:
-    """Return the rows' numbers, responses to one prompt side by side, whose prompt then runs once; short prompts first."""
+    """Return the rows' numbers with the responses to one prompt side by side: it then runs once for all of them."""
     return sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
 
 
