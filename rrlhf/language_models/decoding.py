@@ -23,7 +23,7 @@ REPAYS = 24  # decoding steps after which weights laid out for half of the rows 
 
 
 class Product:
-    """y = W x + b for `rows` rows at a time, or fewer.
+    """y = W x + b for `rows` rows at a time, or fewer; 0: for any, with the weights as they stand.
 
     MKL lays a matrix out anew in every product, which takes as long as a product of few rows itself. Laid out once, for
     so many rows, it is nearly twice as quick at 32.
@@ -31,7 +31,7 @@ class Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         self._weight, self._bias, self._rows, self._laid_out = weight, bias, rows, None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+        if rows and weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkl.is_available():
             self._laid_out = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
             self._weight = weight.new_empty(1, 1).expand_as(weight)  # only its shape is looked at from now on
 
@@ -77,7 +77,7 @@ class Decoder:
     def __init__(
         self, network: Any, rows: int, dtype: torch.dtype = torch.float32, laid_out: LaidOut = NOTHING
     ) -> None:
-        """Lay out what is not in `laid_out` for as many rows."""
+        """Lay out what is not in `laid_out` for as many rows; 0 rows: nothing, so any number is served, slowly."""
         config = network.config
         self._network, self._dtype = network, dtype
         self._known = laid_out.products if laid_out.rows == rows else {}
@@ -195,7 +195,7 @@ def _agrees(network: Any) -> bool:
     with torch.autocast(network.device.type, enabled=False):
         expected = network.model(tokens).last_hidden_state[0, -1]
         try:
-            decoder = Decoder(network, 1)
+            decoder = Decoder(network, 0)
             cache = Cache(len(network.model.layers), tokens.shape[1])
             for i in range(tokens.shape[1]):
                 at, bias = tokens.new_tensor([i]), torch.zeros(1, i + 1, device=network.device)
