@@ -170,7 +170,6 @@ def _normal(norm: Any, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def quick_decoder(network: Any, rows: int, laid_out: LaidOut = NOTHING) -> Decoder | None:
     """Return a decoder for up to `rows` rows in the precision of the moment; None: the network decodes otherwise.
 
