@@ -9,6 +9,7 @@ from rrlhf.language_models.adapters import adapt, adapters
 from rrlhf.language_models.attention import PACKED, Cache, register
 from rrlhf.language_models.decoding import Decoder, Product, decodes
 from rrlhf.language_models.models import LanguageModel, load_base
+from rrlhf.language_models.trial import say_the_same
 
 SHAPE = {
     "vocab_size": 60,
@@ -67,6 +68,15 @@ def test_a_network_of_another_make_decodes_the_general_way(network):
     del network._rrlhf_decodes
     network.model.layers[0].mlp.gate_proj = torch.nn.Sequential(network.model.layers[0].mlp.gate_proj)
     assert not decodes(network)
+
+
+def test_rounding_is_judged_by_the_norm_since_small_numbers_beside_large_ones_carry_their_rounding():
+    states = torch.cat([torch.tensor([1.0e4]), torch.randn(31)])
+    off = torch.randn(32)
+    assert say_the_same(states + 0.5 * off / off.norm(), states)  # small ones are off by a tenth, all by 5e-5
+    assert not say_the_same(states * 1.01, states)
+    assert not say_the_same(torch.full((3,), torch.nan), torch.ones(3))
+    assert not say_the_same(states[:2], states)
 
 
 def test_adapters_take_part_in_decoding(model):
