@@ -35,10 +35,14 @@ MAPS = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")] + [
 
 def fits(network: Any) -> bool:
     """Whether a network's layers are of the kind that stands here, and where it does."""
-    if network.device.type != "cpu" or network.config.hidden_act != "silu" or not decodes(network):
+    if network.device.type != "cpu" or network.config.hidden_act != "silu":
         return False
-    maps = [layer.get_submodule(name) for layer in network.model.layers for name in MAPS]
-    return all(type(one) is nn.Linear and one.bias is None for one in [*maps, network.lm_head])
+    try:
+        maps = [layer.get_submodule(name) for layer in network.model.layers for name in MAPS]
+    except AttributeError:  # layers of another make
+        return False
+    plain = all(type(one) is nn.Linear and one.bias is None for one in [*maps, network.lm_head])
+    return plain and decodes(network)
 
 
 def stands_in(top: nn.Module) -> bool:
