@@ -88,7 +88,7 @@ def _ends(evaluation: Evaluation, known: Mapping[str, Measured], metric: str) ->
         ]
     best, *others = ranked
     highest = f"the highest {metric} of the {len(ranked)} arms: " if others else f"{metric} "
-    relative = f", which is {_against(known, best, start)} ({in_figures(known[start])})" if start else ""
+    relative = f", which is {_against(known, best, start)}; {start} has {in_figures(known[start])}" if start else ""
     said = [f"{best} ends with {highest}{in_figures(known[best])}{relative}."]
     if others:
         second = others[0]
