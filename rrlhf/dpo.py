@@ -34,7 +34,7 @@ from rrlhf.language_models.models import (
 )
 from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.checkpoint import Trained
-from rrlhf.policies.policy import PolicyTop, first_trained
+from rrlhf.policies.policy import PolicyTop, first_trained, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
@@ -148,15 +148,10 @@ class Pairs:
 
     def _read(self, policy: nn.Module, index: list[int]) -> Tensor:
         """Return a policy's log-probabilities of some answers, [answers]."""
-        device = self._learner.engine.device
-        answers = [self._answers[i] for i in index]
-        prompts = torch.tensor([answer.prompt_length for answer in answers], device=device)
-        said = [torch.tensor(answer.tokens[answer.prompt_length :], device=device) for answer in answers]
-        responses = pad_sequence(said, batch_first=True)
-        counts = torch.tensor([len(tokens) for tokens in said], device=device)
-        mask = torch.arange(responses.shape[1], device=device) < counts[:, None]
+        rows, prompt_lengths = zip(*(self._answers[i] for i in index), strict=True)
+        place = split_responses(rows, prompt_lengths, self._learner.engine.device)
         with autocast(self._model):
-            logprobs, _ = policy(self._states(index), prompts, responses, mask)
+            logprobs, _ = policy(self._states(index), *place)
         total: Tensor = logprobs.sum(1)
         return total
 

@@ -22,7 +22,7 @@ from rrlhf.language_models.models import (
     save_model,
 )
 from rrlhf.policies.checkpoint import Trained
-from rrlhf.policies.policy import PolicyTop
+from rrlhf.policies.policy import PolicyTop, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import demonstrations
 from rrlhf.types import Log, Message, Metrics
@@ -106,12 +106,8 @@ def _example(language: LanguageModel, prompt: list[Message], response: str, mode
 
 def _summed_loss(policy: nn.Module, examples: list[Example], device: torch.device) -> Tensor:
     """Return the sum of the completions' token losses; rows are padded on the right, behind all that counts."""
-    tokens = [torch.tensor(example.tokens, device=device) for example in examples]
-    prompts = torch.tensor([example.prompt_length for example in examples], device=device)
-    completions = [row[example.prompt_length :] for row, example in zip(tokens, examples, strict=True)]
-    responses = pad_sequence(completions, batch_first=True)
-    counts = torch.tensor([len(row) for row in completions], device=device)
-    mask = torch.arange(responses.shape[1], device=device) < counts[:, None]
-    logprobs, _ = policy(pad_sequence(tokens, batch_first=True), prompts, responses, mask)
+    rows, prompt_lengths = zip(*examples, strict=True)
+    tokens = pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
+    logprobs, _ = policy(tokens, *split_responses(rows, prompt_lengths, device))
     loss: Tensor = -logprobs.sum()
     return loss

@@ -80,8 +80,7 @@ class Decoder:
         """Lay out what is not in `laid_out` for as many rows; 0 rows: nothing, so any number is served, slowly."""
         config = network.config
         self._network, self._dtype = network, dtype
-        self._known = laid_out.products if laid_out.rows == rows else {}
-        self._frozen: dict[Any, Product] = {}
+        self._frozen: dict[Any, Product] = dict(laid_out.products) if laid_out.rows == rows else {}
         self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
         self._width = getattr(config, "head_dim", None) or config.hidden_size // self._heads
         self._activation = network.model.layers[0].mlp.act_fn
@@ -114,7 +113,10 @@ class Decoder:
             return self._unembedding(state)
 
     def _stacked(self, *maps: Any) -> Product:
-        product = self._known.get(maps[0]) or self._laid(*maps)
+        known = self._frozen.get(maps[0])
+        if known is not None:
+            return known
+        product = self._laid(*maps)
         if product.is_laid_out and not any(weight.requires_grad for one in maps for weight in one.parameters()):
             self._frozen[maps[0]] = product
         return product

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.language_models.attention import Asked, Packing, groups
 from rrlhf.language_models.gradients import Gradients
@@ -27,6 +29,17 @@ def first_trained(language: LanguageModel, train_layers: int, setting: str) -> i
     if train_layers > language.layers:
         raise ValueError(f"{setting} {train_layers}: the model has {language.layers} layers; set it to at most that")
     return language.layers - train_layers
+
+
+def split_responses(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `PolicyTop.read` asks for rows of tokens: prompt_lengths, responses and mask."""
+    said = [torch.tensor(row[length:], device=device) for row, length in zip(rows, prompt_lengths, strict=True)]
+    responses = pad_sequence(said, batch_first=True)
+    counts = torch.tensor([len(tokens) for tokens in said], device=device)
+    mask = torch.arange(responses.shape[1], device=device) < counts[:, None]
+    return torch.tensor(prompt_lengths, device=device), responses, mask
 
 
 class PolicyTop(nn.Module):
