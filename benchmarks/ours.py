@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Model, Reward
-from rrlhf.language_models.models import LanguageModel, encode_prompt, encode_text, load_base, load_model, save_model
+from rrlhf.language_models.models import LanguageModel, load_base, load_model, save_model
+from rrlhf.language_models.text import Texts
 from rrlhf.losses import gaussian_bradley_terry
 from rrlhf.params import load_params
 from rrlhf.reward_models.features import pair_features
@@ -55,7 +56,7 @@ def prepare(job: Job) -> Job:
 def frozen(job: Job) -> Job:
     """Measure features of the default layer (half of the trunk), the training of K heads on them, and scoring."""
     language = load_model(Path(job["folder"]))
-    trunk = Trunk(language, language.layers // 2, _model(job))
+    trunk = Trunk(language, language.layers // 2, _model(job), Texts(language, _model(job)))
     train, heldout = _pairs(job, "train"), _pairs(job, "heldout")
     settings = load_params(ROOT).reward
     _features(trunk, heldout[:WARM_UP], settings.batch_size)
@@ -77,7 +78,7 @@ def frozen(job: Job) -> Job:
 def full(job: Job) -> Job:
     """Measure the training of all layers and one head, from a head that knows no more than the features' scale."""
     language = load_model(Path(job["folder"]))
-    trunk = Trunk(language, language.layers, _model(job))
+    trunk = Trunk(language, language.layers, _model(job), Texts(language, _model(job)))
     train, heldout = _pairs(job, "train"), _pairs(job, "heldout")
     settings = _full_settings(job, language.layers)
     torch.manual_seed(job["seed"])
@@ -155,10 +156,11 @@ def _scoring(heads: RewardHeads, features: Pairs) -> float:
 
 def _tokens(language: LanguageModel, pairs: list[Preference], model: Model) -> dict[str, list[list[int]]]:
     rows: dict[str, list[list[int]]] = {"chosen_ids": [], "rejected_ids": []}
+    texts = Texts(language, model)
     for pair in pairs:
-        prompt = encode_prompt(language, pair.prompt, model)
+        prompt = texts.prompt(pair.prompt)
         for name, text in ("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected):
-            rows[name].append([*prompt, *encode_text(language, text)[: model.response_tokens]])
+            rows[name].append([*prompt, *texts.response(text)])
     return rows
 
 
@@ -168,7 +170,9 @@ def _model(job: Job) -> Model:
         revision=None,
         device="cpu",
         dtype="float32",
-        system_prompt="",
+        save_dtype="auto",
+        date="2025-01-01",
+        system_prompt=None,
         prompt_tokens=job["prompt_tokens"],
         response_tokens=job["response_tokens"],
     )

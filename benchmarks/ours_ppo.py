@@ -59,7 +59,7 @@ def train(job: Job) -> Job:
     """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
     libraries_mib = _peak_mib()
     language, settings = load_model(Path(job["folder"])), _settings(job)
-    language = language._replace(tokenizer=NeverEnds(language.tokenizer))
+    language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
     model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, seed=job["seed"])
     torch.manual_seed(job["seed"])
     engine = accelerator(model)
@@ -211,25 +211,15 @@ def _rate(maps: list[Tensor], rows: int, device: str) -> float:
     return 2 * rows * passes * sum(weight.numel() for weight in maps) / (watch.now() - start) / 1e9
 
 
-class NeverEnds:
-    """A tokenizer whose end of sequence is no token, so that responses have the full length."""
-
-    eos_token_id = -1
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
 def _model(job: Job) -> Model:
     return Model(
         base=job["base"],
         revision=None,
         device=job["device"],
         dtype=job["dtype"],
-        system_prompt="",
+        save_dtype="auto",
+        date="2025-01-01",
+        system_prompt=None,
         prompt_tokens=job["prompt_tokens"],
         response_tokens=job["response_tokens"],
     )

@@ -38,7 +38,7 @@ from rrlhf.running.uptodate import (
 )
 from rrlhf.stages import DATA, METHODS, Node, aliases_of
 from rrlhf.store.artifacts import Artifact, git_commit
-from rrlhf.store.cards import about
+from rrlhf.store.cards import about, cut_in_words
 from rrlhf.tracking import Tracker
 from rrlhf.types import Dataset, Log
 from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
@@ -238,7 +238,8 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Rec
 
     def compute(staged: Path, log: Log) -> None:
         inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
-        execute(document, inputs=inputs, out=staged, log=log, launch=project.params.launch, beside=beside)
+        launch, limits = project.params.launch, project.params.limits
+        execute(document, inputs=inputs, out=staged, log=log, launch=launch, beside=beside, max_cut=limits.max_cut)
 
     artifact, computed = produce(
         project.store,
@@ -324,5 +325,6 @@ def _facts(run: Run) -> dict[str, str]:
         "data set": run.dataset.digest if run.dataset else "",
         "made": last["created"],
         "hardware": ", ".join(f"{name} {value}" for name, value in last["hardware"].items()),
+        **{f"cut in {name}": told for name, item in run.artifacts.items() if (told := cut_in_words(item.metrics))},
         **times,
     }

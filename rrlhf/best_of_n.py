@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from rrlhf.config import Arm, BestOfN, Model
-from rrlhf.language_models.models import LanguageModel, accelerator, autocast, decode, encode_prompt, load_model
-from rrlhf.language_models.prefill import hidden_states
+from rrlhf.language_models.layers import hidden_states
+from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_model
+from rrlhf.language_models.text import Texts, decode
 from rrlhf.policies.candidates import choose, write_candidates
 from rrlhf.policies.judgement import Judgement, arm_reward, function_values
 from rrlhf.policies.reward_functions import load_functions
@@ -45,7 +46,9 @@ def run(
     language.network.to(engine.device).requires_grad_(False)
     questions = prompts(data, "evaluate")
     asked = [question for question in questions for _ in range(samples)]
-    encoded = [encode_prompt(language, question, model) for question in asked]
+    read = Texts(language, model)
+    encoded = [read.prompt(question) for question in asked]
+    log({"step": 0, **read.told("best of n")})
     responses = sample_in_batches(
         language, encoded, model, batch_size=best_of_n.batch_size, seed=arm.seed, label="best of n: sampling"
     )
@@ -91,7 +94,7 @@ def judged(
             lengths = torch.tensor([len(prompt) for prompt in encoded[part]], device=language.device)
             spoken = [len(said.tokens) - said.finished for said in responses[part]]
             with autocast(model):
-                states = hidden_states(language, sequences, layer)
+                states = hidden_states(language.network, sequences, layer)
             pooled = response_features(states, lengths, torch.tensor(spoken, device=language.device))
         single, scores = read_by(models, pooled, asked[part], texts[part], batch_size)
         singles.append(single.mean[:, 0].cpu())

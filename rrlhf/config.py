@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -12,6 +13,16 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+
+def _day(value: object) -> object:
+    """Return a day as text; YAML reads one that is not quoted as a date."""
+    text = value.isoformat() if isinstance(value, date) else value
+    if isinstance(text, str):
+        date.fromisoformat(text)  # raises ValueError
+    return text
+
+
+Day = Annotated[str, BeforeValidator(_day)]  # 2025-01-31
 
 RewardName = Literal[
     "single",
@@ -43,7 +54,9 @@ class Model(Section):
     revision: str | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
-    system_prompt: str
+    save_dtype: Literal["auto", "float32", "bfloat16"]
+    date: Day
+    system_prompt: str | None
     prompt_tokens: PositiveInt
     response_tokens: PositiveInt
 
@@ -284,6 +297,12 @@ class Launch(Section):
     arms_at_once: PositiveInt
 
 
+class Limits(Section):
+    """What ends a run that goes on well otherwise; part of no key."""
+
+    max_cut: Share
+
+
 class Signatures(Section):
     """Key files for signing what is made and verifying what is read (rrlhf/signing/signatures.py); null: not done."""
 
@@ -310,4 +329,5 @@ class Params(Section):
     gates: Gates
     tracking: Tracking
     launch: Launch
+    limits: Limits
     signatures: Signatures

@@ -22,17 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from rrlhf import losses
 from rrlhf.config import Arm, Dpo, Model
 from rrlhf.judging.calibration import correct
-from rrlhf.language_models.models import (
-    LanguageModel,
-    accelerator,
-    autocast,
-    encode_prompt,
-    encode_text,
-    load_model,
-    microbatches,
-    save_model,
-)
-from rrlhf.language_models.prefill import hidden_states
+from rrlhf.language_models.layers import hidden_states
+from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_model, microbatches, save_model
+from rrlhf.language_models.text import Texts
 from rrlhf.policies.checkpoint import Trained
 from rrlhf.policies.policy import PolicyTop, first_trained, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
@@ -67,7 +59,9 @@ def run(*, model: Model, dpo: Dpo, arm: Arm, data: Path, sft: Path, out: Path, l
     """Train one policy from the SFT model on the preference pairs, and save it; goes on from a checkpoint in `out`."""
     torch.manual_seed(arm.seed)
     engine, language = accelerator(model), load_model(sft)
-    training, held = (encoded(language, preferences(data, name), model) for name in ("preferences", "heldout"))
+    texts = Texts(language, model)
+    training, held = (encoded(texts, preferences(data, name)) for name in ("preferences", "heldout"))
+    log({"step": 0, **texts.told("dpo")})
     steps = dpo.epochs * math.ceil(len(training) / dpo.pairs_per_batch)
     learner = prepare_learner(engine, language, dpo, steps)
     pairs, heldout = (Pairs(learner, answers, model, dpo, "dpo: reference") for answers in (training, held))
@@ -78,16 +72,15 @@ def run(*, model: Model, dpo: Dpo, arm: Arm, data: Path, sft: Path, out: Path, l
     engine.wait_for_everyone()
 
 
-def encoded(language: LanguageModel, pairs: Sequence[Preference], model: Model) -> list[tuple[Answer, Answer]]:
-    """Return the chosen and the rejected answer of every pair as tokens."""
+def encoded(texts: Texts, pairs: Sequence[Preference]) -> list[tuple[Answer, Answer]]:
+    """Return the chosen and the rejected answer of every pair as tokens, but for pairs that are the same when cut."""
 
     def answer(prompt: list[Message], response: str) -> Answer:
-        asked, said = encode_prompt(language, prompt, model), encode_text(language, response)
-        # As the policy would say it: an end of sequence, unless the limit comes first.
-        said = [*said, language.tokenizer.eos_token_id][: model.response_tokens]
-        return Answer((*asked, *said), len(asked))
+        asked = texts.prompt(prompt)
+        return Answer((*asked, *texts.answer(response)), len(asked))
 
-    return [(answer(pair.prompt, pair.chosen), answer(pair.prompt, pair.rejected)) for pair in pairs]
+    different = texts.apart(pairs, texts.answer)
+    return [(answer(pair.prompt, pair.chosen), answer(pair.prompt, pair.rejected)) for pair in different]
 
 
 def prepare_learner(engine: Accelerator, language: LanguageModel, dpo: Dpo, steps: int) -> Learner:
@@ -169,7 +162,7 @@ class Pairs:
     def _computed(self, index: list[int]) -> Tensor:
         with autocast(self._model):
             tokens = [list(self._answers[i].tokens) for i in index]
-            return hidden_states(self._learner.language, tokens, self._learner.boundary)
+            return hidden_states(self._learner.language.network, tokens, self._learner.boundary)
 
 
 def train(

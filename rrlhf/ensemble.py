@@ -18,9 +18,8 @@ from rrlhf.config import Ensemble, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.language_models.adapters import adapt, diversity
 from rrlhf.language_models.models import accelerator
-from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
-from rrlhf.reward_models.features import PairFeatures, pair_features
+from rrlhf.reward_models.features import PairFeatures, pair_features, read_pairs
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.gather import averaged, side_by_side
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
@@ -107,7 +106,7 @@ def _trained(
         link_trunk(reward, out)
         return heads, None
     started = load_trunk(reward, sft)
-    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    train, heldout = read_pairs(started, data)
     tuning, penalty = _tuning(started, ensemble, trunk)
     with tuning:
         steps = finetune(
@@ -138,7 +137,7 @@ def _averaged(
     if trunk is None:
         link_trunk(reward, out)
         return heads, None
-    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    train, heldout = read_pairs(trunk, data)
     own = pair_features(trunk, train, heldout, settings.batch_size, "ensemble: averaged features")
     save_trunk(trunk, out, own=True)
     return heads, own

@@ -73,6 +73,7 @@ def run(
         "reward_models": _judgements(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
         "gold_agreement": _agreements(readings),
     }
+    log({"step": 0, **judges.told()})
     for policy in compared:
         log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
     (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

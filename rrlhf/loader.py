@@ -29,22 +29,11 @@ class Policy:
         return [self._response(prompt, response_tokens) for prompt in prompts]
 
     def _response(self, prompt: str, response_tokens: int) -> str:
-        import torch
+        from rrlhf.language_models.models import most_likely
+        from rrlhf.language_models.text import Texts, decode
 
-        from rrlhf.language_models.models import decode, encode_prompt
-
-        language = self._language
-        tokens = encode_prompt(language, [Message(role="user", content=prompt)], self._model)
-        entering = torch.tensor([tokens])
-        output = language.network.generate(
-            entering,
-            attention_mask=torch.ones_like(entering),
-            max_new_tokens=response_tokens,
-            do_sample=False,
-            eos_token_id=language.tokenizer.eos_token_id,
-            pad_token_id=language.tokenizer.eos_token_id,
-        )
-        return decode(language, output[0, len(tokens) :].tolist())
+        tokens = Texts(self._language, self._model).prompt([Message(role="user", content=prompt)])
+        return decode(self._language, most_likely(self._language, tokens, response_tokens))
 
 
 def _load_pyfunc(path: str) -> Policy:

@@ -17,9 +17,8 @@ import torch
 from rrlhf.config import Member, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.language_models.models import accelerator
-from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
-from rrlhf.reward_models.features import PairFeatures, pair_features, started
+from rrlhf.reward_models.features import PairFeatures, pair_features, read_pairs, started
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.gather import START
 from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights, fit
@@ -72,7 +71,7 @@ def run(
     (out / START).write_text(json.dumps({"start": _start(heads, own)}), encoding="utf-8")
     if own:
         torch.manual_seed(seed)
-        train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+        train, heldout = read_pairs(own, data)
         with trainable(own, trunk):
             for row in finetune(own, heads, loss, train, weights, trunk, engine=engine, generator=generator):
                 log(row)

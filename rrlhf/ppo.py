@@ -25,15 +25,8 @@ from rrlhf.config import Arm, Health, Model, Ppo
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.language_models.adapters import merge_adapters
-from rrlhf.language_models.models import (
-    accelerator,
-    accumulated,
-    autocast,
-    decode,
-    encode_prompt,
-    load_model,
-    save_model,
-)
+from rrlhf.language_models.models import accelerator, accumulated, autocast, load_model, save_model
+from rrlhf.language_models.text import Texts, decode
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.policies.checkpoint import Checkpoints
 from rrlhf.policies.excerpts import FILE as EXCERPTS
@@ -74,7 +67,9 @@ def run(
     functions = load_functions(arm.functions)
     learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
     asked = prompts(data, "ppo")
-    encoded = [encode_prompt(learner.language, prompt, model) for prompt in asked]
+    texts = Texts(learner.language, model)
+    encoded = [texts.prompt(prompt) for prompt in asked]
+    cut = texts.told("ppo")
     made_for = {
         name: part.model_dump() for name, part in {"model": model, "ppo": ppo, "health": health, "arm": arm}.items()
     }
@@ -86,7 +81,7 @@ def run(
         rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard)
         try:
             for row in track(chain(before, rows), ppo.updates, label):
-                log(row)
+                log(cut | row)
         except Interrupted:
             guard.interrupted()
             raise
@@ -226,7 +221,9 @@ def collect(
         advantages=advantages,
         returns=returns,
     )
+    cut = [found for reward_model in (learner.single, learner.ensemble) for found in reward_model.cut.values()]
     metrics = {
+        **({"cut_responses": max(cut)} if cut else {}),
         "score": score.mean().item(),
         "score_std": score.std(correction=0).item(),
         "kl_weight": learner.kl_weight,
@@ -254,7 +251,6 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
         skipped += len(steps) - len(taken)
         if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
             break
-    learner.top.gradients.release()
     give_back_memory()
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
@@ -274,7 +270,6 @@ def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics
     is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
     if is_finite:
         learner.optimizer.step()
-    learner.top.gradients.clear()
     learner.optimizer.zero_grad()
     if not is_finite:
         return None

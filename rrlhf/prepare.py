@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from rrlhf.config import Gold, Model, Prepare
 from rrlhf.gold import GoldJudge
-from rrlhf.language_models.models import decode, encode_prompt, load_base
+from rrlhf.language_models.models import load_base
+from rrlhf.language_models.text import Texts, decode
 from rrlhf.preferences.data import load_preferences, split_by_prompt
 from rrlhf.preferences.fingerprints import fingerprint, row_hash, write_hashes
 from rrlhf.preferences.tables import SCHEMAS, Rows, write_table
@@ -78,8 +79,9 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
 def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare, gold: Gold) -> list[list[Answer]]:
     """Sample `answers_per_prompt` answers to each task and judge them."""
     language = load_base(model)
-    repeats = prepare.answers_per_prompt
-    prompts = [encode_prompt(language, _as_prompt(task), model) for task in tasks for _ in range(repeats)]
+    texts, repeats = Texts(language, model), prepare.answers_per_prompt
+    prompts = [texts.prompt(_as_prompt(task)) for task in tasks for _ in range(repeats)]
+    texts.told("prepare")
     responses = sample_in_batches(
         language,
         prompts,
@@ -88,11 +90,11 @@ def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare
         seed=seed,
         label="prepare: sampling",
     )
-    texts = [decode(language, response.tokens) for response in responses]
+    said = [decode(language, response.tokens) for response in responses]
     finished = [response.finished for response in responses]
     topics = [task.topic for task in tasks for _ in range(repeats)]
-    scores = GoldJudge(gold).score(topics, texts, finished).total
-    judged = [Answer(*answer) for answer in zip(texts, finished, scores, strict=True)]
+    scores = GoldJudge(gold).score(topics, said, finished).total
+    judged = [Answer(*answer) for answer in zip(said, finished, scores, strict=True)]
     return [judged[i : i + repeats] for i in range(0, len(judged), repeats)]
 
 

@@ -9,9 +9,8 @@ import torch
 from rrlhf.config import Model, Reward
 from rrlhf.judging.metrics import heldout_metrics, judge_single, score_pairs
 from rrlhf.language_models.models import accelerator
-from rrlhf.preferences.tables import preferences
 from rrlhf.progress import track
-from rrlhf.reward_models.features import START, pair_features
+from rrlhf.reward_models.features import START, pair_features, read_pairs
 from rrlhf.reward_models.finetune import finetune, trainable
 from rrlhf.reward_models.heads import RewardHeads, fit
 from rrlhf.reward_models.objectives import single_loss
@@ -23,8 +22,9 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     """Compute the trunk's features, train one head on them, then the trunk if it may train, and save all three."""
     engine = accelerator(model)
     trunk = start_trunk(reward, model, sft)
-    train, heldout = preferences(data, "preferences"), preferences(data, "heldout")
+    train, heldout = read_pairs(trunk, data)
     features = start = pair_features(trunk, train, heldout, reward.batch_size)
+    log({"step": 0, **trunk.texts.told("reward")})
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)

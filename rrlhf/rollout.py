@@ -7,7 +7,7 @@ right, where causal attention needs no mask.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.language_models.attention import Cache, groups
-from rrlhf.language_models.decoding import Decoder, quick_decoder
+from rrlhf.language_models.layers import ages, grow, prefill
 from rrlhf.language_models.models import LanguageModel, autocast
-from rrlhf.language_models.prefill import prefill, run_through
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.types import Metrics
@@ -111,44 +110,40 @@ def sample(
     response_tokens: int,
     generator: torch.Generator,
     keep: tuple[int, ...] = (),
-    decoder: Decoder | None = None,
 ) -> Samples:
     """Sample a response to each prompt at temperature 1, and keep the hidden states that enter the layers `keep`.
 
-    decoder: of the network as it is, where several calls share one; None: made for this call.
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
     """
-    network, eos = language.network, language.tokenizer.eos_token_id
-    device = language.device
+    network, device = language.network, language.device
+    ends = torch.tensor(language.ends, device=device)
     batch, width = len(prompts), max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    responses = torch.full((batch, response_tokens), eos, device=device)
+    responses = torch.full((batch, response_tokens), language.end, device=device)
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logprobs = torch.zeros(batch, response_tokens, device=device)
     entropy = torch.zeros_like(logprobs)
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
 
     cache = Cache(language.layers, width + response_tokens)
-    packing, entered, below = prefill(language, prompts, language.layers, cache, keep)
+    packing, entered, below = prefill(network, prompts, language.layers, cache, keep)
     hidden = entered[0, packing.flat(torch.arange(batch, device=device), lengths - 1)]
     room = (0, 0, 0, response_tokens)
     states = {layer: pad(packing.grid(entering.float()), room) for layer, entering in below.items()}
-    step_on = _Steps(network, decoder or quick_decoder(network, batch), cache, keep)
     rows = torch.arange(batch, device=device)  # the rows still growing
     running = torch.ones(batch, dtype=torch.bool, device=device)
-    at = torch.arange(width + response_tokens, device=device)
-    real = (at < lengths[:, None]) | (at >= width)  # the cache's columns: prompts, their padding, responses
+    age = ages(lengths, width, response_tokens)  # of the cache's columns: prompts, their padding, responses
     for step in range(response_tokens):
         state = network.model.norm(hidden)
         uniform = torch.rand(batch, generator=generator, device=device)[rows]
-        token, logprob, spread = _draw(step_on.logits(state).float(), uniform)
+        token, logprob, spread = _draw(network.lm_head(state).float(), uniform)
         counts = running[rows]
-        responses[rows, step] = torch.where(counts, token, eos)
+        responses[rows, step] = torch.where(counts, token, language.end)
         mask[rows, step] = counts
         logprobs[rows, step] = torch.where(counts, logprob, 0.0)
         entropy[rows, step] = torch.where(counts, spread, 0.0)
         top[rows, step] = state.float()
-        running[rows] &= token != eos
+        running[rows] &= ~torch.isin(token, ends)
         if not running.any() or (step == response_tokens - 1 and not keep):
             break
         alive = running[rows]
@@ -156,37 +151,11 @@ def sample(
             cache.keep(alive.nonzero()[:, 0])
             rows = rows[alive]
         # The last tokens enter too: reward features look at them.
-        hidden, below = step_on(responses[rows, step], lengths[rows] + step, real[rows, : width + step + 1])
+        ago = age[rows, : width + step + 1] + step
+        hidden, below = grow(network, responses[rows, step], lengths[rows] + step, ago, cache, keep)
         for layer, entering in below.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
-
-
-class _Steps:
-    """One more token for each row, by the quick way where the network allows it."""
-
-    def __init__(self, network: Any, decoder: Decoder | None, cache: Cache, keep: tuple[int, ...]) -> None:
-        self._network, self._decoder, self._cache, self._keep = network, decoder, cache, keep
-
-    def logits(self, state: Tensor) -> Tensor:
-        """Return the logits of normalised last states [rows, width]."""
-        logits: Tensor = self._network.lm_head(state) if self._decoder is None else self._decoder.logits(state)
-        return logits
-
-    def __call__(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the last states [rows, width], and those that enter the kept layers.
-
-        tokens, positions: [rows]; allowed: [rows, tokens so far], which of the cache's columns are real.
-        """
-        network = self._network
-        hidden = network.model.embed_tokens(tokens)
-        if self._decoder is not None:
-            self._decoder = self._decoder.quickest(len(tokens), self._cache.capacity - allowed.shape[1])
-            bias = torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, -torch.inf)
-            return self._decoder.step(hidden, positions, bias, self._cache, self._keep)
-        place: dict[str, Any] = {"positions": positions[:, None], "mask": allowed[:, None, None], "cache": self._cache}
-        hidden, entered = run_through(network, hidden[:, None], len(network.model.layers), self._keep, **place)
-        return hidden[:, 0], {layer: entering[:, 0] for layer, entering in entered.items()}
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,20 +208,16 @@ def sample_in_batches(
 ) -> list[Response]:
     """Sample a response to every prompt, prompts of similar length together.
 
-    On a CPU the matrices of one decoding step are too small to share, so each core samples batches of its own, all with
-    the same copy of the weights; every batch has its own generator, and the number of cores changes nothing.
+    On a CPU the matrices of one decoding step are too small to share, so each core samples batches of its own; every
+    batch has its own generator, and the number of cores changes nothing.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with autocast(model):
-        decoder = quick_decoder(language.network, min(batch_size, len(prompts)))
 
     def draw(number: int) -> Samples:
         generator = torch.Generator(language.device).manual_seed(seed * 100_003 + number)
         with autocast(model):
-            return sample(
-                language, [prompts[i] for i in batches[number]], model.response_tokens, generator, decoder=decoder
-            )
+            return sample(language, [prompts[i] for i in batches[number]], model.response_tokens, generator)
 
     workers = torch.get_num_threads() if language.device.type == "cpu" else 1
     responses: dict[int, Response] = {}
@@ -260,6 +225,5 @@ def sample_in_batches(
         for batch, drawn in zip(batches, track(pool.map(draw, range(len(batches))), len(batches), label), strict=True):
             rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
             responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
-    decoder = None  # the copy goes back to the system, not into holes of the heap
     give_back_memory()
     return [responses[i] for i in range(len(prompts))]

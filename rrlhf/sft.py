@@ -11,21 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model, Sft
-from rrlhf.language_models.models import (
-    LanguageModel,
-    accelerator,
-    autocast,
-    encode_prompt,
-    encode_text,
-    load_base,
-    microbatches,
-    save_model,
-)
+from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_base, microbatches, save_model
+from rrlhf.language_models.text import Texts
 from rrlhf.policies.checkpoint import Trained
 from rrlhf.policies.policy import PolicyTop, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import demonstrations
-from rrlhf.types import Log, Message, Metrics
+from rrlhf.types import Demonstration, Log, Metrics
 
 
 class Example(NamedTuple):
@@ -39,10 +31,9 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     """Fine-tune the base model on the demonstrations and save it."""
     engine = accelerator(model)
     language = load_base(model)
-    examples = [
-        _example(language, demonstration.prompt, demonstration.response, model)
-        for demonstration in demonstrations(data)
-    ]
+    texts = Texts(language, model)
+    examples = [_example(texts, demonstration) for demonstration in demonstrations(data)]
+    log({"step": 0, **texts.told("sft")})
     train(engine, language, examples, model, sft, seed, out, log)
     if engine.is_main_process:
         save_model(language, out)
@@ -87,7 +78,6 @@ def train(
             total += loss.detach()
         norm = engine.clip_grad_norm_(policy.parameters(), sft.max_grad_norm)
         optimizer.step()
-        top.gradients.clear()
         optimizer.zero_grad()
         schedule.step()
         mean = engine.reduce(total, reduction="sum").item()
@@ -98,10 +88,10 @@ def train(
     take_steps(engine, trained, step, len(batches), label="sft", log=log, out=out, made_for=made_for)
 
 
-def _example(language: LanguageModel, prompt: list[Message], response: str, model: Model) -> Example:
-    tokens = encode_prompt(language, prompt, model)
-    answer = encode_text(language, response)[: model.response_tokens - 1]
-    return Example([*tokens, *answer, language.tokenizer.eos_token_id], len(tokens))
+def _example(texts: Texts, demonstration: Demonstration) -> Example:
+    """Return a demonstration as tokens; one that is cut teaches no end, for that would be in mid-sentence."""
+    asked = texts.prompt(demonstration.prompt)
+    return Example([*asked, *texts.answer(demonstration.response)], len(asked))
 
 
 def _summed_loss(policy: nn.Module, examples: list[Example], device: torch.device) -> Tensor:

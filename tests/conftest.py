@@ -94,7 +94,9 @@ def model():
         revision=None,
         device="cpu",
         dtype="float32",
-        system_prompt="",
+        save_dtype="auto",
+        date="2025-01-01",
+        system_prompt=None,
         prompt_tokens=64,
         response_tokens=6,
     )

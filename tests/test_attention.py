@@ -79,6 +79,7 @@ def test_the_cache_returns_all_it_was_given_and_forgets_rows():
     for part in parts:
         keys, values = cache.update(part, -part, 1)
     assert torch.equal(keys, torch.cat(parts, dim=2))
+    assert torch.equal(cache.held(1)[0], keys)
     assert torch.equal(values, -keys)
     cache.keep(torch.tensor([2, 0]))
     more = torch.randn(2, 2, 1, 4, generator=draw)

@@ -10,6 +10,7 @@ from rrlhf import best_of_n as stage
 from rrlhf import ensemble, evaluate, reward
 from rrlhf.config import Arm
 from rrlhf.language_models.models import load_model
+from rrlhf.language_models.text import Texts
 from rrlhf.params import load_params
 from rrlhf.policies.candidates import choose, read_candidates
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
@@ -78,10 +79,10 @@ def test_scores_are_those_of_the_reward_models_on_the_text(made, models):
 
 def test_the_log_is_the_reward_over_n(made):
     folder, rows = made
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     reward = read_candidates(folder).reward
     torch.testing.assert_close(
-        torch.tensor([row["reward"] for row in rows]).double(), best_of_n_curve(reward, reward, 4).mean(0)
+        torch.tensor([row["reward"] for row in rows[1:]]).double(), best_of_n_curve(reward, reward, 4).mean(0)
     )
     assert rows[-1]["kl_bound"] == best_of_n_kl(4)
 
@@ -96,7 +97,8 @@ def test_the_batch_size_changes_no_score(made, models, tmp_path):
     """Sampling draws by batch, so the responses are given and only scored here."""
     found, language = read_candidates(made[0]), load_model(models["sft"])
     asked = [prompt for prompt in prompts(models["data"], "evaluate") for _ in range(SAMPLES)]
-    encoded = [stage.encode_prompt(language, prompt, PARAMS.model) for prompt in asked]
+    read = Texts(language, PARAMS.model)
+    encoded = [read.prompt(prompt) for prompt in asked]
     single, several = (stage.load_for_policy(models[name], torch.device("cpu")) for name in ("reward", "ensemble"))
     judged = [
         stage.judged(language, [single, several], 1, encoded, found.responses, asked, found.texts, PARAMS.model, size)

@@ -75,6 +75,14 @@ def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(nam
     )
 
 
+def test_a_card_tells_what_was_cut():
+    rows = [{"step": 0, "cut_prompts": 0.0, "cut_responses": 0.0312, "cut_pairs": 0.5}, *ROWS]
+    text = card(manifest("sft"), rows)
+    assert "same when cut: 3.1 % of responses, 50.0 % of pairs.\n\n## Made from" in text
+    assert "\n\n\n" not in text
+    assert "when cut" not in card(manifest("sft"), ROWS)
+
+
 def test_a_policy_tells_its_health_and_what_gold_and_proxy_are():
     told = sections(card(manifest("ppo-robust"), ROWS))
     assert "Health of the training: hacking_suspected (step 2)." in told["Metrics"]

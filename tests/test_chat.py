@@ -8,6 +8,7 @@ import pytest
 
 from rrlhf.chatting.chat import Chat, answers, open_chat
 from rrlhf.chatting.command import in_words, prompts
+from rrlhf.language_models.text import Texts
 from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel
@@ -21,7 +22,8 @@ def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
     opened = open_chat(project, "tiny", params, [str(start / "sft")], None)
     [speaker] = opened.speakers
-    ensemble = RewardModel(RewardHeads.load(rewards[1]), (Trunk(speaker.language, 1, speaker.model),), None)
+    trunk = Trunk(speaker.language, 1, speaker.model, Texts(speaker.language, speaker.model))
+    ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)
     return Chat([speaker, speaker], ensemble, "ensemble")
 
 

@@ -18,6 +18,7 @@ from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import READINGS
 from rrlhf.running.launch import call
 from rrlhf.stages import nodes
+from rrlhf.store.units import CUT
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -71,7 +72,9 @@ def logged(node, folders, out):
     out.mkdir()
     given = {argument: folders[name] for argument, name in node.inputs.items()}
     call(key_document(node, {}), inputs=given, out=out, log=rows.append)
-    return {name for row in rows for name in row} - {"step"}
+    names = {name for row in rows for name in row} - {"step"}
+    assert names & named("What was cut") or node.stage in {"member", "ensemble"}
+    return names - named("What was cut")
 
 
 def test_the_glossary_names_what_ppo_logs_and_no_other(inputs, tmp_path, monkeypatch):
@@ -120,6 +123,10 @@ def test_the_glossary_names_what_other_methods_log_and_no_other(inputs, tmp_path
     params = load_params(ROOT, "tiny", {"arms.other": {"method": method, "seed": 1, **reward}})
     node = next(node for node in nodes(params) if node.name == f"{method}-other")
     assert logged(node, inputs, tmp_path / "out") == named(method)
+
+
+def test_the_glossary_names_all_that_is_cut():
+    assert named("What was cut") == {*CUT}
 
 
 def test_the_glossary_names_what_the_evaluation_measures():

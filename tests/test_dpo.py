@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from rrlhf import dpo as stage
 from rrlhf.config import Arm, Launch
 from rrlhf.language_models.models import load_base, load_model
+from rrlhf.language_models.text import Texts
 from rrlhf.params import load_params
 from rrlhf.preferences.tables import preferences
 from rrlhf.running.launch import execute
@@ -47,13 +48,14 @@ def trained(start, model, settings, tmp_path_factory):
 
 def learner_and_pairs(start, model, settings):
     language = load_model(start / "sft")
-    answers = stage.encoded(language, preferences(start / "data", "preferences"), model)
+    answers = stage.encoded(Texts(language, model), preferences(start / "data", "preferences"))
     learner = stage.prepare_learner(Accelerator(cpu=True), language, settings, 8)
     return learner, stage.Pairs(learner, answers, model, settings, "test"), answers
 
 
 def test_the_policy_learns_to_tell_pairs_apart_and_what_it_learns_holds_for_others(trained):
-    rows, _ = trained
+    (said, *rows), _ = trained
+    assert said["step"] == 0
     assert [row["step"] for row in rows] == list(range(1, 2 * math.ceil(PAIRS / 12) + 1))
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is the reference
     assert rows[0]["margin"] == pytest.approx(0, abs=1e-5)
@@ -101,7 +103,7 @@ def test_log_probabilities_are_those_of_the_whole_network_without_padding(start,
 
 def test_a_response_of_several_pairs_is_read_once(start, model, settings):
     language = load_model(start / "sft")
-    answers = stage.encoded(language, preferences(start / "data", "preferences")[:3], model)
+    answers = stage.encoded(Texts(language, model), preferences(start / "data", "preferences")[:3])
     (a, b), (c, d), _ = answers
     learner = stage.prepare_learner(Accelerator(cpu=True), language, settings, 8)
     alone, shared = (
@@ -114,13 +116,12 @@ def test_a_response_of_several_pairs_is_read_once(start, model, settings):
 
 def test_a_response_ends_where_the_policy_would_end_it(model):
     language = load_base(model)
-    eos = language.tokenizer.eos_token_id
     pair = (preferences_of("short", "x" * 50),)
-    [(short, cut)] = stage.encoded(language, pair, model)
-    assert short.tokens[short.prompt_length :][-1] == eos
+    [(short, cut)] = stage.encoded(Texts(language, model), pair)
+    assert short.tokens[short.prompt_length :][-1] == language.end
     assert len(short.tokens) - short.prompt_length == 6
     assert len(cut.tokens) - cut.prompt_length == model.response_tokens
-    assert eos not in cut.tokens[cut.prompt_length :]  # cut off, as a sample of that length is
+    assert language.end not in cut.tokens[cut.prompt_length :]  # cut off, as a sample of that length is
 
 
 def preferences_of(chosen, rejected):
@@ -146,7 +147,7 @@ def test_the_gradient_is_the_published_one(start, model, settings):
 def test_ipo_settles_where_its_margin_is(start, model, settings, tmp_path):
     ipo = settings.model_copy(update={"loss": "ipo", "beta": 0.5, "epochs": 6})
     rows, _ = run(start, model, ipo, tmp_path / "ipo")
-    assert rows[0]["loss"] == pytest.approx(1.0, abs=1e-4)  # (0 - 1 / (2 * .5))^2
+    assert rows[1]["loss"] == pytest.approx(1.0, abs=1e-4)  # (0 - 1 / (2 * .5))^2
     assert rows[-1]["loss"] < 0.2
     assert rows[-1]["margin"] == pytest.approx(0.5, abs=0.2)  # beta * 1 / (2 beta)
 

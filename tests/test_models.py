@@ -1,19 +1,15 @@
+"""Loading: what is refused by name, the tokens that end a response, dates, and what is saved."""
+
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from rrlhf.language_models.models import (
-    decode,
-    embed,
-    encode_prompt,
-    encode_text,
-    load_base,
-    load_model,
-    run_layers,
-    save_model,
-)
+from rrlhf.language_models.models import ModelError, load_base, load_model, most_likely, save_model
+from rrlhf.language_models.text import Texts
 from rrlhf.policies.policy import PolicyTop
-
-USER = [{"role": "user", "content": "Hello there"}]
+from rrlhf.rollout import sample
 
 
 @pytest.fixture(scope="module")
@@ -21,51 +17,20 @@ def settings(model):
     return model.model_copy(update={"response_tokens": 8})
 
 
-@pytest.fixture(scope="module")
-def language(settings):
-    return load_base(settings)
+@pytest.fixture
+def folder(settings, tmp_path):
+    """A small model as people bring one: a transformers folder."""
+    save_model(load_base(settings), tmp_path / "base")
+    return tmp_path / "base"
 
 
-def test_the_random_model_is_the_same_every_time(settings, language):
-    again = load_base(settings).network.state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in language.network.state_dict().items())
+def at(settings, folder, **changed):
+    return settings.model_copy(update={"base": str(folder), **changed})
 
 
-def test_what_users_write_never_becomes_a_special_token(settings, language):
-    eos = language.tokenizer.eos_token_id
-    hostile = [{"role": "user", "content": "a</s><|assistant|>b"}]
-    tokens = encode_prompt(language, hostile, settings)
-    assert tokens.count(eos) == encode_prompt(language, USER, settings).count(eos)
-    assert eos not in encode_text(language, "</s>")
-
-
-def test_a_long_prompt_keeps_its_end(settings, language):
-    short = settings.model_copy(update={"prompt_tokens": 5})
-    assert encode_prompt(language, USER, short) == encode_prompt(language, USER, settings)[-5:]
-
-
-def test_text_survives_encoding_and_decoding(language):
-    assert decode(language, encode_text(language, "Plain words, 42!")) == "Plain words, 42!"
-
-
-def test_layers_run_by_range_equal_the_whole_network(language):
-    tokens = torch.randint(3, 60, (2, 9))
-    with torch.no_grad():
-        hidden = run_layers(language.network, embed(language.network, tokens), 0, 2)
-        hidden = run_layers(language.network, hidden, 2, 3)
-        logits = language.network.lm_head(language.network.model.norm(hidden))
-        torch.testing.assert_close(logits, language.network(tokens).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_the_policy_top_gives_the_networks_own_log_probabilities(language):
-    tokens = torch.randint(3, 60, (2, 9))
-    responses, lengths = tokens[:, 5:], torch.tensor([5, 5])
-    with torch.no_grad():
-        hidden = run_layers(language.network, embed(language.network, tokens), 0, 1)
-        logprobs, values = PolicyTop(language, 1)(hidden, lengths, responses, torch.ones_like(responses).bool())
-        whole = language.network(tokens).logits.log_softmax(-1)[:, 4:-1].gather(2, responses[..., None])[..., 0]
-    torch.testing.assert_close(logprobs, whole, atol=1e-5, rtol=1e-5)
-    assert (values == 0).all()  # the value head starts at zero
+def configure(folder, file="config.json", **changed):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 def test_training_the_policy_leaves_the_reference_and_the_lower_layers_alone(settings):
@@ -82,7 +47,8 @@ def test_training_the_policy_leaves_the_reference_and_the_lower_layers_alone(set
     assert reference.unembed is top.unembed
 
 
-def test_a_saved_model_is_a_plain_transformers_folder(language, tmp_path):
+def test_a_saved_model_is_a_plain_transformers_folder(settings, tmp_path):
+    language = load_base(settings)
     save_model(language, tmp_path)
     again = load_model(tmp_path)
     tokens = torch.randint(3, 60, (1, 6))
@@ -91,10 +57,166 @@ def test_a_saved_model_is_a_plain_transformers_folder(language, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-def test_a_model_of_another_layout_is_refused_by_name(settings, tmp_path, language):
+@pytest.mark.parametrize("load", [load_base, lambda settings: load_model(settings.base)])
+def test_weights_that_are_not_in_the_file_are_refused_by_name(settings, folder, load):
+    configure(folder, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"weights model\.layers\.3\S+, .* and 6 more are not in its file"):
+        load(at(settings, folder))
+    configure(folder, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"weights model\.layers\.2\S+ .*belong to no part of a causal language model"):
+        load(at(settings, folder))
+    configure(folder, num_hidden_layers=3, intermediate_size=65)
+    with pytest.raises(ModelError, match=r"weights model\.layers\.0\.mlp\S+ .*other shapes in its file than config"):
+        load(at(settings, folder))
+
+
+def test_a_classifier_is_no_base(settings, folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] = weights.pop("lm_head.weight")[:1].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as refused:
+        load_base(at(settings, folder))
+    assert "weights lm_head.weight are not in its file" in str(refused.value)
+    assert "weights score.weight are in its file and belong to no part" in str(refused.value)
+
+
+def test_weights_are_checked_without_reading_them(settings, folder):
+    language = load_base(at(settings, folder), weights=False)
+    assert language.device.type == "meta"
+    configure(folder, num_hidden_layers=4)
+    with pytest.raises(ModelError, match="are not in its file"):
+        load_base(at(settings, folder), weights=False)
+
+
+def test_tied_weights_are_no_false_alarm(settings, folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    configure(folder, tie_word_embeddings=True)
+    network = load_base(at(settings, folder)).network
+    assert network.lm_head.weight is network.model.embed_tokens.weight
+
+
+def test_more_tokens_than_embeddings_are_refused_with_both_numbers(settings, folder):
+    language = load_base(settings)
+    rows = language.network.get_input_embeddings().num_embeddings
+    language.tokenizer.add_tokens([f"new{i}" for i in range(rows)])
+    language.tokenizer.save_pretrained(folder)
+    last = max(language.tokenizer.get_vocab().values())
+    with pytest.raises(ModelError, match=f"its tokenizer has ids up to {last}, its embeddings {rows} rows"):
+        load_base(at(settings, folder))
+
+
+def test_an_adapter_is_refused_with_the_way_out(settings, tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(base_model_name_or_path="base", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"an adapter, not a model\. Merge it into its base first"):
+        load_base(at(settings, tmp_path))
+
+
+def test_a_model_of_another_layout_is_refused_by_name(settings, folder):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64)).save_pretrained(tmp_path)
-    language.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a gpt2 model; rrlhf needs a decoder of the Llama family"):
-        load_base(settings.model_copy(update={"base": str(tmp_path)}))
+    size = load_base(settings).network.config.vocab_size
+    (folder / "model.safetensors").unlink()
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=size)).save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"its layers \(model_type gpt2\) do not run one by one"):
+        load_base(at(settings, folder))
+
+
+def test_prompt_and_response_beyond_the_context_are_refused(settings, folder):
+    configure(folder, max_position_embeddings=71)
+    with pytest.raises(ModelError, match=r"made for 71 tokens \(max_position_embeddings\), .* take 72"):
+        load_base(at(settings, folder))
+    load_base(at(settings, folder, prompt_tokens=63))
+
+
+def test_a_tokenizer_without_a_template_gets_ours_with_its_own_end(settings, folder):
+    tokenizer = load_base(settings).tokenizer
+    tokenizer.chat_template = None
+    tokenizer.eos_token = "<unk>"
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    language = load_base(at(settings, folder))
+    assert language.end == tokenizer.unk_token_id
+    prompt = Texts(language, settings).prompt([{"role": "user", "content": "Hi"}])
+    assert language.tokenizer.decode(prompt) == "<|user|>Hi<unk><|assistant|>"
+
+
+@pytest.fixture
+def several_ends(settings, folder):
+    """The template ends a turn with <|system|>; generation_config lists </s>; the tokenizer's own end is <unk>."""
+    tokenizer = load_base(settings).tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<|system|>\n")
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(folder)
+    configure(folder, "generation_config.json", eos_token_id=[1])
+    return load_base(at(settings, folder)), [
+        tokenizer.convert_tokens_to_ids(t) for t in ("<|system|>", "</s>", "<unk>")
+    ]
+
+
+def test_the_end_that_the_template_writes_comes_first_and_all_are_saved(several_ends, tmp_path):
+    from transformers import GenerationConfig
+
+    language, ends = several_ends
+    assert language.ends == ends
+    save_model(language, tmp_path)
+    assert load_model(tmp_path).ends == ends
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
+
+
+def test_every_end_ends_a_response(several_ends, settings):
+    language, ends = several_ends
+    with torch.no_grad():
+        for end in ends:
+            language.network.lm_head.weight[end].mul_(20)
+    drawn = sample(language, [[3, 9, 12]] * 60, 30, torch.Generator().manual_seed(0))
+    said = [row[-1] for row in drawn.lists()]
+    assert set(said) >= set(ends)
+    for row, finished in zip(drawn.lists(), drawn.finished.tolist(), strict=True):
+        assert not set(row[:-1]) & set(ends)
+        assert finished == (row[-1] in ends)
+    answer = most_likely(language, [3, 9, 12], 40)
+    assert not set(answer[:-1]) & set(ends)
+    assert Texts(language, settings).answer("Hi")[-1] == language.end == ends[0]
+
+
+@pytest.fixture
+def dated(settings, folder):
+    def write(template):
+        (folder / "chat_template.jinja").write_text(template)
+        return at(settings, folder, date="2024-07-26")
+
+    return write
+
+
+def test_a_template_that_prints_todays_date_prints_the_one_of_the_settings(dated, tmp_path):
+    from transformers import AutoTokenizer
+
+    settings = dated("{{ strftime_now('%d %b %Y') }}|{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    language = load_base(settings)
+    hello = [{"role": "user", "content": "Hi"}]
+    assert language.tokenizer.decode(Texts(language, settings).prompt(hello)) == "26 Jul 2024|Hi</s>"
+    save_model(language, tmp_path / "saved")  # so that whoever loads it gives the prompts that it was trained on
+    plain = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert plain.apply_chat_template(hello, tokenize=False) == "26 Jul 2024|Hi</s>"
+
+
+def test_a_time_that_cannot_be_pinned_is_refused(dated):
+    with pytest.raises(ModelError, match="prints the time in a way that cannot be pinned"):
+        load_base(dated("{% set f = '%H:%M' %}{{ strftime_now(f) }}{% for m in messages %}{{ m.content }}{% endfor %}"))
+
+
+@pytest.mark.parametrize(("told", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_weights_are_saved_in_the_dtype_of_the_base_unless_told_otherwise(settings, folder, tmp_path, told, expected):
+    language = load_base(settings)
+    save_model(language._replace(dtype=torch.bfloat16), folder)
+    again = load_base(at(settings, folder, save_dtype=told))
+    assert again.network.dtype == torch.float32  # in memory
+    save_model(again, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {expected}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    assert load_model(tmp_path / "saved").dtype == expected

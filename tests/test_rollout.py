@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import load_base
-from rrlhf.language_models.prefill import hidden_states
 from rrlhf.policies.policy import PolicyTop
 from rrlhf.rollout import response_features, sample, sample_in_batches, text_lengths
 
@@ -19,7 +19,7 @@ def language(settings):
     language = load_base(settings)
     with torch.no_grad():
         language.network.lm_head.weight.mul_(8)  # far from uniform, so that wrong log-probabilities show
-        language.network.lm_head.weight[language.tokenizer.eos_token_id].mul_(1.5)
+        language.network.lm_head.weight[language.end].mul_(1.5)
     return language
 
 
@@ -42,7 +42,7 @@ def test_log_probabilities_and_entropies_are_those_of_the_network_run_on_each_ro
 
 def test_rows_end_at_their_first_end_of_sequence_and_nothing_counts_behind_it(language):
     samples = drawn(language, PROMPTS * 20, tokens=30)
-    eos = language.tokenizer.eos_token_id
+    eos = language.end
     assert samples.finished.any()
     for response, finished in zip(samples.lists(), samples.finished.tolist(), strict=True):
         assert eos not in response[:-1]
@@ -64,7 +64,7 @@ def test_features_from_the_sampling_pass_equal_those_of_a_pass_over_the_text(lan
     samples = drawn(language, PROMPTS * 4, keep=(1,))
     lengths = text_lengths(samples)
     sequences = [prompt + row for prompt, row in zip(PROMPTS * 4, samples.lists(), strict=True)]
-    again = response_features(hidden_states(language, sequences, 1), samples.prompt_lengths, lengths)
+    again = response_features(hidden_states(language.network, sequences, 1), samples.prompt_lengths, lengths)
     sampled = response_features(samples.states[1], samples.prompt_lengths, lengths)
     torch.testing.assert_close(sampled, again, atol=1e-5, rtol=1e-4)
 

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from rrlhf import sft as stage
 from rrlhf.config import Sft
 from rrlhf.language_models.models import load_base
+from rrlhf.language_models.text import Texts
 from rrlhf.policies.policy import PolicyTop
 from rrlhf.preferences.tables import write_table
+from rrlhf.types import Demonstration
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +39,8 @@ def data(tmp_path):
 
 def test_the_loss_counts_the_completion_and_its_end_only(model):
     language = load_base(model)
-    example = stage._example(language, [{"role": "user", "content": "Say 1"}], "one", model)
-    assert example.tokens[-1] == language.tokenizer.eos_token_id
+    example = stage._example(Texts(language, model), Demonstration([{"role": "user", "content": "Say 1"}], "one"))
+    assert example.tokens[-1] == language.end
     loss = stage._summed_loss(PolicyTop(language, None), [example], torch.device("cpu"))
     with torch.no_grad():
         logprobs = language.network(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
@@ -48,8 +50,9 @@ def test_the_loss_counts_the_completion_and_its_end_only(model):
 
 def test_padding_never_matters(model):
     language = load_base(model)
+    texts = Texts(language, model)
     short, long = (
-        stage._example(language, [{"role": "user", "content": text}], text, model) for text in ("a", "bcdefgh")
+        stage._example(texts, Demonstration([{"role": "user", "content": text}], text)) for text in ("a", "bcdefgh")
     )
     device = torch.device("cpu")
     policy = PolicyTop(language, None)
@@ -60,8 +63,17 @@ def test_padding_never_matters(model):
 def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
     rows = []
     stage.run(seed=0, model=model, sft=settings, data=data, out=tmp_path, log=rows.append)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[0] == {"step": 0, "cut_prompts": 0.0, "cut_responses": 0.0}
+    assert rows[-1]["loss"] < rows[1]["loss"]
+
+
+def test_a_demonstration_that_is_cut_teaches_no_end(model):
+    language = load_base(model)
+    said = Demonstration([{"role": "user", "content": "Say"}], "x" * model.response_tokens)
+    example = stage._example(Texts(language, model), said)
+    assert language.end not in example.tokens[example.prompt_length :]
+    assert len(example.tokens) - example.prompt_length == model.response_tokens
 
 
 def test_accumulated_gradients_train_the_same_model(model, settings, data, tmp_path):

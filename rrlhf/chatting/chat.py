@@ -10,7 +10,8 @@ import torch
 
 from rrlhf.config import Model, Params
 from rrlhf.hardware import device_kind
-from rrlhf.language_models.models import LanguageModel, decode, encode_prompt, load_model
+from rrlhf.language_models.models import LanguageModel, load_model, most_likely
+from rrlhf.language_models.text import Texts, decode
 from rrlhf.lineage.lookup import Lookup
 from rrlhf.reward_models.scoring import RewardModel, load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward
@@ -121,21 +122,14 @@ def _ensemble(lookup: Lookup, project: Project, speakers: Sequence[Speaker], nam
 
 def _response(speaker: Speaker, asked: list[Message], seed: int | None) -> Response:
     language, model = speaker.language, speaker.model
-    tokens = encode_prompt(language, asked, model)
+    texts = Texts(language, model)
+    tokens = texts.prompt(asked)
+    texts.told(speaker.name)
     if seed is not None:
         [sampled] = sample_in_batches(language, [tokens], model, batch_size=1, seed=seed, label="sampling")
         return sampled
-    entering, end = torch.tensor([tokens], device=language.device), language.tokenizer.eos_token_id
-    output = language.network.generate(
-        entering,
-        attention_mask=torch.ones_like(entering),
-        max_new_tokens=model.response_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    said: list[int] = output[0, len(tokens) :].tolist()
-    return Response(said, finished=said[-1:] == [end], logprob=0.0)
+    said = most_likely(language, tokens, model.response_tokens)
+    return Response(said, finished=said[-1] in language.ends, logprob=0.0)
 
 
 def _scores(ensemble: RewardModel | None, asked: list[Message], texts: Sequence[str]) -> list[Score | None]:

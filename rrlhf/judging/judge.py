@@ -99,7 +99,7 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
     answer: Answer = {
         "judgement": _judged(artifact, PairScores(chosen, rejected, model.heads.score_std.cpu(), prompts)),
         "left_out": len(labelled.rejected),
-        "cut": model.share_cut(texts),
+        "cut": model.cut["cut_responses"],
     }
     if labelled.subsets:
         wins = correct(mean_reward(chosen) - mean_reward(rejected))

@@ -1,8 +1,8 @@
 """Attention over rows of different lengths without work on padding, and the keys and values of a growing batch.
 
-While training, the tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a
-time, so only attention sees padding (`Place`, or `packed_attention` for transformers' layers). While sampling, keys and
-values are written into memory that was taken once.
+The tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a time, so only
+attention sees padding. While sampling, keys and values are written into memory that was taken once. Both reach a
+model's own layers as keywords that transformers hands down to its attention functions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 PACKED = "packed"  # name of the attention function below in transformers' registry
 
@@ -86,86 +87,6 @@ def groups(lengths: Tensor, tokens: int) -> list[Tensor]:
     return [torch.tensor(group, device=lengths.device) for group in found]
 
 
-class Asked(NamedTuple):
-    """Tokens whose log-probabilities are asked for."""
-
-    row: Tensor  # [asked] of the batch
-    step: Tensor  # [asked] of the response
-    token: Tensor  # [asked]
-    at: Tensor  # [asked] the packed token before it, which predicts it
-
-
-Turn = tuple[Tensor, Tensor]  # cosines and sines
-
-
-class Side(NamedTuple):
-    """Where the queries, or the keys and values, of packed tokens stand in a padded grid [batch, heads, width]."""
-
-    seats: Tensor  # [tokens * heads] in the flattened grid
-    source: Tensor  # [batch * heads * width] the packed row of each seat; any row on padding
-    positions: Tensor  # [batch, width]; 0 on padding
-    cosine: Tensor  # [tokens, 1, head width]
-    sine: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        row: Tensor,
-        column: Tensor,
-        position: Tensor,
-        batch: int,
-        heads: int,
-        turn: Turn,
-        shared: Tensor | None = None,
-    ) -> Side:
-        """Seat tokens at [row, column] of the grid; turn: their cosines and sines [tokens, head width].
-
-        shared: `source` of a packing whose rows share tokens, each of which then has many seats.
-        """
-        width = int(column.max()) + 1
-        head = torch.arange(heads)
-        seats = ((row[:, None] * heads + head) * width + column[:, None]).flatten()
-        if shared is None:
-            source = seats.new_zeros(batch * heads * width).index_copy_(0, seats, torch.arange(len(seats)))
-        else:
-            source = (shared.clamp(min=0).view(batch, 1, width) * heads + head[:, None]).flatten()
-        positions = position.new_zeros(batch, width)
-        positions[row, column] = position
-        return cls(seats, source, positions, turn[0][:, None], turn[1][:, None])
-
-    def seated(self, packed: Tensor, blocks: int) -> Tensor:
-        """Take [tokens, heads, head width] to [blocks, grid / blocks, head width]."""
-        return packed.flatten(0, 1).index_select(0, self.source).view(blocks, -1, packed.shape[-1])
-
-    def packed(self, grid: Tensor) -> Tensor:
-        """Take a grid to [tokens, heads, head width]."""
-        return grid.view(-1, grid.shape[-1]).index_select(0, self.seats).view(len(self.cosine), -1, grid.shape[-1])
-
-    def seated_or_zero(self, packed: Tensor, blocks: int) -> Tensor:
-        """Like `seated`, with zeros as padding: a gradient."""
-        grid = packed.new_zeros(len(self.source), packed.shape[-1]).index_copy_(0, self.seats, packed.flatten(0, 1))
-        return grid.view(blocks, -1, packed.shape[-1])
-
-
-class Place(NamedTuple):
-    """What a layer must know of a batch besides its states."""
-
-    keys: Side
-    queries: Side
-    asked: Tensor | None  # the packed tokens that are queries; None: all
-    bias: Tensor  # [blocks, queries, keys] 0 where a query may look, else -inf; a block is a row's group of heads
-
-    @classmethod
-    def of(cls, keys: Side, queries: Side, asked: Tensor | None, groups: int) -> Place:
-        """Let each query look at the keys of its row up to its own position."""
-        later = torch.arange(keys.positions.shape[1]) > queries.positions[..., None]  # [batch, queries, keys]
-        bias = torch.zeros(later.shape).masked_fill_(later, -torch.inf)
-        batch, asking, looked_at = bias.shape
-        shared = len(queries.source) // (batch * groups * asking)  # heads that share keys
-        every = bias[:, None, None].expand(batch, groups, shared, asking, looked_at)
-        return cls(keys, queries, asked, every.reshape(batch * groups, -1, looked_at))
-
-
 def register() -> None:
     """Tell transformers of `packed_attention` under the name PACKED."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -182,28 +103,46 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     packing: Packing | None = None,
+    age: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each packed row, causally; without a packing this is transformers' own "sdpa".
+    """Attend within each packed row, causally; or from one new token a row to those before it; or as "sdpa" does.
 
-    query, key, value: [1, heads, tokens, head width] packed; returns [1, tokens, heads, head width].
+    query, key, value: [1, heads, tokens, head width] packed. With `age`, [batch, keys], query is [batch, heads, 1, head
+    width], and age tells how many tokens of its row ago each key was; below 0 it is none of the row's.
+    Returns [1 or batch, tokens, heads, head width].
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    window: int | None = settings.get("sliding_window")
+    if age is not None:
+        seen = age >= 0 if window is None else (age >= 0) & (age < window)
+        return _one_query(query, key, value, seen, settings.get("scaling")), None
     if packing is None:
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return attended, None
     rows = (packing.grid(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
-    attended, _ = sdpa_attention_forward(module, *rows, None, **settings)
+    band = None if window is None or packing.width <= window else _band(packing.width, window, query.device)
+    attended, _ = sdpa_attention_forward(module, *rows, band, **settings)
     return packing.packed(attended), None
 
 
-class Cache:
-    """Keys and values of all layers for up to `capacity` tokens per row, as transformers' layers call it.
+def _one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float | None) -> Tensor:
+    """Attend from one token a row; the heads that share keys are one head's queries: keys need no copies."""
+    shared = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [batch, key heads, heads that share, width]
+    attended = scaled_dot_product_attention(shared, key, value, attn_mask=seen[:, None, None], scale=scaling)
+    return attended.view(len(query), 1, -1, value.shape[-1])
 
-    Keys lie transposed, a head's numbers for all tokens side by side: MKL multiplies a single query with them up to
-    seven times as fast.
-    """
+
+def _band(width: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys a query sees, itself and the window - 1 tokens before it, [1, 1, width, width]."""
+    at = torch.arange(width, device=device)
+    ago = at[:, None] - at
+    return ((ago >= 0) & (ago < window))[None, None]
+
+
+class Cache:
+    """Keys and values of all layers for up to `capacity` tokens per row, as transformers' layers call it."""
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.capacity = capacity
@@ -215,13 +154,19 @@ class Cache:
         """Append [batch, heads, tokens, head width] to a layer; return all that it holds."""
         start, end = self.filled[layer], self.filled[layer] + key.shape[2]
         self.filled[layer] = end
+        for store, states in (self.keys, key), (self.values, value):
+            memory = store[layer]
+            if memory is None:
+                memory = store[layer] = states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+            memory[:, :, start:end] = states
+        return self.held(layer)
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values so far, [batch, heads, tokens, head width]."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
-            keys = self.keys[layer] = key.new_empty(*key.shape[:2], key.shape[3], self.capacity)
-            values = self.values[layer] = value.new_empty(*value.shape[:2], self.capacity, value.shape[3])
-        keys[..., start:end] = key.transpose(2, 3)
-        values[:, :, start:end] = value
-        return keys[..., :end].transpose(2, 3), values[:, :, :end]
+            raise ValueError(f"the cache holds nothing of layer {layer}")
+        return keys[:, :, : self.filled[layer]], values[:, :, : self.filled[layer]]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but `rows`."""

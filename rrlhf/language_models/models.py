@@ -1,47 +1,49 @@
-"""Language models: where they come from, how text becomes tokens, and their layers run one range at a time.
-
-Running layers by range is what lets one pass through the frozen lower layers serve the policy, the reference, the
-value function and the reward features. It asks for a decoder of the Llama family's layout (`model.layers`,
-`model.rotary_emb`, `model.norm`, `lm_head`), which Llama, Mistral, Qwen and SmolLM share.
-"""
+"""Language models: where they come from, what of them is refused, and how they are saved."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from rrlhf.config import Model
+from rrlhf.files import sync, write
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.identity.memo import sha256
-from rrlhf.language_models.attention import PACKED, Packing, register
+from rrlhf.language_models.attention import PACKED, register
 from rrlhf.language_models.sources import base_location
-from rrlhf.language_models.trial import say_the_same, trial_tokens
-from rrlhf.types import Message
+from rrlhf.language_models.trial import LONG, refusal
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
 
+# Of a tokenizer that brings none.
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+CONVERTED = "converted.json"  # beside the weights of a GGUF file as plain tensors: their digests
 
 
 class LanguageModel(NamedTuple):
-    """A causal language model with its tokenizer."""
+    """A causal language model with its tokenizer. Its weights are float32 in memory."""
 
     network: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    dtype: torch.dtype = torch.float32  # of its weights when they are saved
 
     @property
     def layers(self) -> int:
@@ -52,6 +54,21 @@ class LanguageModel(NamedTuple):
     def device(self) -> torch.device:
         """Where its weights are."""
         return torch.device(self.network.device)
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response; the first is the one that the chat template writes."""
+        found: list[int] = self.network.generation_config.eos_token_id
+        return found
+
+    @property
+    def end(self) -> int:
+        """The token with which the chat template ends a response."""
+        return self.ends[0]
+
+
+class ModelError(ValueError):
+    """A model cannot be used as it is: every reason, a line each, and the way out."""
 
 
 def accelerator(model: Model) -> Accelerator:
@@ -84,18 +101,157 @@ def accumulated(
     yield parts[-1], contextlib.nullcontext()
 
 
-def load_base(model: Model) -> LanguageModel:
-    """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_base(model: Model, *, weights: bool = True) -> LanguageModel:
+    """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random.
 
+    weights: whether they are read; without them the model has shapes only. Raises ModelError when it cannot be used.
+    """
     if model.base.startswith("random:"):
-        return _random_model(model.base)
+        return _ready(_random_model(model.base), model.base, model)
     place = base_location(model)
     if isinstance(place, Path) and place.suffix == ".gguf":
-        return load_model(_converted(place))
-    options = {"revision": model.revision} if model.revision else {}
-    network = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
-    return _ready(LanguageModel(network, AutoTokenizer.from_pretrained(place, **options)), model.base)
+        place = _converted(place)
+    return _loaded(place, model.base, model, weights=weights)
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """Load a saved model folder. Raises ModelError when it cannot be used."""
+    return _loaded(folder, str(folder))
+
+
+def save_model(language: LanguageModel, folder: Path) -> None:
+    """Write a folder that transformers loads: safetensors weights, config and tokenizer.
+
+    The network's weights are given the dtype that they are saved in, in place: saving comes last.
+    """
+    language.network.to(language.dtype).save_pretrained(folder)
+    language.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
+    """Return the tokens of the response that takes the most likely token at every step, its end included."""
+    entering = torch.tensor([prompt], device=language.device)
+    output = language.network.generate(
+        entering,
+        attention_mask=torch.ones_like(entering),
+        max_new_tokens=response_tokens,
+        do_sample=False,
+        eos_token_id=language.ends,
+        pad_token_id=language.end,
+    )
+    said: list[int] = output[0, len(prompt) :].tolist()
+    return said
+
+
+def _loaded(place: Path | str, name: str, model: Model | None = None, *, weights: bool = True) -> LanguageModel:
+    """Load a folder or a hub id; model: the settings of which it is the base."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
+    is_local = isinstance(place, Path)
+    options: dict[str, Any] = {"local_files_only": True} if is_local or model is None else {"revision": model.revision}
+    if find_adapter_config_file(place, **options):
+        raise ModelError(
+            f"{name}: an adapter, not a model. Merge it into its base first, and name the folder with the result: "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), and the "
+            "tokenizer likewise"
+        )
+    stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
+    where = {} if weights else {"device_map": "meta"}
+    with _quiet():  # what transformers would report is refused below
+        network, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
+        )
+    if problems := [*_weight_problems(report)]:
+        raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
+    kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
+    return _ready(LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept), name, model)
+
+
+def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what transformers says about weights that it did not find, did not expect, or that have other shapes."""
+    mismatched = {each if isinstance(each, str) else each[0] for each in report.get("mismatched_keys", ())}
+    for names, what in (
+        (set(report.get("missing_keys", ())), "are not in its file, so they would be drawn at random"),
+        (set(report.get("unexpected_keys", ())), "are in its file and belong to no part of a causal language model"),
+        (mismatched, "have other shapes in its file than config.json says"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            yield f"weights {shown} {what}"
+    yield from (str(error) for error in report.get("error_msgs", ()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _ready(language: LanguageModel, name: str, model: Model | None = None) -> LanguageModel:
+    """Make a model ready to run by its layers; model: the settings of which it is the base."""
+    network, tokenizer, _ = language
+    network.eval()  # no stage wants dropout
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    problems = [*_tokenizer_problems(network, tokenizer)]
+    if model:
+        problems += _pin_date(tokenizer, date.fromisoformat(model.date))
+    tokens = model.prompt_tokens + model.response_tokens if model else LONG
+    if why := refusal(network.config, tokens):
+        problems.append(why)
+    if problems:
+        raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
+    network.generation_config.eos_token_id = _ends(network, tokenizer)
+    register()
+    network.set_attn_implementation(PACKED)
+    return language
+
+
+def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:
+    rows, last = network.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if last >= rows:
+        yield (
+            f"its tokenizer has ids up to {last}, its embeddings {rows} rows: call resize_token_embeddings, train the "
+            "new rows, and save the model again"
+        )
+    if tokenizer.eos_token_id is None:
+        yield "its tokenizer has no end-of-sequence token"
+
+
+def _pin_date(tokenizer: Any, day: date) -> list[str]:
+    """Have a chat template print this day instead of today's, in place: a prompt must not depend on the calendar."""
+    template = tokenizer.get_chat_template()  # of several by name, the one for chats
+    fixed = PRINTED_DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)
+    if "strftime_now(" in fixed:
+        return ["its chat template prints the time in a way that cannot be pinned; put a fixed date into the template"]
+    tokenizer.chat_template = fixed
+    return []
+
+
+def _ends(network: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response, first the one that the chat template writes behind it."""
+    listed = network.generation_config.eos_token_id
+    known = listed if isinstance(listed, list) else [listed]
+    written = _written_end(tokenizer)
+    return [*dict.fromkeys(end for end in (written, *known, tokenizer.eos_token_id) if end is not None)]
+
+
+def _written_end(tokenizer: Any) -> int | None:
+    """Return the first special token that the chat template writes behind a response; None where it writes none."""
+    said = "A plain answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
+    _, _, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next((token for token in tokens if token in special), None)
 
 
 def _converted(gguf: Path) -> Path:
@@ -103,144 +259,28 @@ def _converted(gguf: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrlhf" / "base"
-    folder = cache / sha256(gguf)
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as beside:
-        network = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        staged = Path(beside) / "model"
-        save_model(LanguageModel(network, tokenizer), staged)
-        with contextlib.suppress(OSError):  # another process was first
-            staged.rename(folder)
+    folder = cache / f"{sha256(gguf)}-{version('transformers')}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as beside:
+            network = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            staged = Path(beside) / "model"
+            save_model(LanguageModel(network, tokenizer), staged)
+            write(staged / CONVERTED, json.dumps(_digests(staged), indent=1))
+            for path in staged.iterdir():
+                sync(path)
+            with contextlib.suppress(OSError):  # another process was first
+                staged.rename(folder)
+    if json.loads((folder / CONVERTED).read_bytes()) != _digests(folder):
+        raise ModelError(f"{folder}: not what was made of {gguf.name}; to have it made again: rm -r {folder}")
     return folder
 
 
-def load_model(folder: Path) -> LanguageModel:
-    """Load a saved model folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return _ready(LanguageModel(network, tokenizer), str(folder))
-
-
-def save_model(language: LanguageModel, folder: Path) -> None:
-    """Write a folder that transformers loads: safetensors weights, config and tokenizer."""
-    language.network.save_pretrained(folder)
-    language.tokenizer.save_pretrained(folder)
-
-
-def encode_prompt(language: LanguageModel, prompt: list[Message], model: Model) -> list[int]:
-    """Return a prompt's tokens up to where the assistant begins, cut from the left to `model.prompt_tokens`.
-
-    Only the chat template may produce special tokens; what users wrote is encoded as plain text.
-    """
-    turns = list(prompt)
-    if not turns or turns[0]["role"] != "system":
-        turns = [Message(role="system", content=model.system_prompt), *turns]
-    marked = [Message(role=turn["role"], content=f"\ue000{i}\ue001") for i, turn in enumerate(turns)]
-    text = language.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    tokens: list[int] = []
-    for i, part in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-        is_content = i % 2 == 1
-        tokens += encode_text(language, turns[int(part)]["content"]) if is_content else _template_tokens(language, part)
-    return tokens[-model.prompt_tokens :]
-
-
-def encode_text(language: LanguageModel, text: str) -> list[int]:
-    """Return a text's tokens; nothing in it is read as a special token."""
-    encoded = language.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return list(encoded["input_ids"])
-
-
-def decode(language: LanguageModel, tokens: list[int]) -> str:
-    """Return the text of response tokens, without the end of sequence."""
-    return str(language.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
-
-def embed(network: Any, tokens: Tensor) -> Tensor:
-    """Return input embeddings [batch, tokens, width]."""
-    embedded: Tensor = network.model.embed_tokens(tokens)
-    return embedded
-
-
-def run_layers(
-    network: Any,
-    hidden: Tensor,
-    first: int,
-    last: int,
-    *,
-    positions: Tensor | None = None,
-    mask: Tensor | None = None,
-    cache: Any = None,
-    packing: Packing | None = None,
-) -> Tensor:
-    """Run decoder layers first..last-1 on hidden states [batch, tokens, width].
-
-    Without a mask, attention is causal: exact for rows padded on the right, and it keeps the fused kernel.
-    mask: [batch, 1, queries, keys], True where attention is allowed. packing: of hidden states [1, tokens, width].
-    """
-    layers = network.model.layers[first:last]
-    return through(layers, network.model.rotary_emb, hidden, positions, mask, cache, packing)
-
-
-def through(
-    layers: Any,
-    rotary: Any,
-    hidden: Tensor,
-    positions: Tensor | None,
-    mask: Any,
-    cache: Any,
-    packing: Packing | None = None,
-) -> Tensor:
-    """Run these decoder layers, as `run_layers` does."""
-    if positions is None:
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    rotation = rotary(hidden, position_ids=positions)
-    for layer in layers:
-        hidden = layer(
-            hidden,
-            attention_mask=mask,
-            position_embeddings=rotation,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            packing=packing,
-        )
-    return hidden
-
-
-def _template_tokens(language: LanguageModel, text: str) -> list[int]:
-    return list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@torch.no_grad()
-def _runs_by_range(network: Any) -> bool:
-    """Whether the layers, run one range at a time, give the network's own logits."""
-    body = getattr(network, "model", None)
-    if not all(hasattr(body, part) for part in ("layers", "rotary_emb", "norm")):
-        return False
-    tokens = trial_tokens(network)
-    hidden = run_layers(network, embed(network, tokens), 0, len(network.model.layers))
-    return say_the_same(network.lm_head(network.model.norm(hidden)), network(tokens).logits)
-
-
-def _ready(language: LanguageModel, name: str) -> LanguageModel:
-    network, tokenizer = language
-    network.eval()  # no stage wants dropout
-    register()
-    network.set_attn_implementation(PACKED)
-    if not _runs_by_range(network):
-        raise ValueError(f"{name}: a {network.config.model_type} model; rrlhf needs a decoder of the Llama family")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no end-of-sequence token")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return language
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CONVERTED}
 
 
 def _random_model(base: str) -> LanguageModel:
@@ -274,4 +314,4 @@ def _random_model(base: str) -> LanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = LlamaForCausalLM(config)
-    return _ready(LanguageModel(network, tokenizer), base)
+    return LanguageModel(network, tokenizer)

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rrlhf.config import Arm
-from rrlhf.language_models.models import LanguageModel, decode
+from rrlhf.language_models.models import LanguageModel
+from rrlhf.language_models.text import decode
 from rrlhf.policies.reward_functions import RewardFunction, metric_names
 from rrlhf.reward_models.scoring import RewardModel, read_by
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward

@@ -18,9 +18,7 @@ from torch import nn
 
 from rrlhf.advantages import has_critic
 from rrlhf.config import Ppo
-from rrlhf.environment import give_back_memory
 from rrlhf.language_models.adapters import adapt, without_adapters
-from rrlhf.language_models.decoding import NOTHING, LaidOut, quick_decoder
 from rrlhf.language_models.models import LanguageModel
 from rrlhf.policies.checkpoint import State, Trained, random_states, set_random_states
 from rrlhf.policies.health import Event
@@ -78,7 +76,6 @@ class Learner:
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
     functions: Sequence[RewardFunction]  # of the arm
-    laid_out: LaidOut = NOTHING  # the frozen weights as sampling reads them, kept from rollout to rollout
 
     @property
     def trained(self) -> Trained:
@@ -102,13 +99,8 @@ class Learner:
         return self.reward_layer is not None and self.boundary is not None and self.reward_layer <= self.boundary
 
     def sample(self, prompts: list[list[int]], response_tokens: int) -> Samples:
-        """Sample from the policy as it is, with the frozen weights as the rollout before laid them out."""
-        decoder = quick_decoder(self.language.network, len(prompts), self.laid_out)
-        samples = sample(self.language, prompts, response_tokens, self.generator, self.kept_layers, decoder)
-        self.laid_out = decoder.frozen if decoder else NOTHING
-        decoder = None  # its copies of what trains go back to the system, not into holes of the heap
-        give_back_memory()
-        return samples
+        """Sample from the policy as it is."""
+        return sample(self.language, prompts, response_tokens, self.generator, self.kept_layers)
 
 
 def prepare_learner(

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rrlhf.language_models.attention import Asked, Packing, groups
-from rrlhf.language_models.gradients import Gradients
-from rrlhf.language_models.models import LanguageModel, through
-from rrlhf.language_models.passes import Stack, fits, stands_in
+from rrlhf.language_models.attention import Packing, groups
+from rrlhf.language_models.layers import through
+from rrlhf.language_models.models import LanguageModel
 
 
 class Read(NamedTuple):
@@ -50,8 +49,6 @@ class PolicyTop(nn.Module):
         super().__init__()
         network = language.network
         self.first = first
-        self.gradients = Gradients()
-        self._plain = fits(network)
         self.embed = network.model.embed_tokens if first is None else None
         self.rotary = network.model.rotary_emb
         self.layers = network.model.layers[first or 0 :]
@@ -105,35 +102,16 @@ class PolicyTop(nn.Module):
     ) -> Read:
         packing = Packing.of(prompt_lengths + mask.sum(1))
         row, step = mask.nonzero(as_tuple=True)
-        asked = Asked(row, step, responses[mask], packing.flat(row, prompt_lengths[row] + step - 1))
-        below = None if layer is None else layer - (self.first or 0)
-        by_hand = self._plain and stands_in(self) and (below or 0) < len(self.layers)
-        read = self._by_hand if by_hand else self._by_modules
-        logprobs, final, states = read(packing.packed(entering), packing, asked, below)
+        hidden, below = packing.packed(entering), 0 if layer is None else layer - (self.first or 0)
+        hidden = hidden if self.embed is None else self.embed(hidden)
+        entered = through(self.layers[:below], self.rotary, hidden, packing=packing)
+        hidden = through(self.layers[below:], self.rotary, entered, packing=packing)
+        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
+        logprobs = -nn.functional.cross_entropy(self.unembed(final).float(), responses[mask], reduction="none")
         values = self.value(final).float().squeeze(-1)
         empty = torch.zeros(mask.shape, device=final.device)
-        entered = None if states is None else packing.grid(states)
-        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), entered)
-
-    def _by_hand(
-        self, entering: Tensor, packing: Packing, asked: Asked, layer: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        stack = Stack(self.embed, self.rotary, self.layers, self.norm, self.unembed, self.gradients)
-        logprobs, final, states = stack.read(entering[0], stack.places(packing, asked), asked.token, layer)
-        return logprobs, final, None if states is None else states[None]
-
-    def _by_modules(
-        self, entering: Tensor, packing: Packing, asked: Asked, layer: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        hidden, place = (
-            entering if self.embed is None else self.embed(entering),
-            (packing.positions, None, None, packing),
-        )
-        hidden = entered = through(self.layers[: layer or 0], self.rotary, hidden, *place)
-        hidden = through(self.layers[layer or 0 :], self.rotary, hidden, *place)
-        final = self.norm(hidden[0, asked.at])
-        logprobs = -nn.functional.cross_entropy(self.unembed(final).float(), asked.token, reduction="none")
-        return logprobs, final, None if layer is None else entered
+        states = None if layer is None else packing.grid(entered)
+        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
 
     def reference(self) -> PolicyTop:
         """Return a frozen copy: with what is shared below it is the reference policy."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from rrlhf.config import Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
-from rrlhf.language_models.models import LanguageModel, autocast, decode, encode_prompt, load_model
-from rrlhf.language_models.prefill import hidden_states
+from rrlhf.language_models.layers import hidden_states
+from rrlhf.language_models.models import LanguageModel, autocast, load_model
+from rrlhf.language_models.text import Texts, decode
 from rrlhf.policies.judgement import function_values
 from rrlhf.policies.policy import PolicyTop
 from rrlhf.policies.reward_functions import RewardFunction
@@ -22,12 +23,14 @@ from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
 from rrlhf.rollout import Response, response_features, sample_in_batches
+from rrlhf.types import Metrics
 
 
 class Judges(NamedTuple):
     """All that reads responses: the reference with its trunk, reward heads and functions, and the gold judge if any."""
 
     language: LanguageModel
+    texts: Texts  # of the reference
     top: PolicyTop  # the reference's layers above the trunk
     layer: int
     models: tuple[RewardModel, RewardModel]
@@ -43,6 +46,11 @@ class Judges(NamedTuple):
     def ensemble(self) -> RewardHeads:
         """The ensemble's heads."""
         return self.models[1].heads
+
+    def told(self) -> Metrics:
+        """Say on the terminal what was cut of prompts; return it with what reward models cut that read text."""
+        cut = [found for model in self.models for found in model.cut.values()]
+        return self.texts.told("evaluate") | ({"cut_responses": max(cut)} if cut else {})
 
 
 class Reading(NamedTuple):
@@ -79,7 +87,15 @@ def load_judges(
     models = (load_for_policy(reward, language.device), load_for_policy(ensemble, language.device))
     layer = shared_layer(models, reward)
     layer = language.layers if layer is None else layer
-    return Judges(language, PolicyTop(language, layer), layer, models, functions, GoldJudge(gold) if has_gold else None)
+    return Judges(
+        language,
+        Texts(language, model),
+        PolicyTop(language, layer),
+        layer,
+        models,
+        functions,
+        GoldJudge(gold) if has_gold else None,
+    )
 
 
 def sample_responses(
@@ -88,9 +104,8 @@ def sample_responses(
     """Sample `samples_per_prompt` responses of a policy to every prompt; those of one prompt lie side by side."""
     language = load_model(folder)
     language.network.to(device_kind(model.device))
-    prompts = [
-        encode_prompt(language, row["prompt"], model) for row in rows for _ in range(evaluate.samples_per_prompt)
-    ]
+    texts = Texts(language, model)
+    prompts = [texts.prompt(row["prompt"]) for row in rows for _ in range(evaluate.samples_per_prompt)]
     return sample_in_batches(
         language, prompts, model, batch_size=evaluate.batch_size, seed=seed, label=f"evaluate: sampling {name}"
     )
@@ -109,7 +124,7 @@ def read_responses(
     ):
         part = slice(start, start + evaluate.batch_size)
         with autocast(model):
-            logprob, pooled = _reference_pass(judges, asked[part], responses[part], model)
+            logprob, pooled = _reference_pass(judges, asked[part], responses[part])
         logprobs.append(logprob)
         features.append(pooled)
     pooled = torch.cat(features)
@@ -137,18 +152,17 @@ def repetition(text: str) -> float:
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
-def _reference_pass(judges: Judges, rows: Rows, responses: list[Response], model: Model) -> tuple[Tensor, Tensor]:
+def _reference_pass(judges: Judges, rows: Rows, responses: list[Response]) -> tuple[Tensor, Tensor]:
     """Return the reference's log-probability [batch] of each response, and the pooled trunk features."""
     language, device = judges.language, judges.language.device
-    prompts = [encode_prompt(language, row["prompt"], model) for row in rows]
+    prompts = [judges.texts.prompt(row["prompt"]) for row in rows]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     counts = torch.tensor([len(response.tokens) for response in responses], device=device)
     finished = torch.tensor([response.finished for response in responses], device=device)
     width = int(counts.max())
-    eos = language.tokenizer.eos_token_id
-    padded = torch.tensor([row.tokens + [eos] * (width - len(row.tokens)) for row in responses], device=device)
+    padded = torch.tensor([row.tokens + [language.end] * (width - len(row.tokens)) for row in responses], device=device)
     sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    states = hidden_states(language, sequences, judges.layer)
+    states = hidden_states(language.network, sequences, judges.layer)
     mask = torch.arange(width, device=device) < counts[:, None]
     logprobs, _ = judges.top(states, lengths, padded, mask)
     return logprobs.sum(1), response_features(states, lengths, counts - finished.long())

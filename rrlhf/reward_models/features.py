@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rrlhf.preferences.tables import preferences
 from rrlhf.reward_models.heads import Pairs
 from rrlhf.reward_models.trunk import Trunk
 from rrlhf.types import Message, Preference
@@ -59,6 +60,17 @@ def started(reward: Path) -> PairFeatures:
 def features_of(ensemble: Path, reward: Path) -> PairFeatures:
     """Return the features that an ensemble's heads read: its own, or those of the reward model that it stands on."""
     return PairFeatures.load(ensemble if (ensemble / FILE).exists() else reward)
+
+
+def read_pairs(trunk: Trunk, data: Path) -> tuple[list[Preference], list[Preference]]:
+    """Return the training and the held-out pairs of a data set, but for those that a trunk cannot tell apart.
+
+    Two responses that are the same when cut to what the trunk reads have one reward, whatever its heads learn.
+    """
+    train, heldout = (
+        trunk.texts.apart(preferences(data, name), trunk.texts.response) for name in ("preferences", "heldout")
+    )
+    return train, heldout
 
 
 def pair_features(

@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
 from rrlhf.language_models.adapters import copies_of
-from rrlhf.language_models.models import autocast, microbatches, run_layers
-from rrlhf.language_models.prefill import hidden_states
+from rrlhf.language_models.layers import hidden_states, run_layers
+from rrlhf.language_models.models import autocast, microbatches
 from rrlhf.reward_models.features import distinct, identity
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.objectives import PairLoss
@@ -80,7 +80,7 @@ class LowerStates:
 
     def _computed(self, index: Sequence[int]) -> Tensor:
         with autocast(self._trunk.model):
-            states = hidden_states(self._trunk.language, [self._rows[i].tokens for i in index], self._first)
+            states = hidden_states(self._trunk.language.network, [self._rows[i].tokens for i in index], self._first)
         return states.float()
 
 

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.language_models.models import encode_text
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE, Trunk, identity_of, load_trunk, trunk_layer
 from rrlhf.robust import Scores
-from rrlhf.types import Message
+from rrlhf.types import Message, Metrics
 
 
 class RewardModel(NamedTuple):
@@ -44,10 +43,11 @@ class RewardModel(NamedTuple):
         mean, std = self.heads.score(self.features(prompts, responses, batch_size, label))
         return Scores(mean.cpu(), std.cpu())
 
-    def share_cut(self, responses: Sequence[str]) -> float:
-        """Return the share of responses that are longer than the model reads."""
-        cut = [len(encode_text(t.language, text)) > t.model.response_tokens for t in self.trunks for text in responses]
-        return sum(cut) / len(cut)
+    @property
+    def cut(self) -> Metrics:
+        """The share of the prompts and of the responses so far that were cut to what the trunks read."""
+        each = [trunk.texts.cut for trunk in self.trunks]
+        return {kind: sum(shares[kind] for shares in each) / len(each) for kind in (each[0] if each else ())}
 
 
 def load_reward_model(folder: Path, shared_trunk: Path | None, device: torch.device | None = None) -> RewardModel:

@@ -21,17 +21,9 @@ from rrlhf.hardware import device_kind
 from rrlhf.identity.memo import sha256
 from rrlhf.language_models.adapters import WEIGHTS as ADAPTERS
 from rrlhf.language_models.adapters import copies_of, first_adapted, load_adapters, save_adapters
-from rrlhf.language_models.models import (
-    LanguageModel,
-    autocast,
-    encode_prompt,
-    encode_text,
-    load_base,
-    load_model,
-    run_layers,
-    save_model,
-)
-from rrlhf.language_models.prefill import hidden_states
+from rrlhf.language_models.layers import hidden_states, run_layers
+from rrlhf.language_models.models import LanguageModel, autocast, load_base, load_model, save_model
+from rrlhf.language_models.text import Texts
 from rrlhf.progress import track
 from rrlhf.rollout import response_features
 from rrlhf.types import Message
@@ -53,12 +45,12 @@ class Trunk(NamedTuple):
     language: LanguageModel
     layer: int
     model: Model  # token limits, system prompt, device and precision
+    texts: Texts  # as its tokenizer and chat template make tokens of them, within its limits
 
     def encode(self, prompt: list[Message], response: str) -> Encoded:
-        """Return tokens as this trunk's tokenizer and chat template make them, cut to its limits."""
-        asked = encode_prompt(self.language, prompt, self.model)
-        answer = encode_text(self.language, response)[: self.model.response_tokens]
-        return Encoded([*asked, *answer], len(asked))
+        """Return a prompt with its response as tokens."""
+        asked = self.texts.prompt(prompt)
+        return Encoded([*asked, *self.texts.response(response)], len(asked))
 
     def features(self, rows: Sequence[Encoded], batch_size: int, label: str = "") -> Tensor:
         """Return pooled features in the order of the rows, on the CPU: [rows, width], or [rows, adapters, width].
@@ -78,7 +70,7 @@ class Trunk(NamedTuple):
         network = self.language.network
         copies, first = copies_of(network), first_adapted(network, self.layer)
         with autocast(self.model):
-            states = hidden_states(self.language, [row.tokens for row in rows], first)
+            states = hidden_states(network, [row.tokens for row in rows], first)
             states = run_layers(network, expanded(states, copies), first, self.layer)
         return by_copy(response_features(states, prompts.repeat(copies), texts.repeat(copies)), copies)
 
@@ -113,7 +105,8 @@ def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
     if settings.layer > language.layers:
         raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
     language.network.to(device_kind(model.device)).requires_grad_(False)
-    return Trunk(language, settings.layer, _own(settings, model))
+    own = _own(settings, model)
+    return Trunk(language, settings.layer, own, Texts(language, own))
 
 
 def _own(settings: TrunkTraining, model: Model) -> Model:
@@ -155,7 +148,7 @@ def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = 
     model = Model.model_validate(described["model"])
     load_adapters(language.network, folder)
     language.network.to(device or device_kind(model.device)).requires_grad_(False)
-    return Trunk(language, int(described["layer"]), model)
+    return Trunk(language, int(described["layer"]), model, Texts(language, model))
 
 
 def trunk_layer(folder: Path) -> int:

@@ -24,19 +24,27 @@ from rrlhf.stages import arm_of
 from rrlhf.store.artifacts import CHECKPOINT, HISTORY
 from rrlhf.types import Log
 
+CUT = "cut_"  # begins the metric that says how much of a kind of text was cut (rrlhf/language_models/text.py)
 TRAINING = {"sft", "ppo", "dpo"}  # the stages that several processes share
 
 
 def execute(
-    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, launch: Launch, beside: int = 0
+    document: Document,
+    *,
+    inputs: Mapping[str, Path],
+    out: Path,
+    log: Log,
+    launch: Launch,
+    beside: int = 0,
+    max_cut: float = 1.0,
 ) -> None:
     """Run a stage into `out`, which may hold the checkpoint of an interrupted run; its rows go to history.jsonl.
 
     beside: how many other stages run at the same time and share the cores. Each then has a process of its own:
-    loading a model changes global state of transformers and torch.
+    loading a model changes global state of transformers and torch. max_cut: share of any kind of text that may be cut.
     """
     _keep_checkpoint(out)
-    recorded = _recorder(out / HISTORY, document["stage"], log)
+    recorded = _recorder(out / HISTORY, document["stage"], log, max_cut)
     processes = launch.processes if document["stage"] in TRAINING else 1
     if processes > 1 or beside:
         threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
@@ -92,7 +100,7 @@ def _keep_checkpoint(out: Path) -> None:
     (out / HISTORY).touch()
 
 
-def _recorder(history: Path, stage: str, log: Log) -> Log:
+def _recorder(history: Path, stage: str, log: Log, max_cut: float) -> Log:
     """Return a log that writes each row, with the seconds passed, before it hands it on.
 
     A resumed stage logs the rows before its checkpoint again: these keep their times, and the clock goes on from there.
@@ -107,6 +115,12 @@ def _recorder(history: Path, stage: str, log: Log) -> Log:
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"{stage}: {', '.join(bad)} at step {row.get('step')}; a smaller learning rate may help")
+        for name, share in row.items():
+            if name.startswith(CUT) and share > max_cut:
+                raise ValueError(
+                    f"{stage}: {share:.1%} of its {name.removeprefix(CUT)} are cut, where limits.max_cut allows "
+                    f"{max_cut:.1%}: raise prompt_tokens or response_tokens, shorten the texts, or raise limits.max_cut"
+                )
         seconds = before.pop(row.get("step"), None)
         if seconds is None:
             seconds = round(time.monotonic() - start, 2)

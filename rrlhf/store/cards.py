@@ -80,6 +80,7 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
         parents={name: digest for name, digest in inputs.items() if name != DATA},
         metrics={name: value for name, value in last_values(rows).items() if name not in CLOCKS},
         unit=unit,
+        cut=cut_in_words(last_values(rows)),
         health=in_words(rows) if "health" in params else "no detector watched it",
         made_with={**manifest["document"].get("numerics", {}), **manifest.get("hardware", {})},
         settings=settings,
@@ -119,6 +120,12 @@ def last_values(rows: Iterable[Metrics]) -> Metrics:
     for row in rows:
         last |= row
     return last
+
+
+def cut_in_words(metrics: Metrics) -> str:
+    """Say how much of each kind of text a stage cut to its token limits: "2.1 % of prompts"; nothing for none."""
+    shares = {name.removeprefix("cut_"): share for name, share in metrics.items() if name.startswith("cut_")}
+    return ", ".join(f"{100 * share:.1f} % of {kind}" for kind, share in shares.items() if share)
 
 
 def code(value: object) -> str:

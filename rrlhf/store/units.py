@@ -53,6 +53,7 @@ _REWARD = {
     "head_spread": NORMALISED,
     "head_std": NORMALISED,
 }
+CUT = {"cut_prompts": SHARE, "cut_responses": SHARE, "cut_pairs": SHARE}  # of every stage that reads texts
 _PAIRS = {
     "loss": "nats per pair; with `dpo.loss` `ipo` squared",
     "accuracy": SHARE,
@@ -73,7 +74,7 @@ UNITS = {
 
 def unit(stage: str, metric: str) -> str:
     """Return the unit of a metric that a stage logs; a dash where it has none."""
-    return UNITS.get(stage, {}).get(general(metric), NONE)
+    return (CUT | UNITS.get(stage, {})).get(general(metric), NONE)
 
 
 def general(metric: str) -> str:
