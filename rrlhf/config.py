@@ -64,6 +64,8 @@ class Prepare(Section):
     source: str
     format: Literal["written", "hh", "ultrafeedback", "rows"]
     revision: str | None
+    config: str | None
+    split: str | None
     limit: PositiveInt | None
     max_rejected: Share
     shares: Shares

@@ -195,6 +195,7 @@ def _project(profile: str, overrides: dict[str, Json]) -> Project:
     root = Path.cwd()
     project = Project(root, profile, load_params(root, profile, overrides))
     project.check_keys()
+    project.check_sources()
     return project
 
 
