@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -99,7 +100,9 @@ def pipeline(
     asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
     with noted(root, profile, overrides or {}, asked) as ran:
         project, pages = Project(root, profile, params), Pages(profile)
-        project.check_sources()
+        project.check_sources(fetch=True)
+        for note in project.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
         pages.plan(planned)

@@ -60,7 +60,7 @@ def sweep(
     params = load_params(root, profile, given)
     parts = parts_of(root, profile, given, points(grid or {}, params))
     for part in parts:
-        part.project.check_sources()
+        part.project.check_sources(fetch=True)
     with grouped(profile, params, parts) as (runs, parent):
         for run in runs:
             prepare(run.project.document(run.project.nodes[0], {}), run)

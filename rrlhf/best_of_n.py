@@ -19,7 +19,7 @@ from rrlhf.policies.candidates import choose, write_candidates
 from rrlhf.policies.judgement import Judgement, arm_reward, function_values
 from rrlhf.policies.reward_functions import load_functions
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.preferences.tables import prompts
+from rrlhf.preferences.tables import columns_of, read_table
 from rrlhf.progress import track
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
@@ -44,8 +44,10 @@ def run(
     samples = best_of_n.samples or n
     engine, language = accelerator(model), load_model(sft)
     language.network.to(engine.device).requires_grad_(False)
-    questions = prompts(data, "evaluate")
-    asked = [question for question in questions for _ in range(samples)]
+    questions = read_table(data, "evaluate")
+    functions = load_functions(arm.functions, columns_of(questions))
+    rows = [question for question in questions for _ in range(samples)]
+    asked = [row["prompt"] for row in rows]
     read = Texts(language, model)
     encoded = [read.prompt(question) for question in asked]
     log({"step": 0, **read.told("best of n")})
@@ -57,7 +59,7 @@ def run(
     layer = shared_layer(models, reward)
     judgement = judged(language, models, layer, encoded, responses, asked, texts, model, best_of_n.batch_size)
     tokens, ended = [response.tokens for response in responses], [response.finished for response in responses]
-    values = function_values(load_functions(arm.functions), asked, texts, tokens, ended)
+    values = function_values(functions, asked, texts, tokens, ended, columns_of(rows))
     judgement, finished = judgement._replace(functions=values), torch.tensor(ended)
     score = torch.where(finished, arm_reward(arm, engine)(judgement).cpu(), best_of_n.missing_eos_score)
     score = score.double().view(len(questions), samples)

@@ -42,6 +42,10 @@ def _preparation(params: Params) -> Iterator[Mistake]:
         yield ("prepare", "shares"), f"prepare.shares sum to {sum(shares.values()):g}, not to 1"
     if (params.prepare.source == "written") != (params.prepare.format == "written"):
         yield ("prepare", "format"), "prepare.source and prepare.format must be `written` together, or neither"
+    if params.prepare.source == "written":
+        for name in ("revision", "config", "split"):
+            if getattr(params.prepare, name) is not None:
+                yield ("prepare", name), f"prepare.{name} belongs to a hub data set; written tasks have none: set null"
 
 
 def _training(params: Params) -> Iterator[Mistake]:

@@ -77,6 +77,8 @@ class Prepare(Section):
     source: str
     format: Literal["written", "hh", "ultrafeedback", "rows"]
     revision: str | None
+    config: str | None
+    split: str | None
     limit: PositiveInt | None
     max_rejected: Share
     shares: Shares
@@ -136,6 +138,12 @@ class TrunkTraining(Section):
     trunk_pairs_per_batch: PositiveInt
     trunk_learning_rate: PositiveFloat
     trunk_max_grad_norm: PositiveFloat
+
+    def language_model(self, shared: Model) -> Model:
+        """Return the settings of the language model that these layers are of; shared: the one of all stages."""
+        given = {"prompt_tokens": self.prompt_tokens, "response_tokens": self.response_tokens}
+        own = {"base": self.base, "revision": self.revision} if self.base is not None else {}
+        return shared.model_copy(update=own | {name: limit for name, limit in given.items() if limit is not None})
 
 
 class Reward(HeadTraining, TrunkTraining):

@@ -35,8 +35,8 @@ from rrlhf.policies.guard import Guard
 from rrlhf.policies.health import EVENTS, DivergedError
 from rrlhf.policies.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.policies.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
-from rrlhf.policies.reward_functions import load_functions
-from rrlhf.preferences.tables import prompts
+from rrlhf.policies.reward_functions import NO_COLUMNS, Columns, load_functions
+from rrlhf.preferences.tables import columns_of, read_table
 from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, tokens_of
@@ -64,9 +64,10 @@ def run(
     """
     torch.manual_seed(arm.seed)
     engine = accelerator(model)
-    functions = load_functions(arm.functions)
+    rows = read_table(data, "ppo")
+    asked, columns = [row["prompt"] for row in rows], columns_of(rows)
+    functions = load_functions(arm.functions, columns)
     learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
-    asked = prompts(data, "ppo")
     texts = Texts(learner.language, model)
     encoded = [texts.prompt(prompt) for prompt in asked]
     cut = texts.told("ppo")
@@ -78,9 +79,9 @@ def run(
         course = resume(learner, checkpoints.newest())
         guard = Guard(learner, course, checkpoints, health, label)
         before = list(course.rows)
-        rows = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard)
+        steps = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard, columns)
         try:
-            for row in track(chain(before, rows), ppo.updates, label):
+            for row in track(chain(before, steps), ppo.updates, label):
                 log(cut | row)
         except Interrupted:
             guard.interrupted()
@@ -121,12 +122,14 @@ def train(
     course: Course,
     asked: Sequence[list[Message]] = (),
     guard: Guard | None = None,
+    columns: Columns = NO_COLUMNS,
 ) -> Iterator[Metrics]:
     """Alternate rollouts and optimisation; yield one row of metrics per rollout.
 
     encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own. course:
-    what lies behind the learner, to which its rows and responses are added. Ends before `ppo.updates` with the first
-    rollout whose KL is above `ppo.max_kl`, and does not train on it. Raises DivergedError as `guard` says.
+    what lies behind the learner, to which its rows and responses are added. columns: of the data, a value a prompt, for
+    reward functions. Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not
+    train on it. Raises DivergedError as `guard` says.
     """
     cursor = islice(_endless(len(encoded), seed), course.step * ppo.prompts_per_update, None)
     rank, processes = learner.engine.process_index, learner.engine.num_processes
@@ -137,7 +140,9 @@ def train(
         batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
         batch = [i for i in batch for _ in range(ppo.responses_per_prompt)]
         texts = [asked[i] for i in batch] if asked else []
-        rollout, judgement, sampled, metrics = collect(learner, [encoded[i] for i in batch], reward, model, ppo, texts)
+        told = {name: [values[i] for i in batch] for name, values in columns.items()}
+        tokens = [encoded[i] for i in batch]
+        rollout, judgement, sampled, metrics = collect(learner, tokens, reward, model, ppo, texts, told)
         course.kept += _kept(learner, course.step, batch, rollout, judgement, sampled)
         metrics = mean_over_processes(learner.engine, metrics)
         if ppo.max_kl is not None:
@@ -179,6 +184,7 @@ def collect(
     model: Model,
     ppo: Ppo,
     asked: Sequence[list[Message]] = (),
+    columns: Columns = NO_COLUMNS,
 ) -> tuple[Rollout, Judgement, Samples, Metrics]:
     """Sample responses, judge them, and turn scores into advantages."""
     boundary, layer = learner.boundary, learner.reward_layer
@@ -201,6 +207,7 @@ def collect(
         language=learner.language,
         asked=asked,
         functions=learner.functions,
+        columns=columns,
         microbatch_size=max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1),
     )
     score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)

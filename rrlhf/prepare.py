@@ -12,6 +12,8 @@ import hashlib
 import itertools
 import json
 import random
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +21,12 @@ from rrlhf.config import Gold, Model, Prepare
 from rrlhf.gold import GoldJudge
 from rrlhf.language_models.models import load_base
 from rrlhf.language_models.text import Texts, decode
-from rrlhf.preferences.data import load_preferences, split_by_prompt
+from rrlhf.preferences.data import Loaded, load_preferences, split_by_prompt
 from rrlhf.preferences.fingerprints import fingerprint, row_hash, write_hashes
-from rrlhf.preferences.tables import SCHEMAS, Rows, write_table
+from rrlhf.preferences.tables import SCHEMAS, SUMMARY, Rows, write_table
 from rrlhf.preferences.tasks import WritingTask, writing_tasks
 from rrlhf.rollout import sample_in_batches
-from rrlhf.types import Log, Message
+from rrlhf.types import Json, Log, Message
 
 
 class Answer(NamedTuple):
@@ -37,17 +39,22 @@ class Answer(NamedTuple):
 
 def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log: Log) -> None:
     """Write one parquet table per split, the hash of every row, and a summary."""
-    tables, summary = (
-        _written(seed, model, prepare, gold) if prepare.source == "written" else _human(seed, prepare, out)
-    )
+    told: dict[str, Json] = {}
+    if prepare.source == "written":
+        tables, summary = _written(seed, model, prepare, gold)
+    else:
+        loaded = _loaded(prepare)
+        tables, summary = _human(seed, prepare, loaded)
+        told = _write_rejected(loaded, out)
     for name, rows in tables.items():
         if not rows:
-            raise ValueError(f"prepare: no rows for {name}; raise prepare.shares.{name} or prepare.limit")
+            raise ValueError(_empty(name))
         write_table(out, name, rows)
     write_hashes(out, tables)
     summary |= {f"{name}_rows": len(rows) for name, rows in tables.items()}
     marks = {name: fingerprint(map(row_hash, rows)) for name, rows in tables.items()}
-    (out / "summary.json").write_text(json.dumps(summary | {"fingerprints": marks}, indent=1), encoding="utf-8")
+    text = json.dumps({**summary, **told, "fingerprints": marks}, indent=1)
+    (out / SUMMARY).write_text(text, encoding="utf-8")
     log({"step": 0, **summary})
 
 
@@ -55,6 +62,9 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
     tasks = sorted(writing_tasks(), key=lambda task: hashlib.sha256(f"{seed}:{task.text}".encode()).digest())
     tasks = tasks[: prepare.limit]
     split = split_by_prompt([_as_prompt(task) for task in tasks], prepare.shares.model_dump(), seed)
+    for name in prepare.shares.model_dump():
+        if name not in split:
+            raise ValueError(_empty(name))  # before the answers take their time
     answered = [task for task, name in zip(tasks, split, strict=True) if name in {"sft", "preferences", "heldout"}]
     answers = dict(zip(answered, _answers(answered, seed, model, prepare, gold), strict=True))
     tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
@@ -120,28 +130,52 @@ def _pairs(task: WritingTask, answers: list[Answer], flip_rate: float, noise: ra
     return rows
 
 
-def _human(seed: int, prepare: Prepare, out: Path) -> tuple[dict[str, Rows], dict[str, float]]:
-    loaded = load_preferences(
+def _loaded(prepare: Prepare) -> Loaded:
+    return load_preferences(
         prepare.source,
-        revision=prepare.revision,
         format=prepare.format,
         max_rejected=prepare.max_rejected,
         limit=prepare.limit,
+        revision=prepare.revision,
+        config=prepare.config,
+        split=prepare.split,
     )
+
+
+def _human(seed: int, prepare: Prepare, loaded: Loaded) -> tuple[dict[str, Rows], dict[str, float]]:
     split = split_by_prompt([pair.prompt for pair in loaded.preferences], prepare.shares.model_dump(), seed)
     tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
-    for pair, name in zip(loaded.preferences, split, strict=True):
+    for pair, columns, name in zip(loaded.preferences, loaded.columns, split, strict=True):
         if name == "sft":
             tables[name].append({"prompt": pair.prompt, "response": pair.chosen})
         elif name in {"ppo", "evaluate"}:
-            tables[name].append({"prompt": pair.prompt, "topic": None})
+            kept = json.dumps(columns, sort_keys=True) if columns else None
+            tables[name].append({"prompt": pair.prompt, "topic": None, "columns": kept})
         else:
             tables[name].append(
                 {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "flipped": None}
             )
+    return tables, {"rows": len(loaded.preferences), "rejected_rows": len(loaded.rejected)}
+
+
+def _write_rejected(loaded: Loaded, out: Path) -> dict[str, Json]:
+    """Write every rejected row with its rule, say how many there are, and return what else is told of the rows."""
     lines = [json.dumps(row._asdict()) + "\n" for row in loaded.rejected]
     (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
-    return tables, {"rows": len(loaded.preferences), "rejected_rows": len(loaded.rejected)}
+    counts = Counter(row.rule for row in loaded.rejected).most_common()
+    if counts:
+        total = len(loaded.rejected) + len(loaded.preferences)
+        by_rule = ", ".join(f"{count} {rule}" for rule, count in counts)
+        print(
+            f"prepare: {len(loaded.rejected)} of {total} rows are left out: {by_rule}; each stands in rejected.jsonl",
+            file=sys.stderr,
+        )
+    columns = sorted({name for columns in loaded.columns for name in columns})
+    return {"rejected": dict(counts), "columns": [*columns]}
+
+
+def _empty(name: str) -> str:
+    return f"prepare: no rows for {name}; raise prepare.shares.{name} or prepare.limit"
 
 
 def _as_prompt(task: WritingTask) -> list[Message]:

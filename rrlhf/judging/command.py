@@ -21,11 +21,16 @@ def evaluate_reward(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled pairs: .jsonl, .json, .csv or .parquet; left out, the model's held-out pairs."),
+        typer.Option(
+            help="Labelled pairs: a file, a folder or a pattern (docs/data.md); left out, the model's held-out pairs."
+        ),
     ] = None,
     format: Annotated[
         str,
-        typer.Option(help="rows (prompt, chosen, rejected), hh, ultrafeedback, or rewardbench (rows with a subset)."),
+        typer.Option(
+            help="rows (prompt, chosen, rejected), hh, ultrafeedback, or rewardbench (rows with a subset, of "
+            "RewardBench or RewardBench 2)."
+        ),
     ] = "rows",
     max_rejected: Annotated[float, typer.Option(min=0, max=1, help="Share of bad rows to leave out.")] = 0.0,
     perturb: Annotated[

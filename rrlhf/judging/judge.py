@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from rrlhf.config import Params
 from rrlhf.judging.content import RewardJudgement, Robustness, SubsetAccuracy
-from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers
+from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers, question_wins
 from rrlhf.lineage.lookup import Lookup
 from rrlhf.running.plan import Project
 from rrlhf.stages import DATA
@@ -34,6 +35,7 @@ class Answer(TypedDict):
 
     judgement: RewardJudgement
     left_out: NotRequired[int]  # bad rows of the file
+    questions: NotRequired[int]  # where some have several chosen or rejected responses
     cut: NotRequired[float]  # share of the responses that are longer than the model reads
     subsets: NotRequired[SubsetAccuracy]
     robustness: NotRequired[list[Robustness]]
@@ -84,17 +86,21 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
     import torch
 
     from rrlhf.hardware import device_kind
-    from rrlhf.judging.calibration import correct
     from rrlhf.judging.metrics import PairScores
     from rrlhf.judging.robustness import robustness
     from rrlhf.reward_models.scoring import load_reward_model
     from rrlhf.robust import Scores, mean_reward
 
     pairs, prompts = labelled.pairs, prompt_numbers(labelled.pairs)
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    responses = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    names = [json.dumps(response) for response in responses]
+    once = dict(zip(names, responses, strict=True))  # a response of a question with several stands in many pairs
+    texts = [text for _, text in once.values()]
     model = load_reward_model(artifact.path, sft, torch.device(device_kind(params.model.device)))
     score = partial(model.score, batch_size=params.reward.batch_size, label="scoring")
-    mean, std = score([pair.prompt for pair in pairs] * 2, texts)
+    scores = score([prompt for prompt, _ in once.values()], texts)
+    place = {name: i for i, name in enumerate(once)}
+    mean, std = (part[[place[name] for name in names]] for part in scores)
     chosen, rejected = Scores(mean[: len(pairs)], std[: len(pairs)]), Scores(mean[len(pairs) :], std[len(pairs) :])
     answer: Answer = {
         "judgement": _judged(artifact, PairScores(chosen, rejected, model.heads.score_std.cpu(), prompts)),
@@ -102,8 +108,11 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
         "cut": model.cut["cut_responses"],
     }
     if labelled.subsets:
-        wins = correct(mean_reward(chosen) - mean_reward(rejected))
-        answer["subsets"] = accuracy_by_subset(wins, labelled.subsets, prompts)
+        wins = question_wins(mean_reward(chosen) - mean_reward(rejected), labelled.questions)
+        asked = dict(zip(labelled.questions, prompts.tolist(), strict=True))
+        answer["subsets"] = accuracy_by_subset(wins, labelled.subsets, torch.tensor([*asked.values()]))
+    if len(set(labelled.questions)) < len(pairs):
+        answer["questions"] = len(set(labelled.questions))
     if perturb:
         answer["robustness"] = robustness(score, pairs, prompts, draws=perturb, seed=params.seed)
     return answer
@@ -136,7 +145,8 @@ def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> L
             "--perturb needs the texts of the held-out pairs, and the data set of this model is not that of profile "
             f"{project.profile}: name its --profile, or a file with --data"
         )
-    return LabelledPairs(HELDOUT, preferences(dataset.path, "heldout")[:limit], [], [])
+    pairs = preferences(dataset.path, "heldout")[:limit]
+    return LabelledPairs(HELDOUT, pairs, [*range(len(pairs))], [], [])
 
 
 def _of_profile(project: Project) -> Artifact:

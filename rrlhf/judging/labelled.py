@@ -1,18 +1,20 @@
-"""Labelled pairs to judge a reward model on, from a local file; in the format of RewardBench also by subset.
+"""Labelled questions to judge a reward model on, from local files; in the format of RewardBench also by subset.
 
-RewardBench (Lambert et al. 2024, arXiv 2403.13787) names a subset for every pair of a prompt, a chosen and a
-rejected response.
+RewardBench (Lambert et al. 2024, arXiv 2403.13787) names a subset for every pair of a chosen and a rejected response.
+RewardBench 2 (Malik et al. 2025, arXiv 2506.01937) asks about several responses at once, in lists.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.located import did_you_mean
-from rrlhf.preferences.data import Rejected, open_rows, refuse_repetition, require_columns
-from rrlhf.preferences.rows import FIXES, FORMATS, Format, RowError, plain_row, subset_of
+from rrlhf.located import ParamsError, did_you_mean
+from rrlhf.preferences.data import Place, Rejected, refuse_repetition
+from rrlhf.preferences.files import require_columns, rows_of, source_files
+from rrlhf.preferences.rows import FIXES, FORMATS, Format, Row, RowError, plain_row, subset_of
 from rrlhf.types import Preference
 
 if TYPE_CHECKING:
@@ -20,54 +22,90 @@ if TYPE_CHECKING:
 
     from rrlhf.judging.content import SubsetAccuracy
 
-PAIR_FORMATS = FORMATS | {"rewardbench": Format(("prompt", "chosen", "rejected", "subset"), plain_row, "filtered")}
+BENCH = "rewardbench"
+PAIR_FORMATS = FORMATS | {BENCH: Format(("prompt", "chosen", "rejected", "subset"), (), plain_row, "filtered")}
 MISTAKES_SHOWN = 50
 
 
 class LabelledPairs(NamedTuple):
-    """Pairs in the order of their file, the subset of each where the format has one, and the rows left out."""
+    """Pairs in the order of their files, which of them make up a question, its subset, and the rows left out."""
 
     source: str
     pairs: list[Preference]
-    subsets: list[str]  # empty, or one a pair
+    questions: list[int]  # of each pair, its question; one pair a question but for lists of responses
+    subsets: list[str]  # empty, or one a question
     rejected: list[Rejected]
 
 
-def load_pairs(file: Path, format: str, *, max_rejected: float, limit: int | None) -> LabelledPairs:
-    """Read the first `limit` good rows of a JSON Lines, JSON, CSV or Parquet file.
+def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | None) -> LabelledPairs:
+    """Read the first `limit` good rows of a file, a folder or the files that match a pattern.
 
-    Raises ValueError when the file cannot be read, lacks a column or holds no row, and with all mistakes at once (file,
-    line, rule) when more than the share `max_rejected` of the rows read is bad.
+    Raises ParamsError when there is no such file. Raises ValueError when one cannot be read, lacks a column or holds no
+    row, and with all mistakes at once (file, line, rule) when more than the share `max_rejected` of the rows is bad.
     """
     if format not in PAIR_FORMATS:
         raise ValueError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
+    try:
+        files = source_files(str(data))
+    except ValueError as error:
+        raise ParamsError(f"--data {error}") from None
     layout = PAIR_FORMATS[format]
-    name, rows = open_rows(str(file), None, layout)
-    loaded = LabelledPairs(name, [], [], [])
+    loaded = LabelledPairs(str(data), [], [], [], [])
     columns: dict[str, None] = {}
-    seen: dict[str, dict[str, int]] = {}  # by subset: one pair may stand in two
-    for line, row in rows:
+    seen: dict[str, dict[str, Place]] = {}  # by subset: one question may stand in two
+    rows = 0
+    for file, line, row in rows_of(files, layout):
         try:
             if isinstance(row, RowError):
                 raise row
             columns |= dict.fromkeys(row)
-            pair, _ = layout.read(row)
-            subset = subset_of(row) if "subset" in layout.fields else ""
-            refuse_repetition(pair, line, seen.setdefault(subset, {}))
+            pairs = _pairs(row, layout) if format == BENCH else [layout.read(row)]
+            subset = subset_of(row) if format == BENCH else ""
+            answers = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+            refuse_repetition(pairs[0].prompt, *answers, (file, line), seen.setdefault(subset, {}))
         except RowError as error:
-            loaded.rejected.append(Rejected(name, line, error.rule, error.detail))
+            loaded.rejected.append(Rejected(file, line, error.rule, error.detail))
             continue
-        loaded.pairs.append(pair)
-        if "subset" in layout.fields:
-            loaded.subsets.append(subset)
-        if len(loaded.pairs) == limit:
+        loaded.pairs.extend(pairs)
+        loaded.questions.extend([rows] * len(pairs))
+        loaded.subsets.extend([subset] if format == BENCH else [])
+        rows += 1
+        if rows == limit:
             break
     if columns:
-        require_columns(name, list(columns), layout)
-    _refuse_bad_rows(loaded, max_rejected)
+        require_columns(str(data), [*columns], layout)
+    _refuse_bad_rows(loaded, rows, max_rejected)
     return loaded
+
+
+def _pairs(row: Row, layout: Format) -> list[Preference]:
+    """Return every pair of a chosen and a rejected response of a row, which may list several of each."""
+    several = itertools.product(*(_several(row, name) for name in ("chosen", "rejected")))
+    return [layout.read({**row, "chosen": chosen, "rejected": rejected}) for chosen, rejected in several]
+
+
+def _several(row: Row, name: str) -> list[object]:
+    value = row.get(name)
+    if value == []:
+        raise RowError("empty", f"{name} has no response")
+    if isinstance(value, list) and all(isinstance(response, str) for response in value):
+        return value
+    return [value] if name in row else []
+
+
+def question_wins(margins: Tensor, questions: Sequence[int]) -> Tensor:
+    """Return how far each question was answered right, [questions]: 1 where every chosen response beats every other.
+
+    margins: [pairs], score of the chosen minus score of the rejected response. Where the best rejected responses tie
+    with the worst chosen one, each of them might be picked: 1 / (1 + their number), as RewardBench 2 counts.
+    """
+    import torch
+
+    index = torch.tensor(questions, device=margins.device)
+    count = int(index.max()) + 1
+    least = margins.new_full((count,), torch.inf).scatter_reduce(0, index, margins, "amin")
+    tied = torch.zeros(count, dtype=torch.double, device=margins.device).index_add(0, index, (margins == 0).double())
+    return (least > 0).double() + (least == 0).double() / (1 + tied)
 
 
 def prompt_numbers(pairs: Sequence[Preference]) -> Tensor:
@@ -81,7 +119,7 @@ def prompt_numbers(pairs: Sequence[Preference]) -> Tensor:
 
 
 def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) -> SubsetAccuracy:
-    """Return the accuracy of wins [pairs] (1, or 0.5 on a tie) on every subset, and the two ways to average it."""
+    """Return the accuracy of wins [questions] (1, or less on a tie) on every subset, and the two ways to average it."""
     import torch
 
     from rrlhf.judging.metrics import measured_share
@@ -100,12 +138,12 @@ def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) ->
     }
 
 
-def _refuse_bad_rows(loaded: LabelledPairs, max_rejected: float) -> None:
+def _refuse_bad_rows(loaded: LabelledPairs, rows: int, max_rejected: float) -> None:
     file = loaded.source
-    bad, total = loaded.rejected, len(loaded.rejected) + len(loaded.pairs)
+    bad, total = loaded.rejected, len(loaded.rejected) + rows
     if not total:
         raise ValueError(f"{file}: the file is empty: there is no row")
-    if loaded.pairs and len(bad) / total <= max_rejected:
+    if rows and len(bad) / total <= max_rejected:
         return
     shown = [f"{row.file}:{row.line}: {row.rule}: {row.detail}" for row in bad[:MISTAKES_SHOWN]]
     if len(bad) > len(shown):

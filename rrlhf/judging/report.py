@@ -64,6 +64,12 @@ def notes(report: RewardReport) -> Iterator[str]:
         yield f"{answer['left_out']} bad rows of the file were left out."
     if answer.get("cut"):
         yield f"{answer['cut']:.0%} of the responses are longer than the model reads, and were cut as in training."
+    if "questions" in answer:
+        yield (
+            f"{answer['questions']} questions, some with several responses: by subset, a question counts as right when "
+            "each chosen response scores above each rejected one; elsewhere every pair of them counts. RewardBench 2's "
+            "own score of its subset Ties weighs margins as well."
+        )
     if answer["judgement"]["prompts"] < 30:
         yield "Fewer than 30 prompts: the intervals are rough."
 

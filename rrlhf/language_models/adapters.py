@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 WEIGHTS = "adapters.safetensors"
 SHAPE = "adapters.json"
+MAPS = ("q_proj", "v_proj")  # that adapters stand beside
 
 
 class Adapted(nn.Module):
@@ -46,10 +47,17 @@ class Adapted(nn.Module):
         return self.base.weight + self.up[0] @ self.down[0]
 
 
+def can_adapt(network: Any) -> bool:
+    """Whether every layer has the maps that `adapt` puts adapters beside."""
+    return all(
+        isinstance(getattr(layer.self_attn, name, None), nn.Linear) for layer in network.model.layers for name in MAPS
+    )
+
+
 def adapt(network: Any, first: int, last: int, copies: int, rank: int) -> None:
     """Put K adapters beside the query and value maps of decoder layers first..last-1, in place."""
     for layer in network.model.layers[first:last]:
-        for name in ("q_proj", "v_proj"):
+        for name in MAPS:
             setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), copies, rank))
     network.adapted = {"first": first, "last": last, "copies": copies, "rank": rank}
 
@@ -125,7 +133,7 @@ def _detached(network: Any) -> list[Adapted]:
     """Put the frozen maps back in the place of the adapted ones, which are returned."""
     taken = adapters(network)
     for layer in network.model.layers:
-        for name in ("q_proj", "v_proj"):
+        for name in MAPS:
             module = getattr(layer.self_attn, name)
             if isinstance(module, Adapted):
                 setattr(layer.self_attn, name, module.base)

@@ -44,6 +44,7 @@ class LanguageModel(NamedTuple):
     network: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     dtype: torch.dtype = torch.float32  # of its weights when they are saved
+    notes: tuple[str, ...] = ()  # what a person should know of how it is used
 
     @property
     def layers(self) -> int:
@@ -101,17 +102,18 @@ def accumulated(
     yield parts[-1], contextlib.nullcontext()
 
 
-def load_base(model: Model, *, weights: bool = True) -> LanguageModel:
+def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> LanguageModel:
     """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random.
 
-    weights: whether they are read; without them the model has shapes only. Raises ModelError when it cannot be used.
+    weights: whether they are read; without them the model has shapes only. fetch: whether files of the hub that are not
+    here are downloaded. Raises ModelError when it cannot be used.
     """
     if model.base.startswith("random:"):
         return _ready(_random_model(model.base), model.base, model)
     place = base_location(model)
     if isinstance(place, Path) and place.suffix == ".gguf":
         place = _converted(place)
-    return _loaded(place, model.base, model, weights=weights)
+    return _loaded(place, model.base, model, weights=weights, fetch=fetch)
 
 
 def load_model(folder: Path) -> LanguageModel:
@@ -144,13 +146,16 @@ def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int
     return said
 
 
-def _loaded(place: Path | str, name: str, model: Model | None = None, *, weights: bool = True) -> LanguageModel:
+def _loaded(
+    place: Path | str, name: str, model: Model | None = None, *, weights: bool = True, fetch: bool = False
+) -> LanguageModel:
     """Load a folder or a hub id; model: the settings of which it is the base."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     is_local = isinstance(place, Path)
-    options: dict[str, Any] = {"local_files_only": True} if is_local or model is None else {"revision": model.revision}
+    options: dict[str, Any] = {"local_files_only": is_local or not fetch}
+    options |= {"revision": model.revision} if model and not is_local else {}
     if find_adapter_config_file(place, **options):
         raise ModelError(
             f"{name}: an adapter, not a model. Merge it into its base first, and name the folder with the result: "
@@ -163,10 +168,9 @@ def _loaded(place: Path | str, name: str, model: Model | None = None, *, weights
         network, report = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
         )
-    if problems := [*_weight_problems(report)]:
-        raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
     kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
-    return _ready(LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept), name, model)
+    language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
+    return _ready(language, name, model, [*_weight_problems(report)])
 
 
 def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
@@ -195,15 +199,23 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _ready(language: LanguageModel, name: str, model: Model | None = None) -> LanguageModel:
-    """Make a model ready to run by its layers; model: the settings of which it is the base."""
-    network, tokenizer, _ = language
+def _ready(
+    language: LanguageModel, name: str, model: Model | None = None, problems: Sequence[str] = ()
+) -> LanguageModel:
+    """Make a model ready to run by its layers; model: the settings of which it is the base.
+
+    Raises ModelError with these problems and all that it finds.
+    """
+    network, tokenizer, *_ = language
     network.eval()  # no stage wants dropout
+    notes = []
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
-    problems = [*_tokenizer_problems(network, tokenizer)]
-    if model:
+        notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
+    problems = [*problems, *_tokenizer_problems(network, tokenizer)]
+    if model and "strftime_now(" in tokenizer.get_chat_template():
         problems += _pin_date(tokenizer, date.fromisoformat(model.date))
+        notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
     tokens = model.prompt_tokens + model.response_tokens if model else LONG
     if why := refusal(network.config, tokens):
         problems.append(why)
@@ -212,7 +224,7 @@ def _ready(language: LanguageModel, name: str, model: Model | None = None) -> La
     network.generation_config.eos_token_id = _ends(network, tokenizer)
     register()
     network.set_attn_implementation(PACKED)
-    return language
+    return language._replace(notes=tuple(notes))
 
 
 def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 from rrlhf.config import Model, Prepare, TrunkTraining
 from rrlhf.identity.memo import Memo
 from rrlhf.located import ParamsError
+from rrlhf.preferences.files import is_hub_id, source_files
 from rrlhf.stages import Node
+
+SECONDS_TO_ANSWER = 4.0  # of the hub, for an error that names what a branch stands for
 
 
 def external_digests(node: Node, memo: Memo) -> dict[str, str]:
@@ -21,8 +28,7 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
     trunk = node.sections.get("trunk", node.sections.get("reward"))
     if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:
-        own = cast(Model, node.sections["model"]).model_copy(update={"base": trunk.base, "revision": trunk.revision})
-        found["base"] = base_digest(own, memo, "reward")
+        found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
     if node.stage == "prepare":
         found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
     return found
@@ -41,33 +47,88 @@ def base_location(model: Model, section: str = "model") -> Path | str:
         return path
     if base.count("/") != 1 or base.endswith(".gguf") or base.startswith((".", "/", "~")):
         raise ParamsError(f"{section}.base {base!r}: no such file or folder, and not a hub id (owner/name)")
-    if model.revision is None:
-        raise ParamsError(
-            f"{section}.base {base!r} is a hub id: give its commit in {section}.revision, or runs cannot be repeated"
-        )
+    pinned_commit(base, model.revision, setting=f"{section}.revision", kind="model")
     return base
 
 
 def base_digest(model: Model, memo: Memo, section: str = "model") -> str:
     """Return what identifies the base model's content."""
     if model.base.startswith("random:"):
+        if not re.fullmatch(r"random:[1-9]\d*x[1-9]\d*", model.base):
+            raise ParamsError(f"{section}.base {model.base!r}: write random:LAYERSxWIDTH, for example random:2x32")
         return model.base
     place = base_location(model, section)
     return f"hub:{place}@{model.revision}" if isinstance(place, str) else _digest(place, memo)
 
 
 def source_digest(prepare: Prepare, memo: Memo) -> str:
-    """Return what identifies the source data's content."""
-    if prepare.source == "written":
+    """Return what identifies the source data's content. Raises ParamsError when it cannot be had."""
+    source = prepare.source
+    if source == "written":
         return "written"
-    path = Path(prepare.source).expanduser()
-    if path.exists():
-        return _digest(path, memo)
-    if prepare.source.count("/") != 1 or path.suffix:
-        raise ParamsError(f"prepare.source {prepare.source!r}: no such file, and not a hub id (owner/name)")
-    if prepare.revision is None:
-        raise ParamsError(f"prepare.source {prepare.source!r} is a hub id: name its commit in prepare.revision")
-    return f"hub:{prepare.source}@{prepare.revision}"
+    if is_hub_id(source):
+        return f"hub:{source}@{pinned_commit(source, prepare.revision, setting='prepare.revision', kind='dataset')}"
+    try:
+        files = source_files(source)
+    except ValueError as error:
+        raise ParamsError(f"prepare.source {error}") from None
+    of_the_hub = [name for name in ("revision", "config", "split") if getattr(prepare, name) is not None]
+    if of_the_hub:
+        told = [
+            f"prepare.{name} belongs to a hub data set, and {source} lies here: set it to null" for name in of_the_hub
+        ]
+        raise ParamsError("\n".join(told))
+    if len(files) == 1 and Path(source).expanduser().is_file():
+        return _digest(files[0], memo)
+    return _files_digest(files, Path(os.path.commonpath([path.parent for path in files])), memo)
+
+
+def pinned_commit(repo: str, revision: str | None, *, setting: str, kind: Literal["model", "dataset"]) -> str:
+    """Return the commit that a setting names for a repository on the hub.
+
+    A branch or a tag moves, and then the same settings give another result. Raises ParamsError with what it stands for
+    now, where the hub answers soon, and else with how to find that.
+    """
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}/commits/{revision or 'main'}"
+    if revision is None:
+        raise ParamsError(
+            f"{repo!r}: no such file or folder. If it is a hub id, give its commit in {setting} ({page}): what is not "
+            "pinned cannot be reproduced"
+        )
+    found = _looked_up(repo, revision, kind)
+    way_out = f"{revision} is now {found.commit}: write that" if found.commit else f"{found.fault}; see {page}"
+    raise ParamsError(f"{setting} {revision!r} is no commit of {repo}, 40 hex digits: {way_out}")
+
+
+class _Found(NamedTuple):
+    commit: str | None
+    fault: str = ""
+
+
+@cache
+def _looked_up(repo: str, revision: str, kind: str) -> _Found:
+    """Ask the hub for the commit that a branch or a tag stands for."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    pool = ThreadPoolExecutor(1)
+    asked = pool.submit(HfApi().repo_info, repo, revision=revision, repo_type=kind, timeout=SECONDS_TO_ANSWER)
+    pool.shutdown(wait=False)
+    try:
+        error = asked.exception(SECONDS_TO_ANSWER)
+    except TimeoutError:
+        error = TimeoutError(f"no answer in {SECONDS_TO_ANSWER:g} s")
+    if isinstance(error, RevisionNotFoundError):
+        return _Found(None, "the hub has no such revision of it")
+    if isinstance(error, RepositoryNotFoundError):
+        return _Found(None, f"the hub has no such {kind}, or none for you")
+    if error:
+        return _Found(None, f"the hub was asked in vain what it stands for ({str(error).splitlines()[0]})")
+    return _Found(asked.result().sha)
 
 
 def _packaged(base: str, section: str) -> Path:
@@ -86,7 +147,13 @@ def _packaged(base: str, section: str) -> Path:
 
 
 def _digest(path: Path, memo: Memo) -> str:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    lines = [f"{memo.sha256(p)}  {p.relative_to(path) if path.is_dir() else ''}\n" for p in files]
+    if path.is_dir():
+        return _files_digest([found for found in path.rglob("*") if found.is_file()], path, memo)
+    return _files_digest([path], path, memo)
+
+
+def _files_digest(files: Iterable[Path], root: Path, memo: Memo) -> str:
+    """Return a digest of files, and of where they lie below `root`; of `root` itself it is none of its name."""
+    lines = [f"{memo.sha256(path)}  {path.relative_to(root) if path != root else ''}\n" for path in sorted(files)]
     memo.save()
     return hashlib.sha256("".join(lines).encode()).hexdigest()

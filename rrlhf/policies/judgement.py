@@ -13,7 +13,7 @@ from torch import Tensor
 from rrlhf.config import Arm
 from rrlhf.language_models.models import LanguageModel
 from rrlhf.language_models.text import decode
-from rrlhf.policies.reward_functions import RewardFunction, metric_names
+from rrlhf.policies.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.reward_models.scoring import RewardModel, read_by
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.rollout import Samples, response_features, text_lengths
@@ -58,9 +58,10 @@ def function_values(
     responses: Sequence[str],
     tokens: Sequence[list[int]],
     finished: Sequence[bool],
+    columns: Columns,
 ) -> dict[str, Tensor]:
     """Return every function's value [responses] for each response, on the CPU, by import path."""
-    return {each.path: torch.tensor(each.values(prompts, responses, tokens, finished)) for each in functions}
+    return {each.path: torch.tensor(each.values(prompts, responses, tokens, finished, columns)) for each in functions}
 
 
 def judge(
@@ -73,11 +74,12 @@ def judge(
     asked: Sequence[list[Message]],
     microbatch_size: int,
     functions: Sequence[RewardFunction] = (),
+    columns: Columns = NO_COLUMNS,
 ) -> Judgement:
     """Score the responses, from a pass of the SFT model's layers where reward heads read those, else from their text.
 
     states: [batch, tokens, width] at the reward heads' layer, padded on the right; None: no model reads them.
-    In a distributed launch the functions see this process's responses only.
+    columns: of the data, a value per response. In a distributed launch the functions see this process's responses only.
     """
     pooled = None
     if states is not None:
@@ -87,7 +89,7 @@ def judge(
     tokens = samples.lists() if reads_text else []
     texts = [decode(language, row) for row in tokens]
     alone, several = read_by(models, pooled, asked, texts, microbatch_size)
-    values = function_values(functions, asked, texts, tokens, samples.finished.tolist())
+    values = function_values(functions, asked, texts, tokens, samples.finished.tolist(), columns)
     proxy = alone.mean[:, 0]
     return Judgement(proxy, several, {path: value.to(proxy.device) for path, value in values.items()})
 

@@ -17,7 +17,7 @@ from rrlhf.language_models.text import Texts, decode
 from rrlhf.policies.judgement import function_values
 from rrlhf.policies.policy import PolicyTop
 from rrlhf.policies.reward_functions import RewardFunction
-from rrlhf.preferences.tables import Rows
+from rrlhf.preferences.tables import Rows, columns_of
 from rrlhf.progress import track
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
@@ -134,13 +134,14 @@ def read_responses(
     prompts = [row["prompt"] for row in asked]
     single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
     gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
+    tokens, columns = [response.tokens for response in responses], columns_of(asked)
     return Reading(
         texts=texts,
         finished=finished,
         kl=own - torch.cat(logprobs).cpu(),
         proxy=single.mean[:, 0].cpu(),
         scores=Scores(scores.mean.cpu(), scores.std.cpu()),
-        functions=function_values(judges.functions, prompts, texts, [row.tokens for row in responses], finished),
+        functions=function_values(judges.functions, prompts, texts, tokens, finished, columns),
         gold=torch.tensor(gold) if gold is not None else None,
         per_prompt=per_prompt,
     )

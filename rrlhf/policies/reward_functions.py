@@ -7,23 +7,29 @@ keywords, and one number per response in return.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rrlhf.identity.sourcecode import code_behind
 from rrlhf.located import ParamsError, did_you_mean
-from rrlhf.types import Message
+from rrlhf.types import Json, Message
 
-# What a function may ask for. `prompts`: lists of messages; `completions`: lists of one message, the response;
-# `completion_ids`: its tokens, the end of sequence included; `finished`: whether it came to an end by itself.
+# What a function may ask for besides columns of the data. `prompts`: lists of messages; `completions`: lists of one
+# message, the response; `completion_ids`: its tokens, the end of sequence included; `finished`: whether it came to an
+# end by itself.
 OFFERED = ("prompts", "completions", "completion_ids", "finished")
 LONGEST = 60  # characters of a response in an error
+
+Columns = Mapping[str, Sequence[Json]]  # what the data's rows have beside those of their format, a value per response
+NO_COLUMNS: Columns = MappingProxyType({})
 
 
 class RewardFunction(NamedTuple):
@@ -31,7 +37,8 @@ class RewardFunction(NamedTuple):
 
     path: str  # "module:function"
     call: Callable[..., object]
-    takes: tuple[str, ...]  # which of OFFERED
+    takes: tuple[str, ...] | None  # names of its arguments; None: whatever there is
+    needs: tuple[str, ...]  # columns of the data that it cannot do without
 
     def values(
         self,
@@ -39,25 +46,33 @@ class RewardFunction(NamedTuple):
         responses: Sequence[str],
         tokens: Sequence[list[int]],
         finished: Sequence[bool],
+        columns: Columns = NO_COLUMNS,
     ) -> list[float]:
         """Return one number per response; None, "not applicable", counts as 0, as in TRL's sum.
 
-        A coroutine function is awaited. Raises ValueError, with the function's name, when it fails or returns
+        columns: a value per response, as TRL hands on the columns of its data; a name that is offered anyway is not. A
+        coroutine function is awaited. Raises ValueError, with the function's name, when it fails or returns
         anything else.
         """
-        offered = {
+        offered: dict[str, object] = {
+            name: copy.deepcopy([*values]) for name, values in columns.items() if self._takes(name)
+        }
+        offered |= {
             "prompts": [[Message(**turn) for turn in prompt] for prompt in prompts],  # its own, to do with as it likes
             "completions": [[Message(role="assistant", content=text)] for text in responses],
             "completion_ids": [[*ids] for ids in tokens],
             "finished": [*finished],
         }
         try:
-            returned = self.call(**{name: offered[name] for name in self.takes})
+            returned = self.call(**{name: values for name, values in offered.items() if self._takes(name)})
             if inspect.iscoroutine(returned):
                 returned = asyncio.run(returned)
         except Exception as error:
             raise ValueError(f"reward function {self.path} raised {_in_words(error)}") from error
         return self._checked(returned, responses)
+
+    def _takes(self, name: str) -> bool:
+        return self.takes is None or name in self.takes
 
     def _checked(self, returned: object, responses: Sequence[str]) -> list[float]:
         listed = returned.tolist() if hasattr(returned, "tolist") else returned  # a tensor or an array
@@ -78,16 +93,16 @@ class RewardFunction(NamedTuple):
         return values
 
 
-def load_functions(paths: Iterable[str]) -> list[RewardFunction]:
+def load_functions(paths: Iterable[str], columns: Collection[str] | None = None) -> list[RewardFunction]:
     """Import the functions, each once, in the order of their paths; the project's folder can be imported from.
 
-    Raises ParamsError with every mistake: no such module or function, an import that fails, an argument that no
-    response has.
+    columns: of the data; None: not known yet. Raises ParamsError with every mistake: no such module or function, an
+    import that fails, an argument that neither a response nor the data has.
     """
     found, mistakes = [], []
     for path in sorted(set(paths)):
         try:
-            found.append(_load(path))
+            found.append(_load(path, columns))
         except ParamsError as error:
             mistakes.append(f"reward function {path}: {error}")
     if mistakes:
@@ -105,7 +120,7 @@ def metric_names(paths: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _load(path: str) -> RewardFunction:
+def _load(path: str, columns: Collection[str] | None) -> RewardFunction:
     name, _, wanted = path.partition(":")
     code_behind(name, Path.cwd())  # what is imported now is what keys will name
     try:
@@ -118,21 +133,26 @@ def _load(path: str) -> RewardFunction:
     call = getattr(module, wanted)
     if not callable(call):
         raise ParamsError(f"{wanted} is {type(call).__name__}, not a function")
-    return RewardFunction(path, call, _taken(call))
+    takes, needs = _arguments(call)
+    if columns is not None and (missing := [name for name in needs if name not in columns]):
+        there = f"the columns {', '.join(sorted(columns))}" if columns else "no columns beside those of its format"
+        raise ParamsError(f"it needs {', '.join(missing)}; there are {', '.join(OFFERED)}, and the data has {there}")
+    return RewardFunction(path, call, takes, needs)
 
 
-def _taken(call: Callable[..., object]) -> tuple[str, ...]:
-    """Return which of OFFERED a function takes."""
+def _arguments(call: Callable[..., object]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return which names a function takes (None: all), and those without which it cannot be called but a column has."""
     try:
         parameters = inspect.signature(call).parameters.values()
     except ValueError:
         raise ParamsError("it does not tell its arguments; wrap it in a function of yours") from None
-    by_name = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+    by_name = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     variable = {each.kind for each in parameters} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    needed = {each.name for each in parameters if each.default is each.empty and each.kind not in variable}
-    if missing := sorted(needed - (by_name & set(OFFERED))):
-        raise ParamsError(f"it needs {', '.join(missing)}; there are {', '.join(OFFERED)}, by name")
-    return OFFERED if inspect.Parameter.VAR_KEYWORD in variable else tuple(n for n in OFFERED if n in by_name)
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in variable]
+    if nameless := [name for name in needed if name not in by_name]:
+        raise ParamsError(f"it needs {', '.join(nameless)} by position; all that there is comes by name")
+    takes = None if inspect.Parameter.VAR_KEYWORD in variable else tuple(by_name)
+    return takes, tuple(name for name in needed if name not in OFFERED)
 
 
 def _number(value: object) -> float:

@@ -16,32 +16,41 @@ from typing import NamedTuple
 from rrlhf.types import Message, Preference
 
 Row = Mapping[str, object]
-Scores = tuple[float, float]  # of chosen, of rejected
 
 MAX_CHARACTERS = 200_000  # of one field
 
 FIXES = {  # every rule, and what to do about the rows that break it
     "not_utf8": "save the file as UTF-8",
     "bad_json": "write one JSON object per line",
-    "bad_csv": "give every row as many cells as the header, and quote cells that hold commas or line breaks",
+    "bad_csv": "give every row as many cells as the header, and quote cells that hold the delimiter or line breaks",
     "not_an_object": 'write each row as an object: {"prompt": ..., "chosen": ..., "rejected": ...}',
     "missing_field": "give every row all fields of its format",
-    "wrong_type": "write texts as strings and scores as numbers",
+    "no_prompt": "give the row a prompt, or write chosen and rejected as whole dialogues",
+    "wrong_type": "write texts as strings or lists of messages, and scores as numbers",
+    "not_text": "delete the row: only text is read, no images, sounds, tools or reasoning beside it",
     "empty": "fill in the text or delete the row",
     "too_long": f"shorten the text to {MAX_CHARACTERS:,} characters",
     "control_characters": "remove NUL characters and lone surrogates",
     "role_order": "let user and assistant take turns, after at most one system turn",
     "no_final_assistant_turn": "end both dialogues with the response of the assistant",
-    "prompts_differ": "let the two dialogues differ in their last turn only",
+    "not_one_response": "let chosen and rejected be one turn of the assistant each, or whole dialogues",
+    "prompts_differ": "let both dialogues have the same turns before the last, those of prompt and system",
     "score_not_finite": "write scores as finite numbers",
+    "score_contradicts_label": "turn the label, correct the scores or delete the row",
+    "score_tie": "delete the row: its scores state no preference",
     "chosen_equals_rejected": "delete the row: it states no preference",
     "duplicate": "delete the repetition",
     "conflicting_label": "decide which response is better and delete the other row",
 }
 
+SCORES = ("score_chosen", "score_rejected")
+NOT_READ = ("tools", "images", "image", "videos", "video", "audios", "audio")  # columns that change what is asked
+NOT_READ_IN_A_TURN = ("tool_calls", "reasoning_content", "thinking", "images")
+
 _CONTROL = re.compile("[\0\ud800-\udfff]")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class RowError(Exception):
@@ -53,45 +62,61 @@ class RowError(Exception):
 
 
 class Format(NamedTuple):
-    """How a source writes its rows: the fields that it must have, how a row is read, and its split on the hub."""
+    """How a source writes its rows."""
 
-    fields: tuple[str, ...]
-    read: Callable[[Row], tuple[Preference, Scores | None]]
-    split: str
+    needed: tuple[str, ...]  # columns that every row has
+    optional: tuple[str, ...]  # columns that are read where they are; what a row has beside these is handed on
+    read: Callable[[Row], Preference]
+    split: str  # on the hub, unless a split is named
 
 
-def hh_row(row: Row) -> tuple[Preference, None]:
+class _Side(NamedTuple):
+    """One of the two responses, and the whole dialogue that it ends, where it is written as one."""
+
+    dialogue: list[Message] | None
+    response: str
+
+
+def hh_row(row: Row) -> Preference:
     """Read two full dialogues in the notation of Bai et al. 2022 (arXiv 2204.05862)."""
-    return _common_prompt(_hh_dialogue(row, "chosen"), _hh_dialogue(row, "rejected")), None
+    chosen, rejected = _hh_dialogue(row, "chosen"), _hh_dialogue(row, "rejected")
+    return _distinct(_shared(chosen, rejected), chosen[-1]["content"], rejected[-1]["content"])
 
 
-def ultrafeedback_row(row: Row) -> tuple[Preference, Scores]:
-    """Read two full message lists and their scores; field `prompt` must be one of the user's turns."""
-    asked = _text(_field(row, "prompt"), "prompt")
-    preference = _common_prompt(_dialogue(row, "chosen"), _dialogue(row, "rejected"))
-    turns = [normalised(turn["content"]) for turn in preference.prompt if turn["role"] == "user"]
-    if normalised(asked) not in turns:
-        raise RowError("prompts_differ", f"prompt {reprlib.repr(asked)} is no user turn of chosen")
-    return preference, (_score(row, "score_chosen"), _score(row, "score_rejected"))
+def plain_row(row: Row) -> Preference:
+    """Read a prompt and two responses, each as text or as messages, or two dialogues that share all but the last turn.
+
+    Where a row says something twice (a prompt before whole dialogues, a system turn in a column of its own, scores
+    beside the label), the two must agree.
+    """
+    _refuse_what_is_not_read(row, NOT_READ, "the row")
+    chosen, rejected = _side(row, "chosen"), _side(row, "rejected")
+    prompt = _with_system(row, _prompt(row, _before(chosen, rejected)))
+    preference = _distinct(prompt, chosen.response, rejected.response)
+    if any(row.get(name) is not None for name in SCORES):
+        _refuse_contradiction(*(_score(row, name) for name in SCORES))
+    return preference
 
 
-def plain_row(row: Row) -> tuple[Preference, None]:
-    """Read a prompt, as text or as messages, and two responses."""
-    chosen, rejected = _text(_field(row, "chosen"), "chosen"), _text(_field(row, "rejected"), "rejected")
-    return _distinct(_prompt(_field(row, "prompt")), chosen, rejected), None
+def ultrafeedback_row(row: Row) -> Preference:
+    """Read a row that must have a prompt and scores."""
+    _field(row, "prompt")
+    for name in SCORES:
+        _score(row, name)
+    return plain_row(row)
 
 
 def subset_of(row: Row) -> str:
     """Return the part of a benchmark that a row belongs to."""
-    return _text(_field(row, "subset"), "subset")
+    return text_field(row, "subset")
 
 
+_PAIR = ("chosen", "rejected")
+_ASKED = ("prompt", "conversations", "system", *NOT_READ)
 FORMATS = {
-    "hh": Format(("chosen", "rejected"), hh_row, "train"),
-    "ultrafeedback": Format(
-        ("prompt", "chosen", "rejected", "score_chosen", "score_rejected"), ultrafeedback_row, "train_prefs"
-    ),
-    "rows": Format(("prompt", "chosen", "rejected"), plain_row, "train"),
+    "hh": Format(_PAIR, (), hh_row, "train"),
+    "ultrafeedback": Format(("prompt", *_PAIR, *SCORES), _ASKED, ultrafeedback_row, "train_prefs"),
+    "rows": Format(_PAIR, (*_ASKED, *SCORES), plain_row, "train"),
 }
 
 
@@ -101,15 +126,9 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-def _common_prompt(chosen: list[Message], rejected: list[Message]) -> Preference:
-    """Return the shared turns as prompt and the last turns as responses."""
-    *prompt, better = chosen
-    *other_prompt, worse = rejected
-    if prompt != other_prompt:
-        lengths = len(chosen), len(rejected)
-        parting = next((i for i in range(min(lengths)) if chosen[i] != rejected[i]), min(lengths)) + 1
-        raise RowError("prompts_differ", f"dialogues of {lengths[0]} and {lengths[1]} turns part at turn {parting}")
-    return _distinct(prompt, better["content"], worse["content"])
+def text_field(row: Row, name: str) -> str:
+    """Return a field that must be there and be text. Raises RowError."""
+    return _text(_field(row, name), name)
 
 
 def _distinct(prompt: list[Message], chosen: str, rejected: str) -> Preference:
@@ -118,8 +137,87 @@ def _distinct(prompt: list[Message], chosen: str, rejected: str) -> Preference:
     return Preference(prompt, chosen, rejected)
 
 
+def _side(row: Row, name: str) -> _Side:
+    """Read a response: as text, as one turn, or as the last turn of a dialogue."""
+    value = _field(row, name)
+    if isinstance(value, str):
+        return _Side(None, _text(value, name))
+    turns = _messages([value] if isinstance(value, dict) else value, name)
+    if turns[0]["role"] != "assistant":
+        return _Side(_complete(turns, name), turns[-1]["content"])
+    if len(turns) > 1:
+        raise RowError("not_one_response", f"{name} has {len(turns)} turns, the first of the assistant")
+    return _Side(None, turns[0]["content"])
+
+
+def _before(chosen: _Side, rejected: _Side) -> list[Message] | None:
+    """Return the turns before both responses; None where they are no dialogues."""
+    if chosen.dialogue is not None and rejected.dialogue is not None:
+        return _shared(chosen.dialogue, rejected.dialogue)
+    if chosen.dialogue is not rejected.dialogue:
+        raise RowError("prompts_differ", f"only {'chosen' if chosen.dialogue else 'rejected'} is a whole dialogue")
+    return None
+
+
+def _shared(chosen: list[Message], rejected: list[Message]) -> list[Message]:
+    """Return all turns but the last, which two dialogues must have in common."""
+    if chosen[:-1] != rejected[:-1]:
+        lengths = len(chosen), len(rejected)
+        parting = next((i for i in range(min(lengths)) if chosen[i] != rejected[i]), min(lengths)) + 1
+        raise RowError("prompts_differ", f"dialogues of {lengths[0]} and {lengths[1]} turns part at turn {parting}")
+    return chosen[:-1]
+
+
+def _prompt(row: Row, shared: list[Message] | None) -> list[Message]:
+    """Return what both responses answer: the turns that their dialogues share, or the prompt's own."""
+    given = {name: row[name] for name in ("conversations", "prompt") if row.get(name) is not None}
+    found = shared
+    for name, value in given.items():
+        if isinstance(value, str):
+            asked = [Message(role="user", content=_text(value, name))]
+            if found and normalised(value) not in [normalised(turn["content"]) for turn in found if _is_user(turn)]:
+                raise RowError("prompts_differ", f"{name} {reprlib.repr(value)} is no user turn of the dialogue")
+        else:
+            asked = _alternating(_messages(value, name), name)
+            if not _is_user(asked[-1]):
+                raise RowError("role_order", f"{name} ends with a turn of {asked[-1]['role']}, not of user")
+            if found and asked != found:
+                raise RowError("prompts_differ", f"{name} is not what the dialogue has before its last turn")
+        found = found or asked
+    if found is None:
+        raise RowError("no_prompt", "there is no prompt, and chosen and rejected are no dialogues")
+    return found
+
+
+def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """Put the system turn that a row has in a column of its own before its prompt."""
+    value = row.get("system")
+    if value is None or value == "":
+        return prompt
+    system = Message(role="system", content=_text(value, "system"))
+    if prompt[0]["role"] != "system":
+        return [system, *prompt]
+    if prompt[0] != system:
+        raise RowError("prompts_differ", "the column system is another than the system turn")
+    return prompt
+
+
+def _refuse_contradiction(chosen: float, rejected: float) -> None:
+    """Refuse a pair whose scores do not say what its label says."""
+    if chosen == rejected:
+        raise RowError("score_tie", f"both score {chosen:g}")
+    if chosen < rejected:
+        raise RowError("score_contradicts_label", f"chosen scores {chosen:g}, rejected {rejected:g}")
+
+
+def _refuse_what_is_not_read(where: Row, names: tuple[str, ...], of: str) -> None:
+    for name in names:
+        if where.get(name) not in (None, "", [], {}):
+            raise RowError("not_text", f"{of} has {name}")
+
+
 def _hh_dialogue(row: Row, name: str) -> list[Message]:
-    before, *turns = _HH_TURN.split(_text(_field(row, name), name))
+    before, *turns = _HH_TURN.split(text_field(row, name))
     if before:
         raise RowError("role_order", f"{name} starts with {reprlib.repr(before)}, not with 'Human:'")
     messages = [
@@ -127,19 +225,6 @@ def _hh_dialogue(row: Row, name: str) -> list[Message]:
         for i, (speaker, content) in enumerate(zip(turns[::2], turns[1::2], strict=True), start=1)
     ]
     return _complete(messages, name)
-
-
-def _dialogue(row: Row, name: str) -> list[Message]:
-    return _complete(_messages(_field(row, name), name), name)
-
-
-def _prompt(value: object) -> list[Message]:
-    if isinstance(value, str):
-        return [Message(role="user", content=_text(value, "prompt"))]
-    messages = _alternating(_messages(value, "prompt"), "prompt")
-    if messages[-1]["role"] != "user":
-        raise RowError("role_order", f"prompt ends with a turn of {messages[-1]['role']}, not of user")
-    return messages
 
 
 def _complete(messages: list[Message], name: str) -> list[Message]:
@@ -161,9 +246,13 @@ def _alternating(messages: list[Message], name: str) -> list[Message]:
     return messages
 
 
+def _is_user(message: Message) -> bool:
+    return message["role"] == "user"
+
+
 def _messages(value: object, name: str) -> list[Message]:
     if not isinstance(value, list):
-        raise RowError("wrong_type", f"{name} is {_kind(value)}, not a list of messages")
+        raise RowError("wrong_type", f"{name} is {_kind(value)}, neither text nor a list of messages")
     if not value:
         raise RowError("empty", f"{name} has no turn")
     messages = [_message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, start=1)]
@@ -172,10 +261,33 @@ def _messages(value: object, name: str) -> list[Message]:
 
 
 def _message(turn: object, name: str) -> Message:
+    """Read a turn with role and content, or with ShareGPT's from and value."""
     if not isinstance(turn, dict):
         raise RowError("wrong_type", f"{name} is {_kind(turn)}, not an object with role and content")
+    _refuse_what_is_not_read(turn, NOT_READ_IN_A_TURN, name)
+    if "from" in turn:
+        speaker = _text(turn["from"], f"from of {name}")
+        return Message(role=_SHAREGPT_ROLES.get(speaker, speaker), content=_content(_field(turn, "value", name), name))
     role = _text(_field(turn, "role", of=name), f"role of {name}")
-    return Message(role=role, content=_text(_field(turn, "content", of=name), name))
+    return Message(role=role, content=_content(_field(turn, "content", of=name), name))
+
+
+def _content(value: object, name: str) -> str:
+    """Return a turn's text, which may come in parts: they are put together as they are."""
+    if not isinstance(value, list):
+        return _text(value, name)
+    return _text("".join(_part(part, f"part {i} of {name}") for i, part in enumerate(value, start=1)), name)
+
+
+def _part(part: object, name: str) -> str:
+    if not isinstance(part, dict):
+        raise RowError("wrong_type", f"{name} is {_kind(part)}, not an object with type and text")
+    if part.get("type") != "text":
+        raise RowError("not_text", f"{name} is of type {reprlib.repr(part.get('type'))}")
+    text = _field(part, "text", of=name)
+    if not isinstance(text, str):
+        raise RowError("wrong_type", f"{name} is {_kind(text)}, not text")
+    return text
 
 
 def _field(row: Row, name: str, of: str = "the row") -> object:

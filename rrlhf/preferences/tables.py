@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rrlhf.types import Demonstration, Message, Preference
+from rrlhf.types import Demonstration, Json, Message, Preference
 
 Rows = list[dict[str, Any]]
+
+SUMMARY = "summary.json"  # counts of rows, by table and by rule that they break, and what further columns there are
 
 _PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMAS = {
@@ -21,7 +24,11 @@ _SCHEMAS = {
         "rejected": pa.string(),
         "flipped": pa.bool_(),  # whether label noise was put in; null where labels are human
     },
-    "ppo": {"prompt": _PROMPT, "topic": pa.string()},
+    "ppo": {
+        "prompt": _PROMPT,
+        "topic": pa.string(),
+        "columns": pa.string(),  # as JSON: what else a row of the source had, for reward functions; null: nothing
+    },
 }
 SCHEMAS = {name: pa.schema(fields.items()) for name, fields in _SCHEMAS.items()}
 SCHEMAS |= {"heldout": SCHEMAS["preferences"], "evaluate": SCHEMAS["ppo"]}
@@ -46,6 +53,16 @@ def demonstrations(folder: Path) -> list[Demonstration]:
 def preferences(folder: Path, name: str) -> list[Preference]:
     """Return the pairs of table `preferences` or `heldout`."""
     return [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in read_table(folder, name)]
+
+
+def columns_of(rows: Rows) -> dict[str, list[Json]]:
+    """Return what the sources' rows had besides, by column, for rows of table `ppo` or `evaluate`.
+
+    None where a row has not what others have.
+    """
+    found: list[dict[str, Json]] = [json.loads(row.get("columns") or "{}") for row in rows]
+    names = dict.fromkeys(name for row in found for name in row)
+    return {name: [row.get(name) for row in found] for name in names}
 
 
 def prompts(folder: Path, name: str) -> list[list[Message]]:

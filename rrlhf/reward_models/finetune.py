@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
-from rrlhf.language_models.adapters import copies_of
+from rrlhf.language_models.adapters import MAPS, copies_of
 from rrlhf.language_models.layers import hidden_states, run_layers
 from rrlhf.language_models.models import autocast, microbatches
 from rrlhf.reward_models.features import distinct, identity
@@ -95,7 +95,7 @@ def trainable(trunk: Trunk, settings: TrunkTraining) -> Iterator[None]:
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_rank,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=list(MAPS),
             layers_to_transform=list(layers),
             layers_pattern="layers",
         )

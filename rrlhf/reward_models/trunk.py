@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,20 +101,12 @@ def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
 
     Raises ValueError when it has fewer layers than the settings ask for.
     """
-    language = load_model(sft) if settings.base is None else load_base(_own(settings, model))
+    own = settings.language_model(model)
+    language = load_model(sft) if settings.base is None else load_base(own)
     if settings.layer > language.layers:
         raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
     language.network.to(device_kind(model.device)).requires_grad_(False)
-    own = _own(settings, model)
     return Trunk(language, settings.layer, own, Texts(language, own))
-
-
-def _own(settings: TrunkTraining, model: Model) -> Model:
-    changes: dict[str, Any] = {}
-    if settings.base is not None:
-        changes = {"base": settings.base, "revision": settings.revision}
-    limits = {"prompt_tokens": settings.prompt_tokens, "response_tokens": settings.response_tokens}
-    return model.model_copy(update=changes | {name: limit for name, limit in limits.items() if limit is not None})
 
 
 def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:

@@ -84,10 +84,13 @@ def plan(
     from rrlhf.running.plan import total
 
     changed = overrides(profile, set_)
-    planned = _project(profile, changed).plan(_part(from_, until, only, force))
+    project = _project(profile, changed)
+    planned = project.plan(_part(from_, until, only, force))
     if as_json:
         print(json.dumps([one.as_json() for one in planned], indent=1))
         return
+    for note in project.notes:
+        print(f"note: {note}")
     width = max(len(one.node) for one in planned)
     for one in planned:
         print(_line(one, width, verbose))
@@ -195,6 +198,7 @@ def _project(profile: str, overrides: dict[str, Json]) -> Project:
     root = Path.cwd()
     project = Project(root, profile, load_params(root, profile, overrides))
     project.check_keys()
+    project.check_sources()
     return project
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-from rrlhf.config import Params
+from rrlhf.config import Params, Prepare
 from rrlhf.identity.keys import Document, differences, key_digest, key_document, our_modules
 from rrlhf.identity.modules import Modules
-from rrlhf.language_models.sources import external_digests
+from rrlhf.language_models.sources import external_digests, source_digest
 from rrlhf.located import ParamsError
+from rrlhf.preferences.files import is_hub_id
 from rrlhf.progress import in_words
 from rrlhf.running.partial import Chosen, Part, chosen
 from rrlhf.signing.signatures import notary_of
@@ -72,6 +73,7 @@ class Project:
         self.root, self.profile, self.params = root, profile, params
         self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
+        self.notes: list[str] = []
         self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
 
     def document(self, node: Node, digests: Mapping[str, str]) -> Document:
@@ -83,24 +85,58 @@ class Project:
         """Return digests of the definitions in a document's code, to be kept with its result."""
         return self.modules.definitions(document["code"])
 
-    def check_sources(self) -> None:
-        """Raise ParamsError when a base model, the source data, a reward function or a key cannot be had.
+    def check_sources(self, *, fetch: bool = False) -> None:
+        """Raise ParamsError when a base model, source data, a reward function or a key cannot be had or cannot be used.
 
-        This comes before anything is computed, and tells every mistake.
+        This comes before anything is computed, and tells every mistake. What a person should know of how the models are
+        used is then in `notes`. fetch: whether models that lie on the hub alone are downloaded for it.
         """
+        from rrlhf.language_models.check import check_models
         from rrlhf.policies.reward_functions import load_functions
 
+        paths = [path for node in self.nodes for path in node.functions]
         mistakes: list[str] = []
         for node in self.nodes:
             with collected(mistakes):
                 external_digests(node, self.store.memo)
+        needed: list[str] = []
         with collected(mistakes):
-            load_functions(path for node in self.nodes for path in node.functions)
+            needed = [name for function in load_functions(paths) for name in function.needs]
+        with collected(mistakes):
+            columns = self._columns(frozenset(needed), made=self.dataset() if not mistakes else None)
+            if needed:
+                load_functions(paths, columns)
         with collected(mistakes):
             if self.store.notary:
                 self.store.notary.prepare()
+        with collected(mistakes):
+            found, self.notes = check_models(self.params, self.root, self.store.memo, fetch=fetch)
+            mistakes += found
         if mistakes:
             raise ParamsError("\n".join(dict.fromkeys(mistakes)))
+
+    def _columns(self, wanted: frozenset[str], made: Dataset | None) -> Collection[str] | None:
+        """Return the columns that the data has for reward functions; None where only the stage can tell.
+
+        made: the data set, if it is there; else the source is read as far as its first good row and those that are
+        wanted. Raises ParamsError when it has no good row.
+        """
+        from rrlhf.preferences.data import columns_to_hand_on
+        from rrlhf.preferences.tables import SUMMARY
+
+        prepare = cast(Prepare, self.nodes[0].sections["prepare"])
+        if prepare.source == "written":
+            return ()
+        if made:
+            found: list[str] = json.loads((made.path / SUMMARY).read_bytes()).get("columns", [])
+            return found
+        if is_hub_id(prepare.source):
+            return None
+        digest = source_digest(prepare, self.store.memo)
+        try:
+            return columns_to_hand_on(prepare.source, prepare.format, wanted, digest)
+        except ValueError as error:
+            raise ParamsError(f"prepare.source {error}") from None
 
     def check_keys(self, planned: Sequence[Planned] = ()) -> None:
         """Raise ParamsError when the keys of `signatures` cannot be used, or would refuse what is to be made."""

@@ -92,7 +92,8 @@ def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:
     """Return what a card tells of a data set; `hub` where its source is on the Hugging Face hub."""
     told = {"name": dataset.name, "digest": dataset.digest, "limit": str(prepare.limit or "")}
     if prepare.revision:
-        return told | {"source": f"{prepare.source}@{prepare.revision}", "hub": prepare.source}
+        part = "".join(f", {name} {value}" for name in ("config", "split") if (value := getattr(prepare, name)))
+        return told | {"source": f"{prepare.source}@{prepare.revision}{part}", "hub": prepare.source}
     if prepare.source == "written":
         return told | {"source": "tasks of rrlhf/preferences/tasks.py"}
     return told | {"source": Path(prepare.source).name}  # of a file, not where this machine has it
