@@ -57,7 +57,7 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     if model:
         model["device"] = device_kind(model["device"])
         model["dtype"] = dtype_name(model["dtype"], model["device"])
-    document = {
+    document: Document = {
         "stage": node.stage,
         "params": settings,
         "inputs": dict(sorted(inputs.items())),
@@ -67,7 +67,8 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     if node.functions:
         document = _with_functions(document, node.functions, modules)
     brought = [name for module, names in BROUGHT_BY.items() if module in document["code"] for name in names]
-    return document | {"numerics": document["numerics"] | {name: _installed(name) for name in brought}}
+    document["numerics"] |= {name: _installed(name) for name in brought}
+    return document
 
 
 def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:
