@@ -41,10 +41,10 @@ def run(
     """Sample responses to the evaluation prompts, score them, choose, and save all of it; nothing is trained."""
     n = arm.n or 1
     samples = best_of_n.samples or n
-    engine, language = accelerator(model), load_model(sft)
-    language.network.to(engine.device).requires_grad_(False)
     questions = read_table(data, "evaluate")
     functions = load_functions(arm.functions, columns_of(questions))
+    engine, language = accelerator(model), load_model(sft)
+    language.network.to(engine.device).requires_grad_(False)
     rows = [question for question in questions for _ in range(samples)]
     asked = [row["prompt"] for row in rows]
     encoded = [encode_prompt(language, question, model) for question in asked]

@@ -175,7 +175,7 @@ def _refuse_bad_data(
     bad = len(loaded.rejected)
     total = bad + len(loaded.preferences)
     if not total:
-        raise ValueError(f"{source}: there is no row")
+        raise ValueError(f"{source}: there is no row; name another file, or fill this one")
     counts = Counter(row.rule for row in loaded.rejected).most_common()
     if names:
         lacks_prompt = not loaded.preferences and dict(counts).get("no_prompt") and "conversations" not in names

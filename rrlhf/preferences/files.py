@@ -81,7 +81,7 @@ def hub_rows(
         dataset = datasets.load_dataset(source, name=config, revision=revision, split=split or layout.split)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{name}: cannot be had ({error}); check prepare.source, revision, config and split "
+            f"{name}: cannot be had ({' '.join(str(error).split())}); check prepare.source, revision, config and split "
             f"({split or layout.split!r} here)"
         ) from error
     require_columns(name, dataset.column_names, layout)
@@ -112,11 +112,11 @@ def _shards(folder: Path) -> list[Path]:
         below = ", ".join(path.name for path in inside if path.is_dir())
         hint = f"; name one of the folders in it: {below}" if below else ""
         raise ValueError(f"{folder}: no file in it ends with {ENDINGS}{hint}")
-    splits = dict.fromkeys(match[1] for path in found if (match := _SPLIT.search(path.name.lower())))
+    splits = list(dict.fromkeys(match[1] for path in found if (match := _SPLIT.search(path.name.lower()))))
     if len(splits) > 1:
         raise ValueError(
-            f"{folder}: holds more than one split ({', '.join(splits)}); name the files of one by a pattern, such as "
-            f"{folder}/{next(iter(splits))}*"
+            f"{folder}: its files are of more than one split ({', '.join(splits)}); name those of one by a pattern, "
+            f"such as {folder}/{splits[0]}*, or all by {folder}/*"
         )
     return _of_one_kind(str(folder), found)
 

@@ -13,8 +13,6 @@ from rrlhf.types import Demonstration, Json, Message, Preference
 
 Rows = list[dict[str, Any]]
 
-SUMMARY = "summary.json"  # counts of rows, by table and by rule that they break, and what further columns there are
-
 _PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMAS = {
     "sft": {"prompt": _PROMPT, "response": pa.string()},
