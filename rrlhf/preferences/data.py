@@ -178,8 +178,8 @@ def _refuse_bad_data(
         raise ValueError(f"{source}: there is no row; name another file, or fill this one")
     counts = Counter(row.rule for row in loaded.rejected).most_common()
     if names:
-        lacks_prompt = not loaded.preferences and dict(counts).get("no_prompt") and "conversations" not in names
-        require_columns(source, [*names], layout, ("prompt",) if lacks_prompt else ())
+        lacks_prompt = not loaded.preferences and "no_prompt" in dict(counts) and "conversations" not in names
+        require_columns(source, [*names], layout, prompt=lacks_prompt)
     if loaded.preferences and bad / total <= max_rejected:
         return
     share = f"{bad} of {total} rows are bad ({bad / total:.1%}; max_rejected allows {max_rejected:.1%})"

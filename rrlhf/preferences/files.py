@@ -89,13 +89,17 @@ def hub_rows(
         yield name, row, content
 
 
-def require_columns(source: str, found: Sequence[str], layout: Format, needed: Sequence[str] = ()) -> None:
-    """Raise ValueError naming every column that a format needs, or that is needed besides, and a source lacks."""
-    missing = [name for name in (*needed, *layout.needed) if name not in found]
+def require_columns(source: str, found: Sequence[str], layout: Format, *, prompt: bool = False) -> None:
+    """Raise ValueError naming every column that a format needs and a source lacks.
+
+    prompt: whether its rows need a prompt, too.
+    """
+    missing = [name for name in (*(["prompt"] if prompt else []), *layout.needed) if name not in found]
     if missing:
         wanted = ", ".join(f"{name!r}{close_match(name, found)}" for name in missing)
+        more = ", or write chosen and rejected as whole dialogues" if prompt else ""
         raise ValueError(
-            f"{source}: no column {wanted}; found {[*found][:20]}; rename the columns or change the format"
+            f"{source}: no column {wanted}; found {[*found][:20]}; rename the columns or change the format{more}"
         )
 
 
