@@ -76,13 +76,14 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
     digest: of the content, so that a run that looks twice reads once. Raises ValueError when there is no good row.
     """
     layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
-    found: set[str] = set()
-    for _ in _reading(rows_of(source_files(source), layout), layout, loaded, names):
-        if loaded.columns:
-            found |= loaded.columns[-1].keys()
-            if wanted <= found:
-                break
+    rows = rows_of(source_files(source), layout)
+    for _ in _reading(rows, layout, loaded, names):
+        if loaded.preferences:
+            break
     _refuse_bad_data(source, loaded, names, layout, 1.0)
+    found = set(loaded.columns[0])
+    while not wanted <= found and (one := next(rows, None)):
+        found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
     return frozenset(found)
 
 
