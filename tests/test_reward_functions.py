@@ -278,6 +278,7 @@ def letters(tmp_path_factory):
     (root / "data").mkdir()
     write_table(root / "data", "ppo", asked)
     write_table(root / "data", "evaluate", asked)
+    (root / "data" / "summary.json").write_text('{"columns": ["number", "of_another_table"]}')
     language = load_base(params.model)
     with torch.no_grad():
         state = language.network.model(torch.arange(6, 100)[None]).last_hidden_state.mean((0, 1))
@@ -318,10 +319,11 @@ def test_a_policy_says_what_a_rule_pays_for(rules, letters, tmp_path):
 
 
 NUMBERED = """
-def as_asked(prompts, completions, number, **kwargs):
+def as_asked(prompts, completions, number, of_another_table, **kwargs):
+    assert set(of_another_table) == {None}
     asked = [prompt[-1]["content"] for prompt in prompts]
     assert asked == [f"Say {n or 0}" for n in number], (asked, number)
-    assert len(completions) == len(number)
+    assert len(completions) == len(number) == len(of_another_table)
     return [float(n or 0) for n in number]
 """
 
@@ -370,5 +372,7 @@ def test_a_column_that_the_data_set_lacks_ends_a_stage_before_it_begins(rules, l
     }[stage]
     (tmp_path / "arm.json").write_text(arm.model_dump_json())
     inputs |= {"sft": tmp_path / "nothing was loaded from here"}
-    with pytest.raises(ValueError, match=r"my_rules:solved: it needs solution; .* the data has the columns number"):
+    with pytest.raises(
+        ValueError, match=r"my_rules:solved: it needs solution; .* the data has the columns number, of_another_table"
+    ):
         stage.run(model=params.model, **sections, **inputs, out=tmp_path, log=print)

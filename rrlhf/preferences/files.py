@@ -79,7 +79,7 @@ def hub_rows(
     name = f"{source}@{revision}"
     try:
         dataset = datasets.load_dataset(source, name=config, revision=revision, split=split or layout.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name}: cannot be had ({' '.join(str(error).split())}); check prepare.source, revision, config and split "
             f"({split or layout.split!r} here)"

@@ -20,7 +20,7 @@ from rrlhf.running.partial import Chosen, Part, chosen
 from rrlhf.signing.signatures import notary_of
 from rrlhf.stages import DATA, Node, nodes
 from rrlhf.store.artifacts import Artifact, Store
-from rrlhf.types import SUMMARY, Dataset, Json
+from rrlhf.types import Dataset, Json
 from rrlhf.versioning.datasets import Place, place_of, prepared, restorable
 
 # "upstream": an input will run, and its result decides; "skip": left out of this run, and not up to date.
@@ -116,13 +116,13 @@ class Project:
         wanted. Raises ParamsError when it has no good row.
         """
         from rrlhf.preferences.data import columns_to_hand_on
+        from rrlhf.preferences.tables import further_columns
 
         prepare = cast(Prepare, self.nodes[0].sections["prepare"])
         if prepare.source == "written":
             return ()
         if made:
-            found: list[str] = json.loads((made.path / SUMMARY).read_bytes()).get("columns", [])
-            return found
+            return further_columns(made.path)
         if is_hub_id(prepare.source):
             return None
         digest = source_digest(prepare, self.store.memo)
