@@ -19,7 +19,7 @@ from rrlhf.policies.candidates import choose, write_candidates
 from rrlhf.policies.judgement import Judgement, arm_reward, function_values
 from rrlhf.policies.reward_functions import load_functions
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.preferences.tables import columns_of, read_table
+from rrlhf.preferences.tables import columns_of, further_columns, read_table
 from rrlhf.progress import track
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
@@ -42,10 +42,10 @@ def run(
     """Sample responses to the evaluation prompts, score them, choose, and save all of it; nothing is trained."""
     n = arm.n or 1
     samples = best_of_n.samples or n
+    questions = read_table(data, "evaluate")
+    functions = load_functions(arm.functions, further_columns(data))
     engine, language = accelerator(model), load_model(sft)
     language.network.to(engine.device).requires_grad_(False)
-    questions = read_table(data, "evaluate")
-    functions = load_functions(arm.functions, columns_of(questions))
     rows = [question for question in questions for _ in range(samples)]
     asked = [row["prompt"] for row in rows]
     read = Texts(language, model)

@@ -26,7 +26,7 @@ from rrlhf.policies.judgement import with_functions
 from rrlhf.policies.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.policies.reward_functions import load_functions, metric_names
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.preferences.tables import Rows, columns_of, read_table
+from rrlhf.preferences.tables import Rows, further_columns, read_table
 from rrlhf.reward_models.features import PairFeatures, features_of
 from rrlhf.robust import AGGREGATIONS, READINGS, head_spread
 from rrlhf.types import Log
@@ -49,7 +49,7 @@ def run(
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
     rows = read_table(data, "evaluate")
     arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
-    functions = load_functions((path for arm in arms.values() for path in arm.functions), columns_of(rows))
+    functions = load_functions((path for arm in arms.values() for path in arm.functions), further_columns(data))
     judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     trained, selecting = (
         {name: policies[name] for name, arm in arms.items() if arm.method == method} for method in ("ppo", "best_of_n")

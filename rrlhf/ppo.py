@@ -36,7 +36,7 @@ from rrlhf.policies.health import EVENTS, DivergedError
 from rrlhf.policies.judgement import Judgement, arm_reward, judge, reward_metrics
 from rrlhf.policies.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
 from rrlhf.policies.reward_functions import NO_COLUMNS, Columns, load_functions
-from rrlhf.preferences.tables import columns_of, read_table
+from rrlhf.preferences.tables import columns_of, further_columns, read_table
 from rrlhf.progress import Interrupted, track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.rollout import Rollout, Samples, explained_variance, rollout_metrics, tokens_of
@@ -66,7 +66,7 @@ def run(
     engine = accelerator(model)
     rows = read_table(data, "ppo")
     asked, columns = [row["prompt"] for row in rows], columns_of(rows)
-    functions = load_functions(arm.functions, columns)
+    functions = load_functions(arm.functions, further_columns(data))
     learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
     texts = Texts(learner.language, model)
     encoded = [texts.prompt(prompt) for prompt in asked]

@@ -23,10 +23,10 @@ from rrlhf.language_models.models import load_base
 from rrlhf.language_models.text import Texts, decode
 from rrlhf.preferences.data import Loaded, load_preferences, split_by_prompt
 from rrlhf.preferences.fingerprints import fingerprint, row_hash, write_hashes
-from rrlhf.preferences.tables import SCHEMAS, SUMMARY, Rows, write_table
+from rrlhf.preferences.tables import SCHEMAS, Rows, write_table
 from rrlhf.preferences.tasks import WritingTask, writing_tasks
 from rrlhf.rollout import sample_in_batches
-from rrlhf.types import Json, Log, Message
+from rrlhf.types import SUMMARY, Json, Log, Message
 
 
 class Answer(NamedTuple):

@@ -39,5 +39,7 @@ class Dataset(NamedTuple):
     digest: str
 
 
+SUMMARY = "summary.json"  # file of a data set: rows by table and by the rule that they break, and further columns
+
 Metrics = dict[str, float]
 Log = Callable[[Metrics], None]

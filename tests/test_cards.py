@@ -1,6 +1,8 @@
 """A card follows from the manifest, says what a reader must know, and lets no text out of its place."""
 
+import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,24 @@ def test_hub_models_and_data_sets_are_named_as_the_hub_does():
     read = ModelCard(text).data
     assert (read.base_model, read.datasets) == ("owner/model", ["owner/pairs"])
     assert f"`default` in DVC's version `{DATA.digest}`, made from `owner/pairs@def`." in text
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_card_tells_to_import_is_there(name):
+    found = re.findall(r"^from (rrlhf\S*) import (\w+)$", card(manifest(name), ROWS), re.MULTILINE)
+    assert found or MODELS[name].stage in GENERATES
+    assert all(hasattr(import_module(module), wanted) for module, wanted in found)
+
+
+def test_a_card_tells_which_rows_of_the_source_were_left_out(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"rows": 9, "rejected": {"score_tie": 3, "empty": 1}}))
+    prepare = PARAMS.prepare.model_copy(
+        update={"source": "owner/pairs", "revision": "def", "config": "en", "split": "x"}
+    )
+    made = manifest("reward") | {"dataset": about(DATA._replace(path=tmp_path), prepare)}
+    text = " ".join(card(made, ROWS).split())
+    assert "from `owner/pairs@def, config en, split x` (at most 448 rows of it). Bad rows" in text
+    assert "Bad rows were left out: 3 score_tie, 1 empty. " in text
 
 
 def test_a_card_does_not_tell_where_a_machine_keeps_its_files():

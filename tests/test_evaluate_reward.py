@@ -121,6 +121,22 @@ def test_texts_of_a_file_score_like_the_stored_features(rrlhf, made, file):
     assert set(found["subsets"]["subsets"]) == {"even", "odd"}
 
 
+def test_a_question_with_several_responses_is_one_question_of_its_subset(rrlhf, made, file, tmp_path):
+    """RewardBench 2: lists of one response each give the numbers of the same rows without lists."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    listed = tmp_path / "bench-2"
+    listed.mkdir()
+    lists = [row | {"chosen": [row["chosen"]], "rejected": [row["rejected"]]} for row in rows]
+    (listed / "a.jsonl").write_text("\n".join(map(json.dumps, lists[:9])))
+    (listed / "b.jsonl").write_text("\n".join(map(json.dumps, lists[9:])))
+    options = (*PROFILE, "--format", "rewardbench", "--json", "--data")
+    one, other = (strict(rrlhf(*options, str(data)).stdout)["answer"] for data in (file, listed))
+    assert one == other
+    (listed / "b.jsonl").write_text(json.dumps(lists[0] | {"rejected": ["a b", "c d", "e f"], "subset": "three"}))
+    found = strict(rrlhf(*options, str(listed / "b.jsonl")).stdout)["answer"]
+    assert (found["judgement"]["pairs"], found["questions"], found["subsets"]["subsets"]["three"]["n"]) == (3, 1, 1)
+
+
 def test_perturbed_texts_give_a_table_and_a_page(rrlhf, made, tmp_path):
     said = rrlhf(*PROFILE, "--perturb", "1", "--limit", "4", "--out", str(tmp_path / "out")).stdout
     assert "neutral sentence" in said

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.judging.labelled import accuracy_by_subset, load_pairs, prompt_numbers
+from rrlhf.judging.calibration import correct
+from rrlhf.judging.labelled import accuracy_by_subset, load_pairs, prompt_numbers, question_wins
 
 ROWS = [
     {"prompt": f"Question {n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}", "subset": "ab"[n % 2]}
@@ -75,6 +76,47 @@ def test_missing_and_empty_files_and_unknown_formats_are_refused(tmp_path):
         read(tmp_path / "b.jsonl")
     with pytest.raises(ValueError, match="did you mean rewardbench"):
         read(empty, "rewardbenhc")
+
+
+def test_rewardbench_2_pairs_every_chosen_with_every_rejected_response_of_a_question(tmp_path):
+    rows = [
+        {"prompt": "q", "chosen": ["yes"], "rejected": ["no", "never", "nay"], "subset": "a", "num_correct": 1},
+        {"prompt": "r", "chosen": ["red", "blue"], "rejected": ["seven", "eight"], "subset": "Ties", "id": "tied:0"},
+        {"prompt": "s", "chosen": "yes", "rejected": "no", "subset": "a"},
+        {"prompt": "t", "chosen": ["yes"], "rejected": [], "subset": "a"},
+        {"prompt": "q", "chosen": ["yes"], "rejected": ["no", "never", "nay"], "subset": "a"},
+        {"prompt": "u", "chosen": ["yes", None], "rejected": ["no"], "subset": "a"},
+        {"prompt": "v", "chosen": ["yes"], "rejected": ["no", "yes "], "subset": "a"},
+    ]
+    for name in ("a.jsonl", "a.json"):
+        found = read(write(tmp_path / name, rows), max_rejected=0.6)
+        assert [pair.rejected for pair in found.pairs] == ["no", "never", "nay", *["seven", "eight"] * 2, "no"]
+        assert [pair.chosen for pair in found.pairs][3:7] == ["red", "red", "blue", "blue"]
+        assert (found.questions, found.subsets) == ([0, 0, 0, 1, 1, 1, 1, 2], ["a", "Ties", "a"])
+        assert [row.rule for row in found.rejected] == ["empty", "duplicate", "wrong_type", "chosen_equals_rejected"]
+    pq.write_table(pa.Table.from_pylist(rows[:2]), tmp_path / "a.parquet")
+    assert len(read(tmp_path / "a.parquet", limit=1).pairs) == 3
+    with pytest.raises(ValueError, match="turn 1 of chosen is str"):
+        read(write(tmp_path / "a.jsonl", [{**rows[0], "subset": None}]), "rows")
+
+
+@pytest.mark.parametrize(
+    ("margins", "wins"),
+    [
+        ([1.0, 0.5, 2.0], 1.0),
+        ([1.0, 0.0, 2.0], 1 / 2),  # two score highest, of which one is picked
+        ([0.0, 0.0, 0.0], 1 / 4),
+        ([1.0, 0.0, -0.1], 0.0),
+    ],
+)
+def test_a_question_is_right_when_nothing_rejected_is_picked(margins, wins):
+    found = question_wins(torch.tensor([0.3, *margins, -1.0]), [0, 1, 1, 1, 2])
+    assert found.tolist() == [1.0, pytest.approx(wins), 0.0]
+
+
+def test_a_question_with_one_pair_counts_as_the_pair_does():
+    margins = torch.tensor([0.2, 0.0, -0.2])
+    assert question_wins(margins, [0, 1, 2]).equal(correct(margins))
 
 
 def test_macro_counts_subsets_and_micro_counts_prompts():

@@ -1,5 +1,6 @@
 """Rules and verifiers of the user: finding them, calling them, and what a policy is paid for them."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,15 +13,16 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf import ppo
+from rrlhf import best_of_n, evaluate, ppo
 from rrlhf.config import Arm
 from rrlhf.identity.sourcecode import code_behind
 from rrlhf.language_models.models import load_base, save_model
 from rrlhf.located import ParamsError
 from rrlhf.params import load_params
 from rrlhf.policies.judgement import Judgement, arm_reward, reward_metrics
+from rrlhf.policies.reading import load_judges, read_responses, sample_responses
 from rrlhf.policies.reward_functions import load_functions, metric_names
-from rrlhf.preferences.tables import write_table
+from rrlhf.preferences.tables import read_table, write_table
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
@@ -90,6 +92,34 @@ def test_a_function_gets_what_trl_gives_it(rules):
 def test_functions_of_any_shape_are_called_with_what_they_take(rules, text, expected):
     rules(text)
     assert values("my_rules:f") == expected
+
+
+def test_columns_of_the_data_come_by_name_as_in_trl(rules):
+    rules(
+        "seen = {}\n"
+        "def some(completions, answer, scale=1, *, absent=None):\n    seen.update(locals())\n    return [0, 0]\n"
+        "def all(**kwargs):\n    seen.update(kwargs)\n    return kwargs['answer']\n"
+    )
+    columns = {"answer": [4, 5], "scale": [[1], None], "prompts": ["not", "these"]}
+    some, everything = load_functions(["my_rules:some", "my_rules:all"], columns)[::-1]
+    seen = sys.modules["my_rules"].seen
+    some.values(PROMPTS, RESPONSES, TOKENS, FINISHED, columns)
+    assert (seen["answer"], seen["scale"], seen["absent"]) == ([4, 5], [[1], None], None)
+    assert everything.values(PROMPTS, RESPONSES, TOKENS, FINISHED, columns) == [4.0, 5.0]
+    assert seen["prompts"] == PROMPTS
+    seen["scale"][0].append(2)
+    assert columns["scale"][0] == [1]
+
+
+def test_a_column_that_the_data_lacks_is_told_with_those_that_it_has(rules):
+    rules("def solved(completions, solution, *, level, **_): pass\ndef either(completions, solution=None): pass\n")
+    assert len(load_functions(["my_rules:solved", "my_rules:either"])) == 2  # not known yet
+    with pytest.raises(ParamsError) as error:
+        load_functions(["my_rules:solved", "my_rules:either"], ["level", "id"])
+    assert str(error.value) == (
+        "reward function my_rules:solved: it needs solution; there are prompts, completions, completion_ids, finished, "
+        "and the data has the columns id, level"
+    )
 
 
 def test_a_function_may_change_what_it_was_given(rules):
@@ -241,9 +271,14 @@ def letters(tmp_path_factory):
         {"ppo.updates": 10, "ppo.learning_rate": 0.01, "ppo.prompts_per_update": 64, "ppo.minibatch_size": 32}
         | {"ppo.kl_weight": 0.0, "ppo.missing_eos_score": -4.0, "model.response_tokens": 4},
     )
-    asked = [{"prompt": [{"role": "user", "content": f"Say {n}"}], "topic": None} for n in range(8)]
+    asked = [
+        {"prompt": [{"role": "user", "content": f"Say {n}"}], "columns": json.dumps({"number": n} if n else {})}
+        for n in range(8)
+    ]
     (root / "data").mkdir()
     write_table(root / "data", "ppo", asked)
+    write_table(root / "data", "evaluate", asked)
+    (root / "data" / "summary.json").write_text('{"columns": ["number", "of_another_table"]}')
     language = load_base(params.model)
     with torch.no_grad():
         state = language.network.model(torch.arange(6, 100)[None]).last_hidden_state.mean((0, 1))
@@ -281,3 +316,63 @@ def test_a_policy_says_what_a_rule_pays_for(rules, letters, tmp_path):
     paid, unpaid = shares(4.0), shares(0.0)
     assert paid[0] == unpaid[0]
     assert sum(paid[-4:]) > 1.5 * sum(unpaid[-4:])
+
+
+NUMBERED = """
+def as_asked(prompts, completions, number, of_another_table, **kwargs):
+    assert set(of_another_table) == {None}
+    asked = [prompt[-1]["content"] for prompt in prompts]
+    assert asked == [f"Say {n or 0}" for n in number], (asked, number)
+    assert len(completions) == len(number) == len(of_another_table)
+    return [float(n or 0) for n in number]
+"""
+
+
+def test_every_response_is_read_with_the_columns_of_its_own_prompt(rules, letters, tmp_path):
+    """In training, in best-of-n and in the comparison; a row that lacks a column has None there."""
+    rules(NUMBERED)
+    root, params = letters
+    inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")}
+    policies, rows = {}, []
+    for name, stage, sections in (
+        ("trained", ppo, {"ppo": params.ppo.model_copy(update={"updates": 2}), "health": params.health}),
+        ("chosen", best_of_n, {"best_of_n": params.best_of_n.model_copy(update={"samples": 3})}),
+    ):
+        chosen = {"method": "best_of_n", "n": 2} if stage is best_of_n else {}
+        arm = Arm(reward="constant", functions={"my_rules:as_asked": 1.0}, seed=1, **chosen)
+        policies[name] = tmp_path / name
+        policies[name].mkdir()
+        stage.run(model=params.model, arm=arm, **sections, **inputs, out=policies[name], log=rows.append)
+    judges = load_judges(
+        params.model,
+        params.gold,
+        *(root / name for name in ("sft", "reward", "ensemble")),
+        load_functions(["my_rules:as_asked"]),
+        has_gold=False,
+    )
+    asked, settings = (
+        read_table(root / "data", "evaluate"),
+        params.evaluate.model_copy(update={"samples_per_prompt": 2}),
+    )
+    said = sample_responses(root / "sft", "sft", asked, params.model, settings, 1)
+    reading = read_responses(judges, said, asked, params.model, settings, "sft")
+    assert reading.functions["my_rules:as_asked"].tolist() == [float(n) for n in range(8) for _ in range(2)]
+
+
+@pytest.mark.parametrize("stage", [ppo, best_of_n, evaluate])
+def test_a_column_that_the_data_set_lacks_ends_a_stage_before_it_begins(rules, letters, tmp_path, stage):
+    rules("def solved(completions, solution): return [0.0] * len(completions)\n")
+    root, params = letters
+    arm = Arm(reward="constant", functions={"my_rules:solved": 1.0}, seed=1)
+    inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")}
+    sections = {
+        ppo: {"ppo": params.ppo, "health": params.health, "arm": arm},
+        best_of_n: {"best_of_n": params.best_of_n, "arm": arm},
+        evaluate: {"seed": 1, "gold": params.gold, "evaluate": params.evaluate, "policies": {"robust": tmp_path}},
+    }[stage]
+    (tmp_path / "arm.json").write_text(arm.model_dump_json())
+    inputs |= {"sft": tmp_path / "nothing was loaded from here"}
+    with pytest.raises(
+        ValueError, match=r"my_rules:solved: it needs solution; .* the data has the columns number, of_another_table"
+    ):
+        stage.run(model=params.model, **sections, **inputs, out=tmp_path, log=print)

@@ -12,7 +12,8 @@ import torch
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm
 from rrlhf.params import load_params
-from rrlhf.preferences.tables import SCHEMAS, preferences, prompts, read_table
+from rrlhf.preferences.fingerprints import row_hash
+from rrlhf.preferences.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.reporting.report import METRICS
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads
@@ -88,9 +89,10 @@ def test_preparing_again_gives_the_same_bytes(made, params, tmp_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_human_preferences_are_split_and_their_rejects_kept(params, tmp_path):
+def test_human_preferences_are_split_and_their_rejects_kept(params, tmp_path, capsys):
     source = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
+    rows = [row | {"answer": n} for n, row in enumerate(rows)]
     lines = [json.dumps(row) for row in rows] + ['{"prompt": "x", "chosen": "", "rejected": "b"}']
     source.write_text("\n".join(lines))
     settings = params.prepare.model_copy(update={"source": str(source), "format": "rows", "limit": None})
@@ -105,7 +107,26 @@ def test_human_preferences_are_split_and_their_rejects_kept(params, tmp_path):
         "detail": "",
     }
     assert logged[-1]["rejected_rows"] == 1
+    told = json.loads((out / "summary.json").read_text())
+    assert (told["rejected"], told["columns"]) == ({"empty": 1}, ["answer"])
+    assert "1 of 201 rows are left out: 1 empty" in capsys.readouterr().err
+    for name in ("ppo", "evaluate"):
+        found = read_table(out, name)
+        answers = [int(row["prompt"][0]["content"].split()[1]) for row in found]
+        assert columns_of(found) == {"answer": answers}
     assert sum(len(read_table(out, name)) for name in SCHEMAS) == 200
+
+
+def test_a_split_without_prompts_is_told_before_the_model_answers(params, tmp_path):
+    few, away = params.prepare.model_copy(update={"limit": 2}), params.model.model_copy(update={"base": "nowhere.gguf"})
+    with pytest.raises(ValueError, match=r"prepare: no rows for \w+; raise prepare\.shares"):
+        prepare.run(seed=1, model=away, prepare=few, gold=params.gold, out=tmp_path, log=print)
+
+
+def test_a_column_makes_another_row_and_another_data_set():
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "topic": None}
+    assert row_hash(row) == row_hash(row | {"columns": None})
+    assert len({row_hash(row | {"columns": text}) for text in (None, '{"a": 1}', '{"a": 2}')}) == 3
 
 
 def test_every_head_differs_and_is_normalised_on_the_reference_responses(made):

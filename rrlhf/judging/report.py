@@ -86,7 +86,8 @@ def show(report: RewardReport, file: Path) -> None:
 
 def write(report: RewardReport, folder: Path) -> tuple[Path, Path]:
     """Write the report as JSON and as one HTML file into a folder, and return both paths."""
-    about = Path(report["data"]).name.split(".")[0]
+    data = Path(report["data"])
+    about = data.name.split(".")[0].strip("*?[]") or data.parent.name
     stem = re.sub(r"[^\w-]+", "-", f"{report['model']}-{about}").strip("-")
     texts = {
         folder / f"{stem}.json": json.dumps(strict(report), indent=1, ensure_ascii=False),

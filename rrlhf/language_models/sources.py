@@ -94,8 +94,8 @@ def pinned_commit(repo: str, revision: str | None, *, setting: str, kind: Litera
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}/commits/{revision or 'main'}"
     if revision is None:
         raise ParamsError(
-            f"{repo!r}: no such file or folder. If it is a hub id, give its commit in {setting} ({page}): what is not "
-            "pinned cannot be reproduced"
+            f"{setting} is null, and {repo!r} is no file or folder here. If it is a hub id, give its commit ({page}): "
+            "what is not pinned cannot be reproduced"
         )
     found = _looked_up(repo, revision, kind)
     way_out = f"{revision} is now {found.commit}: write that" if found.commit else f"{found.fault}; see {page}"

@@ -54,9 +54,8 @@ class RewardFunction(NamedTuple):
         coroutine function is awaited. Raises ValueError, with the function's name, when it fails or returns
         anything else.
         """
-        offered: dict[str, object] = {
-            name: copy.deepcopy([*values]) for name, values in columns.items() if self._takes(name)
-        }
+        offered: dict[str, object] = {name: [None] * len(responses) for name in self.needs}  # these rows have none
+        offered |= {name: copy.deepcopy([*values]) for name, values in columns.items() if self._takes(name)}
         offered |= {
             "prompts": [[Message(**turn) for turn in prompt] for prompt in prompts],  # its own, to do with as it likes
             "completions": [[Message(role="assistant", content=text)] for text in responses],

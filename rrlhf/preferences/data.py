@@ -76,13 +76,14 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
     digest: of the content, so that a run that looks twice reads once. Raises ValueError when there is no good row.
     """
     layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
-    found: set[str] = set()
-    for _ in _reading(rows_of(source_files(source), layout), layout, loaded, names):
-        if loaded.columns:
-            found |= loaded.columns[-1].keys()
-            if wanted <= found:
-                break
+    rows = rows_of(source_files(source), layout)
+    for _ in _reading(rows, layout, loaded, names):
+        if loaded.preferences:
+            break
     _refuse_bad_data(source, loaded, names, layout, 1.0)
+    found = set(loaded.columns[0])
+    while not wanted <= found and (one := next(rows, None)):
+        found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
     return frozenset(found)
 
 
@@ -175,11 +176,11 @@ def _refuse_bad_data(
     bad = len(loaded.rejected)
     total = bad + len(loaded.preferences)
     if not total:
-        raise ValueError(f"{source}: there is no row")
+        raise ValueError(f"{source}: there is no row; name another file, or fill this one")
     counts = Counter(row.rule for row in loaded.rejected).most_common()
     if names:
-        lacks_prompt = not loaded.preferences and dict(counts).get("no_prompt") and "conversations" not in names
-        require_columns(source, [*names], layout, ("prompt",) if lacks_prompt else ())
+        lacks_prompt = not loaded.preferences and "no_prompt" in dict(counts) and "conversations" not in names
+        require_columns(source, [*names], layout, prompt=lacks_prompt)
     if loaded.preferences and bad / total <= max_rejected:
         return
     share = f"{bad} of {total} rows are bad ({bad / total:.1%}; max_rejected allows {max_rejected:.1%})"

@@ -79,9 +79,9 @@ def hub_rows(
     name = f"{source}@{revision}"
     try:
         dataset = datasets.load_dataset(source, name=config, revision=revision, split=split or layout.split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"{name}: cannot be had ({error}); check prepare.source, revision, config and split "
+            f"{name}: cannot be had ({' '.join(str(error).split())}); check prepare.source, revision, config and split "
             f"({split or layout.split!r} here)"
         ) from error
     require_columns(name, dataset.column_names, layout)
@@ -89,13 +89,17 @@ def hub_rows(
         yield name, row, content
 
 
-def require_columns(source: str, found: Sequence[str], layout: Format, needed: Sequence[str] = ()) -> None:
-    """Raise ValueError naming every column that a format needs, or that is needed besides, and a source lacks."""
-    missing = [name for name in (*needed, *layout.needed) if name not in found]
+def require_columns(source: str, found: Sequence[str], layout: Format, *, prompt: bool = False) -> None:
+    """Raise ValueError naming every column that a format needs and a source lacks.
+
+    prompt: whether its rows need a prompt, too.
+    """
+    missing = [name for name in (*(["prompt"] if prompt else []), *layout.needed) if name not in found]
     if missing:
         wanted = ", ".join(f"{name!r}{close_match(name, found)}" for name in missing)
+        more = ", or write chosen and rejected as whole dialogues" if prompt else ""
         raise ValueError(
-            f"{source}: no column {wanted}; found {[*found][:20]}; rename the columns or change the format"
+            f"{source}: no column {wanted}; found {[*found][:20]}; rename the columns or change the format{more}"
         )
 
 
@@ -112,11 +116,11 @@ def _shards(folder: Path) -> list[Path]:
         below = ", ".join(path.name for path in inside if path.is_dir())
         hint = f"; name one of the folders in it: {below}" if below else ""
         raise ValueError(f"{folder}: no file in it ends with {ENDINGS}{hint}")
-    splits = dict.fromkeys(match[1] for path in found if (match := _SPLIT.search(path.name.lower())))
+    splits = list(dict.fromkeys(match[1] for path in found if (match := _SPLIT.search(path.name.lower()))))
     if len(splits) > 1:
         raise ValueError(
-            f"{folder}: holds more than one split ({', '.join(splits)}); name the files of one by a pattern, such as "
-            f"{folder}/{next(iter(splits))}*"
+            f"{folder}: its files are of more than one split ({', '.join(splits)}); name those of one by a pattern, "
+            f"such as {folder}/{splits[0]}*, or all by {folder}/*"
         )
     return _of_one_kind(str(folder), found)
 

@@ -122,14 +122,13 @@ class Project:
         wanted. Raises ParamsError when it has no good row.
         """
         from rrlhf.preferences.data import columns_to_hand_on
-        from rrlhf.preferences.tables import SUMMARY
+        from rrlhf.preferences.tables import further_columns
 
         prepare = cast(Prepare, self.nodes[0].sections["prepare"])
         if prepare.source == "written":
             return ()
         if made:
-            found: list[str] = json.loads((made.path / SUMMARY).read_bytes()).get("columns", [])
-            return found
+            return further_columns(made.path)
         if is_hub_id(prepare.source):
             return None
         digest = source_digest(prepare, self.store.memo)

@@ -6,6 +6,7 @@ with the YAML block by which the Hugging Face hub sorts models (huggingface.co/d
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from rrlhf.config import Prepare
 from rrlhf.policies.health import in_words
 from rrlhf.stages import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of
 from rrlhf.store.units import unit
-from rrlhf.types import Dataset, Metrics
+from rrlhf.types import SUMMARY, Dataset, Metrics
 
 CLOCKS = ("step", "seconds")
 TITLES = {
@@ -91,12 +92,19 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
 def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:
     """Return what a card tells of a data set; `hub` where its source is on the Hugging Face hub."""
     told = {"name": dataset.name, "digest": dataset.digest, "limit": str(prepare.limit or "")}
+    told["left_out"] = _left_out(dataset.path / SUMMARY)
     if prepare.revision:
         part = "".join(f", {name} {value}" for name in ("config", "split") if (value := getattr(prepare, name)))
         return told | {"source": f"{prepare.source}@{prepare.revision}{part}", "hub": prepare.source}
     if prepare.source == "written":
         return told | {"source": "tasks of rrlhf/preferences/tasks.py"}
     return told | {"source": Path(prepare.source).name}  # of a file, not where this machine has it
+
+
+def _left_out(summary: Path) -> str:
+    """Return how many rows of a source were bad, by the rule that they break."""
+    counts = json.loads(summary.read_bytes()).get("rejected", {}) if summary.is_file() else {}
+    return ", ".join(f"{count} {rule}" for rule, count in counts.items())
 
 
 def title(manifest: Mapping[str, Any]) -> str:
@@ -187,5 +195,7 @@ def _registered(manifest: Mapping[str, Any]) -> str:
 def _data(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of the data set: its names, where it is from, its version, and if the stage read it."""
     read = manifest["document"]["inputs"].get(DATA)
-    known: dict[str, Any] = dict.fromkeys(("name", "source", "hub", "digest", "limit")) | manifest.get("dataset", {})
+    known: dict[str, Any] = dict.fromkeys(("name", "source", "hub", "digest", "limit", "left_out")) | manifest.get(
+        "dataset", {}
+    )
     return known | {"version": read or known["digest"], "read": read is not None}
