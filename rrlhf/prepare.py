@@ -17,12 +17,15 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import TemplateError
+
 from rrlhf.config import Gold, Model, Prepare
 from rrlhf.gold import GoldJudge
 from rrlhf.language_models.models import load_base
-from rrlhf.language_models.text import Texts, decode
+from rrlhf.language_models.text import NoRoomError, Texts, decode
 from rrlhf.preferences.data import Loaded, load_preferences, split_by_prompt
 from rrlhf.preferences.fingerprints import fingerprint, row_hash, write_hashes
+from rrlhf.preferences.rows import RowError
 from rrlhf.preferences.tables import SCHEMAS, Rows, write_table
 from rrlhf.preferences.tasks import WritingTask, writing_tasks
 from rrlhf.rollout import sample_in_batches
@@ -43,9 +46,11 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
     if prepare.source == "written":
         tables, summary = _written(seed, model, prepare, gold)
     else:
-        loaded = _loaded(prepare)
+        texts = Texts(load_base(model, weights=False), model)
+        loaded = _loaded(prepare, texts)
         tables, summary = _human(seed, prepare, loaded)
         told = _write_rejected(loaded, out)
+        summary |= texts.told("prepare")
     for name, rows in tables.items():
         if not rows:
             raise ValueError(_empty(name))
@@ -130,7 +135,17 @@ def _pairs(task: WritingTask, answers: list[Answer], flip_rate: float, noise: ra
     return rows
 
 
-def _loaded(prepare: Prepare) -> Loaded:
+def _loaded(prepare: Prepare, texts: Texts) -> Loaded:
+    """Read the source; rows whose prompt the model cannot be asked are rejected before anything trains on others."""
+
+    def check(prompt: list[Message]) -> None:
+        try:
+            texts.prompt(prompt)
+        except TemplateError as error:
+            raise RowError("refused_by_template", f"the chat template says: {error}") from None
+        except NoRoomError as error:
+            raise RowError("no_room", str(error)) from None
+
     return load_preferences(
         prepare.source,
         format=prepare.format,
@@ -139,6 +154,7 @@ def _loaded(prepare: Prepare) -> Loaded:
         revision=prepare.revision,
         config=prepare.config,
         split=prepare.split,
+        check=check,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm
+from rrlhf.language_models.models import load_base, save_model
 from rrlhf.params import load_params
 from rrlhf.preferences.fingerprints import row_hash
 from rrlhf.preferences.tables import SCHEMAS, columns_of, preferences, prompts, read_table
@@ -87,6 +88,30 @@ def test_preparing_again_gives_the_same_bytes(made, params, tmp_path):
     )
     for path in sorted((made[0] / "data").iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+def test_prompts_that_the_model_cannot_be_asked_are_rejected_before_anything_trains_on_the_others(params, tmp_path):
+    language = load_base(params.model)
+    language.tokenizer.chat_template = language.tokenizer.chat_template.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.content == 'Be odd.' %}{{ raise_exception('too odd') }}{% endif %}",
+    )
+    save_model(language, tmp_path / "base")
+    rows = [{"prompt": f"Question {n}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
+    rows[10]["prompt"] = [{"role": "system", "content": "Be odd."}, {"role": "user", "content": "Who?"}]
+    rows[20]["prompt"] = [{"role": "system", "content": "x" * 200}, {"role": "user", "content": "Who?"}]
+    rows[30]["prompt"] = "long " * 40
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    settings = params.prepare.model_copy(update={"source": str(source), "format": "rows", "limit": None})
+    model = params.model.model_copy(update={"base": str(tmp_path / "base")})
+    out, logged = tmp_path / "out", []
+    out.mkdir()
+    prepare.run(seed=1, model=model, prepare=settings, gold=params.gold, out=out, log=logged.append)
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["rule"]) for row in rejected] == [(11, "refused_by_template"), (21, "no_room")]
+    assert "too odd" in rejected[0]["detail"]
+    assert logged[-1]["cut_prompts"] == pytest.approx(1 / 198)
 
 
 def test_human_preferences_are_split_and_their_rejects_kept(params, tmp_path, capsys):

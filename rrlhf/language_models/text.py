@@ -15,6 +15,10 @@ from rrlhf.types import Message, Metrics, Preference
 PROMPTS, RESPONSES, PAIRS = "prompts", "responses", "pairs"
 
 
+class NoRoomError(ValueError):
+    """A prompt's system turn and headers alone are longer than prompts may be."""
+
+
 class Texts:
     """The texts that one stage hands to a language model, as tokens; counts each text once."""
 
@@ -36,8 +40,8 @@ class Texts:
                 turns = [Message(role="system", content=self._model.system_prompt), *turns]
             whole = self._rendered(turns)
             fits = self._fits(whole)
-            self._count(PROMPTS, key, not fits)
             self._encoded[key] = whole if fits else self._shortened(turns)
+            self._count(PROMPTS, key, not fits)
         return self._encoded[key]
 
     def response(self, text: str) -> list[int]:
@@ -98,7 +102,7 @@ class Texts:
     def _shortened(self, turns: list[Message]) -> list[int]:
         """Return the tokens of the longest end of a dialogue that fits; its system turn stays.
 
-        Raises ValueError when not even one character of the last turn fits.
+        Raises NoRoomError when not even one character of the last turn fits.
         """
         system = [turn for turn in turns[:1] if turn["role"] == "system"]
         rest = turns[len(system) :]
@@ -115,7 +119,7 @@ class Texts:
         most = len(last["content"]) - 1
         removed = bisect_left(range(most), True, key=lambda n: self._fits(without(n)))
         if not self._fits(tokens := without(removed)):
-            raise ValueError(
+            raise NoRoomError(
                 f"prompt_tokens {self._model.prompt_tokens} leaves no room for a prompt: the chat template with its "
                 f"system turn and one character takes {len(tokens)} tokens; raise it, or shorten the system turn"
             )

@@ -13,7 +13,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -50,9 +50,11 @@ def load_preferences(
     revision: str | None = None,
     config: str | None = None,
     split: str | None = None,
+    check: Callable[[list[Message]], object] = bool,
 ) -> Loaded:
     """Return the first `limit` good rows of files or of a hub data set, and all rows rejected on the way.
 
+    check: raises RowError for a prompt that the model cannot be asked.
     revision, config, split: of a data set on the hub; without a revision, `source` names files. Raises ValueError when
     the source cannot be read, lacks a column, holds no good row, or when more than the share `max_rejected` of the rows
     read is bad.
@@ -62,7 +64,7 @@ def load_preferences(
         rows = rows_of(source_files(source), layout)
     else:
         rows = hub_rows(source, layout, revision=revision, config=config, split=split)
-    for _ in _reading(rows, layout, loaded, names):
+    for _ in _reading(rows, layout, loaded, names, check):
         if len(loaded.preferences) == limit:
             break
     _refuse_bad_data(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
@@ -118,7 +120,11 @@ def _layout(format: str) -> Format:
 
 
 def _reading(
-    rows: Iterator[tuple[str, int, Row | RowError]], layout: Format, loaded: Loaded, names: dict[str, None]
+    rows: Iterator[tuple[str, int, Row | RowError]],
+    layout: Format,
+    loaded: Loaded,
+    names: dict[str, None],
+    check: Callable[[list[Message]], object] = bool,
 ) -> Iterator[None]:
     """Add rows to what is loaded, and their columns to `names`, in place; stop for a look after each."""
     seen: dict[str, Place] = {}
@@ -128,6 +134,7 @@ def _reading(
                 raise row
             names |= dict.fromkeys(row)
             preference = layout.read(row)
+            check(preference.prompt)
             refuse_repetition(preference.prompt, [preference.chosen], [preference.rejected], (file, line), seen)
         except RowError as error:
             loaded.rejected.append(Rejected(file, line, error.rule, error.detail))

@@ -35,6 +35,8 @@ FIXES = {  # every rule, and what to do about the rows that break it
     "no_final_assistant_turn": "end both dialogues with the response of the assistant",
     "not_one_response": "let chosen and rejected be one turn of the assistant each, or whole dialogues",
     "prompts_differ": "let both dialogues have the same turns before the last, those of prompt and system",
+    "refused_by_template": "take out what the chat template refuses, such as a system turn, or name another base",
+    "no_room": "shorten the system turn, or raise model.prompt_tokens",
     "score_not_finite": "write scores as finite numbers",
     "score_contradicts_label": "turn the label, correct the scores or delete the row",
     "score_tie": "delete the row: its scores state no preference",
