@@ -34,7 +34,7 @@ def _quiet_console() -> None:
     def message_only(record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(
-            ("Encountered exception", "Crash detected", "Finished in state Crashed")
+            ("Encountered exception", "Task run failed", "Crash detected", "Finished in state Crashed")
         )
 
     for handler in logging.getLogger().handlers:

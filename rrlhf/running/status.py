@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from rrlhf.located import ParamsError
-from rrlhf.locks import is_alive
+from rrlhf.locks import holder, is_alive
 from rrlhf.params import load_params, profiles
 from rrlhf.progress import in_words
 from rrlhf.running.plan import Project
@@ -118,19 +117,6 @@ def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
             "holder": holder(root / "artifacts" / ".locks" / key),
             "steps": max(saved, default=None),
         }
-
-
-def holder(lock: Path) -> str | None:
-    """Return what the process that holds a lock wrote into it; None when nobody holds it."""
-    try:
-        with lock.open(encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return handle.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
 
 
 def _told_profile(state: ProfileStatus) -> Iterator[str]:
