@@ -124,8 +124,8 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
 
 def check(asked: Asked, arms: Sequence[str]) -> None:
     """Raise ValueError for an alias that is not free, or an empty reason."""
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", asked.to):
-        raise ValueError(f"--to {asked.to!r}: use lower-case letters, digits, - and _")
+    if not re.fullmatch(r"(?!v\d+$)[a-z][a-z0-9_-]{0,39}", asked.to):
+        raise ValueError(f"--to {asked.to!r}: use lower-case letters, digits, - and _; not v1, v2 and so on")
     if asked.to in {"latest", "candidate", *arms}:
         raise ValueError(f"--to {asked.to!r}: every run gives this alias anew; choose another, for example champion")
     if asked.override is not None and not asked.override.strip():
