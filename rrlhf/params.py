@@ -6,9 +6,11 @@ overrides come last. Mappings merge; null removes an arm.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -73,6 +75,13 @@ def parse_override(text: str) -> tuple[str, Json]:
         return dotted.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ParamsError(f"--set {text}: the value is not valid YAML") from None
+
+
+def option(dotted: str, value: Json) -> str:
+    """Return the --set that `parse_override` reads as this, quoted for a shell."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    plain = text.removesuffix("\n").removesuffix("\n...")  # which ends a document that is one word
+    return f"--set {quote(f'{dotted}={plain}')}"
 
 
 def _merge(under: Any, over: Any) -> Any:

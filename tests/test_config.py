@@ -1,15 +1,18 @@
 """Settings: every mistake at once, with its place and the way out."""
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rrlhf.checks import NEEDED
 from rrlhf.config import Arm, RewardName
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params, parse_override, profiles
+from rrlhf.params import load_params, option, parse_override, profiles
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +87,20 @@ def test_a_profile_is_a_file_of_its_folder_and_no_path(project, name):
 def test_other_names_are(project, name):
     (project / "profiles" / f"{name}.yaml").write_text("seed: 2\n")
     assert load_params(project, name).seed == 2
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@settings(deadline=None)
+@given(st.recursive(LEAVES, lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside), max_leaves=6))
+@example(1e-5).via("YAML reads 1e-05 as text")
+@example("12:30:00").via("YAML reads it as seconds")
+def test_an_override_as_it_is_told_can_be_given_again(value):
+    told = option("a.b", value)
+    flag, given_again = shlex.split(told)
+    assert flag == "--set"
+    assert parse_override(given_again) == ("a.b", value)
 
 
 def test_an_unknown_profile_gets_the_closest_name():

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from rrlhf.located import ParamsError
 from rrlhf.locks import holder, is_alive
-from rrlhf.params import load_params, profiles
+from rrlhf.params import load_params, option, profiles
 from rrlhf.progress import in_words
 from rrlhf.running.plan import Project
 from rrlhf.running.records import last_run
@@ -131,7 +131,7 @@ def _told_profile(state: ProfileStatus) -> Iterator[str]:
     if run := state["last_run"]:
         took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
         ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
-        with_ = "".join(f" --set {key}={value}" for key, value in run["overrides"].items())
+        with_ = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
         running = run["status"] == "running" and not is_alive(int(run["process"]))
         yield f"  last run {run['started']}: {'killed' if running else run['status']}{took}{ran}{with_}"
 

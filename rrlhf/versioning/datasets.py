@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -133,7 +134,7 @@ def _check_cache(root: Path, document: str) -> None:
             broken += [problem for problem in copy_faults(root, record.digest) if not problem.endswith(lost)]
     if broken:
         path = broken[0].partition(":")[0].partition(",")[0]
-        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {path}")
+        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {quote(path)}")
 
 
 def declaration(name: str) -> str:
@@ -199,7 +200,7 @@ def _when_free(root: Path, seconds: float, work: Callable[[Any], object]) -> Non
                 path = root / RWLOCK
                 raise BusyError(
                     f"{path}: half written, by a DVC command that was killed or had no room on the disk; once no other "
-                    f"runs here: rm {path}"
+                    f"runs here: rm {quote(str(path))}"
                 ) from None
             if not isinstance(cause, LockError):
                 raise
@@ -223,8 +224,9 @@ def _holders(root: Path, error: BaseException) -> str:
     import psutil
 
     if blockers := re.findall(r"\(PID (\d+)\): (.*)", str(error)):
+        lock = quote(str(root / RWLOCK))
         who = ", ".join(f"process {pid} ({command})" for pid, command in dict.fromkeys(blockers))
-        return f"DVC's files are in use by {who}; if that is no DVC command, a killed one left it: rm {root / RWLOCK}"
+        return f"DVC's files are in use by {who}; if that is no DVC command, a killed one left it: rm {lock}"
     for name in ("lock", "rwlock.lock"):
         if (pid := holder(root / RWLOCK.with_name(name))) and pid.isdecimal():
             with suppress(psutil.Error):
@@ -248,7 +250,7 @@ def _check(root: Path, place: Place, expected: str) -> None:
     if problem:
         raise TamperedError(
             f"{problem}\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
-            f"to have it brought back or made again: rm -r {place.data}"
+            f"to have it brought back or made again: rm -r {quote(str(place.data))}"
         )
 
 
