@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rrlhf.chatting.command import chat
-from rrlhf.command_line import USAGE, end, mendable
+from rrlhf.command_line import USAGE, end, mendable, mending
 from rrlhf.environment import find_root, set_environment
 from rrlhf.judging.command import evaluate_reward
 from rrlhf.lineage.command import audit, diff, lineage
@@ -62,8 +62,9 @@ def main() -> None:
     if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
         try:
             root = find_root(Path.cwd())
-            set_environment(root)
-            follow_git(root)
         except FileNotFoundError as error:
             end(USAGE, str(error))
+        with mending():
+            set_environment(root)
+            follow_git(root)
     app()

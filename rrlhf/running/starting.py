@@ -7,14 +7,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rrlhf.environment import check_room
+
 
 def started(root: Path, experiment: str, module: str) -> Any:
     """Import a module of flows once Prefect and MLflow answer, and let Ctrl-C stop between steps.
 
-    Raises ServeError and TrackingError when one of them does not.
+    Raises ServeError and TrackingError when one of them does not, and OSError when the disk is full.
     """
     from flows.serve import start_temporary_server
 
+    check_room(root)
     wait_until_ready = start_temporary_server(root)
     # Both imports take seconds, in which the server starts.
     found = import_module(module)
