@@ -25,8 +25,10 @@ from rrlhf.versioning.setup import follow_git
 
 
 def serve(
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server and its pages.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server and its pages.")] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the Prefect server and its pages.")
+    ] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow server and its pages.")] = 5000,
 ) -> None:
     """Start Prefect's server, a work pool with a worker, and MLflow's pages on this machine, until Ctrl-C."""
     from flows.serve import serve as start

@@ -53,12 +53,12 @@ def mendable(command: Callable[P, None]) -> Callable[P, None]:
 def mending() -> Iterator[None]:
     """End the command with a message and an exit code for what people can mend; see `mendable`."""
     from rrlhf import progress
-    from rrlhf.located import ParamsError
+    from rrlhf.located import UsageError
     from rrlhf.store.artifacts import TamperedError
 
     try:
         yield
-    except ParamsError as error:
+    except UsageError as error:
         end(USAGE, str(error))
     except TamperedError as error:
         end(VERIFICATION_FAILED, str(error))

@@ -8,6 +8,7 @@ import pytest
 
 from rrlhf.chatting.chat import Chat, answers, open_chat
 from rrlhf.chatting.command import in_words, prompts
+from rrlhf.chatting.named import find_models
 from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
-    opened = open_chat(project, "tiny", params, [str(start / "sft")], None)
+    models, judge = find_models(project, "tiny", params, [str(start / "sft")], None)
+    assert judge is None
+    opened = open_chat(models, judge, params)
     [speaker] = opened.speakers
     ensemble = RewardModel(RewardHeads.load(rewards[1]), (Trunk(speaker.language, 1, speaker.model),), None)
     return Chat([speaker, speaker], ensemble, "ensemble")
@@ -55,7 +58,7 @@ def test_without_an_ensemble_there_are_no_scores(chat):
 
 def test_a_folder_that_is_no_model_is_named(project, tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
-        open_chat(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
+        find_models(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
 
 
 def test_a_prompt_is_given_or_read_from_stdin(monkeypatch):

@@ -1,6 +1,8 @@
 """What a command says, and how it ends, when the system refuses it something."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +72,30 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(command, project, a
     [line] = told.splitlines()
     assert line.startswith(f"{project}/.rrlhf/prefect: ")
     assert "it has to be writable" in line
+
+
+UNKNOWN = """
+import sys
+from rrlhf.cli import main
+for command in ("lineage nope", "chat nope -p hi", "evaluate-reward nope", "promote nope", "reproduce nope"):
+    sys.argv = ["rrlhf", *command.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print(command, ended.code, "torch" in sys.modules)
+"""
+
+
+def test_an_unknown_model_is_told_as_a_mistake_before_anything_heavy_is_imported(project):
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNKNOWN], cwd=project, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "lineage nope 2 False",
+        "chat nope -p hi 2 False",
+        "evaluate-reward nope 2 False",
+        "promote nope 2 False",
+        "reproduce nope 2 False",
+    ]
+    assert done.stderr.splitlines() == ["no model 'nope'; none is registered yet"] * 5

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.located import did_you_mean
+from rrlhf.located import UsageError, did_you_mean
 from rrlhf.preferences.data import Rejected, open_rows, refuse_repetition, require_columns
 from rrlhf.preferences.rows import FIXES, FORMATS, Format, RowError, plain_row, subset_of
 from rrlhf.types import Preference
@@ -40,11 +40,14 @@ def load_pairs(file: Path, format: str, *, max_rejected: float, limit: int | Non
     line, rule) when more than the share `max_rejected` of the rows read is bad.
     """
     if format not in PAIR_FORMATS:
-        raise ValueError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
+        raise UsageError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
+        raise UsageError(f"{file}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
     layout = PAIR_FORMATS[format]
-    name, rows = open_rows(str(file), None, layout)
+    try:
+        name, rows = open_rows(str(file), None, layout)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     loaded = LabelledPairs(name, [], [], [])
     columns: dict[str, None] = {}
     seen: dict[str, dict[str, int]] = {}  # by subset: one pair may stand in two
