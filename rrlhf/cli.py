@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,12 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(keygen, sign),
 )
 
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """Return a docstring with a line for each paragraph: the terminal's width decides where lines break."""
+    return "\n\n".join(" ".join(each.split()) for each in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 app = typer.Typer(
     name="rrlhf",
     help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
@@ -54,7 +61,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in COMMANDS:
-    app.command()(mendable(_command))
+    app.command(help=_paragraphs(_command))(mendable(_command))
 for _called_by_dvc in (key, prepare):
     app.command(hidden=True)(mendable(_called_by_dvc))
 

@@ -1,5 +1,6 @@
 """What a command says, and how it ends, when the system refuses it something."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from rrlhf import command_line, environment
-from rrlhf.cli import main
+from rrlhf.cli import COMMANDS, app, main
 from rrlhf.command_line import mending
 
 
@@ -99,3 +101,15 @@ def test_an_unknown_model_is_told_as_a_mistake_before_anything_heavy_is_imported
         "reproduce nope 2 False",
     ]
     assert done.stderr.splitlines() == ["no model 'nope'; none is registered yet"] * 5
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", ["", *(each.__name__.replace("_", "-") for each in COMMANDS)])
+def test_help_breaks_lines_only_where_the_terminal_ends(command, width):
+    asked = [*command.split(), "--help"]
+    shown = CliRunner(env={"COLUMNS": str(width), "TERM": "dumb"}).invoke(app, asked).output
+    prose = shown.partition("Usage:")[2].partition("\n")[2].partition("╭─")[0]
+    for paragraph in re.split(r"\n\s*\n", prose.strip()):
+        lines = [line.strip() for line in paragraph.splitlines()]
+        for line, after in itertools.pairwise(lines):
+            assert len(line) + 1 + len(after.split()[0]) > width - 2, line

@@ -21,7 +21,7 @@ def chat(
     model: Annotated[
         str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
     ],
-    other: Annotated[str | None, typer.Argument(metavar="[MODEL2]", help="A second model, side by side.")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="MODEL2", help="A second model, side by side.")] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Left out: stdin, or a loop on a terminal.")
     ] = None,

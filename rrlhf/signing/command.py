@@ -46,7 +46,7 @@ def sign(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder; left out, every artifact "
             "of the store.",
         ),
