@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 from flows.automations import FILE, declare
-from rrlhf.environment import end_with_parent
+from rrlhf.environment import check_room, end_with_parent
 from rrlhf.locks import locked
 from rrlhf.progress import check_stop, stop_between_steps
 from rrlhf.tracking import Tracker
@@ -50,20 +50,21 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         PAGES: f"http://{HOST}:{mlflow_port}",
         "PWD": str(root),  # prefect.yaml names it
     }
+    check_room(root)
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
     stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
     with ExitStack() as services:
         with locked(root / STARTING):
             start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
             server = services.enter_context(start)
-            _wait_for(f"{api}/health", server)
+            _wait_for(f"{api}/health", server, _log(root, "Prefect server"))
         declare(api, root / FILE)
         _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
         _call(_prefect("deploy", "--all"), environment, root)
         worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
         pages = _process("MLflow", _mlflow(root, mlflow_port), NO_JOBS | environment, root)
         with worker as at_work, pages as shown:
-            _wait_for(f"http://{HOST}:{mlflow_port}/health", shown)
+            _wait_for(f"http://{HOST}:{mlflow_port}/health", shown, _log(root, "MLflow"))
             print(_addresses(api, prefect_port, mlflow_port), flush=True)
             while all(process.poll() is None for process in (server, at_work, shown)):
                 check_stop()
@@ -91,7 +92,7 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
 
     def wait_until_ready() -> None:
         with starting:
-            _wait_for(f"{api}/health", server)
+            _wait_for(f"{api}/health", server, _log(root, "run"))
 
     return wait_until_ready
 
@@ -130,7 +131,7 @@ def _process(
     name: str, command: list[str], environment: Mapping[str, str], root: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service beside this process, its output in a file; stop it, and what it started, at the end."""
-    log = root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
+    log = _log(root, name)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
@@ -153,14 +154,21 @@ def _process(
                 process.kill()
 
 
+def _log(root: Path, name: str) -> Path:
+    return root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
+
+
 def _call(command: list[str], environment: Mapping[str, str], root: Path) -> None:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ServeError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    """Return when an address answers. Raises ServeError when it does not, or its process ends; Interrupted if asked."""
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when an address answers.
+
+    Raises ServeError when it does not, or its process ends, OSError when the disk is full, and Interrupted if asked.
+    """
     give_up = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < give_up and process.poll() is None:
         check_stop()
@@ -169,7 +177,11 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
             return
         except OSError:
             time.sleep(0.3)
-    raise ServeError(f"{address} does not answer; is its port taken? See .rrlhf/serve")
+    check_room(log.parent)  # the reason that is not in the log
+    ended = process.poll()
+    why = f"does not answer after {SECONDS_TO_START:.0f} s" if ended is None else f"ended with {ended}"
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    raise ServeError("\n".join([f"the service at {address} {why}; its log, {log}, ends with", *said[-3:]]))
 
 
 def _addresses(api: str, prefect_port: int, mlflow_port: int) -> str:

@@ -23,6 +23,7 @@ NEEDED = {
     "entropic": {"temperature"},
     "gaussian_entropic": {"temperature"},
 }
+NOT_ARMS = {"candidate", "data", "latest", "sft"}  # names and aliases of something else
 # Settings of the Bradley-Terry loss, with the value that changes nothing.
 BRADLEY_TERRY_ONLY = {"margin": 0.0, "centring": 0.0, "label_smoothing": 0.0, "dro_temperature": None}
 
@@ -133,8 +134,12 @@ def _arms(params: Params) -> Iterator[Mistake]:
     if not params.arms:
         yield ("arms",), "arms is empty: name at least one policy to train"
     for name, arm in params.arms.items():
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,39}", name) or name in {"sft", "data"}:
-            yield ("arms", name), f"arm name {name!r}: use lower-case letters, digits, ., - and _; not sft or data"
+        if not re.fullmatch(r"(?!v\d+$)[a-z0-9][a-z0-9_-]{0,39}", name) or name in NOT_ARMS:
+            yield (
+                ("arms", name),
+                f"arm name {name!r}: use lower-case letters, digits, - and _, which MLflow takes as an alias; not v1, "
+                f"v2 and so on, {', '.join(sorted(NOT_ARMS))}",
+            )
         yield from ((("arms", name), f"arms.{name}: {text}") for text in _arm(arm, params.best_of_n.samples))
         for path in arm.functions:
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):

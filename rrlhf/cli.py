@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rrlhf.chatting.command import chat
-from rrlhf.command_line import USAGE, end, mendable
+from rrlhf.command_line import USAGE, end, mendable, mending
 from rrlhf.environment import find_root, set_environment
 from rrlhf.judging.command import evaluate_reward
 from rrlhf.lineage.command import audit, diff, lineage
@@ -25,8 +26,10 @@ from rrlhf.versioning.setup import follow_git
 
 
 def serve(
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server and its pages.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server and its pages.")] = 5000,
+    prefect_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the Prefect server and its pages.")
+    ] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow server and its pages.")] = 5000,
 ) -> None:
     """Start Prefect's server, a work pool with a worker, and MLflow's pages on this machine, until Ctrl-C."""
     from flows.serve import serve as start
@@ -43,6 +46,12 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(keygen, sign),
 )
 
+
+def _paragraphs(command: Callable[..., None]) -> str:
+    """Return a docstring with a line for each paragraph: the terminal's width decides where lines break."""
+    return "\n\n".join(" ".join(each.split()) for each in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 app = typer.Typer(
     name="rrlhf",
     help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
@@ -52,7 +61,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in COMMANDS:
-    app.command()(mendable(_command))
+    app.command(help=_paragraphs(_command))(mendable(_command))
 for _called_by_dvc in (key, prepare):
     app.command(hidden=True)(mendable(_called_by_dvc))
 
@@ -62,8 +71,9 @@ def main() -> None:
     if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
         try:
             root = find_root(Path.cwd())
-            set_environment(root)
-            follow_git(root)
         except FileNotFoundError as error:
             end(USAGE, str(error))
+        with mending():
+            set_environment(root)
+            follow_git(root)
     app()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
+from rrlhf.environment import ROOM, free_bytes
 from rrlhf.types import Json
 
 P = ParamSpec("P")
 
 FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
+FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
 
 Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
 Set = Annotated[
@@ -38,31 +43,61 @@ def mendable(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
-        from rrlhf import progress
-        from rrlhf.located import ParamsError
-        from rrlhf.store.artifacts import TamperedError
-
-        try:
+        with mending():
             command(*arguments, **options)
-        except ParamsError as error:
-            end(USAGE, str(error))
-        except TamperedError as error:
-            end(VERIFICATION_FAILED, str(error))
-        except _busy() as error:
-            end(BUSY, str(error))
-        except _different() as error:
-            end(VERIFICATION_FAILED, str(error))
-        except _mendable() as error:
-            end(FAILED, str(error))
-        except OSError as error:
-            end(FAILED, f"{type(error).__name__}: {error}")
-        except KeyboardInterrupt:
-            end(
-                SIGNALLED + progress.signalled,
-                "interrupted; finished stages are kept, and the same command goes on from there",
-            )
 
     return wrapped
+
+
+@contextmanager
+def mending() -> Iterator[None]:
+    """End the command with a message and an exit code for what people can mend; see `mendable`."""
+    from rrlhf import progress
+    from rrlhf.located import UsageError
+    from rrlhf.store.artifacts import TamperedError
+
+    try:
+        yield
+    except UsageError as error:
+        end(USAGE, str(error))
+    except TamperedError as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _busy() as error:
+        end(BUSY, str(error))
+    except _different() as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _mendable() as error:
+        end(FAILED, str(error))
+    except OSError as error:
+        end(FAILED, os_error(error))
+    except KeyboardInterrupt:
+        end(
+            SIGNALLED + progress.signalled,
+            "interrupted; finished stages are kept, and the same command goes on from there",
+        )
+    except Exception:
+        if free_bytes(Path.cwd()) < FULL:  # a library's error for it could be any
+            end(FAILED, full_disk(Path.cwd()))
+        raise
+
+
+def os_error(error: OSError) -> str:
+    """Say what the system refused, where, and what to do."""
+    path = Path(error.filename) if isinstance(error.filename, str) else None
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return full_disk(path or min((Path.cwd(), Path(tempfile.gettempdir())), key=free_bytes))
+    said = f"{path}: {error.strerror}" if path else f"{type(error).__name__}: {error}"
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} and path and path.is_relative_to(Path.cwd()):
+        return f"{said}. Data, results and notes are kept in the project's folder, so it has to be writable"
+    return said
+
+
+def full_disk(path: Path) -> str:
+    """Say that there is no room, where, and how much is left."""
+    return (
+        f"{path}: no room on the disk, {free_bytes(path):,} bytes are free and a run starts with {ROOM:,} or more. "
+        "Make room and give the same command again: what is finished stays"
+    )
 
 
 # Looked up when something was raised, for their modules take time to import.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -26,6 +28,9 @@ QUIET = {
 }
 
 
+ROOM = 32 * 2**20  # bytes: the databases of Prefect and MLflow and the results of the tiny profile take ten million
+
+
 def find_root(start: Path) -> Path:
     """Return the nearest folder, from `start` upwards, that holds params.yaml."""
     for folder in (start, *start.parents):
@@ -36,6 +41,7 @@ def find_root(start: Path) -> Path:
 
 def set_environment(root: Path) -> None:
     """Turn telemetry off, keep Prefect's state inside the project, and work in the project's folder."""
+    os.chdir(root)  # paths in params.yaml are relative to it
     home = root / ".rrlhf" / "prefect"
     home.mkdir(parents=True, exist_ok=True)
     for name, value in (QUIET | {"PREFECT_HOME": str(home)}).items():
@@ -45,7 +51,18 @@ def set_environment(root: Path) -> None:
     beside = str(Path(sys.executable).parent)
     if beside not in os.environ.get("PATH", "").split(os.pathsep):  # DVC and Prefect start `python` from it
         os.environ["PATH"] = os.pathsep.join([beside, os.environ.get("PATH", "")])
-    os.chdir(root)  # paths in params.yaml are relative to it
+
+
+def free_bytes(path: Path) -> int:
+    """Return the room on the disk of a path, or of the nearest folder above that exists."""
+    here = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(here).free
+
+
+def check_room(root: Path) -> None:
+    """Raise OSError when the disk is full before a run has begun: each of its parts would fail in its own way."""
+    if free_bytes(root) < ROOM:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
 
 
 def end_with_parent() -> None:

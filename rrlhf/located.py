@@ -14,7 +14,11 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Where = dict[tuple[str, ...], str]  # path of a key -> "params.yaml:12"
 
 
-class ParamsError(ValueError):
+class UsageError(ValueError):
+    """What a person typed cannot be meant: a name, a file, an option."""
+
+
+class ParamsError(UsageError):
     """Every mistake in the settings, one line each: where, what, and what to do."""
 
 

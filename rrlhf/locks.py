@@ -28,6 +28,19 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def holder(lock: Path) -> str | None:
+    """Return what the process that holds a lock wrote into it; None when nobody holds it."""
+    try:
+        with lock.open(encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return handle.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
 def is_alive(process: int) -> bool:
     """Whether this machine runs a process with this number."""
     try:

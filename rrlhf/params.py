@@ -6,9 +6,11 @@ overrides come last. Mappings merge; null removes an arm.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -19,10 +21,13 @@ from rrlhf.config import Arm, Params
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")  # it stands in commands of dvc.yaml, file names and addresses
+TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the others are folders in data/
+
 
 def profiles(root: Path) -> list[str]:
-    """Names of the profiles that can be run."""
-    return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml"))]
+    """Names of the profiles that there are; `load_params` refuses one that nothing could be called."""
+    return ["default", *sorted(path.stem for path in (root / "profiles").glob("[!.]*.yaml"))]
 
 
 def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Json] | None = None) -> Params:
@@ -32,11 +37,17 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     """
     if profile not in profiles(root):
         raise ParamsError(f"unknown profile {profile!r}{did_you_mean(profile, profiles(root))}")
+    file = Path("profiles", f"{profile}.yaml")
+    if (root / file).exists() and (profile in TAKEN or not NAME.fullmatch(profile)):
+        raise ParamsError(
+            f"{file}: rename it: the name of a profile is up to 40 letters (a to z), digits, - and _, begins with a "
+            f"letter or digit, and is none of {', '.join(sorted(TAKEN))}"
+        )
     where: Where = {}
     mistakes: list[str] = []
     merged = read(root / "params.yaml", where, mistakes)
     if profile != "default":
-        merged = _merge(merged, read(root / "profiles" / f"{profile}.yaml", where, mistakes))
+        merged = _merge(merged, read(root / file, where, mistakes))
     for dotted, value in (overrides or {}).items():
         path = tuple(dotted.split("."))
         merged = _merge(merged, _nested(path, value))
@@ -66,6 +77,13 @@ def parse_override(text: str) -> tuple[str, Json]:
         raise ParamsError(f"--set {text}: the value is not valid YAML") from None
 
 
+def option(dotted: str, value: Json) -> str:
+    """Return the --set that `parse_override` reads as this, quoted for a shell."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    plain = text.removesuffix("\n").removesuffix("\n...")  # which ends a document that is one word
+    return f"--set {quote(f'{dotted}={plain}')}"
+
+
 def _merge(under: Any, over: Any) -> Any:
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
@@ -80,9 +98,9 @@ def _nested(path: tuple[str, ...], value: Json) -> Json:
 
 def _explain(detail: Any, where: Where) -> str:
     path = tuple(str(part) for part in detail["loc"])
-    name, value = ".".join(path), detail["input"]
+    at, name, value = place(path, where), ".".join(path), detail["input"]
     if detail["type"] == "extra_forbidden":
-        text = f"unknown setting {name}{did_you_mean(path[-1], _fields(path[:-1]))}"
+        text = f"{name}: unknown setting{did_you_mean(path[-1], _fields(path[:-1]))}"
     elif detail["type"] == "missing":
         text = f"{name} is missing"
     else:
@@ -90,7 +108,7 @@ def _explain(detail: Any, where: Where) -> str:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
             mantissa, exponent = value.split("e")
             text += f" (text to YAML; write {mantissa}.0e{exponent})"
-    return f"{place(path, where)}: {text}"
+    return f"{at}: {text.removeprefix(f'{name}: ') if at == f'--set {name}' else text}"
 
 
 def _fields(path: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from rrlhf.chatting.chat import Chat, answers, open_chat
 from rrlhf.chatting.command import in_words, prompts
+from rrlhf.chatting.named import find_models
 from rrlhf.language_models.text import Texts
 from rrlhf.params import load_params
 from rrlhf.reward_models.heads import RewardHeads
@@ -20,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
-    opened = open_chat(project, "tiny", params, [str(start / "sft")], None)
+    models, judge = find_models(project, "tiny", params, [str(start / "sft")], None)
+    assert judge is None
+    opened = open_chat(models, judge, params)
     [speaker] = opened.speakers
     trunk = Trunk(speaker.language, 1, speaker.model, Texts(speaker.language, speaker.model))
     ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)
@@ -29,13 +32,14 @@ def chat(start, rewards, project):
 
 def test_every_model_answers_the_same_prompt_with_every_heads_score(chat):
     found = answers(chat, "Say a.")
+    (score, other) = (answer.pop("score") for answer in found)
     assert found[0] == found[1]
     assert len(found[0]["text"]) <= 12  # characters are its tokens
-    score = found[0]["score"]
+    assert score["heads"] == pytest.approx(other["heads"], abs=1e-6)  # rows of one batch round differently
     assert len(score["heads"]) == 5
     assert score["mean"] == pytest.approx(sum(score["heads"]) / 5, abs=1e-6)
     assert score["worst"] == min(score["heads"])
-    assert in_words(found[0]).count("\n") == 1
+    assert in_words({**found[0], "score": score}).count("\n") == 1
 
 
 def test_the_likeliest_answer_is_always_the_same_and_a_seed_decides_a_sample(chat):
@@ -56,7 +60,7 @@ def test_without_an_ensemble_there_are_no_scores(chat):
 
 def test_a_folder_that_is_no_model_is_named(project, tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
-        open_chat(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
+        find_models(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
 
 
 def test_a_prompt_is_given_or_read_from_stdin(monkeypatch):

@@ -1,15 +1,18 @@
 """Settings: every mistake at once, with its place and the way out."""
 
 import inspect
+import shlex
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from rrlhf.checks import NEEDED
 from rrlhf.config import Arm, RewardName
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params, parse_override, profiles
+from rrlhf.params import load_params, option, parse_override, profiles
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -55,9 +58,49 @@ def test_a_mistake_in_a_profile_names_the_profile(project):
 
 
 def test_an_unknown_setting_gets_the_closest_name(project):
-    assert mistakes(project, ppo__kl_weigth=0.1) == [
-        "--set ppo.kl_weigth: unknown setting ppo.kl_weigth: did you mean kl_weight?"
+    assert mistakes(project, ppo__kl_weigth=0.1) == ["--set ppo.kl_weigth: unknown setting: did you mean kl_weight?"]
+    assert mistakes(project, ppo={"kl_weigth": 0.1}) == [
+        "--set ppo: ppo.kl_weigth: unknown setting: did you mean kl_weight?"
     ]
+
+
+def test_a_setting_on_the_command_line_is_named_once(project):
+    [wrong] = mistakes(project, ppo__kl_weight=-1)
+    assert wrong.startswith("--set ppo.kl_weight: input should be greater than or equal to 0")
+
+
+@pytest.mark.parametrize("name", ["my profile", "a;b", "a.b", "größe", "-x", "$HOME", "keys", "variants", "default"])
+def test_a_name_that_breaks_commands_or_folders_is_no_profiles(project, name):
+    (project / "profiles" / f"{name}.yaml").write_text("seed: 2\n", encoding="utf-8")
+    [told] = mistakes(project, name)
+    assert told.startswith(f"profiles/{name}.yaml: rename it")
+
+
+@pytest.mark.parametrize("name", ["../params", "profiles/tiny", "", "/etc/hosts", ".hidden", "tiny.yaml"])
+def test_a_profile_is_a_file_of_its_folder_and_no_path(project, name):
+    (project / "profiles" / ".hidden.yaml").write_text("seed: 2\n")
+    [told] = mistakes(project, name)
+    assert told.startswith(f"unknown profile {name!r}")
+
+
+@pytest.mark.parametrize("name", ["A-1_c", "7b"])
+def test_other_names_are(project, name):
+    (project / "profiles" / f"{name}.yaml").write_text("seed: 2\n")
+    assert load_params(project, name).seed == 2
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@settings(deadline=None)
+@given(st.recursive(LEAVES, lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside), max_leaves=6))
+@example(1e-5).via("YAML reads 1e-05 as text")
+@example("12:30:00").via("YAML reads it as seconds")
+def test_an_override_as_it_is_told_can_be_given_again(value):
+    told = option("a.b", value)
+    flag, given_again = shlex.split(told)
+    assert flag == "--set"
+    assert parse_override(given_again) == ("a.b", value)
 
 
 def test_an_unknown_profile_gets_the_closest_name():
@@ -87,7 +130,8 @@ def test_a_weight_is_a_finite_number(value):
         ({"prepare__format": "hh"}, "together"),
         ({"tracking__candidate": "robst"}, "did you mean robust"),
         ({"arms": {"single": None, "robust": None}}, "not an arm"),
-        ({"arms__Bad Name": {"reward": "single", "seed": 1}}, "lower-case"),
+        *(({f"arms__{name}": {"reward": "single", "seed": 1}}, "lower-case") for name in ("Bad Name", "v2", "latest")),
+        ({"arms": {"robust.4": {"reward": "single", "seed": 1}}, "tracking__candidate": "robust.4"}, "lower-case"),
         ({"arms__single__nominal_weight": 0.5}, "reward single has no nominal_weight"),
         ({"arms__robust__nominal_weight": None}, "reward robust needs nominal_weight"),
         (

@@ -2,9 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from rrlhf.params import load_params
 from rrlhf.running.dvc_record import asked_of, numbers_digests, record, write_numbers
 from rrlhf.running.plan import Project
 from rrlhf.store.artifacts import TamperedError
-from rrlhf.versioning.datasets import SECONDS_TO_COMMIT
+from rrlhf.versioning.datasets import RWLOCK, SECONDS_TO_COMMIT, BusyError, prepare_dataset
 from rrlhf.versioning.records import run_records
 from rrlhf.versioning.setup import follow_git, is_under_git
 
@@ -262,17 +267,71 @@ def test_both_files_declare_the_same_stages():
     assert sorted(declared) == sorted(["default", *(path.stem for path in (ROOT / "profiles").glob("*.yaml"))])
 
 
+HOLDER = """
+import sys; from dvc.repo import Repo
+repo = Repo(config={'core': {'no_scm': True}})
+with repo.lock: print('held', flush=True); sys.stdin.read()
+"""
+SLEEPER = "import sys; print('held', flush=True); sys.stdin.read()"
+
+
+@contextmanager
+def running(program, root):
+    with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdin=-1, stdout=-1) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process.pid
+        process.stdin.close()
+
+
+def other_data(made):
+    """Asks for a data set that is not there."""
+    project = made.with_({"seed": 77})
+    document = project.document(project.nodes[0], {})
+    return partial(prepare_dataset, made.root, project.place(document), document)
+
+
 def test_waiting_for_another_command_ends(made, monkeypatch, capfd):
     assert SECONDS_TO_COMMIT < 60
     monkeypatch.setattr("rrlhf.versioning.datasets.SECONDS_TO_COMMIT", 0.0)
     made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    holder = (
-        "import sys, time; from dvc.repo import Repo\n"
-        "repo = Repo(config={'core': {'no_scm': True}})\n"
-        "with repo.lock: print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder], cwd=made.root, stdin=-1, stdout=-1) as process:
-        assert process.stdout.readline() == b"held\n"
+    with running(HOLDER, made.root) as process:
         record(made.project, whole=True)
-        process.stdin.close()
-    assert "DVC took no note" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "DVC took no note" in said
+    assert f"held by process {process} ({sys.executable} -c" in said
+
+
+def test_a_data_set_waits_for_another_command_and_is_made_once_that_ends(made, capfd):
+    with ThreadPoolExecutor() as pool:
+        with running(HOLDER, made.root) as process:
+            waiting = pool.submit(other_data(made))
+            said = ""
+            while "waiting up to 60 s" not in said and not waiting.done():
+                time.sleep(0.1)
+                said += capfd.readouterr().err
+        assert f"process {process} (" in said
+        assert waiting.result(60).digest.startswith("md5:")
+
+
+@pytest.mark.parametrize("lock", ["of the project", "of files"])
+def test_a_command_that_goes_on_holding_the_lock_is_named(made, monkeypatch, lock):
+    monkeypatch.setattr("rrlhf.versioning.datasets.SECONDS_TO_LOCK", 0.0)
+    ask = other_data(made)
+    with running(HOLDER if lock == "of the project" else SLEEPER, made.root) as process:
+        if lock == "of files":
+            taken = {"write": {str(made.root / "data"): {"pid": process, "cmd": "dvc repro of a friend"}}}
+            (made.root / RWLOCK).write_text(json.dumps(taken))
+        with pytest.raises(BusyError, match=rf"gave up after 0 s: .*process {process} \("):
+            ask()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"write": {"/a"', b"[]", b"\xff\xfe"])
+def test_a_half_written_lock_is_named_with_the_way_to_mend_it(made, content, capfd):
+    path = made.root / RWLOCK
+    path.write_bytes(content)
+    with pytest.raises(BusyError, match=f"rm {re.escape(str(path))}$"):
+        other_data(made)()
+    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
+    record(made.project, whole=True)
+    assert f"rm {path}" in capfd.readouterr().err
+    path.unlink()

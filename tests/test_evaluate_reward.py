@@ -101,8 +101,8 @@ def test_the_profile_s_ensemble_is_judged_as_its_stage_judged_it(rrlhf, made):
     found = strict(rrlhf(*PROFILE, "--json").stdout)
     accuracy, metrics = found["answer"]["judgement"]["accuracy"], made[1]["ensemble"].metrics
     assert found["digest"] == made[1]["ensemble"].digest
-    assert accuracy["worst"]["mean"] == metrics["heldout_accuracy_worst"]
-    assert found["answer"]["judgement"]["calibration"]["ece"] == metrics["heldout_ece"]
+    assert accuracy["worst"]["mean"] == pytest.approx(metrics["heldout_accuracy_worst"])
+    assert found["answer"]["judgement"]["calibration"]["ece"] == pytest.approx(metrics["heldout_ece"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["rrlhf-ensemble@latest", "rrlhf-ensemble/1", "digest", "folder"])
@@ -153,14 +153,17 @@ def test_perturbed_texts_give_a_table_and_a_page(rrlhf, made, tmp_path):
 def test_the_single_head_is_judged_too(rrlhf, made):
     found = strict(rrlhf("rrlhf-reward@latest", *PROFILE, "--json").stdout)["answer"]["judgement"]
     assert list(found["accuracy"]) == ["single head"]
-    assert found["accuracy"]["single head"]["mean"] == made[1]["reward"].metrics["heldout_accuracy"]
+    assert found["accuracy"]["single head"]["mean"] == pytest.approx(made[1]["reward"].metrics["heldout_accuracy"])
 
 
 def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
-    assert "close: rrlhf-ensemble@latest" in rrlhf("rrlhf-ensembel@latest", *PROFILE, code=1).output
-    assert "name a model of reward or ensemble" in rrlhf("rrlhf-sft@latest", *PROFILE, code=1).output
+    assert "close: rrlhf-ensemble@latest" in rrlhf("rrlhf-ensembel@latest", *PROFILE, code=2).output
+    assert "name a model of reward or ensemble" in rrlhf("rrlhf-sft@latest", *PROFILE, code=2).output
     assert "`rrlhf run` comes first" in rrlhf(code=1).output
-    assert "no artifact.json" in rrlhf(str(tmp_path), *PROFILE, code=1).output
+    assert "no artifact.json" in rrlhf(str(tmp_path), *PROFILE, code=2).output
+    (tmp_path / "notes.txt").touch()
+    for name, way_out in (("missing.jsonl", "no such file"), ("notes.txt", "name one file that ends with .jsonl")):
+        assert way_out in rrlhf(*PROFILE, "--data", str(tmp_path / name), code=2).output
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     assert "the file is empty" in rrlhf(*PROFILE, "--data", str(empty), code=1).output
@@ -168,9 +171,9 @@ def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
         "no column 'score_chosen'" in rrlhf(*PROFILE, "--data", str(file), "--format", "ultrafeedback", code=1).output
     )
     assert (
-        "did you mean ultrafeedback" in rrlhf(*PROFILE, "--data", str(file), "--format", "ultrafedback", code=1).output
+        "did you mean ultrafeedback" in rrlhf(*PROFILE, "--data", str(file), "--format", "ultrafedback", code=2).output
     )
-    said = rrlhf("rrlhf-ensemble@latest", "--perturb", "1", code=1).output
+    said = rrlhf("rrlhf-ensemble@latest", "--perturb", "1", code=2).output
     assert "name its --profile, or a file with --data" in said
 
 

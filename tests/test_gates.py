@@ -112,7 +112,7 @@ def test_the_audit_passes_only_when_it_found_nothing():
     assert "gone" in in_words(clean(["sft of ppo-robust: gone"]))
 
 
-@pytest.mark.parametrize("to", ["latest", "candidate", "robust", "No", "", "a b"])
+@pytest.mark.parametrize("to", ["latest", "candidate", "robust", "No", "", "a b", "v2"])
 def test_an_alias_that_runs_move_or_that_is_none_is_refused(to):
     with pytest.raises(ValueError, match="--to"):
         check(Asked("rrlhf-policy/1", to, None), ["single", "robust"])

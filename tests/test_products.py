@@ -127,7 +127,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     assert "differs; it first does in ppo-robust" in done.stdout
     assert "its training first parted at step" in done.stdout
     assert list((shell.root / "again").glob("*-ppo-robust/model.safetensors"))
-    assert "exists already" in shell("reproduce", ROBUST, "--only", "--keep", "again", code=1).stderr
+    assert "exists already" in shell("reproduce", ROBUST, "--only", "--keep", "again", code=2).stderr
 
 
 @pytest.mark.slow
@@ -167,4 +167,4 @@ def test_two_models_answer_with_the_ensembles_scores(shell):
     assert all(len(answer["score"]["heads"]) == 3 for answer in told["answers"])
     folder = next((shell.root / "artifacts" / "ppo").iterdir())
     assert shell.json("chat", str(folder), given="Say a.\n")["prompt"] == "Say a."
-    assert "answers nothing" in shell("chat", "rrlhf-ensemble@latest", "-p", "a", code=1).stderr
+    assert "answers nothing" in shell("chat", "rrlhf-ensemble@latest", "-p", "a", code=2).stderr

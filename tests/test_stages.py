@@ -207,8 +207,8 @@ def test_the_evaluation_judges_the_reward_models_and_their_agreement_with_gold(m
     root, rows = made
     found = json.loads((root / "evaluate" / "evaluation.json").read_text())
     single, several = found["reward_models"]
-    assert single["accuracy"]["single head"]["mean"] == rows["reward"][-1]["heldout_accuracy"]
-    assert several["accuracy"]["worst"]["mean"] == rows["ensemble"][-1]["heldout_accuracy_worst"]
+    assert single["accuracy"]["single head"]["mean"] == pytest.approx(rows["reward"][-1]["heldout_accuracy"])
+    assert several["accuracy"]["worst"]["mean"] == pytest.approx(rows["ensemble"][-1]["heldout_accuracy_worst"])
     assert several["calibration"]["ece"] == pytest.approx(rows["ensemble"][-1]["heldout_ece"], abs=1e-6)
     assert single["calibration"]["ece"] == pytest.approx(rows["reward"][-1]["heldout_ece"], abs=1e-6)
     assert [row["name"] for row in found["gold_agreement"]] == ["sft", "single", "robust"]

@@ -2,13 +2,14 @@
 
 import fcntl
 import json
+import shlex
 import sys
 
 import pytest
 
 from rrlhf.cli import main
 from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params
+from rrlhf.params import load_params, parse_override
 from rrlhf.running.partial import Part
 from rrlhf.running.plan import Project
 from rrlhf.running.records import last_run, noted
@@ -84,6 +85,15 @@ def test_status_counts_every_profile(command):
     profiles = {state["profile"]: state for state in json.loads(out)["profiles"]}
     assert set(profiles) >= {"default", "tiny"}
     assert profiles["tiny"]["to_do"]["data"] == "run: never made here"
+
+
+def test_the_overrides_of_the_last_run_can_be_pasted(command, project):
+    given = {"prefect.limit": None, "seed": 2, "arms.a b": {"reward": "robust", "nominal_weight": 1e-5, "seed": 1}}
+    with noted(project, "tiny", given, Part()):
+        pass
+    _, out, _ = command("status")
+    options = shlex.split(next(line for line in out.splitlines() if "--set" in line).partition(" --set ")[2])
+    assert dict(parse_override(each) for each in options if each != "--set") == given
 
 
 def test_why_goes_back_to_the_first_cause(command):

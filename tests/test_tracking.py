@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -28,7 +29,7 @@ from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
 from rrlhf.store.artifacts import CARD, HISTORY, Store
 from rrlhf.store.cards import summary, without_front_matter
-from rrlhf.tracking import Tracker, TrackingError
+from rrlhf.tracking import Tracker, TrackingError, server
 from rrlhf.types import Dataset
 
 PROJECT = Path(__file__).parent.parent
@@ -395,11 +396,13 @@ def test_a_server_that_is_down_is_reported_soon(root, monkeypatch):
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_hangs_is_reported_soon(root, monkeypatch):
+def test_a_server_that_hangs_is_given_up(root, monkeypatch):
+    assert server.SECONDS_TO_ANSWER <= 60
+    monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(TrackingError, match="ReadTimeout"):
+        with pytest.raises(TrackingError, match=r"failed: Read timed out\. \(read timeout=1\)"):
             Tracker.connect(root, "rrlhf")
         assert time.monotonic() - start < 10
 
@@ -412,13 +415,45 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_refuses_names_the_way_in(root, monkeypatch):
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN"):
-            Tracker.connect(root, "rrlhf")
-        server.shutdown()
+class Waking(Refusing):
+    """Answers the first question late, and knows one experiment."""
+
+    asleep = True
+
+    def do_GET(self):
+        if Waking.asleep:
+            time.sleep(2.5)
+        Waking.asleep = False
+        self.send_response(200)
+        self.end_headers()
+        found = {"name": "rrlhf", "experiment_id": "7", "lifecycle_stage": "active", "artifact_location": "x"}
+        self.wfile.write(json.dumps({"experiment": found}).encode())
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """Have a handler answer at the tracking server's address."""
+    with ExitStack() as stack:
+
+        def start(handler):
+            served = stack.enter_context(HTTPServer(("127.0.0.1", 0), handler))
+            Thread(target=served.serve_forever, daemon=True).start()
+            stack.callback(served.shutdown)
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{served.server_port}")
+
+        yield start
+
+
+def test_a_server_that_refuses_names_the_way_in(root, serving):
+    serving(Refusing)
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN"):
+        Tracker.connect(root, "rrlhf")
+
+
+def test_a_server_that_answers_late_is_waited_for_and_that_is_told(root, serving, capsys):
+    serving(Waking)
+    assert server.connect(root, "rrlhf")[1] == "7"
+    assert "waiting up to 30 s for the tracking server http://127.0.0.1" in capsys.readouterr().err
 
 
 def tiny_policy(staged):

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import torch
 
+from rrlhf.chatting.named import Judge, Named
 from rrlhf.config import Model, Params
 from rrlhf.hardware import device_kind
 from rrlhf.language_models.models import LanguageModel, load_model, most_likely
 from rrlhf.language_models.text import Texts, decode
-from rrlhf.lineage.lookup import Lookup
 from rrlhf.reward_models.scoring import RewardModel, load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward
 from rrlhf.rollout import Response, sample_in_batches
-from rrlhf.running.plan import Project
-from rrlhf.store.artifacts import MANIFEST, Artifact
 from rrlhf.types import Message
-
-ANSWERS = ("sft", "ppo", "dpo")  # stages whose artifact is a model that answers
 
 
 class Score(TypedDict):
@@ -47,7 +42,6 @@ class Speaker(NamedTuple):
     name: str
     language: LanguageModel
     model: Model
-    artifact: Artifact | None  # None: a plain transformers folder
 
 
 class Chat(NamedTuple):
@@ -58,21 +52,13 @@ class Chat(NamedTuple):
     judge: str | None  # the ensemble's name
 
 
-def open_chat(root: Path, profile: str, params: Params, models: Sequence[str], ensemble: str | None) -> Chat:
-    """Load the models, and the ensemble that judges them: the one named, the first model's own, or the profile's.
-
-    models: registered versions, aliases, digests, or folders of an artifact or of transformers. Raises ValueError that
-    says what to do, and TamperedError when a stored file was changed.
-    """
-    lookup = Lookup(root, params)
-    speakers = [_speaker(lookup, reference, params.model) for reference in models]
-    judge = _ensemble(lookup, Project(root, profile, params), speakers, ensemble)
+def open_chat(models: Sequence[Named], judge: Judge | None, params: Params) -> Chat:
+    """Load the models, and the reward model that judges them."""
+    device = torch.device(device_kind(params.model.device))
+    speakers = [_speaker(each, device) for each in models]
     if judge is None:
         return Chat(speakers, None, None)
-    reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
-    device = torch.device(device_kind(params.model.device))
-    loaded = load_reward_model(judge.path, lookup.input_of(reward, "sft").path, device)
-    return Chat(speakers, loaded, f"{judge.name} {judge.digest[:8]}")
+    return Chat(speakers, load_reward_model(judge.artifact.path, judge.sft, device), judge.name)
 
 
 def answers(chat: Chat, prompt: str, seed: int | None = None) -> list[Answer]:
@@ -90,34 +76,10 @@ def answers(chat: Chat, prompt: str, seed: int | None = None) -> list[Answer]:
     ]
 
 
-def _speaker(lookup: Lookup, reference: str, usual: Model) -> Speaker:
-    folder, artifact, model = Path(reference), None, usual
-    if not folder.is_dir() or (folder / MANIFEST).is_file():
-        artifact = lookup.find(reference)
-        if artifact.stage not in ANSWERS:
-            raise ValueError(
-                f"{reference!r} is made by stage {artifact.stage}, which answers nothing; name one of "
-                f"{', '.join(ANSWERS)}"
-            )
-        folder = artifact.path
-        model = Model.model_validate(artifact.manifest["document"]["params"]["model"])
-    elif not (folder / "config.json").is_file():
-        raise ValueError(f"{reference}: neither an artifact's folder nor one of transformers (it has no config.json)")
-    language = load_model(folder)
-    language.network.to(device_kind(usual.device)).requires_grad_(False)
-    return Speaker(reference, language, model.model_copy(update={"device": usual.device}), artifact)
-
-
-def _ensemble(lookup: Lookup, project: Project, speakers: Sequence[Speaker], named: str | None) -> Artifact | None:
-    if named:
-        found = lookup.find(named)
-        if found.stage not in {"ensemble", "reward"}:
-            raise ValueError(f"--ensemble {named!r} is made by stage {found.stage}; name an ensemble or a reward model")
-        return found
-    for speaker in speakers:
-        if speaker.artifact and "ensemble" in speaker.artifact.inputs:
-            return lookup.input_of(speaker.artifact, "ensemble")
-    return project.artifact("ensemble")
+def _speaker(named: Named, device: torch.device) -> Speaker:
+    language = load_model(named.folder)
+    language.network.to(device).requires_grad_(False)
+    return Speaker(named.name, language, named.model)
 
 
 def _response(speaker: Speaker, asked: list[Message], seed: int | None) -> Response:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.command_line import AsJson, Profile, Set, overrides
+from rrlhf.located import UsageError
 
 if TYPE_CHECKING:
     from rrlhf.chatting.chat import Answer
@@ -20,7 +21,7 @@ def chat(
     model: Annotated[
         str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
     ],
-    other: Annotated[str | None, typer.Argument(metavar="[MODEL2]", help="A second model, side by side.")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="MODEL2", help="A second model, side by side.")] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Left out: stdin, or a loop on a terminal.")
     ] = None,
@@ -43,13 +44,15 @@ def chat(
 
     Example: echo "Write about rain." | rrlhf chat rrlhf-policy@champion --json
     """
+    from rrlhf.chatting.named import find_models
     from rrlhf.params import load_params
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     asked = prompts(prompt)
+    models, judge = find_models(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
     from rrlhf.chatting.chat import answers, open_chat
 
-    opened = open_chat(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
+    opened = open_chat(models, judge, params)
     for text in asked:
         found = answers(opened, text, seed)
         if as_json:
@@ -61,13 +64,13 @@ def chat(
 def prompts(given: str | None) -> Iterator[str]:
     """Return the prompt that was given, all of stdin as one, or, on a terminal, one line after another.
 
-    Raises ValueError at once when there is none.
+    Raises UsageError at once when there is none.
     """
     if given is None and sys.stdin.isatty():
         return _typed()
     text = sys.stdin.read() if given is None else given
     if not text.strip():
-        raise ValueError("the prompt is empty: give one with --prompt, or on stdin")
+        raise UsageError("the prompt is empty: give one with --prompt, or on stdin")
     return iter([text.strip()])
 
 

@@ -11,6 +11,7 @@ from rrlhf.config import Params
 from rrlhf.judging.content import RewardJudgement, Robustness, SubsetAccuracy
 from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers, question_wins
 from rrlhf.lineage.lookup import Lookup
+from rrlhf.located import UsageError
 from rrlhf.running.plan import Project
 from rrlhf.stages import DATA
 from rrlhf.store.artifacts import Artifact
@@ -141,7 +142,7 @@ def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> L
 
     dataset = project.dataset()
     if dataset is None or dataset.digest != features.inputs[DATA]:
-        raise ValueError(
+        raise UsageError(
             "--perturb needs the texts of the held-out pairs, and the data set of this model is not that of profile "
             f"{project.profile}: name its --profile, or a file with --data"
         )
@@ -161,5 +162,5 @@ def _of_profile(project: Project) -> Artifact:
 
 def _reward_model(artifact: Artifact, reference: str) -> Artifact:
     if artifact.stage not in STAGES:
-        raise ValueError(f"{reference!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
+        raise UsageError(f"{reference!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
     return artifact

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.located import ParamsError, did_you_mean
+from rrlhf.located import UsageError, did_you_mean
 from rrlhf.preferences.data import Place, Rejected, refuse_repetition
 from rrlhf.preferences.files import require_columns, rows_of, source_files
 from rrlhf.preferences.rows import FIXES, FORMATS, Format, Row, RowError, plain_row, subset_of
@@ -40,15 +40,15 @@ class LabelledPairs(NamedTuple):
 def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | None) -> LabelledPairs:
     """Read the first `limit` good rows of a file, a folder or the files that match a pattern.
 
-    Raises ParamsError when there is no such file. Raises ValueError when one cannot be read, lacks a column or holds no
+    Raises UsageError when there is no such file. Raises ValueError when one cannot be read, lacks a column or holds no
     row, and with all mistakes at once (file, line, rule) when more than the share `max_rejected` of the rows is bad.
     """
     if format not in PAIR_FORMATS:
-        raise ValueError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
+        raise UsageError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
     try:
         files = source_files(str(data))
     except ValueError as error:
-        raise ParamsError(f"--data {error}") from None
+        raise UsageError(f"--data {error}") from None
     layout = PAIR_FORMATS[format]
     loaded = LabelledPairs(str(data), [], [], [], [])
     columns: dict[str, None] = {}

@@ -13,6 +13,7 @@ from itertools import islice, takewhile
 from typing import NamedTuple
 
 from rrlhf.identity.keys import Document
+from rrlhf.located import UsageError
 from rrlhf.stages import DATA
 
 SHOWN = 8  # hex digits of a digest that a person reads
@@ -129,7 +130,7 @@ class Graph:
         """Find "rrlhf-policy@candidate", "rrlhf-policy/3", a data set's name, a node, or the start of a digest or key.
 
         "NAME@latest" is the newest version of a name, "data" the newest data set; a start has 6 hex digits or more.
-        Raises ValueError with the closest names when there is none, or more than one.
+        Raises UsageError with the closest names when there is none, or more than one.
         """
         wanted = reference.removeprefix("models:/")
         named = self._named
@@ -143,9 +144,9 @@ class Graph:
                 return next(iter(found.values()))
             if found:
                 digests = ", ".join(digest[: len(start) + 6] for digest in found)
-                raise ValueError(f"{reference!r} begins several digests: {digests}")
+                raise UsageError(f"{reference!r} begins several digests: {digests}")
         close = difflib.get_close_matches(wanted, named, n=3) or sorted(named)[:10]
-        raise ValueError(
+        raise UsageError(
             f"no model {reference!r}; {'close: ' + ', '.join(close) if close else 'none is registered yet'}"
         )
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from rrlhf.config import Params
+from rrlhf.located import UsageError
 from rrlhf.signing.signatures import notary_of
 from rrlhf.store.artifacts import MANIFEST, Artifact, Store, read_artifact
 
@@ -20,7 +21,7 @@ class Lookup:
     def find(self, reference: str) -> Artifact:
         """Return the artifact of "rrlhf-ensemble@latest", "rrlhf-ensemble/3", a digest's or key's start, or a folder.
 
-        Every file is checked, and the signature where there is a key. Raises ValueError with the closest names when
+        Every file is checked, and the signature where there is a key. Raises UsageError with the closest names when
         there is none, or more than one, and TamperedError when a file is not what its manifest says.
         """
         if Path(reference).is_dir():
@@ -33,13 +34,18 @@ class Lookup:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""
         digest = artifact.inputs[argument]
         here = next((found for found in self.store.all() if found.digest == digest), None)
-        return self._verified(here) if here else self._registered(digest)
+        try:
+            return self._verified(here) if here else self._registered(digest)
+        except UsageError:
+            raise ValueError(
+                f"the {argument} that {artifact.name} was made from, {digest[:12]}, is neither here nor in MLflow"
+            ) from None
 
     def _beginning_with(self, start: str) -> Artifact | None:
         found = {item.digest: item for item in self.store.all() if item.digest.startswith(start)}
         found = found or {item.digest: item for item in self.store.all() if item.key.startswith(start)}
         if len(found) > 1:
-            raise ValueError(f"{start!r} begins several digests: {', '.join(digest[:12] for digest in found)}")
+            raise UsageError(f"{start!r} begins several digests: {', '.join(digest[:12] for digest in found)}")
         return next(iter(found.values()), None)
 
     def _registered(self, reference: str) -> Artifact:
@@ -51,7 +57,7 @@ class Lookup:
         found = from_versions(tracker.versions()).find(reference)
         stage, key = found.stage, found.key
         if not key:
-            raise ValueError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
+            raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         with self.store.locked(key):
             artifact = self.store.checked(stage, key)
             downloaded = self.store.staging("restore", key)
@@ -68,5 +74,5 @@ class Lookup:
 
 def _in_folder(folder: Path) -> Artifact:
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
+        raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
     return read_artifact(folder)

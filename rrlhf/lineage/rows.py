@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
+from rrlhf.located import UsageError
 from rrlhf.preferences.fingerprints import row_hash, tables_with
 from rrlhf.types import Json
 from rrlhf.versioning.records import Record, files_of, locks, run_records
@@ -47,7 +48,7 @@ class Sighting(NamedTuple):
 def digest_start(text: str) -> str:
     """Return the start of a row's hash, given as such or as the row itself, as JSON.
 
-    A prompt may be text, or a list of messages. Raises ValueError when it is neither.
+    A prompt may be text, or a list of messages. Raises UsageError when it is neither.
     """
     if re.fullmatch("[0-9a-f]{6,64}", text):
         return text
@@ -56,7 +57,7 @@ def digest_start(text: str) -> str:
         if isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
+        raise UsageError(
             f"--row {text[:60]!r}: give 6 or more hex digits of a row's hash (`rrlhf diff` prints them), or the row as "
             'JSON: {"prompt": ..., "chosen": ..., "rejected": ...}'
         ) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 import typer
 
 from rrlhf.command_line import AsJson, Profile, Set, overrides
+from rrlhf.located import UsageError
 
 if TYPE_CHECKING:
     from rrlhf.config import Params
@@ -123,24 +124,24 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
 
 
 def check(asked: Asked, arms: Sequence[str]) -> None:
-    """Raise ValueError for an alias that is not free, or an empty reason."""
-    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,39}", asked.to):
-        raise ValueError(f"--to {asked.to!r}: use lower-case letters, digits, - and _")
+    """Raise UsageError for an alias that is not free, or an empty reason."""
+    if not re.fullmatch(r"(?!v\d+$)[a-z][a-z0-9_-]{0,39}", asked.to):
+        raise UsageError(f"--to {asked.to!r}: use lower-case letters, digits, - and _; not v1, v2 and so on")
     if asked.to in {"latest", "candidate", *arms}:
-        raise ValueError(f"--to {asked.to!r}: every run gives this alias anew; choose another, for example champion")
+        raise UsageError(f"--to {asked.to!r}: every run gives this alias anew; choose another, for example champion")
     if asked.override is not None and not asked.override.strip():
-        raise ValueError("--override needs a reason in words, which is recorded with the version")
+        raise UsageError("--override needs a reason in words, which is recorded with the version")
 
 
 def named(reference: str, versions: Sequence[Version]) -> Version:
-    """Return the version that a person means. Raises ValueError when there is none, or more than one."""
+    """Return the version that a person means. Raises UsageError when there is none, or more than one."""
     from rrlhf.lineage.load import from_versions
 
     found = from_versions(versions).find(reference)
     known = {f"{version.name}/{version.version}": version for version in versions}
     names = [name for name in (reference.removeprefix("models:/"), *found.names) if name in known]
     if not names:
-        raise ValueError(f"{reference!r} is {found.title}, which is not registered; name a registered policy")
+        raise UsageError(f"{reference!r} is {found.title}, which is not registered; name a registered policy")
     return known[names[0]]
 
 
@@ -206,7 +207,7 @@ def _policy(lookup: Lookup, version: Version) -> Artifact:
     from rrlhf.tracking import MODEL_NAMES
 
     if version.name != MODEL_NAMES["ppo"]:
-        raise ValueError(f"{version.name} v{version.version} is no trained policy; name one of {MODEL_NAMES['ppo']}")
+        raise UsageError(f"{version.name} v{version.version} is no trained policy; name one of {MODEL_NAMES['ppo']}")
     return lookup.find(f"{version.name}/{version.version}")
 
 

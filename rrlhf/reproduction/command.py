@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.command_line import AsJson, Profile, Set, overrides
+from rrlhf.located import UsageError
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
@@ -44,14 +45,16 @@ def reproduce(
     """
     from rrlhf.lineage.lookup import Lookup
     from rrlhf.params import load_params
-    from rrlhf.reproduction.rebuild import rebuild, steps
 
     root = Path.cwd()
     params = load_params(root, profile, overrides(profile, set_))
     if keep and keep.exists():
-        raise ValueError(f"--keep {keep}: it exists already; name a new folder")
+        raise UsageError(f"--keep {keep}: it exists already; name a new folder")
     lookup = Lookup(root, params)
-    found = steps(root, lookup, lookup.find(version), whole=not only)
+    artifact = lookup.find(version)
+    from rrlhf.reproduction.rebuild import rebuild, steps  # and with it torch
+
+    found = steps(root, lookup, artifact, whole=not only)
     order = found[-1:] if only else found
     changes = _tell_changes(root, order, found)
     beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=_made(root / ".rrlhf")))

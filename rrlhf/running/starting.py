@@ -7,14 +7,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rrlhf.environment import check_room
+
 
 def started(root: Path, experiment: str, module: str) -> Any:
     """Import a module of flows once Prefect and MLflow answer, and let Ctrl-C stop between steps.
 
-    Raises ServeError and TrackingError when one of them does not.
+    Raises ServeError and TrackingError when one of them does not, and OSError when the disk is full.
     """
     from flows.serve import start_temporary_server
 
+    check_room(root)
     wait_until_ready = start_temporary_server(root)
     # Both imports take seconds, in which the server starts.
     found = import_module(module)
@@ -34,7 +37,7 @@ def _quiet_console() -> None:
     def message_only(record: logging.LogRecord) -> bool:
         record.exc_info = record.exc_text = None
         return not record.getMessage().startswith(
-            ("Encountered exception", "Crash detected", "Finished in state Crashed")
+            ("Encountered exception", "Task run failed", "Crash detected", "Finished in state Crashed")
         )
 
     for handler in logging.getLogger().handlers:

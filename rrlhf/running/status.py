@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from rrlhf.located import ParamsError
-from rrlhf.locks import is_alive
-from rrlhf.params import load_params, profiles
+from rrlhf.locks import holder, is_alive
+from rrlhf.params import load_params, option, profiles
 from rrlhf.progress import in_words
 from rrlhf.running.plan import Project
 from rrlhf.running.records import last_run
@@ -120,19 +119,6 @@ def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
         }
 
 
-def holder(lock: Path) -> str | None:
-    """Return what the process that holds a lock wrote into it; None when nobody holds it."""
-    try:
-        with lock.open(encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return handle.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
-
-
 def _told_profile(state: ProfileStatus) -> Iterator[str]:
     name = state["profile"]
     if state["problem"]:
@@ -145,7 +131,7 @@ def _told_profile(state: ProfileStatus) -> Iterator[str]:
     if run := state["last_run"]:
         took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
         ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
-        with_ = "".join(f" --set {key}={value}" for key, value in run["overrides"].items())
+        with_ = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
         running = run["status"] == "running" and not is_alive(int(run["process"]))
         yield f"  last run {run['started']}: {'killed' if running else run['status']}{took}{ran}{with_}"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.command_line import Profile, Set, overrides
+from rrlhf.located import UsageError
 
 if TYPE_CHECKING:
     from rrlhf.config import Params
@@ -45,7 +46,7 @@ def sign(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...",
+            metavar="MODEL",
             help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder; left out, every artifact "
             "of the store.",
         ),
@@ -70,7 +71,7 @@ def sign(
     params = load_params(root, profile, overrides(profile, set_))
     notary = notary_of(root, params.signatures)
     if notary is None or not notary.signs:
-        raise ValueError(
+        raise UsageError(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
         )
     notary.prepare()
@@ -112,7 +113,7 @@ def _write_new(path: Path, mode: int, content: bytes) -> None:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError:
-        raise ValueError(f"{path}: exists already, and a key is never overwritten; name a new file") from None
+        raise UsageError(f"{path}: exists already, and a key is never overwritten; name a new file") from None
     with os.fdopen(handle, "wb") as file:
         file.write(content)
         os.fsync(handle)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rrlhf import hardware
@@ -293,4 +294,4 @@ def git_commit(root: Path) -> str | None:
 
 
 def _way_out(folder: Path) -> str:
-    return f"\nto have it restored or computed again: rm -r {folder}"
+    return f"\nto have it restored or computed again: rm -r {quote(str(folder))}"

@@ -12,10 +12,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rrlhf.locks import locked
-from rrlhf.tracking.registry import address
+from rrlhf.tracking.registry import SQLITE, address
 
 PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
-SECONDS_TO_ANSWER = 2
+SECONDS_TO_ANSWER = 30  # of the first question; a server that was idle may have to wake up
+SECONDS_UNTIL_TOLD = 2  # that it is waited for
 SECONDS_TO_UPLOAD = 600
 
 ENVIRONMENT = {
@@ -38,15 +39,15 @@ class TrackingError(Exception):
 def connect(root: Path, experiment: str) -> tuple[str, str]:
     """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return its URI and the experiment's id.
 
-    What is missing is created. Raises TrackingError when the server does not answer at once, or refuses.
+    What is missing is created. Raises TrackingError when the server does not answer, or refuses.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     uri = address(root)
     with trouble(uri):
         artifacts = None
-        if uri.startswith("sqlite:///"):
-            database = Path(uri.removeprefix("sqlite:///")).absolute()
+        if uri.startswith(SQLITE):
+            database = Path(uri.removeprefix(SQLITE)).absolute()
             _create_database(database)
             _check_database(database)
             artifacts = (database.parent / "mlartifacts").as_uri()
@@ -68,7 +69,7 @@ def _create_database(database: Path) -> None:
         for left in database.parent.glob(f"{database.name}.new*"):
             left.unlink()
         beside = database.with_name(f"{database.name}.new{os.getpid()}")
-        MlflowClient(tracking_uri=f"sqlite:///{beside}", registry_uri=f"sqlite:///{beside}")
+        MlflowClient(tracking_uri=f"{SQLITE}{beside}", registry_uri=f"{SQLITE}{beside}")
         beside.rename(database)
 
 
@@ -82,24 +83,37 @@ def _check_database(database: Path) -> None:
 
 
 def _check_answer(uri: str) -> None:
-    """Raise TrackingError unless the server answers a first question soon, and does not ask who we are."""
+    """Raise TrackingError unless the server answers a first question, and does not ask who we are."""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer = http_request(
-        get_default_host_creds(uri),
-        "/api/2.0/mlflow/experiments/search",
-        "GET",
-        params={"max_results": 1},
-        timeout=SECONDS_TO_ANSWER,
-        max_retries=0,
-        raise_on_status=False,
-    )
+    with told_after(SECONDS_UNTIL_TOLD, f"waiting up to {SECONDS_TO_ANSWER} s for the tracking server {_shown(uri)}"):
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "GET",
+            params={"max_results": 1},
+            timeout=SECONDS_TO_ANSWER,
+            max_retries=0,
+            raise_on_status=False,
+        )
     if answer.status_code in {401, 403}:
         raise TrackingError(
             f"the tracking server {_shown(uri)} refuses access ({answer.status_code}): set MLFLOW_TRACKING_USERNAME "
             "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         )
+
+
+@contextmanager
+def told_after(seconds: float, text: str) -> Iterator[None]:
+    """Say on stderr what is waited for, if what is done here takes longer than that."""
+    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _use(uri: str) -> None:
@@ -153,9 +167,9 @@ def trouble(uri: str) -> Iterator[None]:
         yield
     except errors() as error:
         way_out = (
-            "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
-            if uri.startswith("http")
-            else "check that the file can be written and that the disk is not full"
+            "check that the file can be written and that the disk is not full"
+            if uri.startswith(SQLITE)
+            else "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
         )
         raise TrackingError(
             f"the tracking server {_shown(uri)} failed: {_first_line(error)}\n"
@@ -174,7 +188,9 @@ def _shown(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return _shown(str(error).partition("\n")[0])[:300]
+    line = str(error).partition("\n")[0]
+    cause = re.search(r"Caused by \w+\(.*: (.*?)[\"']\)+$", line)  # said last, after what was asked of whom
+    return _shown(cause[1] if cause else line)[:300]
 
 
 def warn(name: str, error: Exception) -> None:

@@ -55,7 +55,7 @@ class Tracker:
     def connect(cls, root: Path, experiment: str) -> Tracker:
         """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; create what is missing.
 
-        Raises TrackingError when the server does not answer at once, or refuses.
+        Raises TrackingError when the server does not answer, or refuses.
         """
         root = root.resolve()
         return cls(root, *connect(root, experiment))

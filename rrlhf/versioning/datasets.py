@@ -9,11 +9,13 @@ when there is something to do: whether a data set is there and unchanged is read
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -21,8 +23,9 @@ import yaml
 from rrlhf.files import write_if_new
 from rrlhf.identity.keys import Document, canonical, key_digest
 from rrlhf.identity.memo import Memo
+from rrlhf.locks import holder
 from rrlhf.params import load_params
-from rrlhf.progress import Interrupted
+from rrlhf.progress import Interrupted, check_stop
 from rrlhf.stages import Node, nodes
 from rrlhf.store.artifacts import Store, TamperedError
 from rrlhf.types import Dataset
@@ -41,6 +44,7 @@ from rrlhf.versioning.records import (
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
 SECONDS_TO_COMMIT = 10.0  # what is recorded last can be recorded by the next run
+RWLOCK = Path(".dvc", "tmp", "rwlock")  # where DVC writes which process works on which files
 
 
 class Place(NamedTuple):
@@ -63,7 +67,7 @@ class PrepareError(RuntimeError):
 
 
 class BusyError(RuntimeError):
-    """Another DVC command holds the project."""
+    """DVC's locks cannot be had: another command holds them, or their file is broken."""
 
 
 def place_of(root: Path, profile: str, node: Node, document: Document) -> Place:
@@ -130,7 +134,7 @@ def _check_cache(root: Path, document: str) -> None:
             broken += [problem for problem in copy_faults(root, record.digest) if not problem.endswith(lost)]
     if broken:
         path = broken[0].partition(":")[0].partition(",")[0]
-        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {path}")
+        raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {quote(path)}")
 
 
 def declaration(name: str) -> str:
@@ -147,25 +151,18 @@ def declaration(name: str) -> str:
 
 def _reproduce(root: Path, place: Place) -> None:
     """Let DVC decide: nothing to do, bring the version back, or run the command."""
-    from dvc.exceptions import DvcException, ReproductionError
-    from dvc.lock import LockError
+    from dvc.exceptions import DvcException
+    from dvc.stage.exceptions import StageCmdFailedError
 
-    give_up = time.monotonic() + SECONDS_TO_LOCK
-    while True:
-        try:
-            with _opened(root) as repository:
-                repository.reproduce(place.address, single_item=True)
-            return
-        except LockError as error:
-            if time.monotonic() > give_up:
-                raise BusyError(f"another DVC command holds the project: {error}") from None
-            time.sleep(0.5)
-        except ReproductionError as error:
-            if any(ending in str(error.__cause__) for ending in ("exited with 130", "exited with -2")):
-                raise Interrupted from None
+    try:
+        _when_free(root, SECONDS_TO_LOCK, lambda repository: repository.reproduce(place.address, single_item=True))
+    except DvcException as error:
+        cause = _cause(error)
+        if any(ending in str(cause) for ending in ("exited with 130", "exited with -2")):
+            raise Interrupted from None
+        if isinstance(cause, StageCmdFailedError):
             raise PrepareError(f"preparing {place.name} failed; the lines above say why") from error
-        except DvcException as error:
-            raise PrepareError(f"DVC could not prepare {place.name}: {error}") from error
+        raise PrepareError(f"DVC could not prepare {place.name}: {cause}") from error
 
 
 def commit(root: Path, stages: Sequence[str]) -> None:
@@ -174,20 +171,67 @@ def commit(root: Path, stages: Sequence[str]) -> None:
     When it cannot, that is told and no error: its record is behind then, and `dvc status` says so.
     """
     from dvc.exceptions import DvcException
-    from dvc.lock import LockError
 
-    give_up = time.monotonic() + SECONDS_TO_COMMIT
+    try:
+        _when_free(root, SECONDS_TO_COMMIT, lambda repository: [repository.commit(each, force=True) for each in stages])
+    except (DvcException, BusyError, OSError) as error:
+        print(f"DVC took no note of this run, `dvc status` will show it as changed: {error}", file=sys.stderr)
+
+
+def _when_free(root: Path, seconds: float, work: Callable[[Any], object]) -> None:
+    """Do what needs DVC's locks, waiting for whoever holds them.
+
+    Raises BusyError that names them after so many seconds, and at once where the file that says it is broken.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+    from dvc.rwlock import RWLockFileCorruptedError, RWLockFileFormatError
+
+    give_up, told = time.monotonic() + seconds, False
     while True:
+        check_stop()
         try:
             with _opened(root) as repository:
-                for stage in stages:
-                    repository.commit(stage, force=True)
+                work(repository)
             return
-        except DvcException as error:
-            if not isinstance(error, LockError) or time.monotonic() > give_up:
-                print(f"DVC took no note of this run, `dvc status` will show it as changed: {error}", file=sys.stderr)
-                return
+        except (DvcException, UnicodeDecodeError) as error:
+            cause = _cause(error)
+            if isinstance(cause, RWLockFileCorruptedError | RWLockFileFormatError | UnicodeDecodeError):
+                path = root / RWLOCK
+                raise BusyError(
+                    f"{path}: half written, by a DVC command that was killed or had no room on the disk; once no other "
+                    f"runs here: rm {quote(str(path))}"
+                ) from None
+            if not isinstance(cause, LockError):
+                raise
+            if time.monotonic() > give_up:
+                raise BusyError(f"gave up after {seconds:.0f} s: {_holders(root, cause)}") from None
+            if not told:
+                print(f"waiting up to {seconds:.0f} s: {_holders(root, cause)}", file=sys.stderr, flush=True)
+            told = True
             time.sleep(0.5)
+
+
+def _cause(error: Exception) -> BaseException:
+    """Return the error that ended a stage, which DVC wraps."""
+    from dvc.exceptions import ReproductionError
+
+    return (error.__cause__ if isinstance(error, ReproductionError) else None) or error
+
+
+def _holders(root: Path, error: BaseException) -> str:
+    """Say who holds DVC's locks: its error tells it of what stages read and write, the lock itself of the rest."""
+    import psutil
+
+    if blockers := re.findall(r"\(PID (\d+)\): (.*)", str(error)):
+        lock = quote(str(root / RWLOCK))
+        who = ", ".join(f"process {pid} ({command})" for pid, command in dict.fromkeys(blockers))
+        return f"DVC's files are in use by {who}; if that is no DVC command, a killed one left it: rm {lock}"
+    for name in ("lock", "rwlock.lock"):
+        if (pid := holder(root / RWLOCK.with_name(name))) and pid.isdecimal():
+            with suppress(psutil.Error):
+                return f"DVC's lock is held by process {pid} ({' '.join(psutil.Process(int(pid)).cmdline())})"
+    return f"DVC's lock is held by another command ({root / RWLOCK.with_name('lock')})"
 
 
 @contextmanager
@@ -206,7 +250,7 @@ def _check(root: Path, place: Place, expected: str) -> None:
     if problem:
         raise TamperedError(
             f"{problem}\nbuilt on it: {Store(root).users(f'md5:{expected}')}\n"
-            f"to have it brought back or made again: rm -r {place.data}"
+            f"to have it brought back or made again: rm -r {quote(str(place.data))}"
         )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import yaml
@@ -177,7 +178,9 @@ def kept_document(root: Path, digest: str) -> Document | None:
         return None
     content = path.read_bytes()
     if md5(content) != digest:
-        raise TamperedError(f"{path}: expected md5 {digest}, found {md5(content)}\nit is written again with: rm {path}")
+        raise TamperedError(
+            f"{path}: expected md5 {digest}, found {md5(content)}\nit is written again with: rm {quote(str(path))}"
+        )
     document: Document = json.loads(content)
     return document
 
@@ -227,7 +230,7 @@ def _entry_fault(root: Path, stage: str, entry: Any, out: str) -> str | None:
 
 
 def _changed(path: Path, reason: str) -> TamperedError:
-    return TamperedError(f"{path} was changed: {reason}\nto have DVC find its data sets again: rm {path}")
+    return TamperedError(f"{path} was changed: {reason}\nto have DVC find its data sets again: rm {quote(str(path))}")
 
 
 def _run_files(root: Path) -> list[Path]:

@@ -1,0 +1,115 @@
+"""What a command says, and how it ends, when the system refuses it something."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rrlhf import command_line, environment
+from rrlhf.cli import COMMANDS, app, main
+from rrlhf.command_line import mending
+
+
+@pytest.fixture
+def command(project, monkeypatch, capsys):
+    """The command in this process, in a project's folder; everything that it changes is put back."""
+    (project / "profiles" / "deep").mkdir()
+    monkeypatch.chdir(project / "profiles" / "deep")
+    for name in ("PATH", "PREFECT_API_URL"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("PREFECT_API_URL")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rrlhf", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call
+
+
+def test_a_run_on_a_nearly_full_disk_starts_nothing(command, project, monkeypatch):
+    monkeypatch.setattr(environment, "ROOM", 2**62)
+    code, _, told = command("run", "--profile", "tiny")
+    assert code == 1
+    assert f"{project}: no room on the disk, " in told
+    assert "bytes are free" in told
+    assert not (project / ".rrlhf" / "serve").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_disk_that_is_full_when_something_is_written_is_told_with_the_room_left(capsys):
+    with pytest.raises(SystemExit) as ended, mending():
+        Path("/dev/full").write_text("anything")
+    assert ended.value.code == 1
+    assert re.match(r"/\S+: no room on the disk, [\d,]+ bytes are free", capsys.readouterr().err)
+
+
+def test_whatever_fails_on_a_full_disk_has_one_reason_and_elsewhere_keeps_its_trace(monkeypatch, capsys):
+    def failing():
+        with mending():
+            raise RuntimeError("database or disk is full")
+
+    with pytest.raises(RuntimeError):
+        failing()
+    monkeypatch.setattr(command_line, "FULL", 2**62)
+    with pytest.raises(SystemExit) as ended:
+        failing()
+    assert ended.value.code == 1
+    assert "no room on the disk" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="Linux lets nobody write there")
+@pytest.mark.parametrize("arguments", ["plan", "status", "run --profile tiny", "lineage x"])
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(command, project, arguments):
+    (project / ".rrlhf").symlink_to("/sys/kernel")
+    code, _, told = command(*arguments.split())
+    assert code == 1
+    [line] = told.splitlines()
+    assert line.startswith(f"{project}/.rrlhf/prefect: ")
+    assert "it has to be writable" in line
+
+
+UNKNOWN = """
+import sys
+from rrlhf.cli import main
+for command in ("lineage nope", "chat nope -p hi", "evaluate-reward nope", "promote nope", "reproduce nope"):
+    sys.argv = ["rrlhf", *command.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        print(command, ended.code, "torch" in sys.modules)
+"""
+
+
+def test_an_unknown_model_is_told_as_a_mistake_before_anything_heavy_is_imported(project):
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-c", UNKNOWN], cwd=project, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "lineage nope 2 False",
+        "chat nope -p hi 2 False",
+        "evaluate-reward nope 2 False",
+        "promote nope 2 False",
+        "reproduce nope 2 False",
+    ]
+    assert done.stderr.splitlines() == ["no model 'nope'; none is registered yet"] * 5
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("command", ["", *(each.__name__.replace("_", "-") for each in COMMANDS)])
+def test_help_breaks_lines_only_where_the_terminal_ends(command, width):
+    asked = [*command.split(), "--help"]
+    shown = CliRunner(env={"COLUMNS": str(width), "TERM": "dumb"}).invoke(app, asked).output
+    prose = shown.partition("Usage:")[2].partition("\n")[2].partition("╭─")[0]
+    for paragraph in re.split(r"\n\s*\n", prose.strip()):
+        lines = [line.strip() for line in paragraph.splitlines()]
+        for line, after in itertools.pairwise(lines):
+            assert len(line) + 1 + len(after.split()[0]) > width - 2, line
