@@ -80,11 +80,12 @@ def rrlhf(made, monkeypatch):
 
 @pytest.fixture
 def file(made, tmp_path):
-    """The held-out pairs as a file in the format of RewardBench."""
-    path = tmp_path / "bench.jsonl"
+    """The held-out pairs as a file in the format of RewardBench; those that differ in what the model reads of them."""
+    path, read = tmp_path / "bench.jsonl", slice(load_params(made[0], "tiny").model.response_tokens)  # a letter a token
+    pairs = [pair for pair in preferences(made[2].path, "heldout") if pair.chosen[read] != pair.rejected[read]]
     rows = [
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "subset": "even" if n % 2 else "odd"}
-        for n, pair in enumerate(preferences(made[2].path, "heldout"))
+        for n, pair in enumerate(pairs)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -162,7 +163,7 @@ def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
     assert "`rrlhf run` comes first" in rrlhf(code=1).output
     assert "no artifact.json" in rrlhf(str(tmp_path), *PROFILE, code=2).output
     (tmp_path / "notes.txt").touch()
-    for name, way_out in (("missing.jsonl", "no such file"), ("notes.txt", "name one file that ends with .jsonl")):
+    for name, way_out in (("missing.jsonl", "no such file"), ("notes.txt", "name files that end with .jsonl")):
         assert way_out in rrlhf(*PROFILE, "--data", str(tmp_path / name), code=2).output
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")

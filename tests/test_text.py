@@ -127,9 +127,9 @@ def test_a_limit_that_holds_no_prompt_is_named(settings, language):
 def test_an_answer_that_fits_keeps_its_end_and_one_that_is_cut_has_none(settings, language):
     read = Texts(language, settings)  # a letter is a token
     assert read.answer("seven77") == [*encode(language, "seven77"), language.end]
-    assert read.answer("eight888") == encode(language, "eight888")
+    assert read.answer("eight888") == encode(language, "eight888")  # as a sample of that length, and nothing is lost
     assert read.answer("nine and more") == encode(language, "nine and")
-    assert read.cut == {"cut_responses": 2 / 3}
+    assert read.cut == {"cut_responses": 1 / 3}
     whole = Texts(language, settings)
     assert whole.response("eight888") == encode(language, "eight888")  # what a reward model reads has no end
     assert whole.cut == {"cut_responses": 0.0}

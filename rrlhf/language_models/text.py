@@ -52,9 +52,7 @@ class Texts:
 
     def answer(self, text: str) -> list[int]:
         """Return a response as the model would say it: with its end, unless the limit comes first."""
-        tokens = [*encode(self._language, text), self._language.end]
-        self._count(RESPONSES, text, len(tokens) > self._model.response_tokens)
-        return tokens[: self._model.response_tokens]
+        return [*self.response(text), self._language.end][: self._model.response_tokens]
 
     def apart(self, pairs: Sequence[Preference], encoded: Callable[[str], list[int]]) -> list[Preference]:
         """Leave out pairs whose responses are the same when cut: they state no preference.
