@@ -113,3 +113,17 @@ def test_help_breaks_lines_only_where_the_terminal_ends(command, width):
         lines = [line.strip() for line in paragraph.splitlines()]
         for line, after in itertools.pairwise(lines):
             assert len(line) + 1 + len(after.split()[0]) > width - 2, line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ("lineage rrlhf-policy@candidate --out profiles", "directory"),
+        ("toy --out params.yaml", "file"),
+        ("evaluate-reward --out params.yaml", "file"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(command, arguments, kind):
+    code, out, told = command(*arguments.split())
+    assert (code, out) == (2, "")
+    assert f"is a {kind}" in " ".join(told.replace("│", " ").split())

@@ -42,7 +42,7 @@ def load_pairs(file: Path, format: str, *, max_rejected: float, limit: int | Non
     if format not in PAIR_FORMATS:
         raise UsageError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
     if not file.is_file():
-        raise UsageError(f"{file}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
+        raise UsageError(f"{file.absolute()}: no such file; name a .jsonl, .jsonl.gz, .json, .csv or .parquet file")
     layout = PAIR_FORMATS[format]
     try:
         name, rows = open_rows(str(file), None, layout)
