@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -68,6 +70,9 @@ def mending() -> Iterator[None]:
         end(VERIFICATION_FAILED, str(error))
     except _mendable() as error:
         end(FAILED, str(error))
+    except BrokenPipeError:  # of `rrlhf plan | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
+        raise SystemExit(SIGNALLED + signal.SIGPIPE) from None
     except OSError as error:
         end(FAILED, os_error(error))
     except KeyboardInterrupt:
@@ -94,9 +99,12 @@ def os_error(error: OSError) -> str:
 
 def full_disk(path: Path) -> str:
     """Say that there is no room, where, and how much is left."""
+    free = free_bytes(path)
+    if free >= ROOM:
+        return f"no room on the disk that was written to; it is not that of {path}, where {free:,} bytes are free"
     return (
-        f"{path}: no room on the disk, {free_bytes(path):,} bytes are free and a run starts with {ROOM:,} or more. "
-        "Make room and give the same command again: what is finished stays"
+        f"{path}: no room on the disk, {free:,} bytes are free and a run starts with {ROOM:,} or more. Make room and "
+        "give the same command again: what is finished stays"
     )
 
 

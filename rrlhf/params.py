@@ -51,6 +51,8 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     for dotted, value in (overrides or {}).items():
         path = tuple(dotted.split("."))
         merged = _merge(merged, _nested(path, value))
+        for depth in range(1, len(path)):
+            where.setdefault(path[:depth], f"--set {dotted}")  # a section that there is not
         where[path] = f"--set {dotted}"
     arms = merged.get("arms")
     if isinstance(arms, dict):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 1.0, 10.0
 STOPPING = "\nstopping after this step; once more stops at once"
 
 stop = threading.Event()
@@ -37,6 +37,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 signalled = signal.SIGINT  # what asked it to
+
+
+def say(text: str) -> None:
+    """Tell on stderr, at once, what begins: whatever reads it through a pipe would else wait for minutes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_stop() -> None:
@@ -124,13 +129,14 @@ def _display() -> Iterator[Progress]:
 
 
 def _lines(total: int, label: str) -> Callable[[int], None]:
-    start = shown = time.monotonic()
+    start = time.monotonic()
+    first = due = start + SECONDS_TO_FIRST_LINE
 
     def show(done: int) -> None:
-        nonlocal shown
+        nonlocal due
         now = time.monotonic()
-        if now - shown >= SECONDS_BETWEEN_LINES or (done == total and shown > start):
-            shown = now
+        if now >= due or (done == total and due > first):
+            due = now + SECONDS_BETWEEN_LINES
             left = (now - start) / done * max(total - done, 0)
             print(f"{label}  {done}/{total}  {in_words(left)} left", file=sys.stderr, flush=True)
 

@@ -64,6 +64,11 @@ def test_an_unknown_setting_gets_the_closest_name(project):
     ]
 
 
+def test_a_section_that_there_is_not_is_blamed_on_the_override(project):
+    [told] = mistakes(project, nope__deep__x=1)
+    assert told.startswith("--set nope.deep.x: nope: unknown setting; known: seed, ")
+
+
 def test_a_setting_on_the_command_line_is_named_once(project):
     [wrong] = mistakes(project, ppo__kl_weight=-1)
     assert wrong.startswith("--set ppo.kl_weight: input should be greater than or equal to 0")

@@ -102,6 +102,17 @@ def test_the_first_run_makes_everything(first, shell):
     assert "ERROR" not in first.told
 
 
+def test_what_begins_is_told_before_it_has_ended(first):
+    lines = first.told.splitlines()
+    assert lines[0].startswith(f"1 to run, up to {len(MODELS)} after them")
+    assert lines[1].startswith("starting: Prefect, MLflow")
+    begun = [line.partition("  begins")[0] for line in lines if "  begins" in line]
+    assert set(begun) == MODELS | {"data"}
+    for node in begun:
+        ended = next(line for line in lines if f"Task run '{node}' - Finished" in line)
+        assert lines.index(next(line for line in lines if line.startswith(f"{node}  begins"))) < lines.index(ended)
+
+
 def test_the_second_run_makes_nothing(first, shell):
     second = shell.run()
     assert second.ran == set()

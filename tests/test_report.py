@@ -186,23 +186,61 @@ def test_a_difference_below_two_standard_errors_is_called_noise() -> None:
 
 def test_over_optimisation_is_reported_where_gold_falls_and_proxy_rises() -> None:
     showed, spared = verdict(evaluation())[2:]
-    assert showed.startswith(
-        "Over-optimisation showed for single: gold peaked at 1.00 around update 3 and ended at -0.50"
+    assert showed == (
+        "Over-optimisation showed for single: gold while training ended at -0.50, 1.50 ± 0.08 below its best "
+        "(1.00 around update 3), more than chance explains, while the proxy rose from 3.00 to 6.00."
     )
-    assert "a fall of 1.50 ± 0.08) while proxy went from 3.00 to 6.00" in showed
-    assert spared.startswith("Over-optimisation did not show for robust")
-    assert "within noise" in spared or "where training ended" in spared
+    assert spared.startswith("Over-optimisation did not show for robust: gold while training was at its best where it")
+    assert "on new prompts and with new samples, so the two need not agree" in spared
+    assert "new prompts" not in showed  # said once
 
 
-def test_no_over_optimisation_is_claimed_without_a_fall() -> None:
-    sentences = verdict(evaluation(hacked=HELD))
-    assert not any("showed" in sentence for sentence in sentences)
+@pytest.mark.parametrize(
+    ("golds", "proxies", "said"),
+    [
+        (HELD, RISING, "was at its best where it ended (1.27)"),
+        (
+            [1.0] * 7 + [0.8],
+            RISING,
+            "ended at 0.93, 0.07 ± 0.08 below its best (1.00 around update 1), which is within noise",
+        ),
+        (
+            [1.0] * 5 + [0.8] * 3,
+            RISING,
+            "ended at 0.80, 0.20 ± 0.08 below its best (1.00 around update 1); chance alone often puts the best of "
+            "many noisy updates as far above the others, and only 3 standard errors (0.24) would tell",
+        ),
+        (
+            HACKED,
+            RISING[::-1],
+            "ended at -0.50, 1.50 ± 0.08 below its best (1.00 around update 3), more than chance explains, but the "
+            "proxy did not rise meanwhile (from 4.00 to 1.00)",
+        ),
+    ],
+    ids=["no fall", "within noise", "between two and three errors", "without the proxy"],
+)
+def test_where_over_optimisation_did_not_show_the_reason_is_told(
+    golds: list[float | None], proxies: list[float], said: str
+) -> None:
+    one = evaluation()
+    one["curves"] = curve("single", golds, proxies)
+    assert verdict(one)[2].startswith(f"Over-optimisation did not show for single: gold while training {said}.")
 
 
-def test_a_fall_of_gold_is_no_over_optimisation_when_proxy_falls_too() -> None:
-    fallen = evaluation()
-    fallen["curves"] = curve("single", HACKED, RISING[::-1])
-    assert verdict(fallen)[2].startswith("Over-optimisation did not show for single: gold peaked at 1.00")
+def test_a_fall_that_has_no_standard_error_is_not_judged() -> None:
+    bare = evaluation()
+    bare["curves"] = curve("single", HACKED, RISING)
+    for point in bare["curves"]:
+        del point["gold_stderr"]
+    assert (
+        "1.50 below its best (1.00 around update 3), and without a standard error that may be noise" in verdict(bare)[2]
+    )
+
+
+def test_few_updates_say_nothing_of_over_optimisation() -> None:
+    short = evaluation()
+    short["curves"] = curve("single", HACKED[:2], RISING[:2])
+    assert verdict(short)[2:] == ["There are too few updates with gold to say whether over-optimisation set in."]
 
 
 def test_without_gold_the_verdict_speaks_of_reward_models_only() -> None:

@@ -37,7 +37,9 @@ def evaluate_reward(
         int, typer.Option(min=0, help="Perturbed texts of each kind to sample for every response; 0: none.")
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Read the first pairs only.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and the HTML page.")] = Path("reports/reward"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the JSON and the HTML page.")] = Path(
+        "reports/reward"
+    ),
     profile: Profile = "default",
     set_: Set = None,
     as_json: AsJson = False,

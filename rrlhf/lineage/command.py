@@ -40,7 +40,7 @@ def lineage(
         str | None, typer.Option(help="Who saw a row of data: the start of its hash, or the row as JSON.")
     ] = None,
     format: Annotated[Format, typer.Option(help="How to write it.")] = Format.TREE,
-    out: Annotated[Path | None, typer.Option(help="File to write instead of the terminal.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write instead of the terminal.")] = None,
     profile: Profile = "default",
     as_json: AsJson = False,
 ) -> None:

@@ -10,6 +10,13 @@ from rrlhf.reporting import plots
 from rrlhf.reporting.evaluation import Evaluation, Measured, in_figures, measured
 from rrlhf.reporting.plots import Point
 
+CLEAR = 3  # standard errors by which gold has to fall from its best before that counts
+TWO_GOLDS = (
+    f"Gold while training is the mean over {plots.NEIGHBOURS} updates of the responses to training prompts that were "
+    "sampled along the way; gold in the comparison is the finished policy's, on new prompts and with new samples, so "
+    "the two need not agree."
+)
+
 
 class Difference(NamedTuple):
     """How much higher one estimate is than another, with the standard error of that."""
@@ -48,7 +55,7 @@ class Course(NamedTuple):
         The peak is the best of many updates: of flat courses of 40 updates, 22 % fall by two standard errors and
         2 % by three (simulated).
         """
-        return self.fall.value > 3 * self.fall.stderr and self.end_proxy > self.peak_proxy
+        return self.fall.value > CLEAR * self.fall.stderr and self.end_proxy > self.peak_proxy
 
 
 def verdict(evaluation: Evaluation) -> list[str]:
@@ -107,10 +114,11 @@ def _over_optimisation(evaluation: Evaluation) -> list[str]:
     if not known:
         trained = any(policy["reward"] != "none" for policy in evaluation["policies"])
         return ["There are too few updates with gold to say whether over-optimisation set in."] if trained else []
-    showed = [f"for {name}: {_told(course)}" for name, course in known.items() if course.over_optimised]
-    spared = [f"for {name}: {_told(course)}" for name, course in known.items() if not course.over_optimised]
-    said = [f"Over-optimisation showed {'; '.join(showed)}."] if showed else []
-    return said + ([f"Over-optimisation did not show {'; '.join(spared)}."] if spared else [])
+    said: dict[str, list[str]] = {"showed": [], "did not show": []}
+    for name, course in known.items():
+        said["showed" if course.over_optimised else "did not show"].append(f"for {name}: {_told(course)}")
+    sentences = [f"Over-optimisation {what} {'; '.join(arms)}." for what, arms in said.items() if arms]
+    return [*sentences[:-1], f"{sentences[-1]} {TWO_GOLDS}"]
 
 
 def _course(points: Sequence[Point]) -> Course:
@@ -134,13 +142,25 @@ def _course(points: Sequence[Point]) -> Course:
 
 
 def _told(course: Course) -> str:
-    peak = f"gold peaked at {course.peak_gold:z.2f} around update {course.peak_update}"
-    proxy = f"proxy went from {course.peak_proxy:z.2f} to {course.end_proxy:z.2f}"
-    if course.fall.value == 0:
-        return f"{peak}, where training ended"
-    noise = ", within noise" if course.fall.is_noise else ""
-    error = "" if math.isnan(course.fall.stderr) else f" ± {course.fall.stderr:.2f}"
-    return f"{peak} and ended at {course.end_gold:z.2f} (a fall of {course.fall.value:.2f}{error}{noise}) while {proxy}"
+    """Say how gold and proxy went, and what follows: the reason for `Course.over_optimised`."""
+    fall, best = course.fall, f"its best ({course.peak_gold:z.2f} around update {course.peak_update})"
+    proxy = f"from {course.peak_proxy:z.2f} to {course.end_proxy:z.2f}"
+    if fall.value == 0:
+        return f"gold while training was at its best where it ended ({course.end_gold:z.2f})"
+    ended = f"gold while training ended at {course.end_gold:z.2f}"
+    if math.isnan(fall.stderr):
+        return f"{ended}, {fall.value:.2f} below {best}, and without a standard error that may be noise"
+    below = f"{fall.value:.2f} ± {fall.stderr:.2f} below {best}"
+    if fall.is_noise:
+        return f"{ended}, {below}, which is within noise"
+    if fall.value <= CLEAR * fall.stderr:
+        return (
+            f"{ended}, {below}; chance alone often puts the best of many noisy updates as far above the others, and "
+            f"only {CLEAR} standard errors ({CLEAR * fall.stderr:.2f}) would tell"
+        )
+    if course.over_optimised:
+        return f"{ended}, {below}, more than chance explains, while the proxy rose {proxy}"
+    return f"{ended}, {below}, more than chance explains, but the proxy did not rise meanwhile ({proxy})"
 
 
 def _selection(evaluation: Evaluation) -> list[str]:

@@ -155,17 +155,18 @@ def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None,
 
 def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.progress import say
     from rrlhf.running.dvc_record import record
+    from rrlhf.running.plan import total
     from rrlhf.running.records import noted
     from rrlhf.running.uptodate import nothing_to_do, show
 
     project = _project(profile, overrides)
     planned = project.plan(part)
     project.check_keys(planned)
-    if "PREFECT_API_URL" in os.environ:
-        return None
-    done = nothing_to_do(project, planned)
+    done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
     if done is None:
+        say(total(planned) or "nothing to compute; what is here is registered and reported")
         return None
     with noted(project.root, profile, overrides, part):
         show(project, done.artifacts)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rrlhf.identity.keys import Document, key_digest
+from rrlhf.progress import say
 from rrlhf.store.artifacts import BESIDE, Artifact, Store
 from rrlhf.types import Log
 
@@ -43,6 +44,7 @@ def produce(
         if store.notary and there is None:
             store.notary.check_making([name])
         staged = store.staging(f"again-{stage}" if there else stage, key)
+        say(f"{name}  begins")
         began = time.monotonic()
         with recorded(staged) as log:
             compute(staged, log)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rrlhf.environment import check_room
+from rrlhf.progress import STOPPING, in_words, say, stop_between_steps
 
 
 def started(root: Path, experiment: str, module: str) -> Any:
@@ -18,14 +20,16 @@ def started(root: Path, experiment: str, module: str) -> Any:
     from flows.serve import start_temporary_server
 
     check_room(root)
+    say("starting: Prefect, MLflow and their databases")
+    began = time.monotonic()
     wait_until_ready = start_temporary_server(root)
     # Both imports take seconds, in which the server starts.
     found = import_module(module)
-    from rrlhf.progress import STOPPING, stop_between_steps
     from rrlhf.tracking import Tracker
 
     Tracker.connect(root, experiment)
     wait_until_ready()
+    say(f"started in {in_words(time.monotonic() - began)}")
     stop_between_steps(STOPPING)
     _quiet_console()
     return found

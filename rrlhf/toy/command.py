@@ -22,7 +22,9 @@ def toy(
     interaction: Annotated[
         float, typer.Option(min=0.0, help="Standard deviation of what only prompt and response together tell.")
     ] = 1.0,
-    out: Annotated[Path, typer.Option(help="Folder for toy.json, toy.png and toy.svg.")] = Path("reports", "toy"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for toy.json, toy.png and toy.svg.")] = Path(
+        "reports", "toy"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Compare robust rewards on the paper's toy, where the optimum is known: 8 prompts, 8 responses.

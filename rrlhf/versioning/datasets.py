@@ -25,8 +25,8 @@ from rrlhf.identity.keys import Document, canonical, key_digest
 from rrlhf.identity.memo import Memo
 from rrlhf.locks import holder
 from rrlhf.params import load_params
-from rrlhf.progress import Interrupted, check_stop
-from rrlhf.stages import Node, nodes
+from rrlhf.progress import Interrupted, check_stop, say
+from rrlhf.stages import DATA, Node, nodes
 from rrlhf.store.artifacts import Store, TamperedError
 from rrlhf.types import Dataset
 from rrlhf.versioning.records import (
@@ -118,6 +118,7 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
             place.project.parent.mkdir(parents=True, exist_ok=True)
             place.project.write_text(declaration(place.name), encoding="utf-8")
         _check_cache(root, md5(canonical(document).encode()))
+        say(f"{DATA}  begins: DVC makes {place.data.relative_to(root)}, or brings it back")
         _reproduce(root, place)
         dataset = prepared(root, place, document)
     if dataset is None:
@@ -207,7 +208,7 @@ def _when_free(root: Path, seconds: float, work: Callable[[Any], object]) -> Non
             if time.monotonic() > give_up:
                 raise BusyError(f"gave up after {seconds:.0f} s: {_holders(root, cause)}") from None
             if not told:
-                print(f"waiting up to {seconds:.0f} s: {_holders(root, cause)}", file=sys.stderr, flush=True)
+                say(f"waiting up to {seconds:.0f} s: {_holders(root, cause)}")
             told = True
             time.sleep(0.5)
 
