@@ -129,7 +129,7 @@ class World:
     # the folder
 
     def write_source(self):
-        path = self.root / "source.txt"
+        path = self.root / "source.jsonl"
         before = path.stat() if path.exists() else None
         path.write_text(self.source)
         if before:
@@ -142,7 +142,7 @@ class World:
         path.write_text(SOURCES[module].format(*numbers, note=note))
 
     def project(self):
-        prepare = PARAMS.prepare.model_copy(update={"source": str(self.root / "source.txt"), "format": "rows"})
+        prepare = PARAMS.prepare.model_copy(update={"source": str(self.root / "source.jsonl"), "format": "rows"})
         first = {"model": PARAMS.model, "prepare": prepare}
         graph = []
         for name, stage, own, inputs in GRAPH:
