@@ -27,7 +27,7 @@ TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the 
 
 def profiles(root: Path) -> list[str]:
     """Names of the profiles that there are; `load_params` refuses one that nothing could be called."""
-    return ["default", *sorted(path.stem for path in (root / "profiles").glob("[!.]*.yaml"))]
+    return ["default", *sorted(path.stem for path in (root / "profiles").glob("[!.]*.yaml") if path.is_file())]
 
 
 def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Json] | None = None) -> Params:
