@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,8 @@ for _called_by_dvc in (key, prepare):
 
 def main() -> None:
     """Run the command in the project's folder, and end with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a ± that the terminal does not have is no reason to fail
     if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
         try:
             root = find_root(Path.cwd())
