@@ -55,8 +55,9 @@ def _paragraphs(command: Callable[..., None]) -> str:
 
 app = typer.Typer(
     name="rrlhf",
-    help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
-    "was changed, or a forced stage gave another result, 4 busy, 130 interrupted.",
+    help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 what was typed or "
+    "set is wrong, 3 a stored file was changed, or a forced stage gave another result, 4 DVC's lock cannot be had, 130 "
+    "interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
