@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,8 +55,9 @@ def _paragraphs(command: Callable[..., None]) -> str:
 
 app = typer.Typer(
     name="rrlhf",
-    help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 usage, 3 a stored file "
-    "was changed, or a forced stage gave another result, 4 busy, 130 interrupted.",
+    help="Reward-robust RLHF as a reproducible pipeline.\n\nExit codes: 0 ok, 1 failed, 2 what was typed or "
+    "set is wrong, 3 a stored file was changed, or a forced stage gave another result, 4 DVC's lock cannot be had, 130 "
+    "interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,6 +70,8 @@ for _called_by_dvc in (key, prepare):
 
 def main() -> None:
     """Run the command in the project's folder, and end with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a ± that the terminal does not have is no reason to fail
     if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
         try:
             root = find_root(Path.cwd())

@@ -27,7 +27,7 @@ TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the 
 
 def profiles(root: Path) -> list[str]:
     """Names of the profiles that there are; `load_params` refuses one that nothing could be called."""
-    return ["default", *sorted(path.stem for path in (root / "profiles").glob("[!.]*.yaml"))]
+    return ["default", *sorted(path.stem for path in (root / "profiles").glob("[!.]*.yaml") if path.is_file())]
 
 
 def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Json] | None = None) -> Params:
@@ -81,7 +81,7 @@ def parse_override(text: str) -> tuple[str, Json]:
 
 def option(dotted: str, value: Json) -> str:
     """Return the --set that `parse_override` reads as this, quoted for a shell."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     plain = text.removesuffix("\n").removesuffix("\n...")  # which ends a document that is one word
     return f"--set {quote(f'{dotted}={plain}')}"
 

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from rrlhf import command_line, environment
 from rrlhf.cli import COMMANDS, app, main
 from rrlhf.command_line import mending
+from rrlhf.running.partial import Part
+from rrlhf.running.records import noted
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,3 +159,12 @@ main()
 def test_ctrl_c_while_modules_are_imported_leaves_no_trace():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_characters_that_the_output_does_not_have_are_replaced(project):
+    with noted(project, "tiny", {"arms.größe": None}, Part()):
+        pass
+    asked = [sys.executable, "-m", "rrlhf", "status"]
+    done = subprocess.run(asked, cwd=project, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"--set 'arms.gr??e=null'" in done.stdout

@@ -101,6 +101,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 @given(st.recursive(LEAVES, lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside), max_leaves=6))
 @example(1e-5).via("YAML reads 1e-05 as text")
 @example("12:30:00").via("YAML reads it as seconds")
+@example("\x85").via("YAML breaks lines there")
 def test_an_override_as_it_is_told_can_be_given_again(value):
     told = option("a.b", value)
     flag, given_again = shlex.split(told)

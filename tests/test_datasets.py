@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rrlhf.environment import set_environment
+from rrlhf.located import ParamsError
 from rrlhf.params import load_params
 from rrlhf.running.plan import Project
 from rrlhf.store.artifacts import TamperedError
@@ -133,3 +134,18 @@ def test_the_digest_is_the_one_that_dvc_computes(made):
     _, dataset = made
     files = {p.name: md5(p.read_bytes()) for p in dataset.path.iterdir()}
     assert f"md5:{folder_digest(files)}" == dataset.digest
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        (".dvc/config", None, "copy the project with its hidden files"),
+        ("dvc.yaml", "stages: [", r"dvc\.yaml:2: not valid YAML"),
+        ("dvc.yaml", "", "expected a mapping"),
+        ("dvc.yaml", "stages: {prepare: 1}", "no list of profiles"),
+    ],
+)
+def test_what_dvc_lacks_is_told_by_a_plan(project, file, content, told):
+    (project / file).unlink() if content is None else (project / file).write_text(content)
+    with pytest.raises(ParamsError, match=told):
+        Project(project, "tiny", load_params(project, "tiny")).plan()

@@ -23,6 +23,7 @@ import yaml
 from rrlhf.files import write_if_new
 from rrlhf.identity.keys import Document, canonical, key_digest
 from rrlhf.identity.memo import Memo
+from rrlhf.located import ParamsError
 from rrlhf.locks import holder
 from rrlhf.params import load_params
 from rrlhf.progress import Interrupted, check_stop, say
@@ -71,7 +72,15 @@ class BusyError(RuntimeError):
 
 
 def place_of(root: Path, profile: str, node: Node, document: Document) -> Place:
-    """Return the place of a profile's data set, or of the variant that overrides make of it."""
+    """Return the place of a profile's data set, or of the variant that overrides make of it.
+
+    Raises ParamsError where DVC could make none.
+    """
+    if not (root / ".dvc" / "config").is_file():
+        raise ParamsError(
+            f"{root / '.dvc' / 'config'}: no such file, without which DVC makes no data set: copy the project with its "
+            "hidden files"
+        )
     name, stage = profile, f"prepare@{profile}"
     declared = declared_in(root, profile)
     if declared is None or nodes(load_params(root, profile))[0].settings != node.settings:

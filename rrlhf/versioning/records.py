@@ -17,7 +17,7 @@ import yaml
 
 from rrlhf.files import write
 from rrlhf.identity.keys import Document, canonical
-from rrlhf.located import load_yaml
+from rrlhf.located import ParamsError, load_yaml, read
 from rrlhf.store.artifacts import TamperedError
 
 Entry = dict[str, Any]
@@ -66,10 +66,17 @@ def lock_entry(root: Path, project: Path, stage: str, data: Path) -> Entry | Non
 
 
 def declared_in(root: Path, profile: str) -> Path | None:
-    """Return the dvc.yaml that has a profile's stages; None when there is none."""
-    for path in (root / project for project in PROJECTS):
-        if path.is_file() and profile in load_yaml(path)["stages"]["prepare"]["foreach"]:
-            return path
+    """Return the dvc.yaml that has a profile's stages; None when there is none.
+
+    Raises ParamsError when one is not as this project has it: people name their profiles there.
+    """
+    for path in (root / project for project in PROJECTS if (root / project).is_file()):
+        try:
+            profiles = read(path, {}, [])["stages"]["prepare"]["foreach"]
+            if profile in profiles:
+                return path
+        except (KeyError, TypeError):
+            raise ParamsError(f"{path}: no list of profiles in stages, prepare, foreach: see what git has") from None
     return None
 
 
