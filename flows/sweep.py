@@ -43,7 +43,7 @@ class Share(NamedTuple):
     new: dict[str, dict[str, Json]]  # the settings that change it, by node, of every policy that no earlier point has
 
 
-@flow(name="reward-robust-rlhf-sweep", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
+@flow(name="reward-robust-rlhf-sweep", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
 def sweep(
     profile: str = "default", grid: dict[str, list[Any]] | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -150,18 +150,18 @@ def reading_what_is_there(node: Node, run: Run) -> Node | None:
     return node._replace(inputs=inputs) if any(arm_of(name) for name in inputs) else None
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def register_all(runs: Sequence[Run]) -> dict[str, str]:
-    """Make sure that MLflow knows every artifact once; return versions by digest. No alias moves for a sweep."""
+    """Make sure that MLflow knows every artifact once; return versions by key. No alias moves for a sweep."""
     versions: dict[str, str] = {}
     for run in runs:
         for node in run.project.nodes:
             artifact = run.artifacts.get(node.name)
-            if artifact is None or artifact.digest in versions:
+            if artifact is None or artifact.key in versions:
                 continue
             dataset = run.dataset if DATA in node.inputs.values() else None
-            made = run.tracker.register(artifact, dataset, parent=run.tracking_id)
-            versions[artifact.digest] = f"{made.name}/{made.version}" if made else ""
+            made = run.tracker.register(artifact, dataset, profile=run.project.profile, parent=run.tracking_id)
+            versions[artifact.key] = f"{made.name}/{made.version}" if made else ""
     return versions
 
 
@@ -172,11 +172,11 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
         metrics = metrics_of(read_evaluation(part.project, evaluated)["policies"]) if evaluated else {}
         for name, settings in part.new.items():
             artifact, policy = run.artifacts.get(name), arm_of(name) or name
-            version = versions[artifact.digest] if artifact else None
+            version = versions[artifact.key] if artifact else None
             yield Found(settings, policy, version, metrics.get(policy))
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def report_sweep(run: Run, parent: str, told: Sweep, pages: Pages) -> list[str]:
     """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the table."""
     from rrlhf.sweeps.show import markdown, show, write

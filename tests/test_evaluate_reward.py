@@ -61,7 +61,7 @@ def made(shared_project):
         inputs = {argument: folders[name] for argument, name in node.inputs.items()}
         execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=params.launch)
         artifact = project.store.publish(node.name, document, staged, seconds=1.0)
-        tracker.register(artifact, dataset if node.name != "ensemble" else None)
+        tracker.register(artifact, dataset if node.name != "ensemble" else None, profile="tiny")
         folders[node.name], digests[node.name], artifacts[node.name] = artifact.path, artifact.digest, artifact
     return shared_project, artifacts, dataset
 

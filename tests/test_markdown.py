@@ -1,7 +1,7 @@
 """Tables and Markdown of a run: what is in them, and that nothing in them acts on the page."""
 
+import json
 import re
-from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +13,7 @@ from rrlhf.running.plan import Planned, total
 from rrlhf.running.table import percent_done, plan_rows
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.show import markdown
+from rrlhf.tracking import Version
 
 PLAN = [
     Planned("data", "reuse", [], None),
@@ -96,10 +97,9 @@ def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
 
 
 def test_lineage_is_a_tree_and_a_chart():
-    tags = {"rrlhf.digest": "ab" * 32, "rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.stage": "sft"}
-    tags["rrlhf.inputs"] = '{"data": "md5:00"}'
-    version = SimpleNamespace(name="rrlhf-sft", version="1", aliases=("latest",), tags=tags, created=0, run_id="")
-    graph = from_versions([version])
+    made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
+    tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
+    graph = from_versions([Version("rrlhf-sft", "1", ("latest",), tags)])
     [read, drawn] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
     assert read.content.startswith("rrlhf-sft v1")
     assert drawn.info == "mermaid"

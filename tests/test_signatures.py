@@ -389,7 +389,7 @@ def test_mlflows_copy_is_signed_too_and_verified_when_it_is_brought_back(unsigne
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = Tracker.connect(unsigned, "rrlhf")
     sft = next(artifact for artifact in Store(unsigned).all() if artifact.name == "sft")
-    tracker.register(sft, None)
+    tracker.register(sft, None, profile="default")
     store, to = store_of(unsigned, None, keys[1]), unsigned / "restored"
     assert tracker.restore("sft", sft.key, to)
     with pytest.raises(TamperedError, match="expected a signature"):
@@ -400,6 +400,6 @@ def test_mlflows_copy_is_signed_too_and_verified_when_it_is_brought_back(unsigne
     assert tracker.restore("sft", sft.key, to)
     assert store.adopt("sft", sft.key, to).digest == sft.digest
     signed = publish(store_of(unsigned, *keys), seed=2)
-    tracker.register(signed, None)
+    tracker.register(signed, None, profile="default")
     with tracker.kept.copy(signed) as (folder, _):
         assert store.notary.fault(folder, deep=True) is None

@@ -26,8 +26,8 @@ from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Store
-from rrlhf.store.cards import summary, without_front_matter
+from rrlhf.store.artifacts import CARD, HISTORY, Artifact, Store
+from rrlhf.store.cards import without_front_matter
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.types import Dataset
 
@@ -69,15 +69,17 @@ def document(name, inputs):
 
 
 def published(root, name, inputs, fill=None, rows=ROWS):
-    """Publish a small artifact of a node."""
-    store, paper = Store(root), document(name, inputs)
+    """Publish a small artifact of a node. inputs: artifacts, or digests of what is none."""
+    keys = {argument: made.key for argument, made in inputs.items() if isinstance(made, Artifact)}
+    digests = {argument: getattr(made, "digest", made) for argument, made in inputs.items()}
+    store, paper = Store(root), document(name, digests)
     staged = clear(store.staging(NODES[name].stage, key_digest(paper)))
     (staged / "weights").mkdir()
     (staged / "weights" / "model.safetensors").write_bytes(name.encode())
     if fill:
         fill(staged)
     (staged / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return store.publish(name, paper, staged, seconds=2.0)
+    return store.publish(name, paper, staged, seconds=2.0, dataset={"name": "default"}, input_keys=keys)
 
 
 @pytest.fixture
@@ -85,14 +87,17 @@ def family(root):
     """Return an artifact of each model stage, linked as in a run."""
     data = {"data": DATA.digest}
     sft = published(root, "sft", data)
-    reward = published(root, "reward", {**data, "sft": sft.digest})
-    ensemble = published(root, "ensemble", {"reward": reward.digest})
-    parts = {"sft": sft.digest, "reward": reward.digest, "ensemble": ensemble.digest}
+    reward = published(root, "reward", {**data, "sft": sft})
+    ensemble = published(root, "ensemble", {"reward": reward})
+    parts = {"sft": sft, "reward": reward, "ensemble": ensemble}
     return [sft, reward, ensemble, published(root, "ppo-robust", {**data, **parts})]
 
 
 def register_all(tracker, family):
-    return [tracker.register(artifact, DATA if "data" in artifact.inputs else None) for artifact in family]
+    return [
+        tracker.register(artifact, DATA if "data" in artifact.inputs else None, profile="default")
+        for artifact in family
+    ]
 
 
 def history(client, run_id, name="loss"):
@@ -109,26 +114,27 @@ def files(folder):
 
 
 def test_registering_twice_makes_one_version(tracker, family):
-    first = tracker.register(family[0], DATA, aliases=["best"])
-    assert first == ("rrlhf-sft", "1", True)
-    assert tracker.register(family[0], DATA, aliases=["best"]) == ("rrlhf-sft", "1", False)
+    first = tracker.register(family[0], DATA, aliases=["best"], profile="default")
+    assert first == ("rrlhf-sft", "1", True, ("rrlhf-sft@best: v1",))
+    assert tracker.register(family[0], DATA, aliases=["best"], profile="default") == ("rrlhf-sft", "1", False, ())
     assert [found.aliases for found in tracker.versions()] == [("best",)]
 
 
 def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
-    tracker.register(family[0], DATA, aliases=["best"])
+    tracker.register(family[0], DATA, aliases=["best"], profile="default")
     other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
-    tracker.register(other, None, aliases=["best"])
+    tracker.register(other, None, aliases=["best"], profile="default")
     assert [(found.version, found.aliases) for found in tracker.versions()] == [("2", ("best",)), ("1", ())]
 
 
 def test_versions_tell_their_identity_and_ancestry(tracker, family):
     register_all(tracker, family)
     versions, policy = tracker.versions(), family[3]
-    [tags] = [version.tags for version in versions if version.name == "rrlhf-policy"]
-    assert (tags["rrlhf.digest"], tags["rrlhf.key"]) == (policy.digest, policy.key)
-    assert (tags["rrlhf.node"], tags["rrlhf.stage"], tags["rrlhf.dataset"]) == ("ppo-robust", "ppo", DATA.digest)
-    assert json.loads(tags["rrlhf.inputs"]) == policy.inputs
+    [version] = [version for version in versions if version.name == "rrlhf-policy"]
+    assert set(version.tags) == {"rrlhf.node", "rrlhf.data", "rrlhf.key", "rrlhf.made"}
+    assert (version.digest, version.key, version.made["stage"]) == (policy.digest, policy.key, "ppo")
+    assert (version.tags["rrlhf.node"], version.tags["rrlhf.data"]) == ("ppo-robust", "default")
+    assert (version.made["inputs"], version.made["input_keys"]) == (policy.inputs, policy.input_keys)
     graph = from_versions(versions)
     drawn = tree(graph, graph.find("rrlhf-policy/1"))
     assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
@@ -150,7 +156,7 @@ def test_mlflow_shows_what_a_run_read_and_made(tracker, client, family):
 
 def test_links_wait_for_inputs_that_come_later(tracker, client, family):
     sft, reward = family[:2]
-    tracker.register(reward, DATA)
+    tracker.register(reward, DATA, profile="default")
     register_all(tracker, [sft, reward])
     [run] = stage_runs(client, reward.key)
     assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
@@ -158,17 +164,17 @@ def test_links_wait_for_inputs_that_come_later(tracker, client, family):
 
 def test_a_wiped_database_is_filled_again(root, tracker, database, family):
     before = register_all(tracker, family)
-    digests = {found.tags["rrlhf.digest"] for found in tracker.versions()}
+    digests = {found.digest for found in tracker.versions()}
     wiped = root / "again"
     wiped.mkdir()
     shutil.copy(database, wiped / "mlflow.db")
     fresh = Tracker.connect(wiped, "rrlhf")
     assert register_all(fresh, family) == before
-    assert {found.tags["rrlhf.digest"] for found in fresh.versions()} == digests
+    assert {found.digest for found in fresh.versions()} == digests
 
 
 def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, family):
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     [run] = stage_runs(client, family[0].key)
     assert history(client, run.info.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert run.info.status == "FINISHED"
@@ -182,7 +188,7 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
     with tracker.stage_run(flow, NODES["sft"], sft.key) as log:
         for row in ROWS:
             log(row)
-    tracker.register(sft, DATA)
+    tracker.register(sft, DATA, profile="default")
     tracker.finish_flow(flow, "FINISHED")
     [run] = stage_runs(client, sft.key)
     assert [step for step, _ in history(client, run.info.run_id)] == [1, 2, 3]
@@ -193,7 +199,7 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
 def test_a_run_without_all_rows_is_written_anew(tracker, client, family):
     with tracker.stage_run(None, NODES["sft"], family[0].key) as log:
         log(ROWS[0])
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     newest, incomplete = stage_runs(client, family[0].key)
     lengths = {len(history(client, run.info.run_id)) for run in (newest, incomplete)}
     assert lengths == {1, 3}
@@ -269,7 +275,7 @@ def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, t
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=fill)
     for _ in range(2):  # registering again adds nothing
-        tracker.register(policy, DATA)
+        tracker.register(policy, DATA, profile="default")
     [run] = stage_runs(client, policy.key)
     assert run.data.tags["rrlhf.health"] == "healthy"
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"health.json", "samples.json"}
@@ -287,31 +293,30 @@ def test_training_goes_on_when_the_server_is_lost(root, tracker, capsys):
 
 
 def test_an_evaluation_keeps_its_files_and_makes_no_version(root, tracker, client, family):
-    evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0].digest})
-    tracker.register(family[0], DATA)
-    assert [tracker.register(evaluation, DATA) for _ in range(2)] == [None, None]
+    evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0]})
+    tracker.register(family[0], DATA, profile="default")
+    assert [tracker.register(evaluation, DATA, profile="default") for _ in range(2)] == [None, None]
     [run] = stage_runs(client, evaluation.key)
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"artifact.json", HISTORY, "weights"}
     assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
 
 
 def test_a_restored_artifact_is_the_same_to_the_byte(root, tracker, family):
-    sft, to = family[0], root / "artifacts" / ".restored" / "sft"
-    tracker.register(sft, DATA)
-    assert tracker.restore("sft", sft.key, to)
-    assert files(to) == files(sft.path)
+    sft, before = family[0], files(family[0].path)
+    tracker.register(sft, DATA, profile="default")
     shutil.rmtree(sft.path)
-    assert Store(root).adopt("sft", sft.key, to).digest == sft.digest
+    assert tracker.bring_back(Store(root), "sft", sft.key) == sft
+    assert files(sft.path) == before
 
 
 def test_what_was_never_registered_cannot_be_restored(root, tracker):
-    assert not tracker.restore("sft", "0" * 64, root / "nothing")
-    assert not (root / "nothing").exists()
+    assert tracker.bring_back(Store(root), "sft", "0" * 64) is None
+    assert not (root / "artifacts").exists()
 
 
 def test_the_store_is_not_touched_by_registering(tracker, family):
     before = files(family[0].path)
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     assert files(family[0].path) == before
 
 
@@ -324,7 +329,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process whe
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 root = Path(sys.argv[1])
 [artifact] = Store(root).all()
-Tracker.connect(root, "rrlhf").register(artifact, None)
+Tracker.connect(root, "rrlhf").register(artifact, None, profile="default")
 """
 
 
@@ -339,11 +344,12 @@ def test_a_killed_registration_is_finished_by_the_next(root, tracker, client):
     [begun] = (root / "mlartifacts" / "models").iterdir()
     assert (begun / "artifacts" / "artifact" / "big.safetensors").stat().st_size < 30_000_000
     assert client.search_model_versions() == []
-    assert tracker.register(artifact, DATA).created
+    assert tracker.register(artifact, DATA, profile="default").created
     assert [found.status for found in client.search_model_versions()] == ["READY"]
     assert list((root / "mlartifacts" / "models").iterdir()) == [begun]
-    assert tracker.restore("sft", artifact.key, root / "restored")
-    assert files(root / "restored") == files(artifact.path)
+    before = files(artifact.path)
+    shutil.rmtree(artifact.path)
+    assert files(tracker.bring_back(Store(root), "sft", artifact.key).path) == before
 
 
 def test_workers_that_start_together_share_a_new_database_and_make_one_version(root):
@@ -351,7 +357,7 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
     artifact = published(root, "sft", {"data": DATA.digest})
 
     def work(_):
-        return Tracker.connect(root, "rrlhf").register(artifact, DATA)
+        return Tracker.connect(root, "rrlhf").register(artifact, DATA, profile="default")
 
     with ThreadPoolExecutor(3) as workers:
         made = list(workers.map(work, range(3)))
@@ -445,7 +451,7 @@ def test_a_registered_policy_loads_by_its_alias_and_answers(root, tracker):
     import mlflow
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
-    tracker.register(policy, DATA, aliases=["candidate"])
+    tracker.register(policy, DATA, aliases=["candidate"], profile="default")
     loaded = mlflow.pyfunc.load_model("models:/rrlhf-policy@candidate")
     answers = loaded.predict(["Write a note.", "Write a poem."])
     assert len(answers) == 2
@@ -459,14 +465,17 @@ def test_a_registered_policy_loads_as_its_card_says(root, tracker, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
-    tracker.register(policy, DATA, aliases=["robust"])
+    tracker.register(policy, DATA, aliases=["robust"], profile="default")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    monkeypatch.chdir(root)
     said = re.search(r"```python\n(.*?)```", (policy.path / CARD).read_text(), re.DOTALL)
     names = {}
     exec(said[1], names)
+    from_mlflow = {"mlflow": mlflow}
+    exec(said[1].replace("# folder = ", "folder = ").replace('VERSION"', '1"'), from_mlflow)
     by_number = Path(mlflow.artifacts.download_artifacts("models:/rrlhf-policy/1")) / "artifact"
     own = AutoModelForCausalLM.from_pretrained(policy.path).state_dict()
-    for other in (names["model"], AutoModelForCausalLM.from_pretrained(by_number)):
+    for other in (names["model"], from_mlflow["model"], AutoModelForCausalLM.from_pretrained(by_number)):
         assert own.keys() == other.state_dict().keys()
         assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in own.items())
     assert names["tokenizer"].decode(names["tokenizer"]("A note.")["input_ids"]).replace(" ", "") == "Anote."
@@ -476,18 +485,23 @@ def test_a_registered_policy_loads_as_its_card_says(root, tracker, monkeypatch):
 def test_mlflow_shows_the_card_with_version_run_and_model(tracker, client, family):
     register_all(tracker, family)
     version, card = client.get_model_version("rrlhf-policy", "1"), (family[3].path / CARD).read_text()
-    assert version.description == summary(family[3].manifest)
-    shown = without_front_matter(card)
-    assert shown.startswith("# Policy robust, by PPO")
-    assert client.get_run(version.run_id).data.tags["mlflow.note.content"] == shown
-    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    run, model = client.get_run(version.run_id), client.get_logged_model(version.source.removeprefix("models:/"))
+    read = [f"[rrlhf-{name} v1](#/models/rrlhf-{name}/versions/1)" for name in ("sft", "reward", "ensemble")]
+    data = f"the data set [default](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
+    links = f"Made from {', '.join([*read, data])}."
+    said, linked, content = version.description.split("\n\n")
+    assert said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4`."
+    assert (linked, content) == (links, f"Content `{family[3].digest[:8]}`.")
+    shown = run.data.tags["mlflow.note.content"]
+    assert shown.startswith("# Policy robust, by PPO\n\nThe SFT model after PPO on the reward `robust, nominal_weight")
+    assert shown.replace(f"{links}\n\n", "") == without_front_matter(card)
     assert model.tags["mlflow.note.content"] == shown
 
 
 def test_a_card_too_long_for_mlflow_ends_with_where_the_rest_is(root, tracker, client):
     long = [{"step": 1, **{f"head_{n}": float(n) for n in range(300)}}]
     sft = published(root, "sft", {"data": DATA.digest}, rows=long)
-    tracker.register(sft, DATA)
+    tracker.register(sft, DATA, profile="default")
     shown = client.get_run(client.get_model_version("rrlhf-sft", "1").run_id).data.tags["mlflow.note.content"]
     assert 7900 < len(shown) <= 8000
     assert re.search(r"\| `head_\d+` \| \d+ \| – \|\n\n\(The rest is in artifact/README.md.\)$", shown)

@@ -63,7 +63,7 @@ def open_chat(root: Path, profile: str, params: Params, models: Sequence[str], e
     models: registered versions, aliases, digests, or folders of an artifact or of transformers. Raises ValueError that
     says what to do, and TamperedError when a stored file was changed.
     """
-    lookup = Lookup(root, params)
+    lookup = Lookup(root, profile, params)
     speakers = [_speaker(lookup, reference, params.model) for reference in models]
     judge = _ensemble(lookup, Project(root, profile, params), speakers, ensemble)
     if judge is None:

@@ -110,8 +110,8 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
     with locked(root / ".rrlhf" / "promoting"):
         tracker = Tracker.connect(root, params.tracking.experiment)
         versions = tracker.versions()
-        version = named(asked.reference, versions)
-        lookup = Lookup(root, params)
+        version = named(asked.reference, profile, versions)
+        lookup = Lookup(root, profile, params)
         decision = _weigh(lookup, Project(root, profile, params), version, Registry(tracker, versions), asked)
         file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
         with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
@@ -132,11 +132,11 @@ def check(asked: Asked, arms: Sequence[str]) -> None:
         raise ValueError("--override needs a reason in words, which is recorded with the version")
 
 
-def named(reference: str, versions: Sequence[Version]) -> Version:
+def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises ValueError when there is none, or more than one."""
     from rrlhf.lineage.load import from_versions
 
-    found = from_versions(versions).find(reference)
+    found = from_versions(versions).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
     names = [name for name in (reference.removeprefix("models:/"), *found.names) if name in known]
     if not names:
@@ -203,10 +203,8 @@ def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registr
 
 
 def _policy(lookup: Lookup, version: Version) -> Artifact:
-    from rrlhf.tracking import MODEL_NAMES
-
-    if version.name != MODEL_NAMES["ppo"]:
-        raise ValueError(f"{version.name} v{version.version} is no trained policy; name one of {MODEL_NAMES['ppo']}")
+    if version.made["stage"] not in {"ppo", "dpo"}:
+        raise ValueError(f"{version.name} v{version.version} is no trained policy; name a version of a policy")
     return lookup.find(f"{version.name}/{version.version}")
 
 

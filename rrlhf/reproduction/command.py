@@ -50,7 +50,7 @@ def reproduce(
     params = load_params(root, profile, overrides(profile, set_))
     if keep and keep.exists():
         raise ValueError(f"--keep {keep}: it exists already; name a new folder")
-    lookup = Lookup(root, params)
+    lookup = Lookup(root, profile, params)
     found = steps(root, lookup, lookup.find(version), whole=not only)
     order = found[-1:] if only else found
     changes = _tell_changes(root, order, found)

@@ -31,6 +31,11 @@ Force = Annotated[
     typer.Option(metavar="STAGE", help="Compute this stage although its result is there, and compare: the same bits "
                  "rerun nothing below it; others end the run with exit code 3, and the stored result stays."),
 ]  # fmt: skip
+TakeAliases = Annotated[
+    bool,
+    typer.Option("--take-aliases", help="Give candidate and the arms' aliases to what this run makes, although --set "
+                 "changed the settings; otherwise those of the settings as they stand stay."),
+]  # fmt: skip
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
 
 
@@ -41,6 +46,7 @@ def run(
     until: Until = None,
     only: Only = None,
     force: Force = None,
+    take_aliases: TakeAliases = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +67,7 @@ def run(
     if dry_run:
         plan(profile, set_, from_, until, only, force, as_json)
     else:
-        run_flow(profile, overrides(profile, set_), part, as_json)
+        run_flow(profile, overrides(profile, set_), part, as_json, take_aliases)
 
 
 def plan(
@@ -139,24 +145,30 @@ def report(profile: Profile = "default", set_: Set = None) -> None:
     run_flow(profile, changed)
 
 
-def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False) -> None:
+def run_flow(
+    profile: str,
+    overrides: dict[str, Json],
+    part: Part | None = None,
+    as_json: bool = False,
+    take_aliases: bool = False,
+) -> None:
     """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
     from rrlhf.running.partial import Part
 
     part = part or Part()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        result = _found_done(profile, overrides, part) or _run(profile, overrides, part)
+        result = _found_done(profile, overrides, part, take_aliases) or _run(profile, overrides, part, take_aliases)
     if as_json:
         print(json.dumps(result, indent=1))
 
 
-def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
     from rrlhf.running.dvc_record import record
     from rrlhf.running.records import noted
     from rrlhf.running.uptodate import nothing_to_do, show
 
-    project = _project(profile, overrides)
+    project = _project(profile, overrides, take_aliases)
     planned = project.plan(part)
     project.check_keys(planned)
     if "PREFECT_API_URL" in os.environ:
@@ -171,14 +183,14 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     return done.result
 
 
-def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+def _run(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     from rrlhf.params import load_params
     from rrlhf.running.starting import started
 
     root = Path.cwd()
     pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
     asked = {name: [*names] for name, names in part._asdict().items() if names}
-    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None)
+    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
     return result
 
 
@@ -188,12 +200,10 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
     return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
 
 
-def _project(profile: str, overrides: dict[str, Json]) -> Project:
-    from rrlhf.params import load_params
+def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
     from rrlhf.running.plan import Project
 
-    root = Path.cwd()
-    project = Project(root, profile, load_params(root, profile, overrides))
+    project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     project.check_keys()
     return project
 

@@ -14,10 +14,11 @@ from rrlhf.identity.keys import Document, differences, key_digest, key_document,
 from rrlhf.identity.modules import Modules
 from rrlhf.language_models.sources import external_digests
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params
 from rrlhf.progress import in_words
 from rrlhf.running.partial import Chosen, Part, chosen
 from rrlhf.signing.signatures import notary_of
-from rrlhf.stages import DATA, Node, nodes
+from rrlhf.stages import DATA, Node, aliases_of, nodes, profile_of
 from rrlhf.store.artifacts import Artifact, Store
 from rrlhf.types import Dataset, Json
 from rrlhf.versioning.datasets import Place, place_of, prepared, restorable
@@ -57,7 +58,7 @@ class Found(NamedTuple):
 class Project:
     """A project folder's settings and results: finds the key of every node.
 
-    graph, modules: another graph, and the package that its stages are modules of.
+    graph, modules: another graph, and the package that its stages are modules of. takes_aliases: a run moves aliases.
     """
 
     def __init__(
@@ -68,11 +69,24 @@ class Project:
         *,
         graph: Sequence[Node] | None = None,
         modules: Modules | None = None,
+        takes_aliases: bool = True,
     ) -> None:
-        self.root, self.profile, self.params = root, profile, params
+        self.root, self.profile, self.params, self.takes_aliases = root, profile, params, takes_aliases
         self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
         self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
+
+    @classmethod
+    def opened(
+        cls, root: Path, profile: str, overrides: Mapping[str, Json] | None = None, *, take_aliases: bool = False
+    ) -> Project:
+        """Read the settings of a profile with overrides, whose runs leave aliases alone unless asked for them."""
+        params = load_params(root, profile, overrides)
+        return cls(root, profile, params, takes_aliases=take_aliases or not overrides)
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Return the aliases that a run gives to a node's model."""
+        return aliases_of(name, self.params.tracking.candidate) if self.takes_aliases else []
 
     def document(self, node: Node, digests: Mapping[str, str]) -> Document:
         """Return a node's key document, given the digest of every node that it reads."""
@@ -183,7 +197,7 @@ class Project:
         if forced:
             return Planned(node.name, "run", ["forced"], self._usual_seconds(node), key)
         if found is None:
-            return Planned(node.name, "run", self._reasons(node, document, key), self._usual_seconds(node), key)
+            return Planned(node.name, "run", self.reasons(node, document, key), self._usual_seconds(node), key)
         if found.restored:
             return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
         return Planned(node.name, "reuse", [], None, key)
@@ -199,15 +213,20 @@ class Project:
         key = key_digest(document)
         if artifact := self.store.checked(node.stage, key):
             return Found(artifact.digest)
-        return self._registered(key)
+        return self._registered(node, key)
 
-    def _registered(self, key: str) -> Found | None:
+    def _registered(self, node: Node, key: str) -> Found | None:
         from rrlhf.tracking.registry import registrations
 
-        found = (registrations(self.root, self.params.tracking.experiment, [key]) or {}).get(key)
-        return Found(found.digest, f"registered as {found.name} v{found.version}") if found and found.name else None
+        known = registrations(self.root, self.params.tracking.experiment, [key]) or {}
+        named = [(name, found) for (_, name), found in known.items() if name]
+        if not named:
+            return None
+        name, found = max(named, key=lambda each: profile_of(each[0], node.stage) == self.profile)
+        return Found(found.digest, f"registered as {name} v{found.version}")
 
-    def _reasons(self, node: Node, document: Document, key: str) -> list[str]:
+    def reasons(self, node: Node, document: Document, key: str) -> list[str]:
+        """Say why a node whose result is not there has to compute."""
         if self.store.was_here(key):
             return ["artifact missing"]
         return self.closest(node, document)[0] or ["artifact missing"]

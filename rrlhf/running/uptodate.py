@@ -18,7 +18,7 @@ from rrlhf.reporting.evaluation import Evaluation
 from rrlhf.reporting.trainings import Training, health, training
 from rrlhf.running.dvc_record import numbers_digests, report_code
 from rrlhf.running.plan import Planned, Project
-from rrlhf.stages import DATA, METHODS, aliases_of, arm_of
+from rrlhf.stages import DATA, METHODS, arm_of, model_name
 from rrlhf.store.artifacts import Artifact
 from rrlhf.tracking.registry import Registration, registrations
 from rrlhf.types import Json
@@ -111,14 +111,14 @@ def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
 
 def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration] | None:
     """Return how every artifact is registered; None when something is left to do there, or cannot be told."""
-    tracking = project.params.tracking
-    known = registrations(project.root, tracking.experiment, [artifact.key for artifact in artifacts.values()])
+    experiment = project.params.tracking.experiment
+    known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
     if known is None:
         return None
     found: dict[str, Registration] = {}
     for name, artifact in artifacts.items():
-        registration = known.get(artifact.key)
-        wanted = set(aliases_of(name, tracking.candidate))
+        registration = known.get((artifact.key, model_name(artifact.stage, project.profile)))
+        wanted = set(project.aliases_of(name))
         if registration is None or registration.digest != artifact.digest or not registration.complete:
             return None
         if not (wanted <= registration.aliases):
@@ -138,7 +138,7 @@ def _report_of(
     shown: dict[str, Any] = {
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [*entry[:3], sorted(entry.aliases)] for name, entry in known.items()},
+        "registered": {name: [*entry[:2], sorted(entry.aliases)] for name, entry in known.items()},
         "code": report_code(project),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},

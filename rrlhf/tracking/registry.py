@@ -16,11 +16,11 @@ from typing import NamedTuple
 SQLITE = "sqlite:///"
 AT_ONCE = 500  # keys in one question; SQLite allows more
 
-# The newest ready version of each key comes last.
+# The newest ready version of each key and name comes last.
 VERSIONS = """
-select k.value, v.name, v.version, d.value from model_versions v
+select k.value, v.name, v.version, json_extract(m.value, '$.digest') from model_versions v
 join model_version_tags k on k.name = v.name and k.version = v.version and k.key = 'rrlhf.key'
-join model_version_tags d on d.name = v.name and d.version = v.version and d.key = 'rrlhf.digest'
+join model_version_tags m on m.name = v.name and m.version = v.version and m.key = 'rrlhf.made'
 where v.status = 'READY' and k.value in ({keys}) order by v.creation_time, v.version
 """
 # A run is given its artifact's digest when all that belongs to it was written.
@@ -34,10 +34,9 @@ where r.lifecycle_stage = 'active' and r.status = 'FINISHED' and k.value in ({ke
 
 
 class Registration(NamedTuple):
-    """What is registered under a key."""
+    """What is registered under a key and a name."""
 
-    name: str  # of the model; "" where only a run is kept (the evaluation)
-    version: str
+    version: str  # "" where only a run is kept (the evaluation)
     digest: str
     aliases: frozenset[str]
     complete: bool  # its run holds everything and is linked to what it read
@@ -48,7 +47,10 @@ def address(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
 
 
-def registrations(root: Path, experiment: str, keys: Sequence[str]) -> dict[str, Registration] | None:
+Registrations = dict[tuple[str, str], Registration]  # by key, and name of the model ("" where only a run is kept)
+
+
+def registrations(root: Path, experiment: str, keys: Sequence[str]) -> Registrations | None:
     """Return what is registered under each of these keys; None when that cannot be told without asking a server."""
     uri = address(root)
     if not uri.startswith(SQLITE):
@@ -61,7 +63,7 @@ def registrations(root: Path, experiment: str, keys: Sequence[str]) -> dict[str,
             if not _is_ours(connection, experiment, database):
                 return None
             chunks = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
-            return {key: found for chunk in chunks for key, found in _look(connection, experiment, chunk)}
+            return {name: found for chunk in chunks for name, found in _look(connection, experiment, chunk)}
     except sqlite3.Error:
         return None
 
@@ -72,16 +74,17 @@ def _is_ours(connection: sqlite3.Connection, experiment: str, database: Path) ->
     return found is None or found[0] == (database.parent / "mlartifacts").as_uri()
 
 
-def _look(connection: sqlite3.Connection, experiment: str, keys: Sequence[str]) -> Iterator[tuple[str, Registration]]:
+def _look(
+    connection: sqlite3.Connection, experiment: str, keys: Sequence[str]
+) -> Iterator[tuple[tuple[str, str], Registration]]:
     marks = ",".join("?" * len(keys))
-    versions = {row[0]: row[1:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
+    versions = {row[:2]: row[2:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
     written = set(connection.execute(RUNS.format(keys=marks), [experiment, *keys]))
     aliases: dict[tuple[str, str], set[str]] = {}
     for name, version, alias in connection.execute("select name, version, alias from registered_model_aliases"):
         aliases.setdefault((name, str(version)), set()).add(alias)
-    for key, (name, version, digest) in versions.items():
+    for (key, name), (version, digest) in versions.items():
         given = frozenset(aliases.get((name, str(version)), ()))
-        yield key, Registration(name, str(version), digest, given, (key, digest) in written)
+        yield (key, name), Registration(str(version), digest, given, (key, digest) in written)
     for key, digest in written:
-        if key not in versions:
-            yield key, Registration("", "", digest, frozenset(), True)
+        yield (key, ""), Registration("", digest, frozenset(), True)
