@@ -38,10 +38,10 @@ class Pages:
         self._percent = 0.0
         self._away = False
 
-    def plan(self, planned: Sequence[Planned]) -> None:
+    def plan(self, planned: Sequence[Planned], start_up: float | None = None) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
         self._planned, self._percent = planned, percent_done(planned, ())
-        rows, expected = plan_rows(planned), total(planned) or "Nothing is to be done."
+        rows, expected = plan_rows(planned), total(planned, start_up) or "Nothing is to be done."
         self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
         self._progress = self._tell(
             lambda: create_progress_artifact(self._percent, self._key("progress"), "Done, by expected time.")

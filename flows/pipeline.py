@@ -109,7 +109,7 @@ def pipeline(
         project.check_sources()
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
-        pages.plan(planned)
+        pages.plan(planned, project.usual_start_up())
         done = nothing_to_do(project, planned)
         run = Run(project, chosen(asked, project.nodes), ran)
         with nullcontext() if done else tracked(run):

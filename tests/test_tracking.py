@@ -8,10 +8,12 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -22,13 +24,15 @@ from mlflow import MlflowClient
 from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.load import from_versions
+from rrlhf.lineage.lookup import Lookup
 from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Artifact, Store
+from rrlhf.store.artifacts import CARD, HISTORY, Artifact, CopyError, Store
 from rrlhf.store.cards import without_front_matter
 from rrlhf.tracking import Tracker, TrackingError
+from rrlhf.tracking.relocate import relocate
 from rrlhf.types import Dataset
 
 PROJECT = Path(__file__).parent.parent
@@ -125,6 +129,37 @@ def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
     other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
     tracker.register(other, None, aliases=["best"], profile="default")
     assert [(found.version, found.aliases) for found in tracker.versions()] == [("2", ("best",)), ("1", ())]
+
+
+def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, tracker, client, family):
+    sft, reward = family[:2]
+    for profile in ("default", "tiny"):
+        tracker.register(sft, DATA, profile=profile, aliases=["candidate"])
+        tracker.register(reward, DATA, profile=profile)
+    other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
+    moved = tracker.register(other, None, profile="tiny", aliases=["candidate"]).moved
+    assert moved == ("rrlhf-tiny-sft@candidate: v1 -> v2",)
+    found = {f"{each.name}/{each.version}": each for each in tracker.versions()}
+    assert set(found) == {
+        "rrlhf-sft/1",
+        "rrlhf-tiny-sft/1",
+        "rrlhf-tiny-sft/2",
+        "rrlhf-reward/1",
+        "rrlhf-tiny-reward/1",
+    }
+    assert {name for name, each in found.items() if each.aliases} == {"rrlhf-sft/1", "rrlhf-tiny-sft/2"}
+    assert found["rrlhf-sft/1"].key == found["rrlhf-tiny-sft/1"].key == sft.key
+    assert len(list((root / "mlartifacts" / "models").iterdir())) == 3
+    one, two = (client.get_model_version(name, "1") for name in ("rrlhf-sft", "rrlhf-tiny-sft"))
+    shown = json.loads(client.get_logged_model(one.source.removeprefix("models:/")).tags["mlflow.modelVersions"])
+    assert one.source == two.source
+    assert [each["name"] for each in shown] == ["rrlhf-sft", "rrlhf-tiny-sft"]
+    assert "[rrlhf-tiny-sft v1]" in client.get_model_version("rrlhf-tiny-reward", "1").description
+    graph = from_versions(tracker.versions())
+    assert graph.find("sft", "tiny").key == other.key
+    assert graph.find("sft").key == sft.key
+    with pytest.raises(ValueError, match="profile hh has no reward yet; name another with --profile: default, tiny"):
+        graph.find("reward", "hh")
 
 
 def test_versions_tell_their_identity_and_ancestry(tracker, family):
@@ -309,6 +344,57 @@ def test_a_restored_artifact_is_the_same_to_the_byte(root, tracker, family):
     assert files(sft.path) == before
 
 
+def test_what_a_killed_restoring_left_is_no_obstacle(root, tracker, family):
+    sft, before = family[0], files(family[0].path)
+    tracker.register(sft, DATA, profile="default")
+    shutil.rmtree(sft.path)
+    left = Store(root).staging("restore", sft.key) / "artifact"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    assert files(tracker.bring_back(Store(root), "sft", sft.key).path) == before
+    assert not left.parent.exists()
+
+
+def spoiled(copy, how):
+    if how == "gone":
+        shutil.rmtree(copy)
+    elif how == "changed":
+        (copy / "weights" / "model.safetensors").write_bytes(b"sfu")
+    elif how == "missing":
+        (copy / "weights" / "model.safetensors").unlink()
+    elif how == "planted":
+        (copy / "model.py").write_text("import this")
+    else:
+        (copy / "artifact.json").write_bytes(Path(how).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("gone", "its files are gone"),
+        ("changed", "weights/model.safetensors: expected sha256"),
+        ("missing", "weights/model.safetensors: expected sha256"),
+        ("planted", "model.py: expected no such file"),
+        ("another", "artifact.json is that of another key"),
+    ],
+)
+def test_a_registered_copy_that_is_not_what_was_registered_is_named_and_not_taken(root, tracker, family, how, said):
+    sft = family[0]
+    tracker.register(sft, DATA, profile="default")
+    shutil.rmtree(sft.path)
+    [copy] = (root / "mlartifacts" / "models").glob("*/artifacts/artifact")
+    spoiled(copy, how if how != "another" else family[1].path / "artifact.json")
+    for _ in range(2):  # it stays like that
+        with pytest.raises(CopyError, match="rrlhf-sft v1 in MLflow is not what was registered: ") as caught:
+            tracker.bring_back(Store(root), "sft", sft.key)
+        assert said in str(caught.value)
+        assert ".staging" not in str(caught.value)
+    assert not sft.path.exists()
+    assert not list((root / "artifacts" / ".staging").iterdir())
+    with pytest.raises(CopyError, match="`rrlhf run` with the settings that it was made with makes it again"):
+        Lookup(root, "default", PARAMS).find("rrlhf-sft/1")
+
+
 def test_what_was_never_registered_cannot_be_restored(root, tracker):
     assert tracker.bring_back(Store(root), "sft", "0" * 64) is None
     assert not (root / "artifacts").exists()
@@ -379,8 +465,60 @@ def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(roo
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(root / "mlflow.db", moved)
-    with pytest.raises(TrackingError, match="moved or copied"):
+    with pytest.raises(TrackingError, match=r"moved or copied: run `rrlhf relocate`.*mlartifacts$"):
         Tracker.connect(moved, "rrlhf")
+
+
+AFTER_A_MOVE = """
+import json, shutil, sys
+from pathlib import Path
+from rrlhf.store.artifacts import Store
+from rrlhf.tracking import Tracker
+root = Path(sys.argv[1])
+tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
+with tracker.promotions() as promotions:
+    faults = [promotions.fault(v.run_id, v.tags, alias) for v in tracker.versions() for alias in v.aliases]
+artifacts = list(store.all())
+for artifact in artifacts:
+    shutil.rmtree(artifact.path)
+    assert tracker.bring_back(store, artifact.stage, artifact.key) == artifact
+made = [tracker.register(artifact, None, profile="default").created for artifact in artifacts]
+print(json.dumps([[list(v) for v in tracker.versions()], faults, made]))
+"""
+
+
+def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tracker, family):
+    policy = register_all(tracker, family)[3]
+    evidence = {"to": "champion", "decision": "promoted", "digest": family[3].digest}
+    with tracker.promotions() as promotions:
+        promotions.keep(policy.name, policy.version, evidence, "promotion/champion.json", {})
+        promotions.move(policy.name, policy.version, "champion")
+    told = json.loads(json.dumps(tracker.versions()))
+    moved = root.rename(root.parent / f"{root.name} moved")
+    assert "places in mlflow.db now lie in" in relocate(moved)
+    assert "names the files beside it already" in relocate(moved)
+    command = [sys.executable, "-c", AFTER_A_MOVE, str(moved)]  # MLflow remembers places in one process
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    versions, faults, made = json.loads(done.stdout)
+    assert sorted(versions) == sorted(told)
+    assert faults == [None]
+    assert made == [False] * len(family)
+    [backup] = moved.glob("mlflow.db.before-relocate*")
+    assert f"{root}/mlartifacts".encode() in backup.read_bytes()
+    with closing(sqlite3.connect(moved / "mlflow.db")) as database:
+        assert not [line for line in database.iterdump() if f"{root}/mlartifacts" in line]
+
+
+def test_a_database_without_its_files_is_not_relocated(root, tracker, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(root / "mlflow.db", alone)
+    before = (alone / "mlflow.db").read_bytes()
+    with pytest.raises(TrackingError, match="mlartifacts is not here: copy .*mlartifacts beside mlflow.db"):
+        relocate(alone)
+    assert (alone / "mlflow.db").read_bytes() == before
+    assert [path.name for path in alone.iterdir()] == ["mlflow.db"]
 
 
 def test_a_damaged_database_is_reported_at_once(root):

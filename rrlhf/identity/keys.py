@@ -44,14 +44,10 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     modules: the package in which the stages are, this one if left out.
     """
     modules = modules or our_modules()
-    settings = node.settings
+    settings = settings_here(node)
     numerics = {"torch": _installed("torch"), "transformers": _installed("transformers")}
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
         numerics["peft"] = _installed("peft")
-    model = settings.get("model")
-    if model:
-        model["device"] = device_kind(model["device"])
-        model["dtype"] = dtype_name(model["dtype"], model["device"])
     document = {
         "stage": node.stage,
         "params": settings,
@@ -60,6 +56,15 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
         "numerics": numerics,
     }
     return _with_functions(document, node.functions, modules) if node.functions else document
+
+
+def settings_here(node: Node) -> dict[str, Any]:
+    """Return a node's settings with what "auto" means on this machine."""
+    settings = node.settings
+    if model := settings.get("model"):
+        model["device"] = device_kind(model["device"])
+        model["dtype"] = dtype_name(model["dtype"], model["device"])
+    return settings
 
 
 def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:

@@ -88,17 +88,21 @@ def plan(
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
     """
     from rrlhf.running.plan import total
+    from rrlhf.running.uptodate import unregistered
 
     changed = overrides(profile, set_)
-    planned = _project(profile, changed).plan(_part(from_, until, only, force))
+    project = _project(profile, changed)
+    planned = project.plan(_part(from_, until, only, force))
     if as_json:
         print(json.dumps([one.as_json() for one in planned], indent=1))
         return
     width = max(len(one.node) for one in planned)
     for one in planned:
         print(_line(one, width, verbose))
-    if expected := total(planned):
+    if expected := total(planned, project.usual_start_up()):
         print(expected)
+    if waiting := unregistered(project, planned):
+        print(f"to be registered in MLflow: {', '.join(waiting)}")
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         print("the tracking server was not asked: a model that it has will be restored instead of run")
 
@@ -134,6 +138,17 @@ def status(as_json: AsJson = False) -> None:
         print(json.dumps(found, indent=1))
     else:
         print("\n".join(told(found)))
+
+
+def relocate() -> None:
+    """Have MLflow's database of a folder that was moved or copied name the files that are here now.
+
+    Versions, aliases and the evidence of promotions stay as they are; the database as it was is kept beside it. A
+    database of MLFLOW_TRACKING_URI is left alone.
+    """
+    from rrlhf.tracking.relocate import relocate as move
+
+    print(move(Path.cwd()))
 
 
 def report(profile: Profile = "default", set_: Set = None) -> None:
@@ -202,9 +217,11 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
 
 def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
     from rrlhf.running.plan import Project
+    from rrlhf.tracking.registry import check_place
 
     project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     project.check_keys()
+    check_place(project.root, project.params.tracking.experiment)
     return project
 
 

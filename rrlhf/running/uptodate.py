@@ -111,19 +111,28 @@ def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
 
 def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration] | None:
     """Return how every artifact is registered; None when something is left to do there, or cannot be told."""
+    known = _known(project, artifacts)
+    found = {name: one for name, one in (known or {}).items() if one}
+    aliased = all({*project.aliases_of(name)} <= one.aliases for name, one in found.items())
+    return found if len(found) == len(artifacts) and aliased else None
+
+
+def unregistered(project: Project, planned: list[Planned]) -> list[str]:
+    """Return the nodes whose results are here and not registered, as far as that can be told without a server."""
+    found = _artifacts(project, [one for one in planned if one.action == "reuse"])
+    return [name for name, registration in (_known(project, found) or {}).items() if registration is None]
+
+
+def _known(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration | None] | None:
+    """Return how every artifact is registered, all that belongs to it included; None when that cannot be told."""
     experiment = project.params.tracking.experiment
     known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
     if known is None:
         return None
-    found: dict[str, Registration] = {}
+    found: dict[str, Registration | None] = {}
     for name, artifact in artifacts.items():
-        registration = known.get((artifact.key, model_name(artifact.stage, project.profile)))
-        wanted = set(project.aliases_of(name))
-        if registration is None or registration.digest != artifact.digest or not registration.complete:
-            return None
-        if not (wanted <= registration.aliases):
-            return None
-        found[name] = registration
+        one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
+        found[name] = one if one and one.digest == artifact.digest and one.complete else None
     return found
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 SQLITE = "sqlite:///"
+FILES = "mlartifacts"  # folder of MLflow's files, beside the database that names them
 AT_ONCE = 500  # keys in one question; SQLite allows more
 
 # The newest ready version of each key and name comes last.
@@ -31,6 +32,10 @@ join tags k on k.run_uuid = r.run_uuid and k.key = 'rrlhf.key'
 join tags d on d.run_uuid = r.run_uuid and d.key = 'rrlhf.digest'
 where r.lifecycle_stage = 'active' and r.status = 'FINISHED' and k.value in ({keys})
 """
+
+
+class TrackingError(Exception):
+    """The tracking server does not answer or refuses; the message says how to go on."""
 
 
 class Registration(NamedTuple):
@@ -59,8 +64,8 @@ def registrations(root: Path, experiment: str, keys: Sequence[str]) -> Registrat
     if not database.exists():
         return {}
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1)) as connection:
-            if not _is_ours(connection, experiment, database):
+        with _opened(database) as connection:
+            if _elsewhere(connection, experiment, database):
                 return None
             chunks = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
             return {name: found for chunk in chunks for name, found in _look(connection, experiment, chunk)}
@@ -68,10 +73,33 @@ def registrations(root: Path, experiment: str, keys: Sequence[str]) -> Registrat
         return None
 
 
-def _is_ours(connection: sqlite3.Connection, experiment: str, database: Path) -> bool:
-    """Whether the experiment keeps its files beside this database; in a copied folder it does not."""
+def check_place(root: Path, experiment: str) -> None:
+    """Raise TrackingError when the experiment's files are not beside its database, as in a folder that was copied."""
+    uri = address(root)
+    database = Path(uri.removeprefix(SQLITE)).absolute()
+    if not uri.startswith(SQLITE) or not database.exists():
+        return
+    with suppress(sqlite3.Error), _opened(database) as connection:
+        if place := _elsewhere(connection, experiment, database):
+            raise moved(place)
+
+
+def moved(place: str) -> TrackingError:
+    """Return the error of a database that names files which are not beside it."""
+    return TrackingError(
+        f"this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are here, not "
+        f"those in {place}"
+    )
+
+
+def _opened(database: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1))
+
+
+def _elsewhere(connection: sqlite3.Connection, experiment: str, database: Path) -> str | None:
+    """Return where the experiment keeps its files, when that is not beside this database."""
     found = connection.execute("select artifact_location from experiments where name = ?", [experiment]).fetchone()
-    return found is None or found[0] == (database.parent / "mlartifacts").as_uri()
+    return str(found[0]) if found and found[0] != (database.parent / FILES).as_uri() else None
 
 
 def _look(

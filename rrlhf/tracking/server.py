@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rrlhf.locks import locked
-from rrlhf.tracking.registry import address
+from rrlhf.tracking.registry import FILES, TrackingError, address, check_place, moved
 
 PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
 SECONDS_TO_ANSWER = 2
@@ -31,10 +31,6 @@ ENVIRONMENT = {
 _transfer = threading.Lock()
 
 
-class TrackingError(Exception):
-    """The tracking server does not answer or refuses; the message says how to go on."""
-
-
 def connect(root: Path, experiment: str) -> tuple[str, str]:
     """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return its URI and the experiment's id.
 
@@ -43,13 +39,14 @@ def connect(root: Path, experiment: str) -> tuple[str, str]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     uri = address(root)
+    check_place(root, experiment)
     with trouble(uri):
         artifacts = None
         if uri.startswith("sqlite:///"):
             database = Path(uri.removeprefix("sqlite:///")).absolute()
             _create_database(database)
             _check_database(database)
-            artifacts = (database.parent / "mlartifacts").as_uri()
+            artifacts = (database.parent / FILES).as_uri()
         elif uri.startswith("http"):
             _check_answer(uri)
         _use(uri)
@@ -131,10 +128,7 @@ def _experiment_id(uri: str, name: str, artifacts: str | None) -> str:
             "or choose another name in tracking.experiment"
         )
     if artifacts and found.artifact_location != artifacts:
-        raise TrackingError(
-            f"{uri.removeprefix('sqlite:///')} keeps its models in {found.artifact_location}: the folder was moved or "
-            "copied. Remove that mlflow.db; the next run fills a new one from artifacts/"
-        )
+        raise moved(found.artifact_location)
     return str(found.experiment_id)
 
 
