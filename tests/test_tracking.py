@@ -16,20 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from rrlhf.auditing.audit import Audit
 from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
-from rrlhf.lineage.load import from_versions
+from rrlhf.lineage.load import from_versions, load
 from rrlhf.lineage.lookup import Lookup
+from rrlhf.lineage.text import line as in_a_line
 from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Artifact, CopyError, Store
+from rrlhf.store.artifacts import CARD, HISTORY, Artifact, CopyError, Store, TamperedError
 from rrlhf.store.cards import without_front_matter
 from rrlhf.tracking import Tracker, TrackingError
 from rrlhf.tracking.relocate import relocate
@@ -515,7 +520,7 @@ def test_a_database_without_its_files_is_not_relocated(root, tracker, tmp_path):
     alone.mkdir()
     shutil.copy(root / "mlflow.db", alone)
     before = (alone / "mlflow.db").read_bytes()
-    with pytest.raises(TrackingError, match="mlartifacts is not here: copy .*mlartifacts beside mlflow.db"):
+    with pytest.raises(TrackingError, match=r"mlartifacts is not here: copy .*mlartifacts beside mlflow\.db"):
         relocate(alone)
     assert (alone / "mlflow.db").read_bytes() == before
     assert [path.name for path in alone.iterdir()] == ["mlflow.db"]
@@ -643,3 +648,77 @@ def test_a_card_too_long_for_mlflow_ends_with_where_the_rest_is(root, tracker, c
     shown = client.get_run(client.get_model_version("rrlhf-sft", "1").run_id).data.tags["mlflow.note.content"]
     assert 7900 < len(shown) <= 8000
     assert re.search(r"\| `head_\d+` \| \d+ \| – \|\n\n\(The rest is in artifact/README.md.\)$", shown)
+
+
+@st.composite
+def relations(draw):
+    """Draw SFT models of different data, reward models and policies on them, of few contents, so that many are twins."""
+    contents, few = st.integers(0, 1), st.integers(1, 2)
+    sfts = [draw(contents) for _ in range(draw(few) + 1)]
+    rewards = [(draw(st.sampled_from(range(len(sfts)))), draw(contents)) for _ in range(draw(few))]
+    policies = [
+        (draw(st.sampled_from(range(len(sfts)))), draw(st.sampled_from(range(len(rewards)))), draw(contents))
+        for _ in range(draw(few))
+    ]
+    return sfts, rewards, policies
+
+
+def made_of(root, drawn):
+    """Publish what was drawn; return artifacts by key, in order, and of each the keys that it was made from."""
+    made, read = {}, {}
+
+    def make(name, inputs, content):
+        def fill(staged):
+            (staged / "weights" / "model.safetensors").write_bytes(f"{name} {content}".encode())
+
+        digests = {argument: getattr(each, "digest", each) for argument, each in inputs.items()}
+        key = key_digest(document(name, digests))
+        if key not in made:  # as a run would find it
+            made[key] = published(root, name, inputs, fill=fill)
+            read[key] = {each.key for each in inputs.values() if isinstance(each, Artifact)}
+        return made[key]
+
+    sfts, rewards, policies = drawn
+    data = [f"md5:{number:032}.dir" for number in range(len(sfts))]
+    starts = [make("sft", {"data": data[i]}, content) for i, content in enumerate(sfts)]
+    heads = [make("reward", {"data": data[i], "sft": starts[i]}, content) for i, content in rewards]
+    for i, j, content in policies:
+        make("ppo-robust", {"data": data[i], "sft": starts[i], "reward": heads[j]}, content)
+    return made, read
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(relations())
+def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copy(database, root / "mlflow.db")
+        tracker, address = Tracker.connect(root, "rrlhf"), f"sqlite:///{root / 'mlflow.db'}"
+        client = MlflowClient(tracking_uri=address, registry_uri=address)
+        made, read = made_of(root, drawn)
+        for artifact in made.values():
+            tracker.register(artifact, None, profile="default")
+        versions = tracker.versions()
+        graph = load(root, versions)
+        pages = {version.key: client.get_run(version.run_id).inputs.model_inputs for version in versions}
+        for key, artifact in made.items():
+            product = graph.find(key)
+            assert {link.source.key for link in graph.sources(product)} - {""} == read[key]
+            assert {client.get_logged_model(each.model_id).tags["rrlhf.key"] for each in pages[key]} == read[key]
+            below, waiting = set(), [key]
+            while waiting:
+                parent = waiting.pop()
+                waiting += [child for child in read if parent in read[child] and child not in below]
+                below |= {child for child in read if parent in read[child]}
+            told = graph.down(product)[1:]
+            assert {each.key for each in told} == below
+            weights = artifact.path / "weights" / "model.safetensors"
+            sound = weights.read_bytes()
+            weights.write_bytes(b"changed")
+            with pytest.raises(TamperedError) as caught:
+                Store(root).checked(artifact.stage, key)
+            [line] = [line for line in str(caught.value).splitlines() if line.startswith("built on it: ")]
+            assert set(re.findall("[0-9a-f]{8}", line)) == {each[:8] for each in below}
+            [broken] = Audit(root, graph, versions, tracker).run(product).broken
+            assert sorted(broken.downstream) == sorted(in_a_line(each) for each in told)
+            weights.write_bytes(sound)

@@ -27,8 +27,6 @@ class Product:
     stage: str = ""  # "ppo", "prepare"; empty when nothing here tells who made it
     key: str = ""  # sha256 of its key document
     inputs: Mapping[str, str] = field(default_factory=dict)  # argument -> digest
-    input_keys: Mapping[str, str] = field(default_factory=dict)  # argument -> key of the making that was read
-    profile: str = ""  # for which it was made, where that is known
     names: tuple[str, ...] = ()  # "rrlhf-policy/2" in the registry, "tiny" for a data set; the newest first
     aliases: tuple[str, ...] = ()  # "rrlhf-policy@candidate"
     document: Document | None = None  # its key document, where it is known
@@ -36,6 +34,8 @@ class Product:
     commit: str = ""
     created: str = ""  # ISO 8601, UTC
     seconds: float = 0.0
+    input_keys: Mapping[str, str] = field(default_factory=dict)  # argument -> key of the making that was read
+    profile: str = ""  # for which it was made, where that is known
 
     @property
     def short(self) -> str:
