@@ -139,69 +139,6 @@ def test_aliases_stay_with_the_settings_as_they_stand_unless_asked_for(first, sh
     assert aliases() == stand
 
 
-class Payload:
-    """What a pickle runs."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return Path.touch, (self.file,)
-
-
-def test_no_record_of_prefects_is_read_or_written(first, shell):
-    from prefect.results import ResultRecord, ResultRecordMetadata
-    from prefect.serializers import PickleSerializer
-
-    assert not (shell.root / ".rrlhf" / "results").exists()
-    assert not list((shell.root / ".rrlhf" / "prefect").glob("storage/*"))
-    fired = shell.root / "fired"
-    folders = [shell.root / ".rrlhf" / "results", shell.root / ".rrlhf" / "prefect" / "storage"]
-    for name in MODELS:
-        key = Path(first.folders[name]).name
-        metadata = ResultRecordMetadata(storage_key=key, expiration=None, serializer=PickleSerializer())
-        record = ResultRecord(result=Payload(fired), metadata=metadata).serialize()
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / key).write_bytes(record)
-    planted = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
-    try:
-        done = shell.run("--set", "evaluate.samples_shown=2")
-        assert (done.ran, done.cached) == ({"evaluate"}, (MODELS | {"data"}) - {"evaluate"})
-        assert not fired.exists()
-        assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == planted
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder)
-
-
-def test_a_registered_copy_that_was_changed_is_warned_of_and_computed_past(first, shell, client):
-    reward = shell.root / first.folders["reward"]
-    [version] = client.search_model_versions(f"name = 'rrlhf-tiny-reward' and tags.`rrlhf.key` = '{reward.name}'")
-    heads = Path(
-        client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://")
-    )
-    heads = heads / "artifact" / "heads.safetensors"
-    sound = heads.read_bytes()
-    heads.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    away = reward.rename(shell.root / "away")
-    named = (
-        f"rrlhf-tiny-reward v{version.version} in MLflow is not what was registered: heads.safetensors: expected sha256"
-    )
-    try:
-        told = shell("evaluate-reward", f"rrlhf-tiny-reward/{version.version}", "--profile", "tiny", code=3).told
-        assert named in told
-        assert "makes it again" in told
-        done = shell.run("--until", "reward")
-        assert done.ran == {"reward"}
-        assert named in done.told
-        assert shell.run().ran == set()
-    finally:
-        heads.write_bytes(sound)
-        shutil.rmtree(reward, ignore_errors=True)
-        away.rename(reward)
-
-
 def test_the_plan_tells_the_first_reason(first, shell):
     planned = shell.planned("--set", "ppo.kl_weight=0.7")
     assert planned["ppo-single"]["reasons"][0].startswith("ppo.kl_weight")
@@ -278,6 +215,69 @@ def test_nothing_is_reported_that_is_not_so(first, shell):
     with closing(sqlite3.connect(shell.root / "mlflow.db")) as database, database:
         database.execute("update registered_model_aliases set version = version - 100 where alias = 'robust'")
     assert nothing_to_do(project, project.plan())
+
+
+class Payload:
+    """What a pickle runs."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_record_of_prefects_is_read_or_written(first, shell):
+    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.serializers import PickleSerializer
+
+    assert not (shell.root / ".rrlhf" / "results").exists()
+    assert not list((shell.root / ".rrlhf" / "prefect").glob("storage/*"))
+    fired = shell.root / "fired"
+    folders = [shell.root / ".rrlhf" / "results", shell.root / ".rrlhf" / "prefect" / "storage"]
+    for name in MODELS:
+        key = Path(first.folders[name]).name
+        metadata = ResultRecordMetadata(storage_key=key, expiration=None, serializer=PickleSerializer())
+        record = ResultRecord(result=Payload(fired), metadata=metadata).serialize()
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(record)
+    planted = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    try:
+        done = shell.run("--set", "evaluate.samples_shown=2")
+        assert (done.ran, done.cached) == ({"evaluate"}, (MODELS | {"data"}) - {"evaluate"})
+        assert not fired.exists()
+        assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == planted
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+def test_a_registered_copy_that_was_changed_is_warned_of_and_computed_past(first, shell, client):
+    reward = shell.root / first.folders["reward"]
+    [version] = client.search_model_versions(f"name = 'rrlhf-tiny-reward' and tags.`rrlhf.key` = '{reward.name}'")
+    heads = Path(
+        client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://")
+    )
+    heads = heads / "artifact" / "heads.safetensors"
+    sound = heads.read_bytes()
+    heads.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    away = reward.rename(shell.root / "away")
+    named = (
+        f"rrlhf-tiny-reward v{version.version} in MLflow is not what was registered: heads.safetensors: expected sha256"
+    )
+    try:
+        told = shell("evaluate-reward", f"rrlhf-tiny-reward/{version.version}", "--profile", "tiny", code=3).told
+        assert named in told
+        assert "makes it again" in told
+        done = shell.run("--until", "reward")
+        assert done.ran == {"reward"}
+        assert named in done.told
+        assert actions(shell.planned()) == {}
+    finally:
+        heads.write_bytes(sound)
+        shutil.rmtree(reward, ignore_errors=True)
+        away.rename(reward)
 
 
 @pytest.mark.slow

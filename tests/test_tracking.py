@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
@@ -652,7 +652,7 @@ def test_a_card_too_long_for_mlflow_ends_with_where_the_rest_is(root, tracker, c
 
 @st.composite
 def relations(draw):
-    """Draw SFT models of different data, reward models and policies on them, of few contents, so that many are twins."""
+    """Draw SFT models of different data, and reward models and policies on them; of few contents: many are twins."""
     contents, few = st.integers(0, 1), st.integers(1, 2)
     sfts = [draw(contents) for _ in range(draw(few) + 1)]
     rewards = [(draw(st.sampled_from(range(len(sfts)))), draw(contents)) for _ in range(draw(few))]
@@ -687,7 +687,7 @@ def made_of(root, drawn):
     return made, read
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(relations())
 def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
     with TemporaryDirectory() as folder:
@@ -719,6 +719,7 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
                 Store(root).checked(artifact.stage, key)
             [line] = [line for line in str(caught.value).splitlines() if line.startswith("built on it: ")]
             assert set(re.findall("[0-9a-f]{8}", line)) == {each[:8] for each in below}
-            [broken] = Audit(root, graph, versions, tracker).run(product).broken
+            found = Audit(root, graph, versions, tracker).run(product).broken
+            [broken] = [each for each in found if str(weights) in each.problem]
             assert sorted(broken.downstream) == sorted(in_a_line(each) for each in told)
             weights.write_bytes(sound)
