@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -54,14 +54,16 @@ class Pages:
             self._percent = percent
             self._tell(lambda: update_progress_artifact(progress, percent))
 
-    def comparison(self, evaluation: Evaluation, conclusions: Sequence[str], report: str) -> None:
-        """Show the comparison of policies."""
-        shown = markdown.comparison(evaluation, conclusions, report)
+    def comparison(
+        self, evaluation: Evaluation, conclusions: Sequence[str], report: str, links: Mapping[str, str]
+    ) -> None:
+        """Show the comparison of policies; links: the page of each in MLflow, where it is known."""
+        shown = markdown.comparison(evaluation, conclusions, report, links)
         self._tell(lambda: create_markdown_artifact(shown, self._key("comparison")))
 
-    def lineage(self, graph: Graph, product: Product) -> None:
-        """Show what a product was made from."""
-        shown = markdown.ancestry(graph, product)
+    def lineage(self, graph: Graph, product: Product, mlflow: str | None) -> None:
+        """Show what a product was made from; mlflow: where its pages are, if they are known."""
+        shown = markdown.ancestry(graph, product, mlflow)
         self._tell(lambda: create_markdown_artifact(shown, self._key("lineage"), product.title))
 
     def report(self, address: str, name: str) -> None:

@@ -14,6 +14,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -21,6 +22,7 @@ from flows.pages import Pages
 from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
 from rrlhf.identity.keys import Document, key_digest
+from rrlhf.params import run_name
 from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, in_words, stop_between_steps
 from rrlhf.running.dvc_record import record, write_numbers
@@ -41,7 +43,7 @@ from rrlhf.stages import DATA, METHODS, Node, arm_of
 from rrlhf.store.artifacts import Artifact, CopyError, git_commit
 from rrlhf.store.cards import about
 from rrlhf.store.units import telling
-from rrlhf.tracking import Tracker
+from rrlhf.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.types import Dataset, Log
 from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
 
@@ -58,6 +60,7 @@ class Run:
         self.artifacts: dict[str, Artifact] = {}
         self.made = made  # nodes that computed; all others were there already
         self.moved: list[str] = []  # aliases, in words
+        self.versions: dict[str, str] = {}  # of models, by node: "rrlhf-policy/3"
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -83,10 +86,21 @@ class Started(NamedTuple):
     future: PrefectFuture[State[None]]
 
 
+def called() -> str:
+    """Return the name of the flow run that is beginning."""
+    given = flow_run.parameters
+    return run_name(given["profile"], given["overrides"])
+
+
 # Prefect keeps no results (persist_result): the store has them, and a record that names its own reader would be run.
 # Only arms of one comparison run at the same time, launch.arms_at_once of them. For arms on many machines:
 # pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
-@flow(name="reward-robust-rlhf", persist_result=False, task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
+@flow(
+    name="reward-robust-rlhf",
+    flow_run_name=called,
+    persist_result=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # type: ignore[arg-type]
+)
 def pipeline(
     profile: str = "default",
     overrides: dict[str, Any] | None = None,
@@ -112,7 +126,8 @@ def pipeline(
         pages.plan(planned, project.usual_start_up())
         done = nothing_to_do(project, planned)
         run = Run(project, chosen(asked, project.nodes), ran)
-        with nullcontext() if done else tracked(run):
+        run.versions = done.versions if done else {}
+        with nullcontext() if done else tracked(run, run_name(profile, overrides)):
             make_all(run, pages)
             html = told(run, pages) if done else register_all(run, pages)
         record(project, whole=len(run.digests) == len(project.nodes))
@@ -144,10 +159,10 @@ def kind_of(node: Node) -> str:
 
 
 @contextmanager
-def tracked(run: Run) -> Iterator[None]:
+def tracked(run: Run, name: str) -> Iterator[None]:
     """Open the run's run in MLflow, and close it with how the flow ended."""
     project, tracker = run.project, run.tracker
-    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root))
+    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root), name=name)
     status = "FAILED"
     try:
         yield
@@ -183,17 +198,18 @@ def takes_part(node: Node, run: Run) -> bool:
 def prepare(document: Document, run: Run) -> State[None]:
     """Have the data set ready: DVC decides whether its stage runs."""
     project = run.project
-    place = project.place(document)
+    place, key = project.place(document), key_digest(document)
     run.dataset = prepared(project.root, place, document)
+    why = "" if run.dataset else reasons_of(project.nodes[0], document, key, run)
     if run.dataset and DATA in run.wanted.forced:
-        staged = project.store.staging("again-prepare", key_digest(document))
+        staged, why = project.store.staging("again-prepare", key), "forced; "
         execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
         compare(DATA, digests(project.root, run.dataset.path), digests(project.root, staged), staged, project.store)
         run.made.append(DATA)
     elif run.dataset is None:
         run.dataset = prepare_dataset(project.root, place, document)
         run.made.append(DATA)
-    return ended(DATA, run, f"{run.dataset.name} {run.dataset.digest}")
+    return ended(DATA, run, f"{why}{run.dataset.name} {run.dataset.digest}")
 
 
 def ended(name: str, run: Run, said: str) -> State[None]:
@@ -206,9 +222,13 @@ def start(node: Node, run: Run, beside: int) -> Started:
     document = run.project.document(node, run.digests)
     key = key_digest(document)
     there, forced = found(node, key, run), node.name in run.wanted.forced
-    reasons = [] if there else run.project.reasons(node, document, key)
-    why = "forced" if forced else "; ".join(reasons[:MOST_REASONS])
+    why = "forced; " if forced else "" if there else reasons_of(node, document, key, run)
     return Started(node, key, make.with_options(task_run_name=node.name).submit(key, node, document, run, beside, why))
+
+
+def reasons_of(node: Node, document: Document, key: str, run: Run) -> str:
+    """Say why a node computes, before its result is told."""
+    return "".join(f"{reason}; " for reason in run.project.reasons(node, document, key)[:MOST_REASONS])
 
 
 def found(node: Node, key: str, run: Run) -> Artifact | None:
@@ -273,7 +293,7 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int, why: s
         run.made.append(node.name)
     manifest, numbers = artifact.manifest, telling(node.stage, artifact.metrics) or "made"
     if computed:
-        return ended(node.name, run, f"{why}; {numbers} in {in_words(manifest['seconds'])}")
+        return ended(node.name, run, f"{why}{numbers} in {in_words(manifest['seconds'])}")
     return ended(node.name, run, f"{numbers}, made {manifest['created']}")
 
 
@@ -298,6 +318,7 @@ def register(node: Node, run: Run) -> State[None]:
     if made is None:
         return Completed(message="its run and files")
     run.moved += made.moved
+    run.versions[node.name] = f"{made.name}/{made.version}"
     how = "registered as" if made.created else "is registered as"
     return Completed(message="; ".join([f"{how} {made.name} v{made.version}", *made.moved]))
 
@@ -310,7 +331,7 @@ def report(run: Run, pages: Pages) -> str:
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])
-    ancestry = load(project.root, run.tracker.versions(), strict=False)
+    ancestry = load(project.root, run.tracker.versions(), project.profile, strict=False)
     candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(
@@ -324,7 +345,7 @@ def report(run: Run, pages: Pages) -> str:
     write_numbers(project, evaluation, trained)
     page = run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
-    pages.lineage(ancestry, candidate)
+    pages.lineage(ancestry, candidate, mlflow_pages(project.root))
     pages.report(page or html.as_uri(), html.name)
     return told(run, pages)
 
@@ -338,7 +359,9 @@ def candidate_of(run: Run) -> Artifact:
 def told(run: Run, pages: Pages) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
     shown = show(run.project, run.artifacts)
-    pages.comparison(*shown)
+    address = mlflow_pages(run.project.root)
+    links = {arm_of(node) or node: version_page(address, name) for node, name in run.versions.items() if address}
+    pages.comparison(*shown, links)
     return shown.report
 
 

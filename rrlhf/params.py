@@ -6,6 +6,7 @@ overrides come last. Mappings merge; null removes an arm.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from rrlhf.checks import contradictions
 from rrlhf.config import Arm, Params
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
+
+LONGEST_NAME = 200  # letters of a run's name; the settings themselves are kept with the run
 
 
 def profiles(root: Path) -> list[str]:
@@ -64,6 +67,14 @@ def parse_override(text: str) -> tuple[str, Json]:
         return dotted.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ParamsError(f"--set {text}: the value is not valid YAML") from None
+
+
+def run_name(profile: str, overrides: Mapping[str, Json] | None = None) -> str:
+    """Return what a run is called where many are listed: "tiny · ppo.kl_weight=0.05"."""
+    told = (
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in (overrides or {}).items()
+    )
+    return " · ".join([profile, *told])[:LONGEST_NAME]
 
 
 def _merge(under: Any, over: Any) -> Any:

@@ -224,7 +224,7 @@ def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, fami
 
 def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family):
     sft = family[0]
-    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty")
+    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty", name="default")
     with tracker.stage_run(flow, NODES["sft"], sft.key) as log:
         for row in ROWS:
             log(row)
@@ -457,12 +457,12 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
 
 
 def test_a_flow_closes_the_runs_of_killed_processes(tracker, client):
-    dead = tracker.start_flow("default", PARAMS, None)
+    dead = tracker.start_flow("default", PARAMS, None, name="default")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     client.set_tag(dead, "rrlhf.pid", str(gone.pid))
-    alive = tracker.start_flow("default", PARAMS, None)
-    tracker.start_flow("default", PARAMS, None)
+    alive = tracker.start_flow("default", PARAMS, None, name="default")
+    tracker.start_flow("default", PARAMS, None, name="default")
     assert [client.get_run(run).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 

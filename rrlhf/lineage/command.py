@@ -135,7 +135,7 @@ def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], 
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions, strict=strict), versions, tracker
+    return load(root, versions, profile, strict=strict), versions, tracker
 
 
 def _told(

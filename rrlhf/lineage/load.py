@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rrlhf.identity.seal import opened
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.stages import DATA
+from rrlhf.stages import DATA, profile_of
 from rrlhf.store.artifacts import Artifact, Store, TamperedError
 from rrlhf.tracking import Tracker, Version
 from rrlhf.versioning.records import Record, cached, kept_document, locks, run_records
@@ -22,18 +22,22 @@ from rrlhf.versioning.records import Record, cached, kept_document, locks, run_r
 Identity = tuple[str, str]  # digest of the content, key
 
 
-def from_versions(versions: Iterable[Version]) -> Graph:
-    """Return the graph of registered versions alone; they come newest first."""
+def from_versions(versions: Iterable[Version], profile: str = "default") -> Graph:
+    """Return the graph of registered versions alone; they come newest first.
+
+    profile: whose names stand first, where a model has those of several.
+    """
     found = list(versions)
-    return Graph([*_registered(found).values(), *_named_data_sets(found)])
+    return Graph([*_registered(found, profile).values(), *_named_data_sets(found)])
 
 
-def load(root: Path, versions: Sequence[Version], *, strict: bool = True) -> Graph:
+def load(root: Path, versions: Sequence[Version], profile: str = "default", *, strict: bool = True) -> Graph:
     """Return the graph of registered versions, of the folder's artifacts and of its data sets.
 
-    strict: raise TamperedError when a record of a data set was changed, instead of going without it.
+    profile: whose names stand first, where a model has those of several. strict: raise TamperedError when a record of a
+    data set was changed, instead of going without it.
     """
-    products = _registered(versions)
+    products = _registered(versions, profile)
     for product in Store(root).products():
         registered = products.get((product.digest, product.key))
         if registered:
@@ -70,7 +74,7 @@ def described(products: Iterable[Product], versions: Sequence[Version], tracker:
     return found
 
 
-def _registered(versions: Iterable[Version]) -> dict[Identity, Product]:
+def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Product]:
     """Return one product for all versions of one content and key, as their tags tell it."""
     products: dict[Identity, Product] = {}
     for version in versions:
@@ -78,7 +82,12 @@ def _registered(versions: Iterable[Version]) -> dict[Identity, Product]:
         aliases = tuple(f"{version.name}@{alias}" for alias in version.aliases)
         identity = made["digest"], version.key
         if known := products.get(identity):
-            names = (*known.names, name)
+            own = (
+                profile_of(version.name, known.stage)
+                == profile
+                != profile_of(known.names[0].partition("/")[0], known.stage)
+            )
+            names = (name, *known.names) if own else (*known.names, name)
             products[identity] = replace(known, names=names, aliases=(*known.aliases, *aliases))
             continue
         products[identity] = Product(

@@ -50,7 +50,7 @@ class Lookup:
         from rrlhf.tracking import Tracker
 
         tracker = Tracker.connect(self._root, self._experiment)
-        found = from_versions(tracker.versions()).find(reference, self._profile)
+        found = from_versions(tracker.versions(), self._profile).find(reference, self._profile)
         if not found.key:
             raise ValueError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         try:

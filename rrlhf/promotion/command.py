@@ -136,7 +136,7 @@ def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises ValueError when there is none, or more than one."""
     from rrlhf.lineage.load import from_versions
 
-    found = from_versions(versions).find(reference, profile)
+    found = from_versions(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
     names = [name for name in (reference.removeprefix("models:/"), *found.names) if name in known]
     if not names:
@@ -149,7 +149,7 @@ def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     from rrlhf.auditing.audit import Audit
     from rrlhf.lineage.load import load
 
-    graph = load(project.root, registry.versions, strict=False)
+    graph = load(project.root, registry.versions, project.profile, strict=False)
     audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
     report = audit.run(graph.find(f"{version.name}/{version.version}"))
     return [broken.problem for broken in report.broken]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -200,9 +201,11 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_alias
 
 def _run(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     from rrlhf.params import load_params
+    from rrlhf.running.records import note_end
     from rrlhf.running.starting import started
 
     root = Path.cwd()
+    atexit.register(note_end, root, profile)  # before the services, which are then stopped earlier
     pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
     asked = {name: [*names] for name, names in part._asdict().items() if names}
     result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)

@@ -46,6 +46,13 @@ def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) ->
         note(root, profile, about | {"status": status, "seconds": round(time.monotonic() - began, 1), "ran": ran})
 
 
+def note_end(root: Path, profile: str) -> None:
+    """Note that the process of a profile's last run ends now: stopping its services counts too."""
+    found = last_run(root, profile)
+    if found and found["process"] == os.getpid() and "seconds" in found:
+        note(root, profile, found | {"seconds": max(found["seconds"], round(_age_of_process(), 1))})
+
+
 def note(root: Path, profile: str, content: Mapping[str, Any]) -> None:
     """Write what is known of a profile's last run."""
     write(root / FOLDER / f"{profile}.json", json.dumps(content, indent=1))

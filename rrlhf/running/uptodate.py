@@ -29,6 +29,7 @@ class Done(NamedTuple):
 
     result: Json
     artifacts: dict[str, Artifact]
+    versions: dict[str, str]  # of models, by node: "rrlhf-policy/3"
 
 
 class Shown(NamedTuple):
@@ -49,12 +50,15 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
         return None
     known = _registered(project, artifacts)
     report_now = _report_of(project, artifacts, known) if known is not None else None
-    if report_now is None or report_now != _noted_report(project):
+    if known is None or report_now is None or report_now != _noted_report(project):
         return None
     folders = {DATA: dataset.path} | {name: artifact.path for name, artifact in artifacts.items()}
     shown: Json = {name: str(path.relative_to(project.root)) for name, path in folders.items()}
     report = str(report_file(project).relative_to(project.root))
-    return Done({"ran": [], "folders": shown, "report": report}, artifacts)
+    versions = {
+        name: f"{model_name(artifacts[name].stage, project.profile)}/{one.version}" for name, one in known.items()
+    }
+    return Done({"ran": [], "folders": shown, "report": report}, artifacts, versions)
 
 
 def read_evaluation(project: Project, artifact: Artifact) -> Evaluation:

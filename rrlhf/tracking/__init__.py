@@ -7,6 +7,7 @@ only when something is asked of it, because that import takes seconds.
 
 from rrlhf.tracking.kept import tag_fault
 from rrlhf.tracking.registry import TrackingError
+from rrlhf.tracking.server import mlflow_pages, version_page
 from rrlhf.tracking.tracker import Registered, Tracker, Version
 
-__all__ = ["Registered", "Tracker", "TrackingError", "Version", "tag_fault"]
+__all__ = ["Registered", "Tracker", "TrackingError", "Version", "mlflow_pages", "tag_fault", "version_page"]

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
@@ -21,6 +20,7 @@ from rrlhf.lineage.graph import short
 from rrlhf.stages import DATA, GENERATES
 from rrlhf.store.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.store.cards import code, title, what, without_front_matter
+from rrlhf.tracking.server import version_page
 from rrlhf.types import Dataset
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
@@ -74,7 +74,7 @@ def made_from(artifact: Artifact, inputs: Mapping[str, Any], run: Any) -> str:
     shows the data set.
     """
     links = [
-        f"[{found.name} v{found.version}](#/models/{quote(found.name)}/versions/{found.version})"
+        f"[{found.name} v{found.version}]({version_page('', f'{found.name}/{found.version}')[1:]})"
         for found in {(found.name, found.version): found for found in inputs.values()}.values()
     ]
     if digest := artifact.inputs.get(DATA):

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from rrlhf.locks import locked
 from rrlhf.tracking.registry import FILES, TrackingError, address, check_place, moved
@@ -157,9 +158,16 @@ def trouble(uri: str) -> Iterator[None]:
         ) from None  # the client's error shows a password in the address
 
 
-def pages_of(uri: str) -> str | None:
+def mlflow_pages(root: Path) -> str | None:
     """Return where a browser finds MLflow's pages: the server itself, or the one that shows a local database."""
+    uri = address(root)
     return _shown(uri).rstrip("/") if uri.startswith("http") else os.environ.get(PAGES)
+
+
+def version_page(pages: str, name: str) -> str:
+    """Return the address of the page of a registered version, "rrlhf-policy/3"."""
+    model, _, number = name.partition("/")
+    return f"{pages}/#/models/{quote(model)}/versions/{number}"
 
 
 def _shown(text: str) -> str:

@@ -19,7 +19,7 @@ from rrlhf.tracking.models import Models
 from rrlhf.tracking.promotions import Promotions
 from rrlhf.tracking.records import INSIDE, MADE, commit_tags, has, model_id_of, process_tags, stage_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
-from rrlhf.tracking.server import connect, errors, long_requests, pages_of, trouble, warn
+from rrlhf.tracking.server import connect, errors, long_requests, mlflow_pages, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
@@ -80,16 +80,16 @@ class Tracker:
         return cls(root, *connect(root, experiment))
 
     def start_flow(
-        self, profile: str, params: Params, commit: str | None, *, name: str | None = None, parent: str | None = None
+        self, profile: str, params: Params, commit: str | None, *, name: str, parent: str | None = None
     ) -> str:
         """Open the run that the runs of the flow's stages belong to, and return its id.
 
-        name: other than the profile's. parent: the run of a group that this one belongs to.
+        parent: the run of a group that this one belongs to.
         """
         with trouble(self._uri):
             self._runs.close_dead()
             tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
-            return self._runs.new(name or profile, tags, params.model_dump(), parent=parent)
+            return self._runs.new(name, tags, params.model_dump(), parent=parent)
 
     def finish_flow(self, run_id: str, status: str) -> None:
         """Close a flow's run as FINISHED, FAILED or KILLED."""
@@ -236,5 +236,5 @@ class Tracker:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
         with trouble(self._uri), long_requests():
             self._client.log_artifact(run_id, str(html))
-        pages = pages_of(self._uri)
+        pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"
