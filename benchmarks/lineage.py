@@ -51,18 +51,19 @@ def hexadecimal(*names: object) -> str:
 
 def registry(nodes: int) -> list[Version]:
     """Return versions as MLflow would tell them, newest first."""
-    draw, versions, numbers = random.Random(0), [], {}
+    draw, versions, numbers, keys = random.Random(0), [], {}, {}
 
     def add(model: str, node: str, experiment: int, inputs: dict[str, str]) -> str:
         digest = hexadecimal(node, experiment)
         numbers[model] = numbers.get(model, 0) + 1
+        keys[digest] = hexadecimal("key", node, experiment)
+        input_keys = {argument: keys[each] for argument, each in inputs.items() if each in keys}
+        made = {"stage": node.partition("-")[0], "digest": digest, "inputs": inputs, "input_keys": input_keys}
         tags = {
             "rrlhf.node": node,
-            "rrlhf.stage": node.partition("-")[0],
-            "rrlhf.key": hexadecimal("key", node, experiment),
-            "rrlhf.digest": digest,
-            "rrlhf.inputs": json.dumps(inputs),
-            "rrlhf.dataset_name": "default",
+            "rrlhf.data": "default",
+            "rrlhf.key": keys[digest],
+            "rrlhf.made": json.dumps(made | {"git_commit": None}),
         }
         versions.append(Version(model, str(numbers[model]), (), tags, created=1_700_000_000_000 + len(versions)))
         return digest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -38,10 +38,10 @@ class Pages:
         self._percent = 0.0
         self._away = False
 
-    def plan(self, planned: Sequence[Planned]) -> None:
+    def plan(self, planned: Sequence[Planned], start_up: float | None = None) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
         self._planned, self._percent = planned, percent_done(planned, ())
-        rows, expected = plan_rows(planned), total(planned) or "Nothing is to be done."
+        rows, expected = plan_rows(planned), total(planned, start_up) or "Nothing is to be done."
         self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
         self._progress = self._tell(
             lambda: create_progress_artifact(self._percent, self._key("progress"), "Done, by expected time.")
@@ -54,14 +54,16 @@ class Pages:
             self._percent = percent
             self._tell(lambda: update_progress_artifact(progress, percent))
 
-    def comparison(self, evaluation: Evaluation, conclusions: Sequence[str], report: str) -> None:
-        """Show the comparison of policies."""
-        shown = markdown.comparison(evaluation, conclusions, report)
+    def comparison(
+        self, evaluation: Evaluation, conclusions: Sequence[str], report: str, links: Mapping[str, str]
+    ) -> None:
+        """Show the comparison of policies; links: the page of each in MLflow, where it is known."""
+        shown = markdown.comparison(evaluation, conclusions, report, links)
         self._tell(lambda: create_markdown_artifact(shown, self._key("comparison")))
 
-    def lineage(self, graph: Graph, product: Product) -> None:
-        """Show what a product was made from."""
-        shown = markdown.ancestry(graph, product)
+    def lineage(self, graph: Graph, product: Product, mlflow: str | None) -> None:
+        """Show what a product was made from; mlflow: where its pages are, if they are known."""
+        shown = markdown.ancestry(graph, product, mlflow)
         self._tell(lambda: create_markdown_artifact(shown, self._key("lineage"), product.title))
 
     def report(self, address: str, name: str) -> None:

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State
 from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.caching import ByKey
 from flows.pages import Pages
 from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
 from rrlhf.identity.keys import Document, key_digest
-from rrlhf.params import load_params
+from rrlhf.params import run_name
 from rrlhf.policies.health import DivergedError
-from rrlhf.progress import STOPPING, check_stop, stop_between_steps
+from rrlhf.progress import STOPPING, check_stop, in_words, stop_between_steps
 from rrlhf.running.dvc_record import record, write_numbers
 from rrlhf.running.launch import execute
 from rrlhf.running.partial import Chosen, Part, chosen
@@ -37,14 +39,15 @@ from rrlhf.running.uptodate import (
     show,
     trainings_of,
 )
-from rrlhf.stages import DATA, METHODS, Node, aliases_of
-from rrlhf.store.artifacts import Artifact, git_commit
+from rrlhf.stages import DATA, METHODS, Node, arm_of
+from rrlhf.store.artifacts import Artifact, CopyError, git_commit
 from rrlhf.store.cards import about, cut_in_words
-from rrlhf.tracking import Tracker
+from rrlhf.store.units import telling
+from rrlhf.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.types import Dataset, Log
 from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
 
-Record = dict[str, str]
+MOST_REASONS = 3  # of a stage that are told in Prefect's pages
 
 
 class Run:
@@ -56,6 +59,8 @@ class Run:
         self.dataset: Dataset | None = None
         self.artifacts: dict[str, Artifact] = {}
         self.made = made  # nodes that computed; all others were there already
+        self.moved: list[str] = []  # aliases, in words
+        self.versions: dict[str, str] = {}  # of models, by node: "rrlhf-policy/3"
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -78,37 +83,53 @@ class Started(NamedTuple):
 
     node: Node
     key: str
-    future: PrefectFuture[Record]
+    future: PrefectFuture[State[None]]
 
 
+def called() -> str:
+    """Return the name of the flow run that is beginning."""
+    given = flow_run.parameters
+    return run_name(given["profile"], given["overrides"])
+
+
+# Prefect keeps no results (persist_result): the store has them, and a record that names its own reader would be run.
 # Only arms of one comparison run at the same time, launch.arms_at_once of them. For arms on many machines:
 # pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
-@flow(name="reward-robust-rlhf", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
+@flow(
+    name="reward-robust-rlhf",
+    flow_run_name=called,
+    persist_result=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # type: ignore[arg-type]
+)
 def pipeline(
-    profile: str = "default", overrides: dict[str, Any] | None = None, part: dict[str, list[str]] | None = None
+    profile: str = "default",
+    overrides: dict[str, Any] | None = None,
+    part: dict[str, list[str]] | None = None,
+    take_aliases: bool = False,
 ) -> dict[str, Any]:
     """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
     part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/running/partial.py).
+    take_aliases: candidate and the arms' aliases go to what a run with overrides makes, too.
     Returns what ran, the folder of every result, and the report (None where a part has no comparison).
     """
     stop_between_steps(STOPPING)  # here, since Prefect's own handler of SIGTERM ends a step in its middle
     root = find_root(Path.cwd())
     set_environment(root)
-    params = load_params(root, profile, overrides)
+    project, pages = Project.opened(root, profile, overrides, take_aliases=take_aliases), Pages(profile)
     asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
     with noted(root, profile, overrides or {}, asked) as ran:
-        project, pages = Project(root, profile, params), Pages(profile)
         project.check_sources(fetch=True)
         for note in project.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
-        pages.plan(planned)
+        pages.plan(planned, project.usual_start_up())
         done = nothing_to_do(project, planned)
         run = Run(project, chosen(asked, project.nodes), ran)
-        with nullcontext() if done else tracked(run):
+        run.versions = done.versions if done else {}
+        with nullcontext() if done else tracked(run, run_name(profile, overrides)):
             make_all(run, pages)
             html = told(run, pages) if done else register_all(run, pages)
         record(project, whole=len(run.digests) == len(project.nodes))
@@ -140,10 +161,10 @@ def kind_of(node: Node) -> str:
 
 
 @contextmanager
-def tracked(run: Run) -> Iterator[None]:
+def tracked(run: Run, name: str) -> Iterator[None]:
     """Open the run's run in MLflow, and close it with how the flow ended."""
     project, tracker = run.project, run.tracker
-    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root))
+    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root), name=name)
     status = "FAILED"
     try:
         yield
@@ -172,41 +193,56 @@ def takes_part(node: Node, run: Run) -> bool:
         place = run.project.place(document)
         there = prepared(run.project.root, place, document) or restorable(run.project.root, place, document)
         return there is not None
-    return is_there(node, key_digest(document), run)
+    return found(node, key_digest(document), run) is not None
 
 
-@task(task_run_name=DATA, cache_policy=NO_CACHE)
-def prepare(document: Document, run: Run) -> Record:
+@task(task_run_name=DATA, cache_policy=NO_CACHE, persist_result=False)
+def prepare(document: Document, run: Run) -> State[None]:
     """Have the data set ready: DVC decides whether its stage runs."""
     project = run.project
-    place = project.place(document)
+    place, key = project.place(document), key_digest(document)
     run.dataset = prepared(project.root, place, document)
+    why = "" if run.dataset else reasons_of(project.nodes[0], document, key, run)
     if run.dataset and DATA in run.wanted.forced:
-        staged = project.store.staging("again-prepare", key_digest(document))
+        staged, why = project.store.staging("again-prepare", key), "forced; "
         execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
         compare(DATA, digests(project.root, run.dataset.path), digests(project.root, staged), staged, project.store)
         run.made.append(DATA)
     elif run.dataset is None:
         run.dataset = prepare_dataset(project.root, place, document)
         run.made.append(DATA)
-    return {"stage": DATA, "digest": run.dataset.digest}
+    return ended(DATA, run, f"{why}{run.dataset.name} {run.dataset.digest}")
+
+
+def ended(name: str, run: Run, said: str) -> State[None]:
+    """Return the state that Prefect's pages and log show: Cached where a result was found, and what is said of it."""
+    return Completed(message=said) if name in run.made else Completed(name="Cached", message=said)
 
 
 def start(node: Node, run: Run, beside: int) -> Started:
     """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
     document = run.project.document(node, run.digests)
     key = key_digest(document)
-    task_of_node = make.with_options(
-        task_run_name=node.name,
-        refresh_cache=not is_there(node, key, run) or node.name in run.wanted.forced,
-        result_storage=run.project.root / ".rrlhf" / "results",
-    )
-    return Started(node, key, task_of_node.submit(key, node, document, run, beside))
+    there, forced = found(node, key, run), node.name in run.wanted.forced
+    why = "forced; " if forced else "" if there else reasons_of(node, document, key, run)
+    return Started(node, key, make.with_options(task_run_name=node.name).submit(key, node, document, run, beside, why))
 
 
-def is_there(node: Node, key: str, run: Run) -> bool:
-    """Whether a result is in the store, unchanged, or could be restored to it."""
-    return run.project.store.checked(node.stage, key) is not None or restored(node, key, run)
+def reasons_of(node: Node, document: Document, key: str, run: Run) -> str:
+    """Say why a node computes, before its result is told."""
+    return "".join(f"{reason}; " for reason in run.project.reasons(node, document, key)[:MOST_REASONS])
+
+
+def found(node: Node, key: str, run: Run) -> Artifact | None:
+    """Return a result that is in the store, unchanged, or could be brought back to it.
+
+    A registered copy that is not what was registered is warned of, and does as if it was not there.
+    """
+    try:
+        return run.project.store.checked(node.stage, key) or run.tracker.bring_back(run.project.store, node.stage, key)
+    except CopyError as error:
+        print(f"{node.name}  {error}; it is left alone", file=sys.stderr, flush=True)
+        return None
 
 
 def finish(started: Iterable[Started], run: Run) -> None:
@@ -233,8 +269,8 @@ def take(node: Node, key: str, run: Run) -> None:
     run.artifacts[node.name] = artifact
 
 
-@task(cache_policy=ByKey(), persist_result=True, result_serializer="json")
-def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Record:
+@task(cache_policy=NO_CACHE, persist_result=False)
+def make(key: str, node: Node, document: Document, run: Run, beside: int, why: str) -> State[None]:
     """Run one stage and publish its artifact, unless another run just did; compare the two when that is forced."""
     check_stop()  # an arm may start after Ctrl-C
     project = run.project
@@ -250,23 +286,18 @@ def make(key: str, node: Node, document: Document, run: Run, beside: int) -> Rec
         document,
         compute,
         recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
-        definitions=project.definitions(document),
-        dataset=about(run.dataset, project.params.prepare) if run.dataset else None,
         force=node.name in run.wanted.forced,
+        definitions=project.definitions(document),
+        dataset=about(run.dataset, project.params.prepare) if run.dataset else {},
+        input_keys={argument: run.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
+        profile=project.profile,
     )
     if computed:
         run.made.append(node.name)
-    return {"stage": node.stage, "key": key, "digest": artifact.digest}
-
-
-def restored(node: Node, key: str, run: Run) -> bool:
-    """Bring a registered artifact back from MLflow; False when it is not registered there."""
-    store = run.project.store
-    downloaded = store.staging("restore", key)
-    if not run.tracker.restore(node.stage, key, downloaded):
-        return False
-    store.adopt(node.stage, key, downloaded)
-    return True
+    manifest, numbers = artifact.manifest, telling(node.stage, artifact.metrics) or "made"
+    if computed:
+        return ended(node.name, run, f"{why}{numbers} in {in_words(manifest['seconds'])}")
+    return ended(node.name, run, f"{numbers}, made {manifest['created']}")
 
 
 def register_all(run: Run, pages: Pages) -> str | None:
@@ -274,18 +305,28 @@ def register_all(run: Run, pages: Pages) -> str | None:
     for node in run.project.nodes:
         if node.name in run.artifacts:
             register.with_options(task_run_name=f"register-{node.name}")(node, run)
+    stay = "aliases stay with the settings as they stand; --take-aliases gives them to the models of this run"
+    for line in run.moved or ([] if run.project.takes_aliases else [stay]):
+        print(line, flush=True)
     return report(run, pages) if "evaluate" in run.artifacts else None
 
 
-@task(cache_policy=NO_CACHE)
-def register(node: Node, run: Run) -> None:
+@task(cache_policy=NO_CACHE, persist_result=False)
+def register(node: Node, run: Run) -> State[None]:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
-    aliases = aliases_of(node.name, run.project.params.tracking.candidate)
+    project, artifact = run.project, run.artifacts[node.name]
     dataset = run.dataset if DATA in node.inputs.values() else None
-    run.tracker.register(run.artifacts[node.name], dataset, aliases=aliases, parent=run.tracking_id)
+    aliases = project.aliases_of(node.name)
+    made = run.tracker.register(artifact, dataset, profile=project.profile, aliases=aliases, parent=run.tracking_id)
+    if made is None:
+        return Completed(message="its run and files")
+    run.moved += made.moved
+    run.versions[node.name] = f"{made.name}/{made.version}"
+    how = "registered as" if made.created else "is registered as"
+    return Completed(message="; ".join([f"{how} {made.name} v{made.version}", *made.moved]))
 
 
-@task(task_run_name="report", cache_policy=NO_CACHE)
+@task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run, pages: Pages) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
     from rrlhf.lineage.load import load
@@ -293,8 +334,8 @@ def report(run: Run, pages: Pages) -> str:
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])
-    ancestry = load(project.root, run.tracker.versions(), strict=False)
-    candidate = ancestry.find("rrlhf-policy@candidate")
+    ancestry = load(project.root, run.tracker.versions(), project.profile, strict=False)
+    candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(
         evaluation,
@@ -307,15 +348,23 @@ def report(run: Run, pages: Pages) -> str:
     write_numbers(project, evaluation, trained)
     page = run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
-    pages.lineage(ancestry, candidate)
+    pages.lineage(ancestry, candidate, mlflow_pages(project.root))
     pages.report(page or html.as_uri(), html.name)
     return told(run, pages)
+
+
+def candidate_of(run: Run) -> Artifact:
+    """Return the policy of the arm that the settings choose, which may not have the alias."""
+    chosen = run.project.params.tracking.candidate
+    return next(artifact for name, artifact in run.artifacts.items() if arm_of(name) == chosen)
 
 
 def told(run: Run, pages: Pages) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
     shown = show(run.project, run.artifacts)
-    pages.comparison(*shown)
+    address = mlflow_pages(run.project.root)
+    links = {arm_of(node) or node: version_page(address, name) for node, name in run.versions.items() if address}
+    pages.comparison(*shown, links)
     return shown.report
 
 

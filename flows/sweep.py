@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
@@ -18,7 +19,7 @@ from flows.pipeline import Run, Started, kind_of, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params
+from rrlhf.params import load_params, run_name
 from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, stop_between_steps
 from rrlhf.running.partial import Part, chosen
@@ -43,7 +44,18 @@ class Share(NamedTuple):
     new: dict[str, dict[str, Json]]  # the settings that change it, by node, of every policy that no earlier point has
 
 
-@flow(name="reward-robust-rlhf-sweep", task_runner=ThreadPoolTaskRunner(max_workers=64))  # type: ignore[arg-type]
+def called() -> str:
+    """Return the name of the flow run that is beginning."""
+    given = flow_run.parameters
+    return run_name(given["profile"], (given["grid"] or {}) | (given["overrides"] or {}))
+
+
+@flow(
+    name="reward-robust-rlhf-sweep",
+    flow_run_name=called,
+    persist_result=False,
+    task_runner=ThreadPoolTaskRunner(max_workers=64),  # type: ignore[arg-type]
+)
 def sweep(
     profile: str = "default", grid: dict[str, list[Any]] | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -61,7 +73,7 @@ def sweep(
     parts = parts_of(root, profile, given, points(grid or {}, params))
     for part in parts:
         part.project.check_sources(fetch=True)
-    with grouped(profile, params, parts) as (runs, parent):
+    with grouped(profile, given, params, parts) as (runs, parent):
         for run in runs:
             prepare(run.project.document(run.project.nodes[0], {}), run)
         for kind in ORDER:
@@ -92,16 +104,22 @@ def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Po
 
 
 @contextmanager
-def grouped(profile: str, params: Params, parts: Sequence[Share]) -> Iterator[tuple[list[Run], str]]:
+def grouped(
+    profile: str, given: dict[str, Any], params: Params, parts: Sequence[Share]
+) -> Iterator[tuple[list[Run], str]]:
     """Open a run in MLflow for the sweep, and below it one for each point; close them with how the sweep ended."""
     root = parts[0].project.root
     tracker, commit = Tracker.connect(root, params.tracking.experiment), git_commit(root)
-    parent = tracker.start_flow(profile, params, commit, name=f"sweep {profile}")
+    parent = tracker.start_flow(profile, params, commit, name=f"sweep {run_name(profile, given)}")
     ids = [parent]
     status = "FAILED"
     try:
         for point, project, _ in parts:
-            ids.append(tracker.start_flow(profile, project.params, commit, name=point.label[:200], parent=parent))
+            ids.append(
+                tracker.start_flow(
+                    profile, project.params, commit, name=run_name(profile, given | point.settings), parent=parent
+                )
+            )
         runs = [Run(share.project, chosen(Part(), share.project.nodes), []) for share in parts]
         for run, each in zip(runs, ids[1:], strict=True):
             run.tracker, run.tracking_id = tracker, each
@@ -150,18 +168,18 @@ def reading_what_is_there(node: Node, run: Run) -> Node | None:
     return node._replace(inputs=inputs) if any(arm_of(name) for name in inputs) else None
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def register_all(runs: Sequence[Run]) -> dict[str, str]:
-    """Make sure that MLflow knows every artifact once; return versions by digest. No alias moves for a sweep."""
+    """Make sure that MLflow knows every artifact once; return versions by key. No alias moves for a sweep."""
     versions: dict[str, str] = {}
     for run in runs:
         for node in run.project.nodes:
             artifact = run.artifacts.get(node.name)
-            if artifact is None or artifact.digest in versions:
+            if artifact is None or artifact.key in versions:
                 continue
             dataset = run.dataset if DATA in node.inputs.values() else None
-            made = run.tracker.register(artifact, dataset, parent=run.tracking_id)
-            versions[artifact.digest] = f"{made.name}/{made.version}" if made else ""
+            made = run.tracker.register(artifact, dataset, profile=run.project.profile, parent=run.tracking_id)
+            versions[artifact.key] = f"{made.name}/{made.version}" if made else ""
     return versions
 
 
@@ -172,11 +190,11 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
         metrics = metrics_of(read_evaluation(part.project, evaluated)["policies"]) if evaluated else {}
         for name, settings in part.new.items():
             artifact, policy = run.artifacts.get(name), arm_of(name) or name
-            version = versions[artifact.digest] if artifact else None
+            version = versions[artifact.key] if artifact else None
             yield Found(settings, policy, version, metrics.get(policy))
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, persist_result=False)
 def report_sweep(run: Run, parent: str, told: Sweep, pages: Pages) -> list[str]:
     """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the table."""
     from rrlhf.sweeps.show import markdown, show, write

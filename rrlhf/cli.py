@@ -18,7 +18,7 @@ from rrlhf.judging.command import evaluate_reward
 from rrlhf.lineage.command import audit, diff, lineage
 from rrlhf.promotion.command import promote
 from rrlhf.reproduction.command import reproduce
-from rrlhf.running.command import plan, report, run, status, why
+from rrlhf.running.command import plan, relocate, report, run, status, why
 from rrlhf.signing.command import keygen, sign
 from rrlhf.sweeps.command import sweep
 from rrlhf.toy.command import toy
@@ -44,7 +44,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(run, plan, why, status, report),
     *(lineage, diff, audit, promote, reproduce),
     *(sweep, chat, evaluate_reward, toy, serve),
-    *(keygen, sign),
+    *(relocate, keygen, sign),
 )
 
 

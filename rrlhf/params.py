@@ -6,6 +6,7 @@ overrides come last. Mappings merge; null removes an arm.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from rrlhf.types import Json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")  # it stands in commands of dvc.yaml, file names and addresses
 TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the others are folders in data/
+LONGEST_NAME = 200  # letters of a run's name; the settings themselves are kept with the run
 
 
 def profiles(root: Path) -> list[str]:
@@ -84,6 +86,14 @@ def option(dotted: str, value: Json) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     plain = text.removesuffix("\n").removesuffix("\n...")  # which ends a document that is one word
     return f"--set {quote(f'{dotted}={plain}')}"
+
+
+def run_name(profile: str, overrides: Mapping[str, Json] | None = None) -> str:
+    """Return what a run is called where many are listed: "tiny · ppo.kl_weight=0.05"."""
+    told = (
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in (overrides or {}).items()
+    )
+    return " · ".join([profile, *told])[:LONGEST_NAME]
 
 
 def _merge(under: Any, over: Any) -> Any:

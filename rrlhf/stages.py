@@ -10,14 +10,14 @@ DATA = "data"
 EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/language_models/sources.py)
 METHODS: tuple[str, ...] = get_args(Method)  # the stages that make a policy
 GENERATES = {"sft", "ppo", "dpo"}  # stages whose artifact is a transformers folder, which rrlhf.loader can load
-MODEL_NAMES = {
-    "sft": "rrlhf-sft",
-    "reward": "rrlhf-reward",
-    "member": "rrlhf-reward-member",
-    "ensemble": "rrlhf-ensemble",
-    "ppo": "rrlhf-policy",
-    "dpo": "rrlhf-policy",
-    "best_of_n": "rrlhf-best-of-n",  # a rule over the SFT model's responses: apart from the policies that one can load
+MODEL_NAMES = {  # the stages that make a model, and what it is called in the registry (`model_name`)
+    "sft": "sft",
+    "reward": "reward",
+    "member": "reward-member",
+    "ensemble": "ensemble",
+    "ppo": "policy",
+    "dpo": "policy",
+    "best_of_n": "best-of-n",  # a rule over the SFT model's responses: apart from the policies that one can load
 }
 
 
@@ -67,6 +67,24 @@ def arm_of(name: str) -> str | None:
     """Return the arm's name of a node, METHOD-ARM; None for a node that makes no policy."""
     method, dash, arm = name.partition("-")
     return arm if dash and method in METHODS else None
+
+
+def model_name(stage: str, profile: str) -> str:
+    """Return the name under which a profile's models of a stage are registered: "rrlhf-policy", "rrlhf-tiny-policy".
+
+    So versions and aliases of two profiles never mix. Empty for a stage that makes no model.
+    """
+    if stage not in MODEL_NAMES:
+        return ""
+    return "-".join(["rrlhf", *([profile] if profile != "default" else []), MODEL_NAMES[stage]])
+
+
+def profile_of(name: str, stage: str) -> str | None:
+    """Return the profile whose models of a stage have this name; None when it is no such name."""
+    before = name.removesuffix(f"-{MODEL_NAMES.get(stage)}")
+    if before == name or not f"{before}-".startswith("rrlhf-"):
+        return None
+    return before.removeprefix("rrlhf").removeprefix("-") or "default"
 
 
 def aliases_of(name: str, candidate: str) -> list[str]:

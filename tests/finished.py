@@ -11,6 +11,7 @@ from rrlhf.params import load_params
 from rrlhf.running.launch import execute
 from rrlhf.running.plan import Project
 from rrlhf.stages import DATA, aliases_of
+from rrlhf.store.cards import about
 from rrlhf.tracking import Tracker
 from rrlhf.versioning.datasets import prepare_dataset
 
@@ -40,7 +41,7 @@ class Finished:
             self._make(project, node)
             dataset = self.data if DATA in node.inputs.values() else None
             aliases = aliases_of(node.name, project.params.tracking.candidate)
-            self.tracker.register(self.artifacts[node.name], dataset, aliases=aliases)
+            self.tracker.register(self.artifacts[node.name], dataset, profile="tiny", aliases=aliases)
 
     def _make(self, project, node):
         folders = {DATA: self.data.path} | {name: made.path for name, made in self.artifacts.items()}
@@ -49,7 +50,15 @@ class Finished:
         staged = clear(project.store.staging(node.stage, key_digest(document)))
         inputs = {argument: folders[name] for argument, name in node.inputs.items()}
         execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
-        self.artifacts[node.name] = project.store.publish(node.name, document, staged, seconds=1.0)
+        self.artifacts[node.name] = project.store.publish(
+            node.name,
+            document,
+            staged,
+            seconds=1.0,
+            dataset=about(self.data, project.params.prepare),
+            input_keys={argument: self.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
+            profile="tiny",
+        )
 
     @property
     def project(self):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sqlite3
 
 import pytest
@@ -15,7 +14,7 @@ from rrlhf.identity.seal import sealed
 from rrlhf.lineage.load import load
 from rrlhf.signing.command import written_pair
 from rrlhf.signing.signatures import Notary
-from rrlhf.store.artifacts import Store, TamperedError, content_digest
+from rrlhf.store.artifacts import CopyError, Store, TamperedError, content_digest
 from rrlhf.versioning.datasets import prepare_dataset
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
@@ -29,7 +28,7 @@ class Audited(Finished):
         versions = self.tracker.versions()
         graph = load(self.root, versions, strict=False)
         audit = Audit(self.root, graph, versions, self.tracker, deep=deep, notary=notary)
-        return audit.run(graph.find(model) if model else None)
+        return audit.run(graph.find(model, "tiny") if model else None)
 
     def use(self):
         """Look for results as every run does first; what a run would make again counts as found."""
@@ -131,7 +130,7 @@ def test_a_changed_region_of_a_data_set_is_found_by_audit_and_by_the_next_use(fi
     for _ in Changes(path):
         first = finished.audit(deep=False).broken[0]
         assert str(path) in first.problem
-        assert "rrlhf-sft v1" in "".join(first.downstream)
+        assert "rrlhf-tiny-sft v1" in "".join(first.downstream)
         with pytest.raises(TamperedError, match=name):
             finished.use()
     assert finished.use() == []
@@ -203,13 +202,12 @@ def test_a_changed_region_of_mlflows_copy_is_found_by_the_audit_and_never_brough
     )
     for _ in Changes(path):
         assert str(path) in finished.audit().broken[0].problem
-        to = finished.root / "restored"
-        assert finished.tracker.restore("sft", sft.key, to)
+        away = sft.path.rename(finished.root / "away")
         try:
-            with pytest.raises(TamperedError, match=name):
-                Store(finished.root).adopt("sft", sft.key, to)
+            with pytest.raises(CopyError, match=f"rrlhf-tiny-sft v1 in MLflow is not what was registered: {name}"):
+                finished.tracker.bring_back(Store(finished.root), "sft", sft.key)
         finally:
-            shutil.rmtree(to)
+            away.rename(sft.path)
 
 
 def test_a_changed_region_of_mlflows_description_of_a_model_is_found(finished):
@@ -235,16 +233,16 @@ def test_a_planted_file_is_found_by_audit_and_by_the_next_use(finished):
         planted.unlink()
 
 
-@pytest.mark.parametrize("tag", ["rrlhf.inputs", "rrlhf.params", "rrlhf.node", "rrlhf.dataset"])
+@pytest.mark.parametrize("tag", ["rrlhf.made", "rrlhf.node", "rrlhf.data"])
 def test_a_changed_tag_of_a_registered_version_is_found(finished, tag):
     with sqlite3.connect(finished.root / "mlflow.db") as database:
-        where = f"where key = '{tag}' and name = 'rrlhf-reward'"
+        where = f"where key = '{tag}' and name = 'rrlhf-tiny-reward'"
         [(sound,)] = database.execute(f"select value from model_version_tags {where}").fetchall()
-        changed = sound.replace("a", "b") if tag == "rrlhf.inputs" else sound[:-1]
+        changed = sound.replace('"data": "md5:', '"data": "md5:0') if tag == "rrlhf.made" else sound[:-1]
         database.execute(f"update model_version_tags set value = ? {where}", (changed,))
         database.commit()
         try:
-            assert any("rrlhf-reward/1 in MLflow" in each.problem for each in finished.audit(deep=False).broken)
+            assert any("rrlhf-tiny-reward/1 in MLflow" in each.problem for each in finished.audit(deep=False).broken)
         finally:
             database.execute(f"update model_version_tags set value = ? {where}", (sound,))
             database.commit()
@@ -255,7 +253,7 @@ def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(f
         return [each.problem for each in finished.audit(deep=False).broken]
 
     digest = finished.artifacts["ppo-single"].digest
-    [version] = [each for each in finished.tracker.versions() if each.tags["rrlhf.digest"] == digest]
+    [version] = [each for each in finished.tracker.versions() if each.digest == digest]
     with finished.tracker.promotions() as promotions:
         promotions.move(version.name, version.version, "champion")
         assert "alias champion: no decision gave it" in "".join(found())
@@ -347,7 +345,7 @@ def test_a_signature_that_is_missing_or_not_ours_is_a_broken_link_here_and_in_ml
         first, *others = finished.audit(deep=False, notary=ours).broken
         assert f"{sft.path / 'model.sig'}: expected a signature by" in first.problem
         assert "another key" in first.problem
-        assert "rrlhf-reward v1" in "".join(first.downstream)
+        assert "rrlhf-tiny-reward v1" in "".join(first.downstream)
         assert others == []
     finally:
         for path in (*finished.root.glob("artifacts/*/*/model.sig"), *finished.root.glob("mlartifacts/**/model.sig")):

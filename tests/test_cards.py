@@ -13,7 +13,7 @@ from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params
 from rrlhf.stages import GENERATES, MODEL_NAMES, nodes
 from rrlhf.store.artifacts import CARD, HISTORY, Store, content_digest
-from rrlhf.store.cards import about, card, code, summary, without_front_matter
+from rrlhf.store.cards import about, card, code, what, without_front_matter
 from rrlhf.store.units import UNITS, unit
 from rrlhf.types import Dataset
 
@@ -71,7 +71,7 @@ def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(nam
     assert f"| `kl` | 12.35 | {unit(MODELS[name].stage, 'kl')} |" in told["Metrics"]
     assert "`seconds`" not in told["Metrics"]
     assert "not for production" in told["Limits"]
-    assert "rrlhf reproduce 222222222222\n" in text
+    assert "rrlhf reproduce 111111111111\n" in text
     assert (
         yaml.safe_load(re.search(r"## Settings\n\n```yaml\n(.*)\n```\n", text, re.DOTALL)[1]) == MODELS[name].settings
     )
@@ -94,13 +94,13 @@ def test_a_policy_tells_its_health_and_what_gold_and_proxy_are():
     assert "Gold is the score of an independent judge" in told["Limits"]
 
 
-def test_the_summary_names_the_reward_with_its_settings_and_functions():
-    robust = "**Policy robust, by PPO.** The SFT model after PPO on the reward `robust, nominal_weight 0.4"
-    assert summary(manifest("ppo-robust")) == f"{robust}`."
+def test_the_reward_is_named_with_its_settings_and_functions():
+    robust = "The SFT model after PPO on the reward `robust, nominal_weight 0.4"
+    assert what(manifest("ppo-robust")) == f"{robust}`."
     made = manifest("ppo-robust")
     made["document"]["params"]["arm"]["functions"] = {"rules:short": -0.5}
-    assert summary(made) == f"{robust}, -0.5 rules:short`."
-    assert "sample 4 responses" in summary(manifest("best_of_n-choosy"))
+    assert what(made) == f"{robust}, -0.5 rules:short`."
+    assert "sample 4 responses" in what(manifest("best_of_n-choosy"))
 
 
 def test_hub_models_and_data_sets_are_named_as_the_hub_does():

@@ -43,6 +43,11 @@ def until(found, seconds=240):
     raise AssertionError(f"not within {seconds} s: {found}")
 
 
+def of_run(run):
+    """The filter for what belongs to a flow run."""
+    return {"flow_runs": {"id": {"any_": [run]}}}
+
+
 class Served:
     """A project whose services run."""
 
@@ -75,10 +80,9 @@ class Served:
 
     def tasks(self, run):
         """The states of a run's tasks, by task; they come to the server as events, a little later than the run's."""
-        asked = {"flow_runs": {"id": {"any_": [run]}}}
 
         def ended():
-            found = {task["name"]: task["state_name"] for task in self.ask("task_runs/filter", asked)}
+            found = {task["name"]: task["state_name"] for task in self.ask("task_runs/filter", of_run(run))}
             return set(found.values()) <= {"Completed", "Cached"} and "evaluate" in found and found
 
         return until(ended)
@@ -148,8 +152,14 @@ def test_the_first_run_makes_everything_and_shows_it(first, served):
     assert {row["node"] for row in json.loads(found["plan-tiny"]["data"])} == MODELS | {"data"}
     assert found["progress-tiny"]["data"] == 100
     assert all(f"{name} | " in found["comparison-tiny"]["data"] for name in ("sft", "single", "robust"))
-    assert "```mermaid\nflowchart LR" in found["lineage-tiny"]["data"]
-    assert "rrlhf-policy" in found["lineage-tiny"]["description"]
+    page = f"http://127.0.0.1:{served.mlflow}/#/models/rrlhf-tiny-policy/versions/2"
+    assert f"- [rrlhf-tiny-policy v2]({page})" in found["lineage-tiny"]["data"]
+    assert f"[robust]({page})" in found["comparison-tiny"]["data"]
+    assert "rrlhf-tiny-policy v2" in found["lineage-tiny"]["description"]
+    assert served.ask(f"flow_runs/{first}")["name"] == "tiny"
+    said = {task["name"]: task["state"]["message"] for task in served.ask("task_runs/filter", of_run(first))}
+    assert said["reward"].startswith("never made here; heldout_accuracy ")
+    assert said["register-sft"] == "registered as rrlhf-tiny-sft v1"
 
 
 def test_the_report_is_linked_where_mlflow_shows_it(first, served):
@@ -164,8 +174,12 @@ def test_the_report_is_linked_where_mlflow_shows_it(first, served):
 @pytest.mark.slow
 def test_an_override_of_one_arm_reruns_what_depends_on_it(changed, served):
     tasks = served.tasks(changed)
-    assert {name for name, state in tasks.items() if state == "Cached"} == MODELS - {"ppo-robust", "evaluate"}
+    assert {name for name, state in tasks.items() if state == "Cached"} == (MODELS | {"data"}) - {
+        "ppo-robust",
+        "evaluate",
+    }
     found = served.artifacts(changed)
+    assert served.ask(f"flow_runs/{changed}")["name"] == "tiny · arms.robust.nominal_weight=0.7"
     rows = {row["node"]: row for row in json.loads(found["plan-tiny"]["data"])}
     assert rows["ppo-robust"]["first reason"] == "arm.nominal_weight 0.4 -> 0.7"
     assert found["plan-tiny"]["description"].startswith("1 to run, up to 1 after them; ")
@@ -176,7 +190,7 @@ def test_an_override_of_one_arm_reruns_what_depends_on_it(changed, served):
 def test_a_run_with_nothing_to_do_shows_every_stage_and_leaves_mlflow_alone(changed, served):
     before = (served.root / "mlflow.db").stat().st_mtime_ns
     again = served.run("-p", f"overrides={json.dumps(OVERRIDE)}")
-    assert served.tasks(again) == {"data": "Completed"} | dict.fromkeys(MODELS, "Cached")
+    assert served.tasks(again) == dict.fromkeys(MODELS | {"data"}, "Cached")
     found = served.artifacts(again)
     assert set(found) == {"plan-tiny", "progress-tiny", "comparison-tiny"}
     assert found["plan-tiny"]["description"] == "Nothing is to be done."

@@ -60,8 +60,9 @@ def made(shared_project):
         staged = clear(project.store.staging(node.stage, key_digest(document)))
         inputs = {argument: folders[name] for argument, name in node.inputs.items()}
         execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=params.launch)
-        artifact = project.store.publish(node.name, document, staged, seconds=1.0)
-        tracker.register(artifact, dataset if node.name != "ensemble" else None)
+        keys = {argument: artifacts[name].key for argument, name in node.inputs.items() if name != "data"}
+        artifact = project.store.publish(node.name, document, staged, seconds=1.0, input_keys=keys, profile="tiny")
+        tracker.register(artifact, dataset if node.name != "ensemble" else None, profile="tiny")
         folders[node.name], digests[node.name], artifacts[node.name] = artifact.path, artifact.digest, artifact
     return shared_project, artifacts, dataset
 
@@ -106,7 +107,7 @@ def test_the_profile_s_ensemble_is_judged_as_its_stage_judged_it(rrlhf, made):
     assert found["answer"]["judgement"]["calibration"]["ece"] == pytest.approx(metrics["heldout_ece"], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["rrlhf-ensemble@latest", "rrlhf-ensemble/1", "digest", "folder"])
+@pytest.mark.parametrize("name", ["rrlhf-tiny-ensemble@latest", "rrlhf-tiny-ensemble/1", "digest", "folder"])
 def test_a_model_is_named_by_version_digest_or_folder(rrlhf, made, name):
     ensemble = made[1]["ensemble"]
     given = {"digest": ensemble.digest[:10], "folder": str(ensemble.path)}.get(name, name)
@@ -152,14 +153,14 @@ def test_perturbed_texts_give_a_table_and_a_page(rrlhf, made, tmp_path):
 
 
 def test_the_single_head_is_judged_too(rrlhf, made):
-    found = strict(rrlhf("rrlhf-reward@latest", *PROFILE, "--json").stdout)["answer"]["judgement"]
+    found = strict(rrlhf("rrlhf-tiny-reward@latest", *PROFILE, "--json").stdout)["answer"]["judgement"]
     assert list(found["accuracy"]) == ["single head"]
     assert found["accuracy"]["single head"]["mean"] == pytest.approx(made[1]["reward"].metrics["heldout_accuracy"])
 
 
 def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
-    assert "close: rrlhf-ensemble@latest" in rrlhf("rrlhf-ensembel@latest", *PROFILE, code=2).output
-    assert "name a model of reward or ensemble" in rrlhf("rrlhf-sft@latest", *PROFILE, code=2).output
+    assert "close: rrlhf-tiny-ensemble@latest" in rrlhf("rrlhf-ensembel@latest", *PROFILE, code=2).output
+    assert "name a model of reward or ensemble" in rrlhf("rrlhf-tiny-sft@latest", *PROFILE, code=2).output
     assert "`rrlhf run` comes first" in rrlhf(code=1).output
     assert "no artifact.json" in rrlhf(str(tmp_path), *PROFILE, code=2).output
     (tmp_path / "notes.txt").touch()
@@ -174,7 +175,7 @@ def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
     assert (
         "did you mean ultrafeedback" in rrlhf(*PROFILE, "--data", str(file), "--format", "ultrafedback", code=2).output
     )
-    said = rrlhf("rrlhf-ensemble@latest", "--perturb", "1", code=2).output
+    said = rrlhf("rrlhf-tiny-ensemble@latest", "--perturb", "1", code=2).output
     assert "name its --profile, or a file with --data" in said
 
 
@@ -185,6 +186,6 @@ def test_a_changed_file_is_refused_and_a_lost_one_comes_back(rrlhf, made):
     heads.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     assert "expected sha256" in rrlhf(ensemble.digest[:8], *PROFILE, code=3).output
     shutil.rmtree(ensemble.path)
-    assert strict(rrlhf("rrlhf-ensemble@latest", *PROFILE, "--json").stdout)["digest"] == ensemble.digest
+    assert strict(rrlhf("rrlhf-tiny-ensemble@latest", *PROFILE, "--json").stdout)["digest"] == ensemble.digest
     assert Store(made[0]).find("ensemble", ensemble.key) is not None
     assert heads.read_bytes() == kept

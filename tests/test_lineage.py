@@ -22,15 +22,11 @@ from rrlhf.tracking import Version
 DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"
 
 
-def version(name, number, node, digest, inputs, aliases=()):
-    tags = {
-        "rrlhf.node": node,
-        "rrlhf.stage": node.partition("-")[0],
-        "rrlhf.key": digest.upper() * 64,
-        "rrlhf.digest": digest * 64,
-        "rrlhf.inputs": json.dumps(inputs),
-    }
-    return Version(name, number, tuple(aliases), tags | {"rrlhf.dataset_name": "default"})
+def version(name, number, node, digest, inputs, aliases=(), *, key=None, input_keys=()):
+    made = {"stage": node.partition("-")[0], "digest": digest if len(digest) > 1 else digest * 64, "inputs": inputs}
+    made |= {"input_keys": dict(input_keys), "git_commit": None}
+    tags = {"rrlhf.node": node, "rrlhf.key": key or digest.upper() * 64, "rrlhf.made": json.dumps(made)}
+    return Version(name, number, tuple(aliases), tags | {"rrlhf.data": "default"})
 
 
 SFT = version("rrlhf-sft", "1", "sft", "a", {"data": DATA, "base": "random:2x32"})
@@ -109,13 +105,16 @@ def test_versions_of_one_making_are_one_product(graph):
 
 def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_data():
     other = "md5:00000000000000000000000000000000.dir"
-    twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"})
-    twin.tags["rrlhf.key"] = "another"
-    graph = from_versions([twin, *VERSIONS])
-    above = {each.digest for each in graph.up(graph.find("rrlhf-policy/2"))}
+    twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"}, key="another")
+    reads = {"sft": "a" * 64, "data": other}  # the other data, and yet it read the first model
+    policy = version("rrlhf-policy", "2", "ppo-robust", "c", reads, input_keys={"sft": "A" * 64})
+    graph = from_versions([twin, policy, SFT])
+    above = {each.digest for each in graph.up(graph.find("rrlhf-sft/1"))}
+    assert graph.sources(graph.find("rrlhf-policy/2"))[1].source is graph.find("rrlhf-sft/1")
     assert DATA in above
     assert other not in above
-    assert [each.names for each in graph.down(graph.find(other))[1:]] == [("rrlhf-sft/2",)]
+    assert graph.built_on("another") == []
+    assert graph.built_on("A" * 64) == [graph.find("rrlhf-policy/2")]
 
 
 def test_an_unknown_reference_gets_the_close_ones(graph):
@@ -124,8 +123,7 @@ def test_an_unknown_reference_gets_the_close_ones(graph):
 
 
 def test_a_digest_start_that_fits_two_products_is_refused():
-    one, two = SFT, version("rrlhf-sft", "2", "sft", "a", {})
-    two.tags["rrlhf.digest"] = "a" * 10 + "b" * 54
+    one, two = SFT, version("rrlhf-sft", "2", "sft", "a" * 10 + "b" * 54, {})
     with pytest.raises(ValueError, match="begins several digests"):
         from_versions([two, one]).find("aaaaaa")
 
@@ -155,7 +153,7 @@ HOSTILE = 'a"]; <script>alert(1)</script> #quot; `b` \\ |x| %%'
 
 
 def hostile():
-    tags = {"rrlhf.dataset_name": HOSTILE, "rrlhf.node": HOSTILE}
+    tags = {"rrlhf.data": HOSTILE, "rrlhf.node": HOSTILE}
     bad = POLICY._replace(tags=POLICY.tags | tags, aliases=(HOSTILE,))
     graph = from_versions([bad, REWARD, SFT])
     return graph, graph.find("rrlhf-policy/2")

@@ -1,7 +1,6 @@
 """Tables and Markdown of a run: what is in them, and that nothing in them acts on the page."""
 
-import re
-from types import SimpleNamespace
+import json
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +12,7 @@ from rrlhf.running.plan import Planned, total
 from rrlhf.running.table import percent_done, plan_rows
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.show import markdown
+from rrlhf.tracking import Version
 
 PLAN = [
     Planned("data", "reuse", [], None),
@@ -83,27 +83,34 @@ def policy(name, gold, **others):
 def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
     kl = {"mean": 0.5, "stderr": 0.25, "n": 9}
     evaluation = {"policies": [policy("one", 1.0), policy("a_|b|", 2.0, kl=kl), policy("other", None)]}
-    shown = comparison(evaluation, ["a_|b| ends highest."], "reports/tiny.html")
+    links = {"one": "http://127.0.0.1:5000/#/models/rrlhf-policy/versions/3"}
+    shown = comparison(evaluation, ["a_|b| ends highest."], "reports/tiny.html", links)
     header, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert header == "| policy | trained on | gold | kl |"
+    assert header == "| policy | gold | kl | trained on |"
     assert rows == [
-        "| one | one reward head | 1.00 ± 0.10 | – |",
-        r"| ★ a\_\|b\| | one reward head | 2.00 ± 0.10 | 0.50 ± 0.25 |",
-        "| other | one reward head | – | – |",
+        "| one | 1.00 ± 0.10 | – | one reward head |",
+        r"| ★ a\_\|b\| | 2.00 ± 0.10 | 0.50 ± 0.25 | one reward head |",
+        "| other | – | – | one reward head |",
     ]
+    assert f"in MLflow: [one]({links['one']})" in shown
     assert r"- a\_\|b\| ends highest." in shown
     assert shown.endswith("report: reports/tiny.html")
 
 
-def test_lineage_is_a_tree_and_a_chart():
-    tags = {"rrlhf.digest": "ab" * 32, "rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.stage": "sft"}
-    tags["rrlhf.inputs"] = '{"data": "md5:00"}'
-    version = SimpleNamespace(name="rrlhf-sft", version="1", aliases=("latest",), tags=tags, created=0, run_id="")
-    graph = from_versions([version])
-    [read, drawn] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
+def test_what_decides_stands_before_the_other_columns():
+    others = {name: {"mean": 0.5, "stderr": 0.25, "n": 9} for name in ("words", "spread", "kl", "proxy", "worst")}
+    shown = comparison({"policies": [policy("one", 1.0, **others)]}, [], "reports/tiny.html")
+    assert "| policy | gold | proxy | kl | words | worst | spread | trained on |" in shown
+
+
+def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
+    made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
+    tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
+    graph = from_versions([Version("rrlhf-sft", "1", ("latest",), tags)])
+    [read] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
     assert read.content.startswith("rrlhf-sft v1")
-    assert drawn.info == "mermaid"
-    assert re.match(r"flowchart LR\n", drawn.content)
+    linked = ancestry(graph, graph.find("rrlhf-sft/1"), "http://127.0.0.1:5000")
+    assert linked.startswith("- [rrlhf-sft v1](http://127.0.0.1:5000/#/models/rrlhf-sft/versions/1)\n\n```")
 
 
 def test_a_sweep_is_a_table_with_its_legend():

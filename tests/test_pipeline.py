@@ -116,7 +116,7 @@ def test_what_begins_is_told_before_it_has_ended(first):
 def test_the_second_run_makes_nothing(first, shell):
     second = shell.run()
     assert second.ran == set()
-    assert second.cached == MODELS
+    assert second.cached == MODELS | {"data"}
     assert second.folders == first.folders
 
 
@@ -124,9 +124,30 @@ def test_a_changed_setting_reruns_only_what_depends_on_it_and_going_back_nothing
     assert actions(shell.planned(*NEW_WEIGHT)) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
     changed = shell.run(*NEW_WEIGHT)
     assert changed.ran == POLICIES | {"evaluate"}
-    assert changed.cached == MODELS - changed.ran
+    assert changed.cached == (MODELS | {"data"}) - changed.ran
+    assert re.search(
+        r"'ppo-robust' - Finished in state Completed\('ppo.kl_weight 0.01 -> 0.3; proxy \S+, kl ", changed.told
+    )
+    assert re.search(r"'reward' - Finished in state Cached\('heldout_accuracy \S+, made 20", changed.told)
     assert actions(shell.planned()) == actions(shell.planned(*NEW_WEIGHT)) == {}
-    assert shell.run().cached == MODELS
+    assert shell.run().cached == MODELS | {"data"}
+
+
+def test_aliases_stay_with_the_settings_as_they_stand_unless_asked_for(first, shell, client):
+    def aliases():
+        return dict(client.get_registered_model("rrlhf-tiny-policy").aliases)
+
+    stand = aliases()
+    assert set(stand) == {"candidate", "single", "robust", "direct"}
+    assert "--take-aliases gives them to the models of this run" in shell.run(*NEW_WEIGHT).told
+    assert aliases() == stand
+    taken = shell.run(*NEW_WEIGHT, "--take-aliases")
+    now = aliases()
+    assert {name for name in now if now[name] != stand[name]} == {"candidate", "single", "robust"}
+    assert f"rrlhf-tiny-policy@candidate: v{stand['candidate']} -> v{now['candidate']}" in taken.told.splitlines()
+    back = shell.run().told.splitlines()
+    assert f"rrlhf-tiny-policy@candidate: v{now['candidate']} -> v{stand['candidate']}" in back
+    assert aliases() == stand
 
 
 def test_the_plan_tells_the_first_reason(first, shell):
@@ -136,17 +157,22 @@ def test_the_plan_tells_the_first_reason(first, shell):
 
 
 def test_lineage_goes_back_to_the_data(first, shell):
-    told = shell("lineage", "rrlhf-policy@candidate", "--profile", "tiny").out
-    assert all(name in told for name in ("rrlhf-policy", "rrlhf-ensemble", "rrlhf-reward", "rrlhf-sft", "data tiny"))
+    told = shell("lineage", "rrlhf-tiny-policy@candidate", "--profile", "tiny").out
+    assert all(
+        name in told
+        for name in ("rrlhf-tiny-policy", "rrlhf-tiny-ensemble", "rrlhf-tiny-reward", "rrlhf-tiny-sft", "data tiny")
+    )
 
 
 def test_policies_of_every_method_have_their_lineage(first, shell):
-    direct = shell("lineage", "rrlhf-policy@direct", "--profile", "tiny").out
+    direct = shell("lineage", "rrlhf-tiny-policy@direct", "--profile", "tiny").out
     assert "dpo-direct" in direct
-    assert "rrlhf-sft" in direct
-    assert "rrlhf-reward" not in direct  # it reads the preferences alone
-    choosy = shell("lineage", "rrlhf-best-of-n@choosy", "--profile", "tiny").out
-    assert all(name in choosy for name in ("best_of_n-choosy", "rrlhf-ensemble", "rrlhf-reward", "rrlhf-sft"))
+    assert "rrlhf-tiny-sft" in direct
+    assert "rrlhf-tiny-reward" not in direct  # it reads the preferences alone
+    choosy = shell("lineage", "rrlhf-tiny-best-of-n@choosy", "--profile", "tiny").out
+    assert all(
+        name in choosy for name in ("best_of_n-choosy", "rrlhf-tiny-ensemble", "rrlhf-tiny-reward", "rrlhf-tiny-sft")
+    )
 
 
 def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
@@ -192,12 +218,77 @@ def test_nothing_is_reported_that_is_not_so(first, shell):
     html.write_bytes(sound + b" ")
     assert nothing_to_do(project, project.plan()) is None
     html.write_bytes(sound)
+    asked = Project.opened(shell.root, "tiny", {"tracking.candidate": "single"})
+    assert nothing_to_do(asked, asked.plan()) is None  # the report is that of another candidate
     with closing(sqlite3.connect(shell.root / "mlflow.db")) as database, database:
         database.execute("update registered_model_aliases set version = version + 100 where alias = 'robust'")
     assert nothing_to_do(project, project.plan()) is None
     with closing(sqlite3.connect(shell.root / "mlflow.db")) as database, database:
         database.execute("update registered_model_aliases set version = version - 100 where alias = 'robust'")
     assert nothing_to_do(project, project.plan())
+
+
+class Payload:
+    """What a pickle runs."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_no_record_of_prefects_is_read_or_written(first, shell):
+    from prefect.results import ResultRecord, ResultRecordMetadata
+    from prefect.serializers import PickleSerializer
+
+    assert not (shell.root / ".rrlhf" / "results").exists()
+    assert not list((shell.root / ".rrlhf" / "prefect").glob("storage/*"))
+    fired = shell.root / "fired"
+    folders = [shell.root / ".rrlhf" / "results", shell.root / ".rrlhf" / "prefect" / "storage"]
+    for name in MODELS:
+        key = Path(first.folders[name]).name
+        metadata = ResultRecordMetadata(storage_key=key, expiration=None, serializer=PickleSerializer())
+        record = ResultRecord(result=Payload(fired), metadata=metadata).serialize()
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(record)
+    planted = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    try:
+        done = shell.run("--set", "evaluate.samples_shown=2")
+        assert (done.ran, done.cached) == ({"evaluate"}, (MODELS | {"data"}) - {"evaluate"})
+        assert not fired.exists()
+        assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == planted
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+def test_a_registered_copy_that_was_changed_is_warned_of_and_computed_past(first, shell, client):
+    reward = shell.root / first.folders["reward"]
+    [version] = client.search_model_versions(f"name = 'rrlhf-tiny-reward' and tags.`rrlhf.key` = '{reward.name}'")
+    heads = Path(
+        client.get_logged_model(version.source.removeprefix("models:/")).artifact_location.removeprefix("file://")
+    )
+    heads = heads / "artifact" / "heads.safetensors"
+    sound = heads.read_bytes()
+    heads.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    away = reward.rename(shell.root / "away")
+    named = (
+        f"rrlhf-tiny-reward v{version.version} in MLflow is not what was registered: heads.safetensors: expected sha256"
+    )
+    try:
+        told = shell("evaluate-reward", f"rrlhf-tiny-reward/{version.version}", "--profile", "tiny", code=3).told
+        assert named in told
+        assert "makes it again" in told
+        done = shell.run("--until", "reward")
+        assert done.ran == {"reward"}
+        assert named in done.told
+        assert actions(shell.planned()) == {}
+    finally:
+        heads.write_bytes(sound)
+        shutil.rmtree(reward, ignore_errors=True)
+        away.rename(reward)
 
 
 @pytest.mark.slow
@@ -229,7 +320,7 @@ def test_a_deleted_model_is_restored_and_a_deleted_evaluation_made_again(first, 
     shutil.rmtree(evaluation)
     planned = shell.planned()
     assert actions(planned) == {"reward": "restore", "evaluate": "run"}
-    assert re.fullmatch(r"artifact missing, registered as rrlhf-reward v\d+", planned["reward"]["reasons"][0])
+    assert re.fullmatch(r"artifact missing, registered as rrlhf-tiny-reward v\d+", planned["reward"]["reasons"][0])
     assert planned["evaluate"]["reasons"] == ["artifact missing"]
     assert shell.run().ran == {"evaluate"}
     assert (reward / "artifact.json").read_bytes() == manifest
@@ -241,7 +332,7 @@ def test_an_empty_tracking_server_is_filled_again_without_training(first, shell)
         path.unlink()
     shutil.rmtree(shell.root / "mlartifacts")
     assert shell.run().ran == set()
-    assert "rrlhf-sft" in shell("lineage", "rrlhf-policy@candidate", "--profile", "tiny").out
+    assert "rrlhf-tiny-sft" in shell("lineage", "rrlhf-tiny-policy@candidate", "--profile", "tiny").out
 
 
 def test_a_changed_byte_is_refused_by_name_with_everything_built_on_it(first, shell):

@@ -13,7 +13,7 @@ from rrlhf.cli import app
 
 PPO_ONLY = ("--set", "arms.direct=null", "--set", "arms.choosy=null")
 LOOSE = ("--set", "gates.min_win_rate=0.0", "--set", "gates.max_spread=null")
-ROBUST, SINGLE = "rrlhf-policy@robust", "rrlhf-policy@single"
+ROBUST, SINGLE = "rrlhf-tiny-policy@robust", "rrlhf-tiny-policy@single"
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
 
@@ -56,18 +56,18 @@ def client(shell):
 
 
 def champion(client):
-    return client.get_registered_model("rrlhf-policy").aliases.get("champion")
+    return client.get_registered_model("rrlhf-tiny-policy").aliases.get("champion")
 
 
 def evidence(client, version):
-    tags = client.get_model_version("rrlhf-policy", str(version)).tags
-    run = client.get_model_version("rrlhf-policy", str(version)).run_id
+    tags = client.get_model_version("rrlhf-tiny-policy", str(version)).tags
+    run = client.get_model_version("rrlhf-tiny-policy", str(version)).run_id
     kept = Path(client.download_artifacts(run, tags["rrlhf.gates.evidence"]))
     return tags, json.loads(kept.read_bytes())
 
 
 def number(client, alias):
-    return str(client.get_model_version_by_alias("rrlhf-policy", alias).version)
+    return str(client.get_model_version_by_alias("rrlhf-tiny-policy", alias).version)
 
 
 def test_a_version_that_fails_a_gate_is_refused_with_evidence(shell, client):
@@ -93,7 +93,7 @@ def test_an_override_promotes_and_its_reason_stays_with_the_version(shell, clien
 def test_the_next_version_has_to_beat_the_champion(shell, client):
     assert "is the champion already" in shell("promote", ROBUST, code=1).stderr
     told = shell.json("promote", SINGLE, *LOOSE)
-    assert told["against"] == f"rrlhf-policy/{number(client, 'robust')}"
+    assert told["against"] == f"rrlhf-tiny-policy/{number(client, 'robust')}"
     assert told["decision"] == "promoted"
     assert "spread" not in {gate["name"] for gate in told["gates"]}
     assert str(champion(client)) == number(client, "single")
@@ -162,9 +162,9 @@ def test_mistakes_in_a_grid_end_it_before_anything_starts(shell):
 
 
 def test_two_models_answer_with_the_ensembles_scores(shell):
-    told = shell.json("chat", ROBUST, "rrlhf-sft@latest", "-p", "Say a.")
-    assert [answer["model"] for answer in told["answers"]] == [ROBUST, "rrlhf-sft@latest"]
+    told = shell.json("chat", ROBUST, "rrlhf-tiny-sft@latest", "-p", "Say a.")
+    assert [answer["model"] for answer in told["answers"]] == [ROBUST, "rrlhf-tiny-sft@latest"]
     assert all(len(answer["score"]["heads"]) == 3 for answer in told["answers"])
     folder = next((shell.root / "artifacts" / "ppo").iterdir())
     assert shell.json("chat", str(folder), given="Say a.\n")["prompt"] == "Say a."
-    assert "answers nothing" in shell("chat", "rrlhf-ensemble@latest", "-p", "a", code=2).stderr
+    assert "answers nothing" in shell("chat", "rrlhf-tiny-ensemble@latest", "-p", "a", code=2).stderr

@@ -28,7 +28,7 @@ from rrlhf.running.plan import Project
 from rrlhf.running.produce import produce
 from rrlhf.signing.command import sign, written_pair
 from rrlhf.signing.signatures import Notary, notary_of
-from rrlhf.store.artifacts import MANIFEST, SIGNATURE, Store, TamperedError, content_digest
+from rrlhf.store.artifacts import MANIFEST, SIGNATURE, CopyError, Store, TamperedError, content_digest
 from rrlhf.tracking import Tracker
 
 model_signing = pytest.importorskip("model_signing", reason="pip install 'rrlhf[sign]'")
@@ -389,17 +389,16 @@ def test_mlflows_copy_is_signed_too_and_verified_when_it_is_brought_back(unsigne
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = Tracker.connect(unsigned, "rrlhf")
     sft = next(artifact for artifact in Store(unsigned).all() if artifact.name == "sft")
-    tracker.register(sft, None)
-    store, to = store_of(unsigned, None, keys[1]), unsigned / "restored"
-    assert tracker.restore("sft", sft.key, to)
-    with pytest.raises(TamperedError, match="expected a signature"):
-        store.adopt("sft", sft.key, to)
-    shutil.rmtree(to)
+    tracker.register(sft, None, profile="default")
+    store, away = store_of(unsigned, None, keys[1]), unsigned / "away"
+    sft.path.rename(away)
+    with pytest.raises(CopyError, match="expected a signature"):
+        tracker.bring_back(store, "sft", sft.key)
+    away.rename(sft.path)
     signed_by(keys[0])
     shutil.rmtree(sft.path)
-    assert tracker.restore("sft", sft.key, to)
-    assert store.adopt("sft", sft.key, to).digest == sft.digest
+    assert tracker.bring_back(store, "sft", sft.key).digest == sft.digest
     signed = publish(store_of(unsigned, *keys), seed=2)
-    tracker.register(signed, None)
+    tracker.register(signed, None, profile="default")
     with tracker.kept.copy(signed) as (folder, _):
         assert store.notary.fault(folder, deep=True) is None

@@ -8,28 +8,36 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from mlflow import MlflowClient
 
+from rrlhf.auditing.audit import Audit
 from rrlhf.files import clear
 from rrlhf.identity.keys import key_digest
-from rrlhf.lineage.load import from_versions
+from rrlhf.lineage.load import from_versions, load
+from rrlhf.lineage.lookup import Lookup
+from rrlhf.lineage.text import line as in_a_line
 from rrlhf.lineage.text import tree
 from rrlhf.params import load_params
 from rrlhf.policies.health import DivergedError
 from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Store
-from rrlhf.store.cards import summary, without_front_matter
+from rrlhf.store.artifacts import CARD, HISTORY, Artifact, CopyError, Store, TamperedError
+from rrlhf.store.cards import without_front_matter
 from rrlhf.tracking import Tracker, TrackingError, server
+from rrlhf.tracking.relocate import relocate
 from rrlhf.types import Dataset
 
 PROJECT = Path(__file__).parent.parent
@@ -70,15 +78,17 @@ def document(name, inputs):
 
 
 def published(root, name, inputs, fill=None, rows=ROWS):
-    """Publish a small artifact of a node."""
-    store, paper = Store(root), document(name, inputs)
+    """Publish a small artifact of a node. inputs: artifacts, or digests of what is none."""
+    keys = {argument: made.key for argument, made in inputs.items() if isinstance(made, Artifact)}
+    digests = {argument: getattr(made, "digest", made) for argument, made in inputs.items()}
+    store, paper = Store(root), document(name, digests)
     staged = clear(store.staging(NODES[name].stage, key_digest(paper)))
     (staged / "weights").mkdir()
     (staged / "weights" / "model.safetensors").write_bytes(name.encode())
     if fill:
         fill(staged)
     (staged / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return store.publish(name, paper, staged, seconds=2.0)
+    return store.publish(name, paper, staged, seconds=2.0, dataset={"name": "default"}, input_keys=keys)
 
 
 @pytest.fixture
@@ -86,14 +96,17 @@ def family(root):
     """Return an artifact of each model stage, linked as in a run."""
     data = {"data": DATA.digest}
     sft = published(root, "sft", data)
-    reward = published(root, "reward", {**data, "sft": sft.digest})
-    ensemble = published(root, "ensemble", {"reward": reward.digest})
-    parts = {"sft": sft.digest, "reward": reward.digest, "ensemble": ensemble.digest}
+    reward = published(root, "reward", {**data, "sft": sft})
+    ensemble = published(root, "ensemble", {"reward": reward})
+    parts = {"sft": sft, "reward": reward, "ensemble": ensemble}
     return [sft, reward, ensemble, published(root, "ppo-robust", {**data, **parts})]
 
 
 def register_all(tracker, family):
-    return [tracker.register(artifact, DATA if "data" in artifact.inputs else None) for artifact in family]
+    return [
+        tracker.register(artifact, DATA if "data" in artifact.inputs else None, profile="default")
+        for artifact in family
+    ]
 
 
 def history(client, run_id, name="loss"):
@@ -110,26 +123,58 @@ def files(folder):
 
 
 def test_registering_twice_makes_one_version(tracker, family):
-    first = tracker.register(family[0], DATA, aliases=["best"])
-    assert first == ("rrlhf-sft", "1", True)
-    assert tracker.register(family[0], DATA, aliases=["best"]) == ("rrlhf-sft", "1", False)
+    first = tracker.register(family[0], DATA, aliases=["best"], profile="default")
+    assert first == ("rrlhf-sft", "1", True, ("rrlhf-sft@best: v1",))
+    assert tracker.register(family[0], DATA, aliases=["best"], profile="default") == ("rrlhf-sft", "1", False, ())
     assert [found.aliases for found in tracker.versions()] == [("best",)]
 
 
 def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
-    tracker.register(family[0], DATA, aliases=["best"])
+    tracker.register(family[0], DATA, aliases=["best"], profile="default")
     other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
-    tracker.register(other, None, aliases=["best"])
+    tracker.register(other, None, aliases=["best"], profile="default")
     assert [(found.version, found.aliases) for found in tracker.versions()] == [("2", ("best",)), ("1", ())]
+
+
+def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, tracker, client, family):
+    sft, reward = family[:2]
+    for profile in ("default", "tiny"):
+        tracker.register(sft, DATA, profile=profile, aliases=["candidate"])
+        tracker.register(reward, DATA, profile=profile)
+    other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
+    moved = tracker.register(other, None, profile="tiny", aliases=["candidate"]).moved
+    assert moved == ("rrlhf-tiny-sft@candidate: v1 -> v2",)
+    found = {f"{each.name}/{each.version}": each for each in tracker.versions()}
+    assert set(found) == {
+        "rrlhf-sft/1",
+        "rrlhf-tiny-sft/1",
+        "rrlhf-tiny-sft/2",
+        "rrlhf-reward/1",
+        "rrlhf-tiny-reward/1",
+    }
+    assert {name for name, each in found.items() if each.aliases} == {"rrlhf-sft/1", "rrlhf-tiny-sft/2"}
+    assert found["rrlhf-sft/1"].key == found["rrlhf-tiny-sft/1"].key == sft.key
+    assert len(list((root / "mlartifacts" / "models").iterdir())) == 3
+    one, two = (client.get_model_version(name, "1") for name in ("rrlhf-sft", "rrlhf-tiny-sft"))
+    shown = json.loads(client.get_logged_model(one.source.removeprefix("models:/")).tags["mlflow.modelVersions"])
+    assert one.source == two.source
+    assert [each["name"] for each in shown] == ["rrlhf-sft", "rrlhf-tiny-sft"]
+    assert "[rrlhf-tiny-sft v1]" in client.get_model_version("rrlhf-tiny-reward", "1").description
+    graph = from_versions(tracker.versions())
+    assert graph.find("sft", "tiny").key == other.key
+    assert graph.find("sft").key == sft.key
+    with pytest.raises(ValueError, match="profile hh has no reward yet; name another with --profile: default, tiny"):
+        graph.find("reward", "hh")
 
 
 def test_versions_tell_their_identity_and_ancestry(tracker, family):
     register_all(tracker, family)
     versions, policy = tracker.versions(), family[3]
-    [tags] = [version.tags for version in versions if version.name == "rrlhf-policy"]
-    assert (tags["rrlhf.digest"], tags["rrlhf.key"]) == (policy.digest, policy.key)
-    assert (tags["rrlhf.node"], tags["rrlhf.stage"], tags["rrlhf.dataset"]) == ("ppo-robust", "ppo", DATA.digest)
-    assert json.loads(tags["rrlhf.inputs"]) == policy.inputs
+    [version] = [version for version in versions if version.name == "rrlhf-policy"]
+    assert set(version.tags) == {"rrlhf.node", "rrlhf.data", "rrlhf.key", "rrlhf.made"}
+    assert (version.digest, version.key, version.made["stage"]) == (policy.digest, policy.key, "ppo")
+    assert (version.tags["rrlhf.node"], version.tags["rrlhf.data"]) == ("ppo-robust", "default")
+    assert (version.made["inputs"], version.made["input_keys"]) == (policy.inputs, policy.input_keys)
     graph = from_versions(versions)
     drawn = tree(graph, graph.find("rrlhf-policy/1"))
     assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
@@ -151,7 +196,7 @@ def test_mlflow_shows_what_a_run_read_and_made(tracker, client, family):
 
 def test_links_wait_for_inputs_that_come_later(tracker, client, family):
     sft, reward = family[:2]
-    tracker.register(reward, DATA)
+    tracker.register(reward, DATA, profile="default")
     register_all(tracker, [sft, reward])
     [run] = stage_runs(client, reward.key)
     assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
@@ -159,17 +204,17 @@ def test_links_wait_for_inputs_that_come_later(tracker, client, family):
 
 def test_a_wiped_database_is_filled_again(root, tracker, database, family):
     before = register_all(tracker, family)
-    digests = {found.tags["rrlhf.digest"] for found in tracker.versions()}
+    digests = {found.digest for found in tracker.versions()}
     wiped = root / "again"
     wiped.mkdir()
     shutil.copy(database, wiped / "mlflow.db")
     fresh = Tracker.connect(wiped, "rrlhf")
     assert register_all(fresh, family) == before
-    assert {found.tags["rrlhf.digest"] for found in fresh.versions()} == digests
+    assert {found.digest for found in fresh.versions()} == digests
 
 
 def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, family):
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     [run] = stage_runs(client, family[0].key)
     assert history(client, run.info.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert run.info.status == "FINISHED"
@@ -179,11 +224,11 @@ def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, fami
 
 def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family):
     sft = family[0]
-    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty")
+    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty", name="default")
     with tracker.stage_run(flow, NODES["sft"], sft.key) as log:
         for row in ROWS:
             log(row)
-    tracker.register(sft, DATA)
+    tracker.register(sft, DATA, profile="default")
     tracker.finish_flow(flow, "FINISHED")
     [run] = stage_runs(client, sft.key)
     assert [step for step, _ in history(client, run.info.run_id)] == [1, 2, 3]
@@ -194,7 +239,7 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
 def test_a_run_without_all_rows_is_written_anew(tracker, client, family):
     with tracker.stage_run(None, NODES["sft"], family[0].key) as log:
         log(ROWS[0])
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     newest, incomplete = stage_runs(client, family[0].key)
     lengths = {len(history(client, run.info.run_id)) for run in (newest, incomplete)}
     assert lengths == {1, 3}
@@ -270,7 +315,7 @@ def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, t
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=fill)
     for _ in range(2):  # registering again adds nothing
-        tracker.register(policy, DATA)
+        tracker.register(policy, DATA, profile="default")
     [run] = stage_runs(client, policy.key)
     assert run.data.tags["rrlhf.health"] == "healthy"
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"health.json", "samples.json"}
@@ -288,31 +333,81 @@ def test_training_goes_on_when_the_server_is_lost(root, tracker, capsys):
 
 
 def test_an_evaluation_keeps_its_files_and_makes_no_version(root, tracker, client, family):
-    evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0].digest})
-    tracker.register(family[0], DATA)
-    assert [tracker.register(evaluation, DATA) for _ in range(2)] == [None, None]
+    evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0]})
+    tracker.register(family[0], DATA, profile="default")
+    assert [tracker.register(evaluation, DATA, profile="default") for _ in range(2)] == [None, None]
     [run] = stage_runs(client, evaluation.key)
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"artifact.json", HISTORY, "weights"}
     assert len(client.get_run(run.info.run_id).inputs.model_inputs) == 1
 
 
 def test_a_restored_artifact_is_the_same_to_the_byte(root, tracker, family):
-    sft, to = family[0], root / "artifacts" / ".restored" / "sft"
-    tracker.register(sft, DATA)
-    assert tracker.restore("sft", sft.key, to)
-    assert files(to) == files(sft.path)
+    sft, before = family[0], files(family[0].path)
+    tracker.register(sft, DATA, profile="default")
     shutil.rmtree(sft.path)
-    assert Store(root).adopt("sft", sft.key, to).digest == sft.digest
+    assert tracker.bring_back(Store(root), "sft", sft.key) == sft
+    assert files(sft.path) == before
+
+
+def test_what_a_killed_restoring_left_is_no_obstacle(root, tracker, family):
+    sft, before = family[0], files(family[0].path)
+    tracker.register(sft, DATA, profile="default")
+    shutil.rmtree(sft.path)
+    left = Store(root).staging("restore", sft.key) / "artifact"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    assert files(tracker.bring_back(Store(root), "sft", sft.key).path) == before
+    assert not left.parent.exists()
+
+
+def spoiled(copy, how):
+    if how == "gone":
+        shutil.rmtree(copy)
+    elif how == "changed":
+        (copy / "weights" / "model.safetensors").write_bytes(b"sfu")
+    elif how == "missing":
+        (copy / "weights" / "model.safetensors").unlink()
+    elif how == "planted":
+        (copy / "model.py").write_text("import this")
+    else:
+        (copy / "artifact.json").write_bytes(Path(how).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("gone", "its files are gone"),
+        ("changed", "weights/model.safetensors: expected sha256"),
+        ("missing", "weights/model.safetensors: expected sha256"),
+        ("planted", "model.py: expected no such file"),
+        ("another", "artifact.json is that of another key"),
+    ],
+)
+def test_a_registered_copy_that_is_not_what_was_registered_is_named_and_not_taken(root, tracker, family, how, said):
+    sft = family[0]
+    tracker.register(sft, DATA, profile="default")
+    shutil.rmtree(sft.path)
+    [copy] = (root / "mlartifacts" / "models").glob("*/artifacts/artifact")
+    spoiled(copy, how if how != "another" else family[1].path / "artifact.json")
+    for _ in range(2):  # it stays like that
+        with pytest.raises(CopyError, match="rrlhf-sft v1 in MLflow is not what was registered: ") as caught:
+            tracker.bring_back(Store(root), "sft", sft.key)
+        assert said in str(caught.value)
+        assert ".staging" not in str(caught.value)
+    assert not sft.path.exists()
+    assert not list((root / "artifacts" / ".staging").iterdir())
+    with pytest.raises(CopyError, match="`rrlhf run` with the settings that it was made with makes it again"):
+        Lookup(root, "default", PARAMS).find("rrlhf-sft/1")
 
 
 def test_what_was_never_registered_cannot_be_restored(root, tracker):
-    assert not tracker.restore("sft", "0" * 64, root / "nothing")
-    assert not (root / "nothing").exists()
+    assert tracker.bring_back(Store(root), "sft", "0" * 64) is None
+    assert not (root / "artifacts").exists()
 
 
 def test_the_store_is_not_touched_by_registering(tracker, family):
     before = files(family[0].path)
-    tracker.register(family[0], DATA)
+    tracker.register(family[0], DATA, profile="default")
     assert files(family[0].path) == before
 
 
@@ -325,7 +420,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process whe
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 root = Path(sys.argv[1])
 [artifact] = Store(root).all()
-Tracker.connect(root, "rrlhf").register(artifact, None)
+Tracker.connect(root, "rrlhf").register(artifact, None, profile="default")
 """
 
 
@@ -340,11 +435,12 @@ def test_a_killed_registration_is_finished_by_the_next(root, tracker, client):
     [begun] = (root / "mlartifacts" / "models").iterdir()
     assert (begun / "artifacts" / "artifact" / "big.safetensors").stat().st_size < 30_000_000
     assert client.search_model_versions() == []
-    assert tracker.register(artifact, DATA).created
+    assert tracker.register(artifact, DATA, profile="default").created
     assert [found.status for found in client.search_model_versions()] == ["READY"]
     assert list((root / "mlartifacts" / "models").iterdir()) == [begun]
-    assert tracker.restore("sft", artifact.key, root / "restored")
-    assert files(root / "restored") == files(artifact.path)
+    before = files(artifact.path)
+    shutil.rmtree(artifact.path)
+    assert files(tracker.bring_back(Store(root), "sft", artifact.key).path) == before
 
 
 def test_workers_that_start_together_share_a_new_database_and_make_one_version(root):
@@ -352,7 +448,7 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
     artifact = published(root, "sft", {"data": DATA.digest})
 
     def work(_):
-        return Tracker.connect(root, "rrlhf").register(artifact, DATA)
+        return Tracker.connect(root, "rrlhf").register(artifact, DATA, profile="default")
 
     with ThreadPoolExecutor(3) as workers:
         made = list(workers.map(work, range(3)))
@@ -361,12 +457,12 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
 
 
 def test_a_flow_closes_the_runs_of_killed_processes(tracker, client):
-    dead = tracker.start_flow("default", PARAMS, None)
+    dead = tracker.start_flow("default", PARAMS, None, name="default")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     client.set_tag(dead, "rrlhf.pid", str(gone.pid))
-    alive = tracker.start_flow("default", PARAMS, None)
-    tracker.start_flow("default", PARAMS, None)
+    alive = tracker.start_flow("default", PARAMS, None, name="default")
+    tracker.start_flow("default", PARAMS, None, name="default")
     assert [client.get_run(run).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 
@@ -374,8 +470,60 @@ def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(roo
     moved = tmp_path / "moved"
     moved.mkdir()
     shutil.copy(root / "mlflow.db", moved)
-    with pytest.raises(TrackingError, match="moved or copied"):
+    with pytest.raises(TrackingError, match=r"moved or copied: run `rrlhf relocate`.*mlartifacts$"):
         Tracker.connect(moved, "rrlhf")
+
+
+AFTER_A_MOVE = """
+import json, shutil, sys
+from pathlib import Path
+from rrlhf.store.artifacts import Store
+from rrlhf.tracking import Tracker
+root = Path(sys.argv[1])
+tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
+with tracker.promotions() as promotions:
+    faults = [promotions.fault(v.run_id, v.tags, alias) for v in tracker.versions() for alias in v.aliases]
+artifacts = list(store.all())
+for artifact in artifacts:
+    shutil.rmtree(artifact.path)
+    assert tracker.bring_back(store, artifact.stage, artifact.key) == artifact
+made = [tracker.register(artifact, None, profile="default").created for artifact in artifacts]
+print(json.dumps([[list(v) for v in tracker.versions()], faults, made]))
+"""
+
+
+def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tracker, family):
+    policy = register_all(tracker, family)[3]
+    evidence = {"to": "champion", "decision": "promoted", "digest": family[3].digest}
+    with tracker.promotions() as promotions:
+        promotions.keep(policy.name, policy.version, evidence, "promotion/champion.json", {})
+        promotions.move(policy.name, policy.version, "champion")
+    told = json.loads(json.dumps(tracker.versions()))
+    moved = root.rename(root.parent / f"{root.name} moved")
+    assert "places in mlflow.db now lie in" in relocate(moved)
+    assert "names the files beside it already" in relocate(moved)
+    command = [sys.executable, "-c", AFTER_A_MOVE, str(moved)]  # MLflow remembers places in one process
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    versions, faults, made = json.loads(done.stdout)
+    assert sorted(versions) == sorted(told)
+    assert faults == [None]
+    assert made == [False] * len(family)
+    [backup] = moved.glob("mlflow.db.before-relocate*")
+    assert f"{root}/mlartifacts".encode() in backup.read_bytes()
+    with closing(sqlite3.connect(moved / "mlflow.db")) as database:
+        assert not [line for line in database.iterdump() if f"{root}/mlartifacts" in line]
+
+
+def test_a_database_without_its_files_is_not_relocated(root, tracker, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(root / "mlflow.db", alone)
+    before = (alone / "mlflow.db").read_bytes()
+    with pytest.raises(TrackingError, match=r"mlartifacts is not here: copy .*mlartifacts beside mlflow\.db"):
+        relocate(alone)
+    assert (alone / "mlflow.db").read_bytes() == before
+    assert [path.name for path in alone.iterdir()] == ["mlflow.db"]
 
 
 def test_a_damaged_database_is_reported_at_once(root):
@@ -480,7 +628,7 @@ def test_a_registered_policy_loads_by_its_alias_and_answers(root, tracker):
     import mlflow
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
-    tracker.register(policy, DATA, aliases=["candidate"])
+    tracker.register(policy, DATA, aliases=["candidate"], profile="default")
     loaded = mlflow.pyfunc.load_model("models:/rrlhf-policy@candidate")
     answers = loaded.predict(["Write a note.", "Write a poem."])
     assert len(answers) == 2
@@ -494,14 +642,17 @@ def test_a_registered_policy_loads_as_its_card_says(root, tracker, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=tiny_policy)
-    tracker.register(policy, DATA, aliases=["robust"])
+    tracker.register(policy, DATA, aliases=["robust"], profile="default")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    monkeypatch.chdir(root)
     said = re.search(r"```python\n(.*?)```", (policy.path / CARD).read_text(), re.DOTALL)
     names = {}
     exec(said[1], names)
+    from_mlflow = {"mlflow": mlflow}
+    exec(said[1].replace("# folder = ", "folder = ").replace('VERSION"', '1"'), from_mlflow)
     by_number = Path(mlflow.artifacts.download_artifacts("models:/rrlhf-policy/1")) / "artifact"
     own = AutoModelForCausalLM.from_pretrained(policy.path).state_dict()
-    for other in (names["model"], AutoModelForCausalLM.from_pretrained(by_number)):
+    for other in (names["model"], from_mlflow["model"], AutoModelForCausalLM.from_pretrained(by_number)):
         assert own.keys() == other.state_dict().keys()
         assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in own.items())
     assert names["tokenizer"].decode(names["tokenizer"]("A note.")["input_ids"]).replace(" ", "") == "Anote."
@@ -511,18 +662,98 @@ def test_a_registered_policy_loads_as_its_card_says(root, tracker, monkeypatch):
 def test_mlflow_shows_the_card_with_version_run_and_model(tracker, client, family):
     register_all(tracker, family)
     version, card = client.get_model_version("rrlhf-policy", "1"), (family[3].path / CARD).read_text()
-    assert version.description == summary(family[3].manifest)
-    shown = without_front_matter(card)
-    assert shown.startswith("# Policy robust, by PPO")
-    assert client.get_run(version.run_id).data.tags["mlflow.note.content"] == shown
-    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    run, model = client.get_run(version.run_id), client.get_logged_model(version.source.removeprefix("models:/"))
+    read = [f"[rrlhf-{name} v1](#/models/rrlhf-{name}/versions/1)" for name in ("sft", "reward", "ensemble")]
+    data = f"the data set [default](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
+    links = f"Made from {', '.join([*read, data])}."
+    said, linked, content = version.description.split("\n\n")
+    assert said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4`."
+    assert (linked, content) == (links, f"Content `{family[3].digest[:8]}`.")
+    shown = run.data.tags["mlflow.note.content"]
+    assert shown.startswith("# Policy robust, by PPO\n\nThe SFT model after PPO on the reward `robust, nominal_weight")
+    assert shown.replace(f"{links}\n\n", "") == without_front_matter(card)
     assert model.tags["mlflow.note.content"] == shown
 
 
 def test_a_card_too_long_for_mlflow_ends_with_where_the_rest_is(root, tracker, client):
     long = [{"step": 1, **{f"head_{n}": float(n) for n in range(300)}}]
     sft = published(root, "sft", {"data": DATA.digest}, rows=long)
-    tracker.register(sft, DATA)
+    tracker.register(sft, DATA, profile="default")
     shown = client.get_run(client.get_model_version("rrlhf-sft", "1").run_id).data.tags["mlflow.note.content"]
     assert 7900 < len(shown) <= 8000
     assert re.search(r"\| `head_\d+` \| \d+ \| – \|\n\n\(The rest is in artifact/README.md.\)$", shown)
+
+
+@st.composite
+def relations(draw):
+    """Draw SFT models of different data, and reward models and policies on them; of few contents: many are twins."""
+    contents, few = st.integers(0, 1), st.integers(1, 2)
+    sfts = [draw(contents) for _ in range(draw(few) + 1)]
+    rewards = [(draw(st.sampled_from(range(len(sfts)))), draw(contents)) for _ in range(draw(few))]
+    policies = [
+        (draw(st.sampled_from(range(len(sfts)))), draw(st.sampled_from(range(len(rewards)))), draw(contents))
+        for _ in range(draw(few))
+    ]
+    return sfts, rewards, policies
+
+
+def made_of(root, drawn):
+    """Publish what was drawn; return artifacts by key, in order, and of each the keys that it was made from."""
+    made, read = {}, {}
+
+    def make(name, inputs, content):
+        def fill(staged):
+            (staged / "weights" / "model.safetensors").write_bytes(f"{name} {content}".encode())
+
+        digests = {argument: getattr(each, "digest", each) for argument, each in inputs.items()}
+        key = key_digest(document(name, digests))
+        if key not in made:  # as a run would find it
+            made[key] = published(root, name, inputs, fill=fill)
+            read[key] = {each.key for each in inputs.values() if isinstance(each, Artifact)}
+        return made[key]
+
+    sfts, rewards, policies = drawn
+    data = [f"md5:{number:032}.dir" for number in range(len(sfts))]
+    starts = [make("sft", {"data": data[i]}, content) for i, content in enumerate(sfts)]
+    heads = [make("reward", {"data": data[i], "sft": starts[i]}, content) for i, content in rewards]
+    for i, j, content in policies:
+        make("ppo-robust", {"data": data[i], "sft": starts[i], "reward": heads[j]}, content)
+    return made, read
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(relations())
+def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copy(database, root / "mlflow.db")
+        tracker, address = Tracker.connect(root, "rrlhf"), f"sqlite:///{root / 'mlflow.db'}"
+        client = MlflowClient(tracking_uri=address, registry_uri=address)
+        made, read = made_of(root, drawn)
+        for artifact in made.values():
+            tracker.register(artifact, None, profile="default")
+        versions = tracker.versions()
+        graph = load(root, versions)
+        pages = {version.key: client.get_run(version.run_id).inputs.model_inputs for version in versions}
+        for key, artifact in made.items():
+            product = graph.find(key)
+            assert {link.source.key for link in graph.sources(product)} - {""} == read[key]
+            assert {client.get_logged_model(each.model_id).tags["rrlhf.key"] for each in pages[key]} == read[key]
+            below, waiting = set(), [key]
+            while waiting:
+                parent = waiting.pop()
+                waiting += [child for child in read if parent in read[child] and child not in below]
+                below |= {child for child in read if parent in read[child]}
+            told = graph.down(product)[1:]
+            assert {each.key for each in told} == below
+            weights = artifact.path / "weights" / "model.safetensors"
+            sound = weights.read_bytes()
+            weights.write_bytes(b"changed")
+            with pytest.raises(TamperedError) as caught:
+                Store(root).checked(artifact.stage, key)
+            [line] = [line for line in str(caught.value).splitlines() if line.startswith("built on it: ")]
+            assert set(re.findall("[0-9a-f]{8}", line)) == {each[:8] for each in below}
+            found = Audit(root, graph, versions, tracker).run(product).broken
+            [broken] = [each for each in found if str(weights) in each.problem]
+            assert sorted(broken.downstream) == sorted(in_a_line(each) for each in told)
+            weights.write_bytes(sound)

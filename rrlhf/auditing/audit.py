@@ -14,9 +14,9 @@ from rrlhf.auditing.data import data_faults, record_faults
 from rrlhf.identity.memo import sha256
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
-from rrlhf.stages import DATA, EXTERNAL, aliases_of, arm_of
-from rrlhf.store.artifacts import MANIFEST, Artifact, Store, TamperedError, content_digest, read_artifact
-from rrlhf.tracking import MODEL_NAMES, Tracker, Version, tag_fault
+from rrlhf.stages import DATA, EXTERNAL, MODEL_NAMES, aliases_of, arm_of, profile_of
+from rrlhf.store.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact
+from rrlhf.tracking import Tracker, Version, tag_fault
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ class Audit:
         self.notes: list[str] = []
         self._versions: dict[tuple[str, str], list[Version]] = {}
         for version in versions:
-            self._versions.setdefault((version.tags["rrlhf.digest"], version.tags.get("rrlhf.key", "")), []).append(
-                version
-            )
+            self._versions.setdefault((version.digest, version.key), []).append(version)
 
     def run(self, start: Product | None = None) -> Report:
         """Check a product with everything above it, or everything that is here or registered."""
@@ -134,8 +132,8 @@ class Audit:
             if self.deep:
                 self.notes.append(f"{name} is registered and its files are not here; a run would bring them back")
             return
-        if version.name != MODEL_NAMES.get(artifact.stage):
-            yield f"{name} in MLflow: expected a version of {MODEL_NAMES.get(artifact.stage)}"
+        if profile_of(version.name, artifact.stage) is None:
+            yield f"{name} in MLflow: expected the name of a model of stage {artifact.stage}"
         if problem := tag_fault(artifact, version.tags):
             yield f"{name} in MLflow, {problem}"
         yield from (f"{name} in MLflow, {problem}" for problem in self._alias_faults(version, artifact))
@@ -183,9 +181,8 @@ class Audit:
                 problem = f"{folder / MANIFEST}: expected the folder of its key, {artifact.key}"
             except TamperedError as error:
                 problem = str(error).partition("\n")[0]
-            digest = content_digest(self.store.digests(folder))
-            downstream = dict.fromkeys(each for made in self.graph.makers(digest) for each in self.graph.down(made)[1:])
-            yield Broken(problem, f"{folder.parent.name} {folder.name[:8]}", [line(each) for each in downstream])
+            downstream = [line(each) for each in self.graph.built_on(folder.name)]
+            yield Broken(problem, f"{folder.parent.name} {folder.name[:8]}", downstream)
 
     def _broken(self, problem: str, product: Product) -> Broken:
         return Broken(problem, line(product), [line(each) for each in self.graph.down(product)[1:]])

@@ -44,7 +44,7 @@ def find_models(
     models: registered versions, aliases, digests, or folders of an artifact or of transformers. Raises UsageError that
     says what to do, and TamperedError when a stored file was changed.
     """
-    lookup = Lookup(root, params)
+    lookup = Lookup(root, profile, params)
     found = [_model(lookup, reference, params.model) for reference in models]
     judge = _ensemble(lookup, Project(root, profile, params), found, ensemble)
     if judge is None:

@@ -46,17 +46,13 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     modules: the package in which the stages are, this one if left out.
     """
     modules = modules or our_modules()
-    settings = node.settings
+    settings = settings_here(node)
     used = ["torch", "transformers", "tokenizers"]
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
         used.append("peft")
-    model = settings.get("model")
-    bases = [section.get("base") or "" for section in (model, settings.get("trunk"), settings.get("reward")) if section]
-    if "base" in inputs and any(base.endswith(".gguf") for base in bases):
+    sections = (settings.get(name) or {} for name in ("model", "trunk", "reward"))
+    if "base" in inputs and any(str(section.get("base")).endswith(".gguf") for section in sections):
         used.append("gguf")
-    if model:
-        model["device"] = device_kind(model["device"])
-        model["dtype"] = dtype_name(model["dtype"], model["device"])
     document: Document = {
         "stage": node.stage,
         "params": settings,
@@ -69,6 +65,15 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     brought = [name for module, names in BROUGHT_BY.items() if module in document["code"] for name in names]
     document["numerics"] |= {name: _installed(name) for name in brought}
     return document
+
+
+def settings_here(node: Node) -> dict[str, Any]:
+    """Return a node's settings with what "auto" means on this machine."""
+    settings = node.settings
+    if model := settings.get("model"):
+        model["device"] = device_kind(model["device"])
+        model["dtype"] = dtype_name(model["dtype"], model["device"])
+    return settings
 
 
 def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:

@@ -64,7 +64,7 @@ def judged(
     perturb: how many perturbed texts of each kind are sampled for every response. Raises ValueError that says what to
     do, and TamperedError when a stored file was changed.
     """
-    lookup, project = Lookup(root, params), Project(root, profile, params)
+    lookup, project = Lookup(root, profile, params), Project(root, profile, params)
     artifact = _reward_model(lookup.find(model), model) if model else _of_profile(project)
     features = artifact if artifact.stage == "reward" else lookup.input_of(artifact, "reward")
     labelled = pairs

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rrlhf.tracking import Tracker, Version
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
-Profile = Annotated[str, typer.Option(help="Profile whose tracking.experiment is asked.")]
+Profile = Annotated[str, typer.Option(help="Profile whose nodes are named, and whose tracking.experiment is asked.")]
 
 
 class Format(StrEnum):
@@ -59,7 +59,7 @@ def lineage(
     if row is not None:
         text = _row(graph, row, format)
     else:
-        start = graph.find(str(node))
+        start = graph.find(str(node), profile)
         text = _written(*_told(graph, start, down, (versions, tracker), format), down, format)
     if out is None:
         print(text)
@@ -81,7 +81,7 @@ def diff(
     from rrlhf.lineage import diff as differences
 
     graph, versions, tracker = _graph(profile)
-    found = compared(graph, graph.find(a), graph.find(b), Path.cwd(), (versions, tracker))
+    found = compared(graph, graph.find(a, profile), graph.find(b, profile), Path.cwd(), (versions, tracker))
     print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
 
 
@@ -108,7 +108,7 @@ def audit(
     root = Path.cwd()
     notary = notary_of(root, load_params(root, profile).signatures)
     graph, versions, tracker = _graph(profile, strict=False)
-    start = graph.find(model) if model else None
+    start = graph.find(model, profile) if model else None
     report = auditing.Audit(root, graph, versions, tracker, deep=deep, notary=notary).run(start)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
     if report.broken:
@@ -135,7 +135,7 @@ def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], 
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions, strict=strict), versions, tracker
+    return load(root, versions, profile, strict=strict), versions, tracker
 
 
 def _told(

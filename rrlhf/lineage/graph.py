@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from rrlhf.identity.keys import Document
 from rrlhf.located import UsageError
-from rrlhf.stages import DATA
+from rrlhf.stages import DATA, profile_of
 
 SHOWN = 8  # hex digits of a digest that a person reads
 
@@ -35,6 +35,8 @@ class Product:
     commit: str = ""
     created: str = ""  # ISO 8601, UTC
     seconds: float = 0.0
+    input_keys: Mapping[str, str] = field(default_factory=dict)  # argument -> key of the making that was read
+    profile: str = ""  # for which it was made, where that is known
 
     @property
     def short(self) -> str:
@@ -50,6 +52,13 @@ class Product:
             return self.node
         name, _, number = self.names[0].partition("/")
         return f"{name} v{number}"
+
+    @property
+    def profiles(self) -> set[str]:
+        """The profiles that it is a product of: whose names it has, and for which it was made."""
+        models = {profile_of(name.partition("/")[0], self.stage) for name in self.names if "/" in name}
+        data = {re.sub("-[0-9a-f]{8}$", "", name) for name in self.names if self.node == DATA}  # of a variant too
+        return {profile for profile in {*models, *data, self.profile} if profile}
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -75,9 +84,11 @@ class Graph:
         """Take products, the newest first."""
         self.products = list(products)
         self._makers: defaultdict[str, list[Product]] = defaultdict(list)
+        self._making: dict[tuple[str, str], Product] = {}
         self._readers: defaultdict[Product, list[Link]] = defaultdict(list)
         for product in self.products:
             self._makers[product.digest].append(product)
+            self._making.setdefault((product.digest, product.key), product)
         self._sources: dict[Product, list[Link]] = {product: self._links(product) for product in self.products}
         for links in self._sources.values():
             for link in links:
@@ -86,19 +97,23 @@ class Graph:
     def _links(self, product: Product) -> list[Link]:
         """Link a product to its inputs, the data set first; those that nobody knows get a product of their own."""
         inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
-        return [Link(self._maker(digest, argument, product), argument, product) for argument, digest in inputs]
+        return [
+            Link(self._maker(digest, argument, product.input_keys.get(argument)), argument, product)
+            for argument, digest in inputs
+        ]
 
-    def _maker(self, digest: str, argument: str, reader: Product) -> Product:
-        """Return whose content was read: of several makings with one content, that with most inputs of the reader.
+    def _maker(self, digest: str, argument: str, key: str | None) -> Product:
+        """Return the making that was read; of data, and where no key was noted, the newest with this content.
 
-        Data sets that differ in their preferences alone, say, give one SFT model twice.
+        Two makings may have one content: data sets that differ in their preferences alone give one SFT model twice.
         """
-        if digest not in self._makers:
-            self._makers[digest].append(Product(digest, argument))
-        makers = self._makers[digest]
-        if len(makers) == 1:
-            return makers[0]
-        return max(makers, key=lambda maker: len(maker.inputs.items() & reader.inputs.items()))
+        if key is None and self._makers[digest]:
+            return self._makers[digest][0]
+        identity = digest, key or ""
+        if identity not in self._making:
+            self._making[identity] = Product(digest, argument, key=key or "")
+            self._makers[digest].append(self._making[identity])
+        return self._making[identity]
 
     def makers(self, digest: str) -> list[Product]:
         """Return everything that has this content, the newest first."""
@@ -120,22 +135,32 @@ class Graph:
         """Return a product with everything made from it, inputs before what they made."""
         return _ordered(product, lambda each: [link.made for link in self.readers(each)])[::-1]
 
+    def built_on(self, name: str) -> list[Product]:
+        """Return everything made from what has this key or, as a data set, this digest, inputs before what they made.
+
+        The one answer to "what is built on this": for a lineage, an audit, and the error of a changed file.
+        """
+        starts = [made for makings in self._makers.values() for made in makings if name in (made.key, made.digest)]
+        return list(dict.fromkeys(product for start in starts for product in self.down(start)[1:]))
+
     def links(self, among: Iterable[Product]) -> list[Link]:
         """Return the links between these products."""
         chosen = list(among)
         inside = set(chosen)
         return [link for product in chosen for link in self.sources(product) if link.source in inside]
 
-    def find(self, reference: str) -> Product:
+    def find(self, reference: str, profile: str = "default") -> Product:
         """Find "rrlhf-policy@candidate", "rrlhf-policy/3", a data set's name, a node, or the start of a digest or key.
 
-        "NAME@latest" is the newest version of a name, "data" the newest data set; a start has 6 hex digits or more.
-        Raises UsageError with the closest names when there is none, or more than one.
+        "NAME@latest" is the newest version of a name, a node ("data", "ppo-robust") the newest of the profile; a start
+        has 6 hex digits or more. Raises UsageError with the closest names when there is none, or more than one.
         """
         wanted = reference.removeprefix("models:/")
         named = self._named
         if wanted in named:
             return named[wanted]
+        if wanted in self._nodes:
+            return self._of_profile(wanted, profile)
         if wanted in self._makers:
             return self._makers[wanted][0]
         if re.fullmatch("[0-9a-f]{6,}", start := wanted.removeprefix("md5:").removesuffix(".dir")):
@@ -145,7 +170,7 @@ class Graph:
             if found:
                 digests = ", ".join(digest[: len(start) + 6] for digest in found)
                 raise UsageError(f"{reference!r} begins several digests: {digests}")
-        close = difflib.get_close_matches(wanted, named, n=3) or sorted(named)[:10]
+        close = difflib.get_close_matches(wanted, {*named, *self._nodes}, n=3) or sorted(named)[:10]
         raise UsageError(
             f"no model {reference!r}; {'close: ' + ', '.join(close) if close else 'none is registered yet'}"
         )
@@ -164,10 +189,25 @@ class Graph:
         named: dict[str, Product] = {}
         for product in reversed(self.products):
             models = {name.partition("/")[0] for name in product.names if "/" in name}
-            named |= {product.node: product} | {f"{model}@latest": product for model in models}
+            named |= {f"{model}@latest": product for model in models}
         for product in reversed(self.products):
             named |= dict.fromkeys((*product.names, *product.aliases), product)
         return named
+
+    @cached_property
+    def _nodes(self) -> dict[str, list[Product]]:
+        """Return the products of every node, the newest first."""
+        nodes: dict[str, list[Product]] = {}
+        for product in self.products:
+            nodes.setdefault(product.node, []).append(product)
+        return nodes
+
+    def _of_profile(self, node: str, profile: str) -> Product:
+        found = next((product for product in self._nodes[node] if profile in product.profiles), None)
+        if found is None:
+            others = sorted({each for product in self._nodes[node] for each in product.profiles})
+            raise ValueError(f"profile {profile} has no {node} yet; name another with --profile: {', '.join(others)}")
+        return found
 
 
 def _first(item: tuple[str, Product]) -> str:

@@ -6,7 +6,6 @@ the settings and numbers of what it holds. Both tell a product by the digest of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from rrlhf.identity.seal import opened
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.stages import DATA
+from rrlhf.stages import DATA, profile_of
 from rrlhf.store.artifacts import Artifact, Store, TamperedError
 from rrlhf.tracking import Tracker, Version
 from rrlhf.versioning.records import Record, cached, kept_document, locks, run_records
@@ -23,20 +22,23 @@ from rrlhf.versioning.records import Record, cached, kept_document, locks, run_r
 Identity = tuple[str, str]  # digest of the content, key
 
 
-def from_versions(versions: Iterable[Version]) -> Graph:
-    """Return the graph of registered versions alone; they come newest first."""
+def from_versions(versions: Iterable[Version], profile: str = "default") -> Graph:
+    """Return the graph of registered versions alone; they come newest first.
+
+    profile: whose names stand first, where a model has those of several.
+    """
     found = list(versions)
-    return Graph([*_registered(found).values(), *_named_data_sets(found)])
+    return Graph([*_registered(found, profile).values(), *_named_data_sets(found)])
 
 
-def load(root: Path, versions: Sequence[Version], *, strict: bool = True) -> Graph:
+def load(root: Path, versions: Sequence[Version], profile: str = "default", *, strict: bool = True) -> Graph:
     """Return the graph of registered versions, of the folder's artifacts and of its data sets.
 
-    strict: raise TamperedError when a record of a data set was changed, instead of going without it.
+    profile: whose names stand first, where a model has those of several. strict: raise TamperedError when a record of a
+    data set was changed, instead of going without it.
     """
-    products = _registered(versions)
-    stored = [_stored(artifact) for artifact in Store(root).all()]
-    for product in sorted(stored, key=lambda each: each.created, reverse=True):
+    products = _registered(versions, profile)
+    for product in Store(root).products():
         registered = products.get((product.digest, product.key))
         if registered:
             product = replace(product, names=registered.names, aliases=registered.aliases)
@@ -59,40 +61,45 @@ def data_sets(root: Path, *, strict: bool = True) -> list[Product]:
 
 def described(products: Iterable[Product], versions: Sequence[Version], tracker: Tracker) -> dict[Product, Product]:
     """Return products with their settings and numbers; of those that are not in the folder, MLflow is asked."""
-    kept = {(version.tags["rrlhf.digest"], version.tags["rrlhf.key"]): version for version in versions}
+    kept = {(version.digest, version.key): version for version in versions}
     found = {}
     for product in products:
         version = kept.get((product.digest, product.key))
         if product.document is None and version:
             manifest = opened(tracker.manifest(version))
-            told = _stored(Artifact(Path(), manifest))
+            told = Artifact(Path(), manifest).product
             found[product] = replace(told, names=product.names, aliases=product.aliases)
         else:
             found[product] = product
     return found
 
 
-def _registered(versions: Iterable[Version]) -> dict[Identity, Product]:
+def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Product]:
     """Return one product for all versions of one content and key, as their tags tell it."""
     products: dict[Identity, Product] = {}
     for version in versions:
-        tags = version.tags
-        name = f"{version.name}/{version.version}"
+        name, made = f"{version.name}/{version.version}", version.made
         aliases = tuple(f"{version.name}@{alias}" for alias in version.aliases)
-        identity = tags["rrlhf.digest"], tags.get("rrlhf.key", "")
+        identity = made["digest"], version.key
         if known := products.get(identity):
-            names = (*known.names, name)
+            own = (
+                profile_of(version.name, known.stage)
+                == profile
+                != profile_of(known.names[0].partition("/")[0], known.stage)
+            )
+            names = (name, *known.names) if own else (*known.names, name)
             products[identity] = replace(known, names=names, aliases=(*known.aliases, *aliases))
             continue
         products[identity] = Product(
-            digest=identity[0],
-            key=identity[1],
-            node=tags["rrlhf.node"],
-            stage=tags.get("rrlhf.stage", ""),
-            inputs=json.loads(tags["rrlhf.inputs"]),
+            digest=made["digest"],
+            key=version.key,
+            node=version.tags["rrlhf.node"],
+            stage=made["stage"],
+            inputs=made["inputs"],
+            input_keys=made["input_keys"],
             names=(name,),
             aliases=aliases,
-            commit=tags.get("rrlhf.git_commit", ""),
+            commit=made["git_commit"] or "",
             created=datetime.fromtimestamp(version.created / 1000, UTC).isoformat() if version.created else "",
         )
     return products
@@ -102,26 +109,10 @@ def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
     """Return the data sets that versions name as their inputs, the newest first."""
     named: dict[str, str] = {}
     for version in versions:
-        digest = json.loads(version.tags["rrlhf.inputs"]).get(DATA)
+        digest = version.made["inputs"].get(DATA)
         if digest and (digest not in named or not named[digest]):
-            named[digest] = version.tags.get("rrlhf.dataset_name", "")
+            named[digest] = version.tags.get("rrlhf.data", "")
     return [Product(digest, DATA, "prepare", names=(name,) if name else ()) for digest, name in named.items()]
-
-
-def _stored(artifact: Artifact) -> Product:
-    manifest = artifact.manifest
-    return Product(
-        digest=artifact.digest,
-        key=artifact.key,
-        node=artifact.name,
-        stage=artifact.stage,
-        inputs=artifact.inputs,
-        document=manifest["document"],
-        metrics=artifact.metrics,
-        commit=manifest["git_commit"] or "",
-        created=manifest["created"],
-        seconds=manifest["seconds"],
-    )
 
 
 def _data_set(root: Path, record: Record, *, strict: bool) -> Product:

@@ -8,15 +8,15 @@ from pathlib import Path
 from rrlhf.config import Params
 from rrlhf.located import UsageError
 from rrlhf.signing.signatures import notary_of
-from rrlhf.store.artifacts import MANIFEST, Artifact, Store, read_artifact
+from rrlhf.store.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact
 
 
 class Lookup:
     """The artifacts of a project: those in its store, and those that MLflow can give back."""
 
-    def __init__(self, root: Path, params: Params) -> None:
+    def __init__(self, root: Path, profile: str, params: Params) -> None:
         self.store = Store(root, notary_of(root, params.signatures))
-        self._root, self._experiment = root, params.tracking.experiment
+        self._root, self._profile, self._experiment = root, profile, params.tracking.experiment
 
     def find(self, reference: str) -> Artifact:
         """Return the artifact of "rrlhf-ensemble@latest", "rrlhf-ensemble/3", a digest's or key's start, or a folder.
@@ -32,18 +32,20 @@ class Lookup:
 
     def input_of(self, artifact: Artifact, argument: str) -> Artifact:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""
-        digest = artifact.inputs[argument]
-        here = next((found for found in self.store.all() if found.digest == digest), None)
+        digest, key = artifact.inputs[argument], artifact.input_keys.get(argument)
+        made = (found for found in self.store.all() if found.digest == digest and key in {None, found.key})
+        here = next(made, None)
         try:
-            return self._verified(here) if here else self._registered(digest)
+            return self._verified(here) if here else self._registered(key or digest)
         except UsageError:
             raise ValueError(
                 f"the {argument} that {artifact.name} was made from, {digest[:12]}, is neither here nor in MLflow"
             ) from None
 
     def _beginning_with(self, start: str) -> Artifact | None:
-        found = {item.digest: item for item in self.store.all() if item.digest.startswith(start)}
-        found = found or {item.digest: item for item in self.store.all() if item.key.startswith(start)}
+        everything = sorted(self.store.all(), key=lambda item: str(item.manifest["created"]))  # of twins, the newest
+        found = {item.digest: item for item in everything if item.digest.startswith(start)}
+        found = found or {item.key: item for item in everything if item.key.startswith(start)}
         if len(found) > 1:
             raise UsageError(f"{start!r} begins several digests: {', '.join(digest[:12] for digest in found)}")
         return next(iter(found.values()), None)
@@ -54,15 +56,13 @@ class Lookup:
         from rrlhf.tracking import Tracker
 
         tracker = Tracker.connect(self._root, self._experiment)
-        found = from_versions(tracker.versions()).find(reference)
-        stage, key = found.stage, found.key
-        if not key:
+        found = from_versions(tracker.versions(), self._profile).find(reference, self._profile)
+        if not found.key:
             raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
-        with self.store.locked(key):
-            artifact = self.store.checked(stage, key)
-            downloaded = self.store.staging("restore", key)
-            if artifact is None and tracker.restore(stage, key, downloaded):
-                artifact = self.store.adopt(stage, key, downloaded)
+        try:
+            artifact = tracker.bring_back(self.store, found.stage, found.key)
+        except CopyError as error:
+            raise CopyError(f"{error}\n`rrlhf run` with the settings that it was made with makes it again") from None
         if artifact is None:
             raise ValueError(f"{reference!r} is registered, but its files are neither here nor in MLflow")
         return artifact

@@ -11,6 +11,7 @@ from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.layout import HEIGHT, WIDTH, Point, layout
 from rrlhf.lineage.text import line
 from rrlhf.stages import DATA, EXTERNAL, METHODS
+from rrlhf.store.units import telling
 
 COLOURS = {"data": "#2a78b5", "outside": "#777777", "policy": "#c0561f", "evaluate": "#5a4fa2", "model": "#2d7d46"}
 LETTERS = 27  # of a line in a box
@@ -157,8 +158,7 @@ def _told(product: Product) -> str:
     if arm.get("reward"):
         weight = arm.get("nominal_weight")
         return f"reward {arm['reward']}" + (f", w = {weight:g}" if weight is not None else "")
-    shown = next((name for name in ("heldout_accuracy", "accuracy", "loss") if name in product.metrics), None)
-    return f"{shown} {product.metrics[shown]:.3g}" if shown else ""
+    return telling(product.stage, product.metrics)
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:

@@ -111,8 +111,8 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
     with locked(root / ".rrlhf" / "promoting"):
         tracker = Tracker.connect(root, params.tracking.experiment)
         versions = tracker.versions()
-        version = named(asked.reference, versions)
-        lookup = Lookup(root, params)
+        version = named(asked.reference, profile, versions)
+        lookup = Lookup(root, profile, params)
         decision = _weigh(lookup, Project(root, profile, params), version, Registry(tracker, versions), asked)
         file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
         with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
@@ -133,11 +133,11 @@ def check(asked: Asked, arms: Sequence[str]) -> None:
         raise UsageError("--override needs a reason in words, which is recorded with the version")
 
 
-def named(reference: str, versions: Sequence[Version]) -> Version:
+def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises UsageError when there is none, or more than one."""
     from rrlhf.lineage.load import from_versions
 
-    found = from_versions(versions).find(reference)
+    found = from_versions(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
     names = [name for name in (reference.removeprefix("models:/"), *found.names) if name in known]
     if not names:
@@ -150,7 +150,7 @@ def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     from rrlhf.auditing.audit import Audit
     from rrlhf.lineage.load import load
 
-    graph = load(project.root, registry.versions, strict=False)
+    graph = load(project.root, registry.versions, project.profile, strict=False)
     audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
     report = audit.run(graph.find(f"{version.name}/{version.version}"))
     return [broken.problem for broken in report.broken]
@@ -204,10 +204,8 @@ def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registr
 
 
 def _policy(lookup: Lookup, version: Version) -> Artifact:
-    from rrlhf.tracking import MODEL_NAMES
-
-    if version.name != MODEL_NAMES["ppo"]:
-        raise UsageError(f"{version.name} v{version.version} is no trained policy; name one of {MODEL_NAMES['ppo']}")
+    if version.made["stage"] not in {"ppo", "dpo"}:
+        raise UsageError(f"{version.name} v{version.version} is no trained policy; name a version of a policy")
     return lookup.find(f"{version.name}/{version.version}")
 
 

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.lineage.text import mermaid, tree
+from rrlhf.lineage.text import tree
 from rrlhf.reporting.evaluation import Evaluation, highest, in_figures, measured
-from rrlhf.reporting.report import METRICS, reward_in_words, visible
+from rrlhf.reporting.report import METRICS, WIDE, reward_in_words, visible
+from rrlhf.tracking import version_page
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&])")
 
 
-def comparison(evaluation: Evaluation, sentences: Iterable[str], report: str) -> str:
+def comparison(
+    evaluation: Evaluation, sentences: Iterable[str], report: str, links: Mapping[str, str] | None = None
+) -> str:
     """Return the comparison of policies: a table, mean ± standard error over prompts, and what it says.
 
-    sentences: its conclusions. report: the path of the HTML report.
+    sentences: its conclusions. report: the path of the HTML report. links: a page of each policy. What a terminal shows
+    comes first: a page shows five or six columns, and the rest when it is scrolled.
     """
     policies = evaluation["policies"]
     present = {metric for policy in policies for metric in policy["metrics"]}
-    metrics = [*(metric for metric in METRICS if metric in present), *sorted(present - set(METRICS))]
+    order = sorted(METRICS, key=lambda metric: metric not in WIDE)
+    metrics = [*(metric for metric in order if metric in present), *sorted(present - set(METRICS))]
     known = {metric: measured(evaluation, metric) for metric in metrics}
     best = highest(known["gold"]) if known.get("gold") else None
     rows = []
     for policy in policies:
         name = policy["name"]
         figures = [in_figures(known[metric][name]) if name in known[metric] else "–" for metric in metrics]
-        rows.append([f"★ {name}" if name == best else name, reward_in_words(policy), *figures])
-    shown = table(["policy", "trained on", *metrics], rows)
+        rows.append([f"★ {name}" if name == best else name, *figures, reward_in_words(policy)])
+    shown = table(["policy", *metrics, "trained on"], rows)
     said = "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
-    return f"mean ± standard error over prompts, ★ the highest gold\n\n{shown}\n\n{said}\n\nreport: {escaped(report)}"
+    pages = ", ".join(f"[{escaped(name)}]({page})" for name, page in (links or {}).items())
+    told = [shown, f"in MLflow: {pages}" if pages else "", said, f"report: {escaped(report)}"]
+    return "\n\n".join(["mean ± standard error over prompts, ★ the highest gold", *filter(None, told)])
 
 
-def ancestry(graph: Graph, product: Product) -> str:
-    """Return what a product was made from: a tree to read, and a Mermaid flowchart to draw."""
-    return f"{fenced(tree(graph, product))}\n\n{fenced(mermaid(graph, product), 'mermaid')}"
+def ancestry(graph: Graph, product: Product, mlflow: str | None = None) -> str:
+    """Return what a product was made from as a tree; mlflow: where its pages are, to which models are then linked."""
+    models = [made for made in graph.up(product) if mlflow and "/" in "".join(made.names[:1])]
+    links = [f"- [{escaped(made.title)}]({version_page(str(mlflow), made.names[0])})" for made in reversed(models)]
+    return "\n".join([*links, "", fenced(tree(graph, product))])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

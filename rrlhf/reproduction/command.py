@@ -50,7 +50,7 @@ def reproduce(
     params = load_params(root, profile, overrides(profile, set_))
     if keep and keep.exists():
         raise UsageError(f"--keep {keep}: it exists already; name a new folder")
-    lookup = Lookup(root, params)
+    lookup = Lookup(root, profile, params)
     artifact = lookup.find(version)
     from rrlhf.reproduction.rebuild import rebuild, steps  # and with it torch
 

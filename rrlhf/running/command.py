@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -31,6 +32,11 @@ Force = Annotated[
     typer.Option(metavar="STAGE", help="Compute this stage although its result is there, and compare: the same bits "
                  "rerun nothing below it; others end the run with exit code 3, and the stored result stays."),
 ]  # fmt: skip
+TakeAliases = Annotated[
+    bool,
+    typer.Option("--take-aliases", help="Give candidate and the arms' aliases to what this run makes, although --set "
+                 "changed the settings; otherwise those of the settings as they stand stay."),
+]  # fmt: skip
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
 
 
@@ -41,6 +47,7 @@ def run(
     until: Until = None,
     only: Only = None,
     force: Force = None,
+    take_aliases: TakeAliases = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +68,7 @@ def run(
     if dry_run:
         plan(profile, set_, from_, until, only, force, as_json)
     else:
-        run_flow(profile, overrides(profile, set_), part, as_json)
+        run_flow(profile, overrides(profile, set_), part, as_json, take_aliases)
 
 
 def plan(
@@ -82,6 +89,7 @@ def plan(
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
     """
     from rrlhf.running.plan import total
+    from rrlhf.running.uptodate import unregistered
 
     changed = overrides(profile, set_)
     project = _project(profile, changed)
@@ -94,8 +102,10 @@ def plan(
     width = max(len(one.node) for one in planned)
     for one in planned:
         print(_line(one, width, verbose))
-    if expected := total(planned):
+    if expected := total(planned, project.usual_start_up()):
         print(expected)
+    if waiting := unregistered(project, planned):
+        print(f"to be registered in MLflow: {', '.join(waiting)}")
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         print("the tracking server was not asked: a model that it has will be restored instead of run")
 
@@ -133,6 +143,17 @@ def status(as_json: AsJson = False) -> None:
         print("\n".join(told(found)))
 
 
+def relocate() -> None:
+    """Have MLflow's database of a folder that was moved or copied name the files that are here now.
+
+    Versions, aliases and the evidence of promotions stay as they are; the database as it was is kept beside it. A
+    database of MLFLOW_TRACKING_URI is left alone.
+    """
+    from rrlhf.tracking.relocate import relocate as move
+
+    print(move(Path.cwd()))
+
+
 def report(profile: Profile = "default", set_: Set = None) -> None:
     """Write the HTML report of a finished run again, and print its path."""
     changed = overrides(profile, set_)
@@ -142,18 +163,24 @@ def report(profile: Profile = "default", set_: Set = None) -> None:
     run_flow(profile, changed)
 
 
-def run_flow(profile: str, overrides: dict[str, Json], part: Part | None = None, as_json: bool = False) -> None:
+def run_flow(
+    profile: str,
+    overrides: dict[str, Json],
+    part: Part | None = None,
+    as_json: bool = False,
+    take_aliases: bool = False,
+) -> None:
     """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
     from rrlhf.running.partial import Part
 
     part = part or Part()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        result = _found_done(profile, overrides, part) or _run(profile, overrides, part)
+        result = _found_done(profile, overrides, part, take_aliases) or _run(profile, overrides, part, take_aliases)
     if as_json:
         print(json.dumps(result, indent=1))
 
 
-def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
     from rrlhf.progress import say
     from rrlhf.running.dvc_record import record
@@ -161,7 +188,7 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     from rrlhf.running.records import noted
     from rrlhf.running.uptodate import nothing_to_do, show
 
-    project = _project(profile, overrides)
+    project = _project(profile, overrides, take_aliases)
     planned = project.plan(part)
     project.check_keys(planned)
     done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
@@ -175,14 +202,16 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part) -> Json:
     return done.result
 
 
-def _run(profile: str, overrides: dict[str, Json], part: Part) -> Json:
+def _run(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     from rrlhf.params import load_params
+    from rrlhf.running.records import note_end
     from rrlhf.running.starting import started
 
     root = Path.cwd()
+    atexit.register(note_end, root, profile)  # before the services, which are then stopped earlier
     pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
     asked = {name: [*names] for name, names in part._asdict().items() if names}
-    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None)
+    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
     return result
 
 
@@ -192,13 +221,13 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
     return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
 
 
-def _project(profile: str, overrides: dict[str, Json]) -> Project:
-    from rrlhf.params import load_params
+def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
     from rrlhf.running.plan import Project
+    from rrlhf.tracking.registry import check_place
 
-    root = Path.cwd()
-    project = Project(root, profile, load_params(root, profile, overrides))
+    project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     project.check_keys()
+    check_place(project.root, project.params.tracking.experiment)
     project.check_sources()
     return project
 

@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from rrlhf.config import Params, Prepare
-from rrlhf.identity.keys import Document, differences, key_digest, key_document, our_modules
+from rrlhf.identity.keys import Document, differences, key_digest, key_document, our_modules, settings_here
 from rrlhf.identity.modules import Modules
 from rrlhf.language_models.sources import external_digests, source_digest
 from rrlhf.located import ParamsError
+from rrlhf.params import load_params
 from rrlhf.preferences.files import is_hub_id
 from rrlhf.progress import in_words
 from rrlhf.running.partial import Chosen, Part, chosen
+from rrlhf.running.records import last_run
 from rrlhf.signing.signatures import notary_of
-from rrlhf.stages import DATA, Node, nodes
+from rrlhf.stages import DATA, EXTERNAL, Node, aliases_of, nodes, profile_of
 from rrlhf.store.artifacts import Artifact, Store
+from rrlhf.store.cards import about
 from rrlhf.types import Dataset, Json
 from rrlhf.versioning.datasets import Place, place_of, prepared, restorable
 
 # "upstream": an input will run, and its result decides; "skip": left out of this run, and not up to date.
 Action = Literal["run", "reuse", "restore", "upstream", "skip"]
 EVERYTHING = Part()
+Size = tuple[frozenset[tuple[str, Any]], int, str | None, str | None]
 
 
 class Planned(NamedTuple):
@@ -58,7 +62,7 @@ class Found(NamedTuple):
 class Project:
     """A project folder's settings and results: finds the key of every node.
 
-    graph, modules: another graph, and the package that its stages are modules of.
+    graph, modules: another graph, and the package that its stages are modules of. takes_aliases: a run moves aliases.
     """
 
     def __init__(
@@ -69,12 +73,25 @@ class Project:
         *,
         graph: Sequence[Node] | None = None,
         modules: Modules | None = None,
+        takes_aliases: bool = True,
     ) -> None:
-        self.root, self.profile, self.params = root, profile, params
+        self.root, self.profile, self.params, self.takes_aliases = root, profile, params, takes_aliases
         self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
         self.notes: list[str] = []
         self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
+
+    @classmethod
+    def opened(
+        cls, root: Path, profile: str, overrides: Mapping[str, Json] | None = None, *, take_aliases: bool = False
+    ) -> Project:
+        """Read the settings of a profile with overrides, whose runs leave aliases alone unless asked for them."""
+        params = load_params(root, profile, overrides)
+        return cls(root, profile, params, takes_aliases=take_aliases or not overrides)
+
+    def aliases_of(self, name: str) -> list[str]:
+        """Return the aliases that a run gives to a node's model."""
+        return aliases_of(name, self.params.tracking.candidate) if self.takes_aliases else []
 
     def document(self, node: Node, digests: Mapping[str, str]) -> Document:
         """Return a node's key document, given the digest of every node that it reads."""
@@ -218,7 +235,7 @@ class Project:
         if forced:
             return Planned(node.name, "run", ["forced"], self._usual_seconds(node), key)
         if found is None:
-            return Planned(node.name, "run", self._reasons(node, document, key), self._usual_seconds(node), key)
+            return Planned(node.name, "run", self.reasons(node, document, key), self._usual_seconds(node), key)
         if found.restored:
             return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
         return Planned(node.name, "reuse", [], None, key)
@@ -234,15 +251,20 @@ class Project:
         key = key_digest(document)
         if artifact := self.store.checked(node.stage, key):
             return Found(artifact.digest)
-        return self._registered(key)
+        return self._registered(node, key)
 
-    def _registered(self, key: str) -> Found | None:
+    def _registered(self, node: Node, key: str) -> Found | None:
         from rrlhf.tracking.registry import registrations
 
-        found = (registrations(self.root, self.params.tracking.experiment, [key]) or {}).get(key)
-        return Found(found.digest, f"registered as {found.name} v{found.version}") if found and found.name else None
+        known = registrations(self.root, self.params.tracking.experiment, [key]) or {}
+        named = [(name, found) for (_, name), found in known.items() if name]
+        if not named:
+            return None
+        name, found = max(named, key=lambda each: profile_of(each[0], node.stage) == self.profile)
+        return Found(found.digest, f"registered as {name} v{found.version}")
 
-    def _reasons(self, node: Node, document: Document, key: str) -> list[str]:
+    def reasons(self, node: Node, document: Document, key: str) -> list[str]:
+        """Say why a node whose result is not there has to compute."""
         if self.store.was_here(key):
             return ["artifact missing"]
         return self.closest(node, document)[0] or ["artifact missing"]
@@ -260,16 +282,48 @@ class Project:
         if lines:
             raise ParamsError("\n".join([*lines, "let it run first, or leave --from and --only out"]))
 
+    def usual_start_up(self) -> float | None:
+        """Return how long the profile's last run that computed took to start, where that is known."""
+        found: float | None = (last_run(self.root, self.profile) or {}).get("start_up")
+        return found
+
     @cached_property
     def _earlier(self) -> list[Artifact]:
         """All results, newest first."""
         return sorted(self.store.all(), key=lambda artifact: str(artifact.manifest["created"]), reverse=True)
 
     def _usual_seconds(self, node: Node) -> float | None:
-        """Return what a node took the last time; a new one, what the last of its stage did."""
-        same: list[Any] = [old.manifest["seconds"] for old in self._earlier if old.name == node.name]
-        like = same or [old.manifest["seconds"] for old in self._earlier if old.stage == node.stage]
-        return float(like[0]) if like else None
+        """Return what a node took the last time, or another of its stage, if that was of the same size."""
+        size = size_of(node, self.params.prepare)
+        like = [old for old in self._earlier if old.stage == node.stage and size_of_made(old) == size]
+        like.sort(key=lambda old: old.name != node.name)
+        return float(like[0].manifest["seconds"]) if like else None
+
+
+def size_of(node: Node, prepare: Prepare) -> Size:
+    """Return what a node's duration depends on: its counts and names, how much it reads, and of which data.
+
+    Rates and weights, which are numbers with a point, make nothing longer, and neither do seeds.
+    """
+    data = about(Dataset("", Path(), ""), prepare)
+    return _counts(settings_here(node)), len(node.inputs), data["source"], data["limit"]
+
+
+def size_of_made(made: Artifact) -> Size:
+    """Return the same of a result."""
+    document, data = made.manifest["document"], made.manifest["dataset"]
+    read = {*document["inputs"]} - {*EXTERNAL}
+    return _counts(document["params"]), len(read), data.get("source"), data.get("limit")
+
+
+def _counts(settings: Mapping[str, Any], above: str = "") -> frozenset[tuple[str, Any]]:
+    found: frozenset[tuple[str, Any]] = frozenset()
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _counts(value, f"{above}{name}.")
+        elif not isinstance(value, float) and name != "seed":
+            found |= {(f"{above}{name}", str(value))}
+    return found
 
 
 def computing(planned: Iterable[Planned]) -> list[Planned]:
@@ -277,8 +331,11 @@ def computing(planned: Iterable[Planned]) -> list[Planned]:
     return [one for one in planned if one.action in {"run", "upstream"}]
 
 
-def total(planned: Iterable[Planned]) -> str:
-    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
+def total(planned: Iterable[Planned], start_up: float | None = None) -> str:
+    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes.
+
+    start_up: what starting a run took before the first stage, where that is known.
+    """
     found = computing(planned)
     if not found:
         return ""
@@ -286,7 +343,8 @@ def total(planned: Iterable[Planned]) -> str:
     counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
     known = [one.seconds for one in found if one.seconds is not None]
     at_least = "at least " if len(known) < len(found) else ""
-    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted
+    expected = sum(known) + (start_up or 0.0)
+    return f"{counted}; {at_least}{in_words(expected)} by earlier runs" if known else counted
 
 
 @contextmanager

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Unpack
 
 from rrlhf.identity.keys import Document, key_digest
 from rrlhf.progress import say
-from rrlhf.store.artifacts import BESIDE, Artifact, Store
+from rrlhf.store.artifacts import BESIDE, Artifact, Beside, Store
 from rrlhf.types import Log
 
 
@@ -25,15 +26,13 @@ def produce(
     compute: Callable[[Path, Log], None],
     *,
     recorded: Callable[[Path], AbstractContextManager[Log]],
-    definitions: Mapping[str, str],
-    dataset: Mapping[str, str] | None = None,
     force: bool = False,
+    **beside: Unpack[Beside],
 ) -> tuple[Artifact, bool]:
     """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
 
     compute: fills a folder, in which an interrupted run may have left something. recorded: takes what is logged; opened
-    with that folder. definitions, dataset: see `Store.publish`. force: compute although there is an artifact. It stays,
-    whatever comes out: a key has one result.
+    with that folder. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
     Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
     """
     stage, key = document["stage"], key_digest(document)
@@ -50,8 +49,7 @@ def produce(
             compute(staged, log)
             seconds = time.monotonic() - began
             if there is None:
-                made = store.publish(name, document, staged, seconds=seconds, definitions=definitions, dataset=dataset)
-                return made, True
+                return store.publish(name, document, staged, seconds=seconds, **beside), True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
         return there, True
 

@@ -18,7 +18,7 @@ from rrlhf.reporting.evaluation import Evaluation
 from rrlhf.reporting.trainings import Training, health, training
 from rrlhf.running.dvc_record import numbers_digests, report_code
 from rrlhf.running.plan import Planned, Project
-from rrlhf.stages import DATA, METHODS, aliases_of, arm_of
+from rrlhf.stages import DATA, METHODS, arm_of, model_name
 from rrlhf.store.artifacts import Artifact
 from rrlhf.tracking.registry import Registration, registrations
 from rrlhf.types import Json
@@ -29,6 +29,7 @@ class Done(NamedTuple):
 
     result: Json
     artifacts: dict[str, Artifact]
+    versions: dict[str, str]  # of models, by node: "rrlhf-policy/3"
 
 
 class Shown(NamedTuple):
@@ -49,12 +50,15 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
         return None
     known = _registered(project, artifacts)
     report_now = _report_of(project, artifacts, known) if known is not None else None
-    if report_now is None or report_now != _noted_report(project):
+    if known is None or report_now is None or report_now != _noted_report(project):
         return None
     folders = {DATA: dataset.path} | {name: artifact.path for name, artifact in artifacts.items()}
     shown: Json = {name: str(path.relative_to(project.root)) for name, path in folders.items()}
     report = str(report_file(project).relative_to(project.root))
-    return Done({"ran": [], "folders": shown, "report": report}, artifacts)
+    versions = {
+        name: f"{model_name(artifacts[name].stage, project.profile)}/{one.version}" for name, one in known.items()
+    }
+    return Done({"ran": [], "folders": shown, "report": report}, artifacts, versions)
 
 
 def read_evaluation(project: Project, artifact: Artifact) -> Evaluation:
@@ -111,19 +115,28 @@ def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
 
 def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration] | None:
     """Return how every artifact is registered; None when something is left to do there, or cannot be told."""
-    tracking = project.params.tracking
-    known = registrations(project.root, tracking.experiment, [artifact.key for artifact in artifacts.values()])
+    known = _known(project, artifacts)
+    found = {name: one for name, one in (known or {}).items() if one}
+    aliased = all({*project.aliases_of(name)} <= one.aliases for name, one in found.items())
+    return found if len(found) == len(artifacts) and aliased else None
+
+
+def unregistered(project: Project, planned: list[Planned]) -> list[str]:
+    """Return the nodes whose results are here and not registered, as far as that can be told without a server."""
+    found = _artifacts(project, [one for one in planned if one.action == "reuse"])
+    return [name for name, registration in (_known(project, found) or {}).items() if registration is None]
+
+
+def _known(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration | None] | None:
+    """Return how every artifact is registered, all that belongs to it included; None when that cannot be told."""
+    experiment = project.params.tracking.experiment
+    known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
     if known is None:
         return None
-    found: dict[str, Registration] = {}
+    found: dict[str, Registration | None] = {}
     for name, artifact in artifacts.items():
-        registration = known.get(artifact.key)
-        wanted = set(aliases_of(name, tracking.candidate))
-        if registration is None or registration.digest != artifact.digest or not registration.complete:
-            return None
-        if not (wanted <= registration.aliases):
-            return None
-        found[name] = registration
+        one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
+        found[name] = one if one and one.digest == artifact.digest and one.complete else None
     return found
 
 
@@ -138,7 +151,7 @@ def _report_of(
     shown: dict[str, Any] = {
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [*entry[:3], sorted(entry.aliases)] for name, entry in known.items()},
+        "registered": {name: [*entry[:2], sorted(entry.aliases)] for name, entry in known.items()},
         "code": report_code(project),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},

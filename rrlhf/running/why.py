@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rrlhf.progress import in_words
 from rrlhf.running.plan import Planned, Project
 from rrlhf.stages import DATA, Node
 
@@ -34,8 +33,7 @@ def _where(project: Project, node: Node, one: Planned) -> str:
     artifact = project.store.find(node.stage, str(one.key))
     if artifact is None:
         return str(one.key)
-    made, took = artifact.manifest["created"], in_words(float(artifact.manifest["seconds"]))
-    return f"{artifact.path.relative_to(project.root)}, made {made} in {took}"
+    return artifact.made
 
 
 def _compared(project: Project, nodes: dict[str, Node], plans: dict[str, Planned], one: Planned) -> Iterator[str]:

@@ -75,7 +75,7 @@ def sign(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
         )
     notary.prepare()
-    artifacts = _named(root, params, models) if models else _all(root)
+    artifacts = _named(root, profile, params, models) if models else _all(root)
     new = _unsigned(root, artifacts, notary)
     for artifact in new:
         notary.sign(artifact.path)
@@ -119,13 +119,13 @@ def _write_new(path: Path, mode: int, content: bytes) -> None:
         os.fsync(handle)
 
 
-def _named(root: Path, params: Params, models: Sequence[str]) -> list[Artifact]:
+def _named(root: Path, profile: str, params: Params, models: Sequence[str]) -> list[Artifact]:
     """Find artifacts as other commands do, but whether they are signed or not."""
     from rrlhf.config import Signatures
     from rrlhf.lineage.lookup import Lookup
 
     unsigned = params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
-    lookup = Lookup(root, unsigned)
+    lookup = Lookup(root, profile, unsigned)
     return list({found.path: found for found in map(lookup.find, models)}.values())
 
 

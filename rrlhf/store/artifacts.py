@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from rrlhf import hardware
 from rrlhf.files import sync
 from rrlhf.identity.keys import Document, key_digest
 from rrlhf.identity.memo import Memo
 from rrlhf.identity.seal import opened, sealed
+from rrlhf.lineage.graph import Graph, Product
 from rrlhf.locks import locked
+from rrlhf.progress import in_words
 from rrlhf.stages import DATA, EXTERNAL
 from rrlhf.store.cards import card, last_values
 
@@ -39,6 +41,19 @@ BESIDE = frozenset({HISTORY, CARD})  # files that tell of the content: checked l
 
 class TamperedError(Exception):
     """A stored file is not what its manifest says."""
+
+
+class CopyError(TamperedError):
+    """What the registry keeps of an artifact that is not here is not what was registered."""
+
+
+class Beside(TypedDict, total=False):
+    """What a manifest tells of an artifact that is part of neither its key nor its digest."""
+
+    definitions: Mapping[str, str]  # digests of the functions in its code, for telling later which of them changed
+    dataset: Mapping[str, str]  # what is known of the data set below it (`rrlhf.store.cards.about`), for its card
+    input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
+    profile: str  # for which it was made
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,11 @@ class Artifact:
         return dict(self.manifest["document"]["inputs"])
 
     @property
+    def input_keys(self) -> dict[str, str]:
+        """The key by which each input was made, by argument name; older artifacts do not tell."""
+        return dict(self.manifest.get("input_keys", {}))
+
+    @property
     def made_from(self) -> list[str]:
         """The inputs that are artifacts: neither the data set nor what lies outside the project."""
         return [argument for argument in self.inputs if argument not in {DATA, *EXTERNAL}]
@@ -82,6 +102,30 @@ class Artifact:
     def metrics(self) -> dict[str, float]:
         """The last value of every number that the stage logged."""
         return dict(self.manifest["metrics"])
+
+    @property
+    def product(self) -> Product:
+        """What it is in a lineage; its names in the registry are not known here."""
+        return Product(
+            digest=self.digest,
+            key=self.key,
+            node=self.name,
+            stage=self.stage,
+            inputs=self.inputs,
+            input_keys=self.input_keys,
+            profile=self.manifest.get("profile", ""),
+            document=self.manifest["document"],
+            metrics=self.metrics,
+            commit=self.manifest["git_commit"] or "",
+            created=self.manifest["created"],
+            seconds=self.manifest["seconds"],
+        )
+
+    @property
+    def made(self) -> str:
+        """Where it is and when it was made, in words."""
+        when, took = self.manifest["created"], in_words(float(self.manifest["seconds"]))
+        return f"artifacts/{self.stage}/{self.key}, made {when} in {took}"
 
     def history(self) -> list[dict[str, float]]:
         """Return every row that the stage logged."""
@@ -134,7 +178,7 @@ class Store:
         """Raise TamperedError naming the first file that differs, and every artifact built on it."""
         problem = self.fault(artifact)
         if problem:
-            raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.digest)}{_way_out(artifact.path)}")
+            raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.key)}{_way_out(artifact.path)}")
 
     def fault(self, artifact: Artifact, *, deep: bool = False) -> str | None:
         """Say which file of an artifact is not what its manifest says, or None.
@@ -165,38 +209,19 @@ class Store:
             with suppress(TamperedError):
                 yield read_artifact(path.parent)
 
-    def users(self, digest: str) -> str:
-        """Name the artifacts that were made from the content with this digest."""
-        return ", ".join(f"{found.name} {found.key[:8]}" for found in self.descendants(digest)) or "nothing yet"
+    def products(self) -> list[Product]:
+        """Return every such artifact as part of a lineage, the newest first."""
+        return sorted((artifact.product for artifact in self.all()), key=lambda made: made.created, reverse=True)
 
-    def descendants(self, digest: str) -> list[Artifact]:
-        """Return all artifacts that were made from the content with this digest, directly or not."""
-        everything = list(self.all())
-        digests: set[str] = {digest}
-        found: list[Artifact] = []
-        grew = True
-        while grew:
-            new = [item for item in everything if item not in found and digests & set(item.inputs.values())]
-            found += new
-            digests |= {item.digest for item in new}
-            grew = bool(new)
-        return found
+    def users(self, name: str) -> str:
+        """Name the artifacts that were made from what has this key or, as a data set, this digest."""
+        found = Graph(self.products()).built_on(name)
+        return ", ".join(f"{made.node} {made.key[:8]}" for made in found) or "nothing yet"
 
     def publish(
-        self,
-        name: str,
-        document: Document,
-        staged: Path,
-        *,
-        seconds: float,
-        definitions: Mapping[str, str] | None = None,
-        dataset: Mapping[str, str] | None = None,
+        self, name: str, document: Document, staged: Path, *, seconds: float, **beside: Unpack[Beside]
     ) -> Artifact:
-        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename.
-
-        definitions: digests of the functions in its code, for telling later which of them changed. dataset: what is
-        known of the data set below it (`rrlhf.store.cards.about`), for its card.
-        """
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
         key = key_digest(document)
         rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
         files = self.digests(staged)
@@ -211,8 +236,9 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
-            "definitions": dict(definitions or {}),
-            "dataset": dict(dataset or {}),
+            "definitions": {},
+            "dataset": {},
+            **beside,
         }
         if text := card(manifest, rows):
             (staged / CARD).write_text(text, encoding="utf-8")
@@ -243,9 +269,17 @@ class Store:
         return (self._made / key).exists()
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
-        """Publish a folder that holds a complete artifact already, after checking every byte and its signature."""
-        artifact = read_artifact(downloaded)
-        self.verify(artifact)
+        """Publish a folder that holds a complete artifact already, after checking every byte and its signature.
+
+        Raises CopyError, naming the file, when it is not the artifact with this key.
+        """
+        try:
+            artifact = read_artifact(downloaded)
+        except TamperedError as error:
+            raise CopyError(str(error).partition("\n")[0].replace(f"{downloaded}/", "")) from None
+        problem = None if artifact.key == key else f"{MANIFEST} is that of another key, {artifact.key}"
+        if problem := problem or self.fault(artifact):
+            raise CopyError(problem.replace(f"{downloaded}/", ""))
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         downloaded.rename(final)

@@ -16,7 +16,7 @@ import yaml
 
 from rrlhf.config import Prepare
 from rrlhf.policies.health import in_words
-from rrlhf.stages import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of
+from rrlhf.stages import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of, model_name
 from rrlhf.store.units import unit
 from rrlhf.types import SUMMARY, Dataset, Metrics
 
@@ -69,10 +69,10 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
     return environment.get_template("card.md.j2").render(
         manifest=manifest,
         stage=stage,
-        short=manifest["digest"][:12],
+        short=manifest["key"][:12],
         front_matter=_front_matter(manifest),
         title=title(manifest),
-        what=_what(manifest),
+        what=what(manifest),
         transforms=stage in GENERATES,
         is_policy=stage in METHODS,
         registered=_registered(manifest),
@@ -113,9 +113,18 @@ def title(manifest: Mapping[str, Any]) -> str:
     return TITLES[manifest["document"]["stage"]].format(name=name, arm=arm_of(name) or name)
 
 
-def summary(manifest: Mapping[str, Any]) -> str:
-    """Return what a model is, in two sentences, for a list of versions."""
-    return f"**{title(manifest)}.** {_what(manifest)}"
+def what(manifest: Mapping[str, Any]) -> str:
+    """Return how a model was made, in a sentence or two."""
+    params = manifest["document"]["params"]
+    arm, ensemble = params.get("arm", {}), params.get("ensemble", {})
+    return WHAT[manifest["document"]["stage"]].format(
+        heads=ensemble.get("heads", "several"),
+        kind=ensemble.get("kind", "heads"),
+        loss=params.get("dpo", {}).get("loss", "sigmoid"),
+        n=arm.get("n", 1),
+        samples=params.get("best_of_n", {}).get("samples") or arm.get("n", 1),
+        reward=_reward(arm),
+    )
 
 
 def without_front_matter(text: str) -> str:
@@ -165,19 +174,6 @@ def _base(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return own if own.get("base") else shared
 
 
-def _what(manifest: Mapping[str, Any]) -> str:
-    params = manifest["document"]["params"]
-    arm, ensemble = params.get("arm", {}), params.get("ensemble", {})
-    return WHAT[manifest["document"]["stage"]].format(
-        heads=ensemble.get("heads", "several"),
-        kind=ensemble.get("kind", "heads"),
-        loss=params.get("dpo", {}).get("loss", "sigmoid"),
-        n=arm.get("n", 1),
-        samples=params.get("best_of_n", {}).get("samples") or arm.get("n", 1),
-        reward=_reward(arm),
-    )
-
-
 def _reward(arm: Mapping[str, Any]) -> str:
     """Name an arm's reward with its settings and functions."""
     names = ("nominal_weight", "uncertainty_weight", "temperature")
@@ -187,9 +183,8 @@ def _reward(arm: Mapping[str, Any]) -> str:
 
 
 def _registered(manifest: Mapping[str, Any]) -> str:
-    """Return the address of a model in MLflow's registry; of a policy by its arm, which is its alias there."""
-    arm = arm_of(manifest["name"])
-    return f"models:/{MODEL_NAMES[manifest['document']['stage']]}{f'@{arm}' if arm else '/VERSION'}"
+    """Return the address of a model in MLflow's registry, which gives it the number of its version later."""
+    return f"models:/{model_name(manifest['document']['stage'], manifest.get('profile', 'default'))}/VERSION"
 
 
 def _data(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 NORMALISED = "normalised score"
 SHARE = "share, 0 to 1"
@@ -70,6 +71,26 @@ UNITS = {
     "dpo": _PAIRS | {f"heldout_{name}": unit for name, unit in _PAIRS.items()},
     "best_of_n": {"reward": "the arm's reward", "kl_bound": "nats per response"},
 }
+
+
+TELLING = {  # the numbers that say most of a stage's result
+    "sft": ("loss",),
+    "reward": ("heldout_accuracy",),
+    "member": ("heldout_accuracy",),
+    "ensemble": ("heldout_accuracy_mean",),
+    "ppo": ("proxy", "kl"),
+    "dpo": ("heldout_accuracy", "loss"),
+    "best_of_n": ("reward", "kl_bound"),
+}
+
+
+def telling(stage: str, metrics: Mapping[str, float]) -> str:
+    """Return the numbers that say most of a result; of a comparison every policy's gold, or proxy where none judged."""
+    judged = [name for name in metrics if name.endswith("_gold")] or [
+        name for name in metrics if name.endswith("_proxy")
+    ]
+    names = [name for name in TELLING.get(stage, ()) if name in metrics] if stage in TELLING else judged
+    return ", ".join(f"{name} {metrics[name]:.3g}" for name in names)
 
 
 def unit(stage: str, metric: str) -> str:

@@ -5,9 +5,9 @@ of its artifact, so a new or emptied server is filled again from the artifacts. 
 only when something is asked of it, because that import takes seconds.
 """
 
-from rrlhf.stages import MODEL_NAMES
 from rrlhf.tracking.kept import tag_fault
-from rrlhf.tracking.server import TrackingError
+from rrlhf.tracking.registry import TrackingError
+from rrlhf.tracking.server import mlflow_pages, version_page
 from rrlhf.tracking.tracker import Registered, Tracker, Version
 
-__all__ = ["MODEL_NAMES", "Registered", "Tracker", "TrackingError", "Version", "tag_fault"]
+__all__ = ["Registered", "Tracker", "TrackingError", "Version", "mlflow_pages", "tag_fault", "version_page"]

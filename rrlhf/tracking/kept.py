@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from rrlhf.identity.keys import canonical
-from rrlhf.stages import DATA, MODEL_NAMES
+from rrlhf.stages import MODEL_NAMES
 from rrlhf.store.artifacts import SIGNATURE, Artifact
-from rrlhf.tracking.records import INSIDE, MLMODEL, has
+from rrlhf.tracking.models import same
+from rrlhf.tracking.records import INSIDE, MLMODEL, has, version_tags
 
 
 def tag_fault(artifact: Artifact, tags: dict[str, str]) -> str | None:
     """Say which tag of a registered version is not what its artifact says, or None."""
-    expected = {
-        "rrlhf.node": artifact.name,
-        "rrlhf.stage": artifact.stage,
-        "rrlhf.key": artifact.key,
-        "rrlhf.digest": artifact.digest,
-        "rrlhf.inputs": json.dumps(artifact.inputs),
-        "rrlhf.params": sha256(canonical(artifact.manifest["document"]["params"]).encode()).hexdigest(),
-        "rrlhf.git_commit": artifact.manifest["git_commit"],
-    }
-    for name, value in expected.items():
+    for name, value in version_tags(artifact).items():
         if tags.get(name) != value:
             return f"its tag {name}: expected {value}, found {tags.get(name)}"
-    dataset = tags.get("rrlhf.dataset")
-    if dataset is not None and dataset != artifact.inputs.get(DATA):
-        return f"its tag rrlhf.dataset: expected {artifact.inputs.get('data')}, found {dataset}"
     return None
 
 
@@ -66,10 +52,10 @@ class Kept:
         run = self._client.get_run(run_id)
         if run.data.tags.get("rrlhf.digest") != artifact.digest:
             return None  # links wait for inputs that are not registered yet
-        read = {
-            self._client.get_logged_model(entry.model_id).tags.get("rrlhf.digest") for entry in run.inputs.model_inputs
-        }
-        expected = {artifact.inputs[name] for name in artifact.made_from}
+        tags = [self._client.get_logged_model(entry.model_id).tags for entry in run.inputs.model_inputs]
+        keys = artifact.input_keys
+        read = {(each.get("rrlhf.digest"), each.get("rrlhf.key") if keys else None) for each in tags}
+        expected = {(artifact.inputs[name], keys.get(name)) for name in artifact.made_from}
         return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
 
     def add_signature(self, artifact: Artifact) -> bool:
@@ -93,8 +79,7 @@ class Kept:
         return [run for run in runs if run.data.tags.get("rrlhf.digest") == artifact.digest]
 
     def _models(self, artifact: Artifact) -> list[Any]:
-        same = f"{has('key', artifact.key)} and {has('digest', artifact.digest)}"
-        found = self._client.search_logged_models([self._experiment_id], same)
+        found = self._client.search_logged_models([self._experiment_id], same(artifact))
         return [model for model in found if model.status == "READY"]
 
     def _place(self, artifact: Artifact) -> str | None:

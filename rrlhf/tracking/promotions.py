@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rrlhf.tracking.records import MADE
 from rrlhf.tracking.server import errors
 from rrlhf.types import Json
 
@@ -60,6 +61,6 @@ class Promotions:
                 return f"alias {alias}: its evidence {file} is gone"
         if (found := hashlib.sha256(text).hexdigest()) != expected:
             return f"alias {alias}: its evidence {file}: expected sha256 {expected}, found {found}"
-        if (digest := json.loads(text)["digest"]) != tags["rrlhf.digest"]:
+        if (digest := json.loads(text)["digest"]) != json.loads(tags[MADE])["digest"]:
             return f"alias {alias}: its evidence {file} is that of {digest}"
         return None

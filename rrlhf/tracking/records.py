@@ -10,20 +10,21 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rrlhf.identity.keys import canonical
-from rrlhf.stages import GENERATES
+from rrlhf.lineage.graph import short
+from rrlhf.stages import DATA, GENERATES
 from rrlhf.store.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
-from rrlhf.store.cards import without_front_matter
+from rrlhf.store.cards import code, title, what, without_front_matter
+from rrlhf.tracking.server import version_page
 from rrlhf.types import Dataset
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
+MADE = "rrlhf.made"  # tag of a version: its stage, digest, inputs and commit, as JSON
 MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
 METRICS_PER_CALL, PARAMS_PER_CALL, LETTERS_PER_TAG = 1000, 100, 8000  # MLflow's limits
 
@@ -48,31 +49,57 @@ def commit_tags(commit: str | None) -> dict[str, str]:
     return {"rrlhf.git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")} if commit else {}
 
 
-def version_tags(artifact: Artifact, dataset: Dataset | None) -> dict[str, str]:
-    """Return the identity and ancestry of a registered version: what lineage reads."""
-    commit = artifact.manifest["git_commit"]
-    params = canonical(artifact.manifest["document"]["params"])
-    tags = stage_tags(artifact.name, artifact.stage, artifact.key) | {
-        "rrlhf.digest": artifact.digest,
-        "rrlhf.inputs": json.dumps(artifact.inputs),
-        "rrlhf.params": sha256(params.encode()).hexdigest(),
+def version_tags(artifact: Artifact) -> dict[str, str]:
+    """Return the tags of a registered version: what people and searches look for, and in one what lineage reads."""
+    made = {
+        "stage": artifact.stage,
+        "digest": artifact.digest,
+        "inputs": artifact.inputs,
+        "input_keys": artifact.input_keys,
+        "git_commit": artifact.manifest["git_commit"],
     }
-    if commit:
-        tags["rrlhf.git_commit"] = commit
-    if dataset:
-        tags |= {"rrlhf.dataset": dataset.digest, "rrlhf.dataset_name": dataset.name}
-    return tags
+    data = artifact.manifest["dataset"].get("name")
+    return {
+        "rrlhf.node": artifact.name,
+        **({"rrlhf.data": data} if data else {}),
+        "rrlhf.key": artifact.key,
+        MADE: json.dumps(made),
+    }
 
 
-def note(artifact: Artifact) -> dict[str, str]:
+def made_from(artifact: Artifact, inputs: Mapping[str, Any], run: Any) -> str:
+    """Say in Markdown what an artifact was made from, with links that work on MLflow's pages.
+
+    inputs: the versions of the models that it read, as far as they are registered. run: that which made it; its page
+    shows the data set.
+    """
+    links = [
+        f"[{found.name} v{found.version}]({version_page('', f'{found.name}/{found.version}')[1:]})"
+        for found in {(found.name, found.version): found for found in inputs.values()}.values()
+    ]
+    if digest := artifact.inputs.get(DATA):
+        page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        name = artifact.manifest["dataset"].get("name", "")
+        links.append(f"the data set [{name or short(digest)}]({page})")
+    return f"Made from {', '.join(links)}." if links else ""
+
+
+def description(artifact: Artifact, links: str) -> str:
+    """Return what a list of versions says of one, in plain words: the list shows Markdown as it is written."""
+    said = f"{title(artifact.manifest)}. {what(artifact.manifest)}"
+    return "\n\n".join(filter(None, [said, links, f"Content {code(short(artifact.digest))}."]))
+
+
+def note(artifact: Artifact, links: str) -> dict[str, str]:
     """Return an artifact's card as the tag that MLflow's pages of a run and of a logged model show as its description.
 
-    A card that is longer than a tag may be ends with where the rest is.
+    What it was made from comes first. A card that is longer than a tag may be ends with where the rest is.
     """
     path = artifact.path / CARD
     if not path.is_file():
         return {}
-    text = without_front_matter(path.read_text(encoding="utf-8"))
+    head, heading, rest = without_front_matter(path.read_text(encoding="utf-8")).partition("\n## ")
+    text = f"{head}\n{links}\n{heading}{rest}" if links else f"{head}{heading}{rest}"
     if len(text) > LETTERS_PER_TAG:
         rest = f"\n\n(The rest is in {INSIDE}/{CARD}.)"
         text = text[: LETTERS_PER_TAG - len(rest)].rpartition("\n")[0] + rest

@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 SQLITE = "sqlite:///"
+FILES = "mlartifacts"  # folder of MLflow's files, beside the database that names them
 AT_ONCE = 500  # keys in one question; SQLite allows more
 
-# The newest ready version of each key comes last.
+# The newest ready version of each key and name comes last.
 VERSIONS = """
-select k.value, v.name, v.version, d.value from model_versions v
+select k.value, v.name, v.version, json_extract(m.value, '$.digest') from model_versions v
 join model_version_tags k on k.name = v.name and k.version = v.version and k.key = 'rrlhf.key'
-join model_version_tags d on d.name = v.name and d.version = v.version and d.key = 'rrlhf.digest'
+join model_version_tags m on m.name = v.name and m.version = v.version and m.key = 'rrlhf.made'
 where v.status = 'READY' and k.value in ({keys}) order by v.creation_time, v.version
 """
 # A run is given its artifact's digest when all that belongs to it was written.
@@ -33,11 +34,14 @@ where r.lifecycle_stage = 'active' and r.status = 'FINISHED' and k.value in ({ke
 """
 
 
-class Registration(NamedTuple):
-    """What is registered under a key."""
+class TrackingError(Exception):
+    """The tracking server does not answer or refuses; the message says how to go on."""
 
-    name: str  # of the model; "" where only a run is kept (the evaluation)
-    version: str
+
+class Registration(NamedTuple):
+    """What is registered under a key and a name."""
+
+    version: str  # "" where only a run is kept (the evaluation)
     digest: str
     aliases: frozenset[str]
     complete: bool  # its run holds everything and is linked to what it read
@@ -48,7 +52,10 @@ def address(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
 
 
-def registrations(root: Path, experiment: str, keys: Sequence[str]) -> dict[str, Registration] | None:
+Registrations = dict[tuple[str, str], Registration]  # by key, and name of the model ("" where only a run is kept)
+
+
+def registrations(root: Path, experiment: str, keys: Sequence[str]) -> Registrations | None:
     """Return what is registered under each of these keys; None when that cannot be told without asking a server."""
     uri = address(root)
     if not uri.startswith(SQLITE):
@@ -57,31 +64,55 @@ def registrations(root: Path, experiment: str, keys: Sequence[str]) -> dict[str,
     if not database.exists():
         return {}
     try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1)) as connection:
-            if not _is_ours(connection, experiment, database):
+        with _opened(database) as connection:
+            if _elsewhere(connection, experiment, database):
                 return None
             chunks = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
-            return {key: found for chunk in chunks for key, found in _look(connection, experiment, chunk)}
+            return {name: found for chunk in chunks for name, found in _look(connection, experiment, chunk)}
     except sqlite3.Error:
         return None
 
 
-def _is_ours(connection: sqlite3.Connection, experiment: str, database: Path) -> bool:
-    """Whether the experiment keeps its files beside this database; in a copied folder it does not."""
+def check_place(root: Path, experiment: str) -> None:
+    """Raise TrackingError when the experiment's files are not beside its database, as in a folder that was copied."""
+    uri = address(root)
+    database = Path(uri.removeprefix(SQLITE)).absolute()
+    if not uri.startswith(SQLITE) or not database.exists():
+        return
+    with suppress(sqlite3.Error), _opened(database) as connection:
+        if place := _elsewhere(connection, experiment, database):
+            raise moved(place)
+
+
+def moved(place: str) -> TrackingError:
+    """Return the error of a database that names files which are not beside it."""
+    return TrackingError(
+        f"this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are here, not "
+        f"those in {place}"
+    )
+
+
+def _opened(database: Path) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1))
+
+
+def _elsewhere(connection: sqlite3.Connection, experiment: str, database: Path) -> str | None:
+    """Return where the experiment keeps its files, when that is not beside this database."""
     found = connection.execute("select artifact_location from experiments where name = ?", [experiment]).fetchone()
-    return found is None or found[0] == (database.parent / "mlartifacts").as_uri()
+    return str(found[0]) if found and found[0] != (database.parent / FILES).as_uri() else None
 
 
-def _look(connection: sqlite3.Connection, experiment: str, keys: Sequence[str]) -> Iterator[tuple[str, Registration]]:
+def _look(
+    connection: sqlite3.Connection, experiment: str, keys: Sequence[str]
+) -> Iterator[tuple[tuple[str, str], Registration]]:
     marks = ",".join("?" * len(keys))
-    versions = {row[0]: row[1:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
+    versions = {row[:2]: row[2:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
     written = set(connection.execute(RUNS.format(keys=marks), [experiment, *keys]))
     aliases: dict[tuple[str, str], set[str]] = {}
     for name, version, alias in connection.execute("select name, version, alias from registered_model_aliases"):
         aliases.setdefault((name, str(version)), set()).add(alias)
-    for key, (name, version, digest) in versions.items():
+    for (key, name), (version, digest) in versions.items():
         given = frozenset(aliases.get((name, str(version)), ()))
-        yield key, Registration(name, str(version), digest, given, (key, digest) in written)
+        yield (key, name), Registration(str(version), digest, given, (key, digest) in written)
     for key, digest in written:
-        if key not in versions:
-            yield key, Registration("", "", digest, frozenset(), True)
+        yield (key, ""), Registration("", digest, frozenset(), True)

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from rrlhf.locks import locked
-from rrlhf.tracking.registry import SQLITE, address
+from rrlhf.tracking.registry import FILES, SQLITE, TrackingError, address, check_place, moved
 
 PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
 SECONDS_TO_ANSWER = 30  # of the first question; a server that was idle may have to wake up
@@ -32,10 +33,6 @@ ENVIRONMENT = {
 _transfer = threading.Lock()
 
 
-class TrackingError(Exception):
-    """The tracking server does not answer or refuses; the message says how to go on."""
-
-
 def connect(root: Path, experiment: str) -> tuple[str, str]:
     """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return its URI and the experiment's id.
 
@@ -44,13 +41,14 @@ def connect(root: Path, experiment: str) -> tuple[str, str]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     uri = address(root)
+    check_place(root, experiment)
     with trouble(uri):
         artifacts = None
         if uri.startswith(SQLITE):
             database = Path(uri.removeprefix(SQLITE)).absolute()
             _create_database(database)
             _check_database(database)
-            artifacts = (database.parent / "mlartifacts").as_uri()
+            artifacts = (database.parent / FILES).as_uri()
         elif uri.startswith("http"):
             _check_answer(uri)
         _use(uri)
@@ -145,10 +143,7 @@ def _experiment_id(uri: str, name: str, artifacts: str | None) -> str:
             "or choose another name in tracking.experiment"
         )
     if artifacts and found.artifact_location != artifacts:
-        raise TrackingError(
-            f"{uri.removeprefix('sqlite:///')} keeps its models in {found.artifact_location}: the folder was moved or "
-            "copied. Remove that mlflow.db; the next run fills a new one from artifacts/"
-        )
+        raise moved(found.artifact_location)
     return str(found.experiment_id)
 
 
@@ -177,9 +172,16 @@ def trouble(uri: str) -> Iterator[None]:
         ) from None  # the client's error shows a password in the address
 
 
-def pages_of(uri: str) -> str | None:
+def mlflow_pages(root: Path) -> str | None:
     """Return where a browser finds MLflow's pages: the server itself, or the one that shows a local database."""
+    uri = address(root)
     return _shown(uri).rstrip("/") if uri.startswith("http") else os.environ.get(PAGES)
+
+
+def version_page(pages: str, name: str) -> str:
+    """Return the address of the page of a registered version, "rrlhf-policy/3"."""
+    model, _, number = name.partition("/")
+    return f"{pages}/#/models/{quote(model)}/versions/{number}"
 
 
 def _shown(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,14 +12,14 @@ from typing import Any, NamedTuple
 
 from rrlhf.config import Params
 from rrlhf.locks import locked
-from rrlhf.stages import MODEL_NAMES, Node
-from rrlhf.store.artifacts import MANIFEST, Artifact
+from rrlhf.stages import MODEL_NAMES, Node, model_name
+from rrlhf.store.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.tracking.kept import Kept
 from rrlhf.tracking.models import Models
 from rrlhf.tracking.promotions import Promotions
-from rrlhf.tracking.records import INSIDE, commit_tags, has, model_id_of, process_tags, stage_tags, version_tags
+from rrlhf.tracking.records import INSIDE, MADE, commit_tags, has, model_id_of, process_tags, stage_tags
 from rrlhf.tracking.runs import LiveRun, Runs, is_watched, write_told
-from rrlhf.tracking.server import connect, errors, long_requests, pages_of, trouble, warn
+from rrlhf.tracking.server import connect, errors, long_requests, mlflow_pages, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
@@ -27,6 +29,7 @@ class Registered(NamedTuple):
     name: str
     version: str
     created: bool
+    moved: tuple[str, ...] = ()  # aliases that it was given, in words: "candidate: v2 -> v5"
 
 
 class Version(NamedTuple):
@@ -38,6 +41,22 @@ class Version(NamedTuple):
     tags: dict[str, str]
     created: int = 0  # milliseconds since 1970
     run_id: str = ""  # of the run that made it
+
+    @property
+    def digest(self) -> str:
+        """Of its content."""
+        return str(self.made["digest"])
+
+    @property
+    def key(self) -> str:
+        """Of its making."""
+        return self.tags["rrlhf.key"]
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """Its stage and digest, the digests and keys of its inputs, and the git commit."""
+        found: dict[str, Any] = json.loads(self.tags[MADE])
+        return found
 
 
 class Tracker:
@@ -61,16 +80,16 @@ class Tracker:
         return cls(root, *connect(root, experiment))
 
     def start_flow(
-        self, profile: str, params: Params, commit: str | None, *, name: str | None = None, parent: str | None = None
+        self, profile: str, params: Params, commit: str | None, *, name: str, parent: str | None = None
     ) -> str:
         """Open the run that the runs of the flow's stages belong to, and return its id.
 
-        name: other than the profile's. parent: the run of a group that this one belongs to.
+        parent: the run of a group that this one belongs to.
         """
         with trouble(self._uri):
             self._runs.close_dead()
             tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
-            return self._runs.new(name or profile, tags, params.model_dump(), parent=parent)
+            return self._runs.new(name, tags, params.model_dump(), parent=parent)
 
     def finish_flow(self, run_id: str, status: str) -> None:
         """Close a flow's run as FINISHED, FAILED or KILLED."""
@@ -106,56 +125,80 @@ class Tracker:
         artifact: Artifact,
         dataset: Dataset | None,
         *,
+        profile: str,
         aliases: Iterable[str] = (),
         parent: str | None = None,
     ) -> Registered | None:
         """Make sure that the server knows an artifact: its run with every number, its version, links and aliases.
 
-        What is there already stays; what a killed process left half done is finished. A stage without a model (the
+        The version is under the profile's name; files that another profile registered are not kept twice. What is
+        there already stays; what a killed process left half done is finished. A stage without a model (the
         evaluation) gets its run and files only, and the answer is None. `parent` is where a missing run is put.
         """
         with locked(self._root / ".rrlhf" / "registering" / artifact.key), trouble(self._uri):
             run = self._runs.complete(artifact, parent)
             write_told(self._client, run.info.run_id, artifact.path)
             if artifact.stage not in MODEL_NAMES:
-                self._models.keep_files(run, artifact, dataset)
+                self._models.keep_files(run, artifact, dataset, profile)
                 return None
-            found = self._models.version_of(artifact)
+            name = model_name(artifact.stage, profile)
+            found = self._models.version_of(artifact, name)
             created = found is None
             if created:
                 model_id = self._models.upload(artifact, run.info.run_id)
-                found = self._models.new_version(artifact, model_id, run.info.run_id, version_tags(artifact, dataset))
-            self._models.link(run, artifact, dataset, model_id_of(found))
-            for alias in set(aliases) - set(found.aliases):
-                self._client.set_registered_model_alias(found.name, alias, str(found.version))
-            return Registered(found.name, str(found.version), created)
+                found = self._models.new_version(artifact, name, model_id, run)
+            self._models.link(run, artifact, dataset, profile, found)
+            given = sorted(set(aliases) - set(found.aliases))
+            moved = [self._models.give(name, str(found.version), alias) for alias in given]
+            return Registered(name, str(found.version), created, tuple(moved))
 
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
         with trouble(self._uri):
             return self.kept.add_signature(artifact)
 
-    def restore(self, stage: str, key: str, to: Path) -> bool:
-        """Download the artifact that was registered with this key into the new folder `to`; False if there is none."""
+    def bring_back(self, store: Store, stage: str, key: str) -> Artifact | None:
+        """Return the artifact with this key from the store; where it is not there, from its registered copy, or None.
+
+        Raises CopyError, naming version and file, when that copy is not what was registered.
+        """
+        found = None if store.find(stage, key) else self._registered(key)
+        if found is None:
+            return store.checked(stage, key)
+        with store.locked(key):
+            if artifact := store.checked(stage, key):  # another process was faster
+                return artifact
+            downloaded = store.staging("restore", key)
+            shutil.rmtree(downloaded, ignore_errors=True)  # a killed process may have left it
+            try:
+                self._download(found, downloaded)
+                return store.adopt(stage, key, downloaded / INSIDE)
+            except CopyError as error:
+                raise CopyError(
+                    f"{found.name} v{found.version} in MLflow is not what was registered: {error}"
+                ) from None
+            finally:
+                shutil.rmtree(downloaded, ignore_errors=True)
+
+    def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
+        with trouble(self._uri):
+            return next((found for found in self._models.search(has("key", key)) if found.status == "READY"), None)
+
+    def _download(self, version: Any, to: Path) -> None:
+        """Download the files of a version into the new folder `to`. Raises CopyError when there are none."""
         from mlflow.artifacts import download_artifacts
 
-        if stage not in MODEL_NAMES:
-            return False
-        with trouble(self._uri):
-            found = self._models.search(f"name = '{MODEL_NAMES[stage]}' and {has('key', key)}")
-            if not found:
-                return False
-            to.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=to.parent, prefix=".restoring-") as beside, long_requests():
-                uri = f"models:/{found[0].name}/{found[0].version}/{INSIDE}"
-                download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
-                (Path(beside) / INSIDE).rename(to)
-            return True
+        to.mkdir(parents=True)
+        with trouble(self._uri), long_requests():
+            if not self._client.list_logged_model_artifacts(model_id_of(version), INSIDE):
+                raise CopyError("its files are gone")
+            uri = f"models:/{version.name}/{version.version}/{INSIDE}"
+            download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._uri)
 
     def versions(self) -> list[Version]:
         """Return every version that this project registered, newest first."""
         with trouble(self._uri):
-            known = [found for found in self._models.search("") if "rrlhf.digest" in found.tags]
+            known = [found for found in self._models.search("") if MADE in found.tags]
             aliases = self._models.aliases()
         return [
             Version(
@@ -193,5 +236,5 @@ class Tracker:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
         with trouble(self._uri), long_requests():
             self._client.log_artifact(run_id, str(html))
-        pages = pages_of(self._uri)
+        pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"
