@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,14 @@ def test_characters_that_the_output_does_not_have_are_replaced(project):
     done = subprocess.run(asked, cwd=project, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"--set 'arms.gr??e=null'" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_service_that_does_not_start_is_told_with_the_end_of_its_log(project):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        asked = [sys.executable, "-m", "rrlhf", "serve", "--prefect-port", port]
+        done = subprocess.run(asked, cwd=project, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"its log, {project}/.rrlhf/serve/prefect-server.log, ends with" in done.stderr
+    assert f"Port {port} is already in use" in done.stderr
