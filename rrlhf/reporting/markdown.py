@@ -41,7 +41,7 @@ def comparison(
 
 
 def ancestry(graph: Graph, product: Product, mlflow: str | None = None) -> str:
-    """Return what a product was made from as a tree; mlflow: where its pages are, to which every model is then linked."""
+    """Return what a product was made from as a tree; mlflow: where its pages are, to which models are then linked."""
     models = [made for made in graph.up(product) if mlflow and "/" in "".join(made.names[:1])]
     links = [f"- [{escaped(made.title)}]({version_page(str(mlflow), made.names[0])})" for made in reversed(models)]
     return "\n".join([*links, "", fenced(tree(graph, product))])
