@@ -5,8 +5,11 @@ import random
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing
+hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: workers and what they start share the cores
 
 ROOT = Path(__file__).parents[1]

@@ -515,6 +515,22 @@ def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tr
         assert not [line for line in database.iterdump() if f"{root}/mlartifacts" in line]
 
 
+@pytest.mark.parametrize("command", [["plan"], ["run"], ["lineage", "sft"]])
+def test_a_copied_folder_is_told_before_anything_heavy_is_loaded(root, tracker, project, command):
+    shutil.copy(root / "mlflow.db", project)
+    program = (
+        "import sys; sys.argv = ['rrlhf', *sys.argv[1:]]\n"
+        "from rrlhf.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as ended: print(ended.code, {'torch', 'mlflow', 'prefect'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--profile", "tiny"], cwd=project, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1:] == ["1 set()"], done.stdout + done.stderr
+    assert "this folder was moved or copied: run `rrlhf relocate`" in done.stderr
+
+
 def test_a_database_without_its_files_is_not_relocated(root, tracker, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
