@@ -210,7 +210,10 @@ class Graph:
         found = next((product for product in self._nodes[node] if profile in product.profiles), None)
         if found is None:
             others = sorted({each for product in self._nodes[node] for each in product.profiles})
-            raise ValueError(f"profile {profile} has no {node} yet; name another with --profile: {', '.join(others)}")
+            way = (
+                f"name another with --profile: {', '.join(others)}" if others else "name one by the start of its digest"
+            )
+            raise ValueError(f"profile {profile} has no {node} yet; {way}")
         return found
 
 
