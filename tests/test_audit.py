@@ -12,6 +12,8 @@ from rrlhf.config import Signatures
 from rrlhf.identity.memo import sha256
 from rrlhf.identity.seal import sealed
 from rrlhf.lineage.load import load
+from rrlhf.params import load_params
+from rrlhf.running.plan import Project
 from rrlhf.signing.command import written_pair
 from rrlhf.signing.signatures import Notary
 from rrlhf.store.artifacts import CopyError, Store, TamperedError, content_digest
@@ -351,3 +353,18 @@ def test_a_signature_that_is_missing_or_not_ours_is_a_broken_link_here_and_in_ml
         for path in (*finished.root.glob("artifacts/*/*/model.sig"), *finished.root.glob("mlartifacts/**/model.sig")):
             path.unlink()
     assert finished.use() == []
+
+
+def test_a_data_set_that_two_profiles_have_is_found_by_both_names_and_looked_at_in_both_places(finished):
+    (finished.root / "profiles" / "other.yaml").write_text((finished.root / "profiles" / "tiny.yaml").read_text())
+    other = Project(finished.root, "other", load_params(finished.root, "other", OVERRIDES))
+    document = other.document(other.nodes[0], {})
+    data = prepare_dataset(finished.root, other.place(document), document)
+    assert (data.digest, data.path != finished.data.path) == (finished.data.digest, True)
+    graph = load(finished.root, finished.tracker.versions(), "other")
+    assert graph.find("data", "other") is graph.find("data", "tiny") is graph.find(data.name)
+    assert graph.find("data", "other").title == f"data {data.name}"
+    assert finished.audit().broken == []
+    for folder in (data.path, finished.data.path):
+        for _ in Changes(folder / "sft.parquet"):
+            assert str(folder / "sft.parquet") in finished.audit(deep=False).broken[0].problem

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rrlhf.checks import NEEDED
 from rrlhf.config import Arm, RewardName
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params, option, parse_override, profiles
+from rrlhf.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,14 @@ def rewrite(root, name, line, file="params.yaml"):
     lines[number] = "  " + line
     (root / file).write_text("\n".join(lines))
     return number + 1
+
+
+def test_a_run_is_called_by_its_profile_and_overrides():
+    assert run_name("tiny") == "tiny"
+    overrides = {"ppo.kl_weight": 0.05, "prepare.limit": None, "model.base": "random:2x32", "arms.a": {"seed": 1}}
+    said = 'tiny · ppo.kl_weight=0.05 · prepare.limit=null · model.base=random:2x32 · arms.a={"seed": 1}'
+    assert run_name("tiny", overrides) == said
+    assert len(run_name("tiny", {"model.system_prompt": "long " * 100})) == LONGEST_NAME
 
 
 @pytest.mark.parametrize("profile", profiles(ROOT))

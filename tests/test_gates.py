@@ -1,5 +1,6 @@
 """Gates: win rates per prompt, the worse end of intervals, and what is asked of an alias."""
 
+import json
 import math
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rrlhf.judging.calibration import Estimate
-from rrlhf.promotion.command import Asked, check
+from rrlhf.promotion.command import Asked, check, named
 from rrlhf.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
 from rrlhf.reporting.intervals import mean_interval
+from rrlhf.tracking import Version
 
 LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_spread": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
 
@@ -122,3 +124,22 @@ def test_an_override_needs_a_reason():
     with pytest.raises(ValueError, match="reason"):
         check(Asked("rrlhf-policy/1", "champion", " "), [])
     check(Asked("rrlhf-policy/1", "champion", "wanted"), [])
+
+
+@pytest.mark.parametrize(
+    ("reference", "meant"),
+    [
+        ("rrlhf-tiny-policy@candidate", "rrlhf-tiny-policy/1"),
+        ("rrlhf-policy@candidate", "rrlhf-policy/7"),
+        ("rrlhf-tiny-policy@latest", "rrlhf-tiny-policy/1"),
+        ("rrlhf-policy/7", "rrlhf-policy/7"),
+        ("ab" * 4, "rrlhf-policy/7"),
+    ],
+)
+def test_of_the_names_that_one_policy_has_the_one_that_was_asked_for_is_promoted(reference, meant):
+    made = {"stage": "ppo", "digest": "ab" * 32, "inputs": {}, "input_keys": {}, "git_commit": None}
+    tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "ppo-robust", "rrlhf.made": json.dumps(made)}
+    names = [("rrlhf-tiny-policy", "1"), ("rrlhf-policy", "7")]
+    versions = [Version(name, number, ("candidate",), tags) for name, number in names]
+    found = named(reference, "default", versions)
+    assert f"{found.name}/{found.version}" == meant

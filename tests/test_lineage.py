@@ -117,6 +117,17 @@ def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_da
     assert graph.built_on("A" * 64) == [graph.find("rrlhf-policy/2")]
 
 
+def test_the_latest_of_a_name_is_its_highest_number_whatever_else_a_model_is_called():
+    """An old model of one profile that another registers today."""
+    again = version("rrlhf-tiny-sft", "1", "sft", "a", {"data": DATA})
+    newer = version("rrlhf-sft", "2", "sft", "f", {"data": DATA})
+    graph = from_versions([again, newer, SFT])
+    assert graph.find("rrlhf-sft@latest") is graph.find("rrlhf-sft/2")
+    assert graph.find("rrlhf-tiny-sft@latest") is graph.find("rrlhf-sft/1")
+    assert from_versions([again, newer, SFT], "tiny").find("rrlhf-sft/1").title == "rrlhf-tiny-sft v1"
+    assert graph.find("rrlhf-tiny-sft/1").title == "rrlhf-sft v1"
+
+
 def test_an_unknown_reference_gets_the_close_ones(graph):
     with pytest.raises(ValueError, match="close: rrlhf-policy@candidate"):
         graph.find("rrlhf-policy@candidat")

@@ -141,6 +141,8 @@ def test_aliases_stay_with_the_settings_as_they_stand_unless_asked_for(first, sh
     assert set(stand) == {"candidate", "single", "robust", "direct"}
     assert "--take-aliases gives them to the models of this run" in shell.run(*NEW_WEIGHT).told
     assert aliases() == stand
+    [latest, *_] = runs(client, "rrlhf.profile", "tiny")
+    assert latest.info.run_name == "tiny · ppo.kl_weight=0.3"
     taken = shell.run(*NEW_WEIGHT, "--take-aliases")
     now = aliases()
     assert {name for name in now if now[name] != stand[name]} == {"candidate", "single", "robust"}

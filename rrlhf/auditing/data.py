@@ -46,9 +46,8 @@ def record_faults(root: Path) -> Iterator[tuple[str, str]]:
 def data_faults(root: Path, product: Product, *, deep: bool) -> Iterator[str | Path]:
     """Yield what is wrong with one version of a data set, and every file that was read."""
     listed = listing(root, product.digest)
-    folder = root / "data" / (product.names[0] if product.names else "")
-    here = product.names and folder.is_dir() and _is_present(root, product)
-    if here:
+    here = [root / "data" / name for name in product.names if _is_present(root, product, name)]
+    for folder in here:
         yield from _files(folder)
         if problem := fault(root, folder, product.digest.removeprefix("md5:"), deep=deep):
             yield problem
@@ -93,10 +92,12 @@ def _size_fault(root: Path, record: Record) -> str | None:
     return None
 
 
-def _is_present(root: Path, product: Product) -> bool:
-    """Return whether a lock file says that the folder holds this version now."""
+def _is_present(root: Path, product: Product, name: str) -> bool:
+    """Return whether a lock file says that the folder of this name holds this version now."""
+    if not (root / "data" / name).is_dir():
+        return False
     try:
-        return any(record.digest == product.digest and record.name == product.names[0] for record in locks(root))
+        return any((record.digest, record.name) == (product.digest, name) for record in locks(root))
     except TamperedError:
         return False
 

@@ -186,10 +186,15 @@ class Graph:
     @cached_property
     def _named(self) -> dict[str, Product]:
         """Return every product by all its names; of products that share one, the newest."""
-        named: dict[str, Product] = {}
-        for product in reversed(self.products):
-            models = {name.partition("/")[0] for name in product.names if "/" in name}
-            named |= {f"{model}@latest": product for model in models}
+        versions = (
+            (model, int(number), product)
+            for product in self.products
+            for model, _, number in (name.partition("/") for name in product.names)
+            if number.isdigit()
+        )
+        named: dict[str, Product] = {
+            f"{model}@latest": product for model, _, product in sorted(versions, key=lambda version: version[:2])
+        }
         for product in reversed(self.products):
             named |= dict.fromkeys((*product.names, *product.aliases), product)
         return named
@@ -206,7 +211,10 @@ class Graph:
         found = next((product for product in self._nodes[node] if profile in product.profiles), None)
         if found is None:
             others = sorted({each for product in self._nodes[node] for each in product.profiles})
-            raise ValueError(f"profile {profile} has no {node} yet; name another with --profile: {', '.join(others)}")
+            way = (
+                f"name another with --profile: {', '.join(others)}" if others else "name one by the start of its digest"
+            )
+            raise ValueError(f"profile {profile} has no {node} yet; {way}")
         return found
 
 

@@ -43,20 +43,21 @@ def load(root: Path, versions: Sequence[Version], profile: str = "default", *, s
         if registered:
             product = replace(product, names=registered.names, aliases=registered.aliases)
         products[product.digest, product.key] = product
-    datasets = data_sets(root, strict=strict)
+    datasets = data_sets(root, profile, strict=strict)
     here = {product.digest for product in datasets}
     elsewhere = [product for product in _named_data_sets(versions) if product.digest not in here]
     return Graph([*products.values(), *datasets, *elsewhere])
 
 
-def data_sets(root: Path, *, strict: bool = True) -> list[Product]:
+def data_sets(root: Path, profile: str = "default", *, strict: bool = True) -> list[Product]:
     """Return the data sets that DVC knows in this folder: those of its lock files first, then earlier ones."""
-    records: dict[str, Record] = {}
+    records: list[Record] = []
     with nullcontext() if strict else suppress(TamperedError):
-        records |= {record.digest: record for record in locks(root)}
-    for record in run_records(root):
-        records.setdefault(record.digest, record)
-    return [_data_set(root, record, strict=strict) for record in records.values()]
+        records += [*locks(root)]
+    versions: dict[str, list[Record]] = {}
+    for record in [*records, *run_records(root)]:
+        versions.setdefault(record.digest, []).append(record)
+    return [_data_set(root, same, profile, strict=strict) for same in versions.values()]
 
 
 def described(products: Iterable[Product], versions: Sequence[Version], tracker: Tracker) -> dict[Product, Product]:
@@ -82,13 +83,8 @@ def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Pro
         aliases = tuple(f"{version.name}@{alias}" for alias in version.aliases)
         identity = made["digest"], version.key
         if known := products.get(identity):
-            own = (
-                profile_of(version.name, known.stage)
-                == profile
-                != profile_of(known.names[0].partition("/")[0], known.stage)
-            )
-            names = (name, *known.names) if own else (*known.names, name)
-            products[identity] = replace(known, names=names, aliases=(*known.aliases, *aliases))
+            names = sorted((*known.names, name), key=lambda each: _other(each.partition("/")[0], known.stage, profile))
+            products[identity] = replace(known, names=tuple(names), aliases=(*known.aliases, *aliases))
             continue
         products[identity] = Product(
             digest=made["digest"],
@@ -105,6 +101,10 @@ def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Pro
     return products
 
 
+def _other(name: str, stage: str, profile: str) -> bool:
+    return profile_of(name, stage) != profile
+
+
 def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
     """Return the data sets that versions name as their inputs, the newest first."""
     named: dict[str, str] = {}
@@ -115,8 +115,10 @@ def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
     return [Product(digest, DATA, "prepare", names=(name,) if name else ()) for digest, name in named.items()]
 
 
-def _data_set(root: Path, record: Record, *, strict: bool) -> Product:
-    document = None
+def _data_set(root: Path, records: Sequence[Record], profile: str, *, strict: bool) -> Product:
+    """Return the data set of records with one digest, which several profiles may have."""
+    record, document = records[0], None
+    names = sorted(dict.fromkeys(each.name for each in records), key=lambda name: name != profile)
     with nullcontext() if strict else suppress(TamperedError):
         document = kept_document(root, record.document_md5)
     listing = cached(root, record.digest)
@@ -127,7 +129,7 @@ def _data_set(root: Path, record: Record, *, strict: bool) -> Product:
         stage="prepare",
         key="",
         inputs=document["inputs"] if document else {},
-        names=(record.name,),
+        names=tuple(names),
         document=document,
         created=made.isoformat(timespec="seconds") if made else "",
     )

@@ -139,7 +139,9 @@ def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
 
     found = from_versions(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
-    names = [name for name in (reference.removeprefix("models:/"), *found.names) if name in known]
+    wanted = reference.removeprefix("models:/")  # a model may have names of several profiles
+    names = sorted(found.names, key=lambda name: not name.startswith(f"{wanted.partition('@')[0]}/"))
+    names = [name for name in (wanted, *names) if name in known]
     if not names:
         raise UsageError(f"{reference!r} is {found.title}, which is not registered; name a registered policy")
     return known[names[0]]

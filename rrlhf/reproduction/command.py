@@ -60,7 +60,7 @@ def reproduce(
     beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=_made(root / ".rrlhf")))
     rebuilt: list[Rebuilt] = []
     try:
-        kept = {step.digest: step.kept for step in found}
+        kept = {step.identity: step.kept for step in found}
         for one in rebuild(order, kept, beside, launch=params.launch, tolerance=tolerance):
             rebuilt.append(one)
             print(_line(one), file=sys.stderr if as_json else sys.stdout, flush=True)

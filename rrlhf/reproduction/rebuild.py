@@ -24,11 +24,11 @@ class Step(NamedTuple):
     """One result to make again: its key document, and what is kept of it."""
 
     name: str
-    digest: str
+    identity: str  # its key; of data, the digest of the version
     document: Document
     kept: Path
     files: list[str]
-    made_from: dict[str, str]  # digest of each input that is rebuilt or kept, by argument
+    made_from: dict[str, str]  # identity of each input that is rebuilt or kept, by argument
     commit: str | None
 
 
@@ -50,20 +50,20 @@ def steps(root: Path, lookup: Lookup, artifact: Artifact, *, whole: bool) -> lis
     found: dict[str, Step] = {}
 
     def add(made: Artifact) -> None:
-        if made.digest in found:
+        if made.key in found:
             return
-        digests: dict[str, str] = {}
+        read: dict[str, str] = {}
         if whole or made is artifact:
             inputs = {argument: lookup.input_of(made, argument) for argument in made.made_from}
-            digests = {argument: parent.digest for argument, parent in inputs.items()}
+            read = {argument: parent.key for argument, parent in inputs.items()}
             if (data := made.inputs.get(DATA)) is not None:
-                digests[DATA] = data
+                read[DATA] = data
                 found[data] = found.get(data) or _data(root, data)
             for parent in inputs.values():
                 add(parent)
         manifest = made.manifest
         files, commit = sorted(manifest["files"]), manifest["git_commit"]
-        found[made.digest] = Step(made.name, made.digest, manifest["document"], made.path, files, digests, commit)
+        found[made.key] = Step(made.name, made.key, manifest["document"], made.path, files, read, commit)
 
     add(artifact)
     order = list(found.values())
@@ -89,12 +89,12 @@ def rebuild(
 ) -> Iterator[Rebuilt]:
     """Make every step again in `beside`, from what was rebuilt before where that is part of `order`, else as kept.
 
-    kept: the folder of every input by its digest. Ends after a step that differs: what follows says nothing more.
+    kept: the folder of every input by its identity. Ends after a step that differs: what follows says nothing more.
     """
     made = dict(kept)
     for number, step in enumerate(order):
         out = beside / f"{number:02d}-{step.name}"
-        inputs = {argument: made[digest] for argument, digest in step.made_from.items()}
+        inputs = {argument: made[identity] for argument, identity in step.made_from.items()}
         began = time.monotonic()
         _make(step, inputs, out, launch)
         comparison = compare(step.kept, out, step.files, tolerance)
@@ -102,7 +102,7 @@ def rebuild(
         yield Rebuilt(step.name, comparison, parted, time.monotonic() - began)
         if comparison.verdict == "differs":
             return
-        made[step.digest] = out
+        made[step.identity] = out
 
 
 def _make(step: Step, inputs: dict[str, Path], out: Path, launch: Launch) -> None:
