@@ -142,6 +142,7 @@ def make_all(run: Run, pages: Pages) -> None:
     data, *models = run.project.nodes
     if takes_part(data, run):
         prepare(run.project.document(data, {}), run)
+        run.project.check_sources()  # again, since only now the columns of a hub's data set are known
     for together in independent(models, run.project.params.launch.arms_at_once):
         pages.advance(run.digests)
         finish([start(node, run, beside=len(together) - 1) for node in together if takes_part(node, run)], run)

@@ -16,6 +16,7 @@ from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.layout import layout
 from rrlhf.lineage.load import from_versions
 from rrlhf.lineage.page import html, svg
+from rrlhf.lineage.rows import digest_start
 from rrlhf.lineage.text import as_json, mermaid, tree
 from rrlhf.tracking import Version
 
@@ -252,3 +253,8 @@ def test_lineage_starts_without_the_heavy_libraries():
     code = "import sys, rrlhf.lineage, rrlhf.cli; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_row_of_the_source_is_looked_up_without_its_further_columns():
+    row = {"prompt": "Ice?", "chosen": "Yes.", "rejected": "No."}
+    assert digest_start(json.dumps(row | {"score_chosen": 4, "difficulty": "easy"})) == digest_start(json.dumps(row))

@@ -362,7 +362,7 @@ def folder_of(world, made_of):
     return world.paths[made_of]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.lists(st.tuples(edits, st.booleans()), min_size=1, max_size=6))
 def test_the_plan_is_what_a_run_does(sequence):
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:

@@ -122,7 +122,7 @@ def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path,
     assert len(computed) == 2
 
 
-@pytest.mark.parametrize("beside", [0, 1])
+@pytest.mark.parametrize("beside", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole, beside):
     draw = random.Random(beside)
     for _ in range(2 - beside):

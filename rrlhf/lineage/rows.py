@@ -12,6 +12,7 @@ from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import line
 from rrlhf.located import UsageError
 from rrlhf.preferences.fingerprints import row_hash, tables_with
+from rrlhf.preferences.tables import SCHEMAS
 from rrlhf.types import Json
 from rrlhf.versioning.records import Record, files_of, locks, run_records
 
@@ -61,6 +62,8 @@ def digest_start(text: str) -> str:
             f"--row {text[:60]!r}: give 6 or more hex digits of a row's hash (`rrlhf diff` prints them), or the row as "
             'JSON: {"prompt": ..., "chosen": ..., "rejected": ...}'
         ) from None
+    if "chosen" in row:  # its other columns, such as scores, are no part of a pair
+        row = {name: value for name, value in row.items() if name in SCHEMAS["preferences"]}
     return row_hash(row)
 
 
