@@ -115,7 +115,7 @@ def run_stage(job: dict[str, Any]) -> None:
         "model": params.model.model_copy(update={"base": "random:3x64"}),
         "ppo": params.ppo.model_copy(update=changed),
         "health": params.health.model_copy(update={"checkpoint_every": 1, "patience": 100}),
-        "arm": Arm(reward="robust", nominal_weight=0.4, seed=1),
+        "arm": Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1),
     }
     document = {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}
     folders = {name: Path(folder) for name, folder in job["inputs"].items()}

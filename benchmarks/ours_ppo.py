@@ -60,7 +60,7 @@ def train(job: Job) -> Job:
     libraries_mib = _peak_mib()
     language, settings = load_model(Path(job["folder"])), _settings(job)
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
-    model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, seed=job["seed"])
+    model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
     torch.manual_seed(job["seed"])
     engine = accelerator(model)
     learner = _learner(engine, language, settings, job)

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rrlhf.config import Arm, BestOfN, Model
 from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_model
 from rrlhf.language_models.text import Texts, decode
+from rrlhf.policies.arm_record import write_arm
 from rrlhf.policies.candidates import choose, write_candidates
-from rrlhf.policies.judgement import Judgement, arm_reward, function_values
+from rrlhf.policies.judgement import Judgement, arm_reward, function_values, reference_scale
 from rrlhf.policies.reward_functions import load_functions
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.preferences.tables import columns_of, further_columns, read_table
 from rrlhf.progress import track
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
-from rrlhf.robust import Scores
+from rrlhf.robust import joined
 from rrlhf.rollout import Response, response_features, sample_in_batches
 from rrlhf.types import Log, Message
 
@@ -61,10 +63,11 @@ def run(
     tokens, ended = [response.tokens for response in responses], [response.finished for response in responses]
     values = function_values(functions, asked, texts, tokens, ended, columns_of(rows))
     judgement, finished = judgement._replace(functions=values), torch.tensor(ended)
-    score = torch.where(finished, arm_reward(arm, engine)(judgement).cpu(), best_of_n.missing_eos_score)
+    scale = reference_scale(arm, reward, ensemble)
+    score = torch.where(finished, arm_reward(arm, engine, scale)(judgement).cpu(), best_of_n.missing_eos_score)
     score = score.double().view(len(questions), samples)
     write_candidates(out, responses, texts, judgement, score, choose(score, n))
-    (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+    write_arm(out, arm, scale)
     curve = best_of_n_curve(score, score, n).mean(0)
     for number in curve_points(n):
         log({"step": number, "reward": curve[number - 1].item(), "kl_bound": best_of_n_kl(number)})
@@ -86,7 +89,7 @@ def judged(
 
     layer: whose entering states the reward heads without a trunk of their own read; None: every one has its own.
     """
-    singles, means, stds = [], [], []
+    singles, several = [], []
     batches = range(0, len(responses), batch_size)
     for start in track(batches, len(batches), "best of n: scoring"):
         part = slice(start, start + batch_size)
@@ -100,6 +103,5 @@ def judged(
             pooled = response_features(states, lengths, torch.tensor(spoken, device=language.device))
         single, scores = read_by(models, pooled, asked[part], texts[part], batch_size)
         singles.append(single.mean[:, 0].cpu())
-        means.append(scores.mean.cpu())
-        stds.append(scores.std.cpu())
-    return Judgement(torch.cat(singles), Scores(torch.cat(means), torch.cat(stds)))
+        several.append(scores.each(Tensor.cpu))
+    return Judgement(torch.cat(singles), joined(several))

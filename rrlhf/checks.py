@@ -15,8 +15,10 @@ Mistake = tuple[tuple[str, ...], str]  # the path of the setting to blame, and w
 
 # The settings that an arm's reward needs; any other reward has none.
 NEEDED = {
-    "robust": {"nominal_weight"},
-    "batch_robust": {"nominal_weight"},
+    "robust": {"nominal_weight", "credible"},
+    "batch_robust": {"nominal_weight", "credible"},
+    "worst": {"credible"},
+    "ellipsoid": {"credible"},
     "uwo": {"uncertainty_weight"},
     "mean_minus_std": {"uncertainty_weight"},
     "lower_bound": {"uncertainty_weight"},

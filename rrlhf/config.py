@@ -38,7 +38,9 @@ RewardName = Literal[
     "entropic",
     "gaussian_entropic",
     "constant",
+    "ellipsoid",
 ]
+REWARD_SETTINGS = ("nominal_weight", "credible", "uncertainty_weight", "temperature")  # of an arm; each reward has some
 
 
 class Section(BaseModel):
@@ -157,6 +159,7 @@ class Member(HeadTraining):
     loss: Literal["reparam_mse", "gaussian_nll", "bradley_terry"]
     target: Literal["stage1_reward", "margin"]
     head_data: Literal["bootstrap", "all"]
+    sigma: Literal["posterior", "learned"]
     sigma_floor: PositiveFloat
 
 
@@ -249,6 +252,7 @@ class Arm(Section):
     reward: RewardName | None = None  # null: it sees none (dpo)
     n: PositiveInt | None = None  # best_of_n: responses to choose from
     nominal_weight: Share | None = None  # robust, batch_robust: share of the most confident head's reward
+    credible: NonNegative | None = None  # robust, batch_robust, worst, ellipsoid: how far the worst case goes, in sigma
     uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
     temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
     functions: dict[str, Finite] = {}  # by "module:function": what one unit of its value adds to the reward
@@ -257,7 +261,7 @@ class Arm(Section):
     @property
     def settings(self) -> dict[str, float]:
         """The settings of its reward, by name."""
-        given = {name: getattr(self, name) for name in ("nominal_weight", "uncertainty_weight", "temperature")}
+        given = {name: getattr(self, name) for name in REWARD_SETTINGS}
         return {name: value for name, value in given.items() if value is not None}
 
     @model_serializer(mode="wrap")

@@ -25,6 +25,7 @@ from rrlhf.judging.calibration import correct
 from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_model, microbatches, save_model
 from rrlhf.language_models.text import Texts
+from rrlhf.policies.arm_record import write_arm
 from rrlhf.policies.checkpoint import Trained
 from rrlhf.policies.policy import PolicyTop, first_trained, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
@@ -68,7 +69,7 @@ def run(*, model: Model, dpo: Dpo, arm: Arm, data: Path, sft: Path, out: Path, l
     train(learner, pairs, heldout, model, dpo, arm, out, log)
     if engine.is_main_process:
         save_model(language, out)
-        (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+        write_arm(out, arm)
     engine.wait_for_everyone()
 
 

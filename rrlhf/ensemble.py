@@ -55,6 +55,8 @@ def run(
     features = own or PairFeatures.load(reward)
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
+    if ensemble.sigma == "posterior":
+        heads.know(features.train, features.reference)
     _refuse_identical(heads.score(features.reference))
     log({"step": ensemble.epochs, **judge(heads, features)})
     heads.save(out)

@@ -13,22 +13,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from rrlhf.config import Arm, Evaluate, Gold, Model
 from rrlhf.gold import GoldJudge
 from rrlhf.judging.calibration import estimate
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
+from rrlhf.policies.arm_record import NO_SCALE, Scale, read_arm
 from rrlhf.policies.candidates import read_candidates
 from rrlhf.policies.excerpts import Excerpt, read_excerpts
-from rrlhf.policies.judgement import with_functions
+from rrlhf.policies.judgement import aggregated, paid
 from rrlhf.policies.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.policies.reward_functions import load_functions, metric_names
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.preferences.tables import Rows, further_columns, read_table
-from rrlhf.reward_models.features import PairFeatures, features_of
-from rrlhf.robust import AGGREGATIONS, READINGS, head_spread
+from rrlhf.reward_models.features import PairFeatures, folder_of
+from rrlhf.robust import READINGS, head_spread
 from rrlhf.types import Log
 
 
@@ -48,7 +48,8 @@ def run(
 ) -> None:
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
     rows = read_table(data, "evaluate")
-    arms = {name: Arm.model_validate_json((folder / "arm.json").read_bytes()) for name, folder in policies.items()}
+    paid_by = {name: read_arm(folder) for name, folder in policies.items()}
+    arms = {name: arm for name, (arm, _) in paid_by.items()}
     functions = load_functions((path for arm in arms.values() for path in arm.functions), further_columns(data))
     judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     trained, selecting = (
@@ -61,7 +62,7 @@ def run(
         reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
         bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
         readings[name] = reading._replace(kl=bound)
-    compared = [_summary(name, reading, arms.get(name)) for name, reading in readings.items()]
+    compared = [_summary(name, reading, *paid_by.get(name, (None, NO_SCALE))) for name, reading in readings.items()]
     result = {
         "policies": compared,
         "curves": [point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold)],
@@ -70,7 +71,7 @@ def run(
         ],
         "samples": _samples(readings, rows, evaluate),
         "excerpts": {name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges))},
-        "reward_models": _judgements(judges, PairFeatures.load(reward), features_of(ensemble, reward)),
+        "reward_models": _judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
         "gold_agreement": _agreements(readings),
     }
     log({"step": 0, **judges.told()})
@@ -79,12 +80,13 @@ def run(
     (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _summary(name: str, reading: Reading, arm: Arm | None) -> dict[str, Any]:
+def _summary(name: str, reading: Reading, arm: Arm | None, scale: Scale) -> dict[str, Any]:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
         "proxy": reading.proxy,
         **{reader: read(reading.scores) for reader, read in READINGS.items()},
         "spread": head_spread(reading.scores),
+        "sigma": reading.scores.std.mean(1),
         "kl": reading.kl,
         "words": torch.tensor([float(len(text.split())) for text in reading.texts]),
         "repetition": torch.tensor([repetition(text) for text in reading.texts]),
@@ -94,8 +96,8 @@ def _summary(name: str, reading: Reading, arm: Arm | None) -> dict[str, Any]:
         columns = {"gold": reading.gold, **columns}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
-    if arm and (arm.reward in AGGREGATIONS or arm.functions):
-        columns["reward"] = with_functions(arm, _bare_reward(arm, reading), reading.functions)
+    if arm and (arm.reward not in {None, "single"} or arm.functions):
+        columns["reward"] = paid(arm, scale, aggregated(arm, reading.proxy, reading.scores), reading.functions)
     return {
         "name": name,
         "reward": (arm.reward or "preferences") if arm else "none",
@@ -105,11 +107,6 @@ def _summary(name: str, reading: Reading, arm: Arm | None) -> dict[str, Any]:
         **({"n": arm.n} if arm and arm.n else {}),
         "metrics": {key: estimate(column, reading.prompt)._asdict() for key, column in columns.items()},
     }
-
-
-def _bare_reward(arm: Arm, reading: Reading) -> Tensor:
-    """Return what an arm's reward models say, [responses]."""
-    return reading.proxy if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](reading.scores, **arm.settings)
 
 
 def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
@@ -129,7 +126,7 @@ def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
             "update": update,
             "kl": _mean(row["kl"] for row in group),
             "proxy": _mean(row["proxy"] for row in group),
-            "spread": heads.std(dim=1, correction=0).mean().item(),
+            "sigma": _mean(row["sigma"] for row in group),
             "words": _mean(len(row["response"].split()) for row in group),
             "heads": heads.mean(0).tolist(),
         }

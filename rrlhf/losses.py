@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from rrlhf.kl import k3
 from rrlhf.returns import masked_mean
-from rrlhf.robust import Scores
+from rrlhf.robust import Scores, difference_std
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip_ratio: float) -> Tensor:
@@ -99,7 +99,7 @@ def gaussian_log_odds(chosen: Scores, rejected: Scores, margin: float = 0.0) -> 
     E[sigmoid(d - margin)] for a difference d ~ N(m, v), its noise integrated out, is close to
     sigmoid((m - margin) / sqrt(1 + pi v / 8)) (MacKay 1992, eq. 10).
     """
-    variance = chosen.std**2 + rejected.std**2
+    variance = difference_std(chosen, rejected) ** 2
     return (chosen.mean - rejected.mean - margin) / torch.sqrt(1 + math.pi / 8 * variance)
 
 

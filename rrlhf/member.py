@@ -82,6 +82,8 @@ def run(
         link_trunk(reward, out)
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
+    if member.sigma == "posterior":
+        heads.know(features.train, features.reference)
     judged = judge_ensemble("member", score_pairs(heads, features.heldout, features.heldout_prompts))
     log({"step": member.epochs, **heldout_metrics(judged)})
     heads.save(out)

@@ -28,12 +28,13 @@ from rrlhf.language_models.adapters import merge_adapters
 from rrlhf.language_models.models import accelerator, accumulated, autocast, load_model, save_model
 from rrlhf.language_models.text import Texts, decode
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
+from rrlhf.policies.arm_record import Scale, write_arm
 from rrlhf.policies.checkpoint import Checkpoints
 from rrlhf.policies.excerpts import FILE as EXCERPTS
 from rrlhf.policies.excerpts import excerpts
 from rrlhf.policies.guard import Guard
 from rrlhf.policies.health import EVENTS, DivergedError
-from rrlhf.policies.judgement import Judgement, arm_reward, judge, reward_metrics
+from rrlhf.policies.judgement import Judgement, arm_reward, judge, reference_scale, reward_metrics
 from rrlhf.policies.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
 from rrlhf.policies.reward_functions import NO_COLUMNS, Columns, load_functions
 from rrlhf.preferences.tables import columns_of, further_columns, read_table
@@ -67,6 +68,7 @@ def run(
     rows = read_table(data, "ppo")
     asked, columns = [row["prompt"] for row in rows], columns_of(rows)
     functions = load_functions(arm.functions, further_columns(data))
+    scale = reference_scale(arm, reward, ensemble)
     learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
     texts = Texts(learner.language, model)
     encoded = [texts.prompt(prompt) for prompt in asked]
@@ -79,7 +81,8 @@ def run(
         course = resume(learner, checkpoints.newest())
         guard = Guard(learner, course, checkpoints, health, label)
         before = list(course.rows)
-        steps = train(learner, encoded, arm_reward(arm, engine), model, ppo, arm.seed, course, asked, guard, columns)
+        paid = arm_reward(arm, engine, scale)
+        steps = train(learner, encoded, paid, model, ppo, arm.seed, course, asked, guard, columns)
         try:
             for row in track(chain(before, steps), ppo.updates, label):
                 log(cut | row)
@@ -90,7 +93,7 @@ def run(
             _tell(engine, course, asked, out)
             raise
         kept = _tell(engine, course, asked, out)
-        _save(learner, kept, arm, out)
+        _save(learner, kept, arm, scale, out)
 
 
 def _tell(engine: Accelerator, course: Course, asked: Sequence[list[Message]], out: Path) -> list[Sampled]:
@@ -103,12 +106,12 @@ def _tell(engine: Accelerator, course: Course, asked: Sequence[list[Message]], o
     return kept
 
 
-def _save(learner: Learner, kept: list[Sampled], arm: Arm, out: Path) -> None:
+def _save(learner: Learner, kept: list[Sampled], arm: Arm, scale: Scale, out: Path) -> None:
     if learner.engine.is_main_process:
         merge_adapters(learner.language.network)
         save_model(learner.language, out)
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in kept]), out / "rollouts.parquet")
-        (out / "arm.json").write_text(arm.model_dump_json(), encoding="utf-8")
+        write_arm(out, arm, scale)
     learner.engine.wait_for_everyone()
 
 
@@ -172,6 +175,7 @@ def _kept(
         (rollout.logprobs - rollout.reference_logprobs).sum(1).tolist(),
         judgement.single.tolist(),
         judgement.ensemble.mean.tolist(),
+        judgement.ensemble.std.mean(1).tolist(),
     )
     return [Sampled(step, *row) for row in zip(*columns, strict=True)]
 

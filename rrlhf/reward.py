@@ -50,6 +50,7 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
         features = pair_features(trunk, train, heldout, reward.batch_size, "reward: trained features")
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
+    heads.know(features.train, features.reference)
     judged = judge_single("single head", score_pairs(heads, features.heldout, features.heldout_prompts))
     log({"step": reward.epochs, **heldout_metrics(judged)})
     heads.save(out)

@@ -1,13 +1,13 @@
 """Why rrlhf exists: rewards that stay honest when a policy leaves the data its reward models were trained on.
 
 Reward-Robust RLHF (Yan et al. 2024, arXiv 2409.15360): optimise a mixture of the reward that the ensemble is most
-sure of and the worst reward that any member gives.
+sure of and the worst reward that it holds for possible.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,24 @@ class Scores(NamedTuple):
 
     mean: Tensor  # [batch, heads]
     std: Tensor  # [batch, heads]
+    # [batch, spaces, inner]: what the standard deviations are the lengths of, where they are those of a posterior. The
+    # covariance of two rewards is the product of these (reward_models/posterior.py).
+    offset: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
+        """Return the scores with every part changed in the same way."""
+        return Scores(change(self.mean), change(self.std), None if self.offset is None else change(self.offset))
+
+    def of(self, rows: Sequence[int]) -> Scores:
+        """Return the scores of some responses of the batch."""
+        return self.each(lambda part: part[rows])
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of several batches as those of one."""
+    offsets = [part.offset for part in parts if part.offset is not None]
+    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    return Scores(mean, std, torch.cat(offsets) if offsets else None)
 
 
 def certain(scores: Scores) -> Scores:
@@ -26,19 +44,38 @@ def certain(scores: Scores) -> Scores:
     return Scores(scores.mean, torch.zeros_like(scores.std))
 
 
+def difference_std(one: Scores, other: Scores) -> Tensor:
+    """Return the standard deviation [batch, heads] of each head's reward of `one` less that of `other`.
+
+    Rewards of a posterior go together; without one they are taken for independent.
+    """
+    if one.offset is None or other.offset is None:
+        return torch.hypot(one.std, other.std)
+    length: Tensor = torch.linalg.vector_norm(one.offset - other.offset, dim=2)
+    return length.expand_as(one.std)
+
+
 def most_confident(scores: Scores) -> Tensor:
-    """Return the index [batch] of the head with the least standard deviation, i* = argmin_i sigma_i."""
-    return scores.std.argmin(dim=1)
+    """Return each head's share [batch, heads] in the choice i* = argmin_i sigma_i; heads that tie have equal shares.
+
+    Heads on one trunk tie always, when their standard deviations are those of one posterior.
+    """
+    least = (scores.std == scores.std.amin(dim=1, keepdim=True)).to(scores.mean)
+    return least / least.sum(dim=1, keepdim=True)
 
 
 def nominal_reward(scores: Scores) -> Tensor:
-    """Return the mean [batch] of the most confident head, mu_{i*} (arXiv 2409.15360, section 4)."""
-    return scores.mean.gather(1, most_confident(scores)[:, None]).squeeze(1)
+    """Return the mean [batch] of the most confident head, mu_{i*} (arXiv 2409.15360, section 4); of ties the mean."""
+    return (scores.mean * most_confident(scores)).sum(dim=1)
 
 
-def worst_reward(scores: Scores) -> Tensor:
-    """Return the least mean [batch] over heads, min_i mu_i."""
-    return scores.mean.amin(dim=1)
+def worst_reward(scores: Scores, credible: float = 0.0) -> Tensor:
+    """Return the least reward [batch] in the heads' credible sets, min_i (mu_i - credible * sigma_i).
+
+    credible: how far the set {r : |r - mu_i| <= credible * sigma_i} reaches, in standard deviations; 0 leaves the least
+    mean of any head, the worst case of arXiv 2409.15360.
+    """
+    return (scores.mean - credible * scores.std).amin(dim=1)
 
 
 def mean_reward(scores: Scores) -> Tensor:
@@ -51,21 +88,37 @@ def median_reward(scores: Scores) -> Tensor:
     return scores.mean.quantile(0.5, dim=1)
 
 
-def robust_reward(scores: Scores, nominal_weight: float) -> Tensor:
+def robust_reward(scores: Scores, nominal_weight: float, credible: float) -> Tensor:
     """Return nominal_weight * nominal + (1 - nominal_weight) * worst, [batch] (arXiv 2409.15360, eq. 7, per sample).
 
-    The weight is the paper's lambda: 1 is the nominal reward alone, 0 the worst case alone.
+    The weight is the paper's lambda: 1 is the nominal reward alone, 0 the worst case alone. Of one head it is
+    mu - (1 - nominal_weight) * credible * sigma.
     """
-    return torch.lerp(worst_reward(scores), nominal_reward(scores), nominal_weight)
+    return torch.lerp(worst_reward(scores, credible), nominal_reward(scores), nominal_weight)
 
 
-def batch_robust_reward(scores: Scores, nominal_weight: float) -> Tensor:
-    """Like `robust_reward`, with the one head whose mean over the batch is least in place of each response's lowest.
+def batch_robust_reward(scores: Scores, nominal_weight: float, credible: float) -> Tensor:
+    """Like `robust_reward`, with the one head that is lowest on average over the batch in place of each response's.
 
     Its average over the batch is eq. 7 to the letter: E[min_i r_i] <= min_i E[r_i], so this one is the kinder.
     """
-    worst = scores.mean[:, scores.mean.mean(dim=0).argmin()]
-    return torch.lerp(worst, nominal_reward(scores), nominal_weight)
+    low = scores.mean - credible * scores.std
+    return torch.lerp(low[:, low.mean(dim=0).argmin()], nominal_reward(scores), nominal_weight)
+
+
+def ellipsoid_reward(scores: Scores, credible: float) -> Tensor:
+    """Return the reward [batch] of the weights that are worst for the batch as a whole, least over heads.
+
+    The weights lie in the ellipsoid |L' (theta - mode)| <= credible, H = L L', and make the mean reward of the batch
+    over that of the reference responses least (Zhang et al. 2024, arXiv 2403.05171, eq. 5): with z = L^-1 (x - x_ref),
+    mu - credible * z . z_mean / |z_mean|. Less pessimistic than `worst`: what is unsure in other directions than the
+    batch's costs nothing. Raises ValueError for scores without a posterior.
+    """
+    if scores.offset is None:
+        raise ValueError("reward ellipsoid needs ensemble.sigma posterior")
+    towards = torch.nn.functional.normalize(scores.offset.mean(dim=0), dim=1)  # [spaces, inner]
+    along = (scores.offset * towards).sum(dim=2)  # [batch, spaces]
+    return (scores.mean - credible * along).amin(dim=1)
 
 
 def uwo_reward(scores: Scores, uncertainty_weight: float) -> Tensor:
@@ -83,7 +136,7 @@ def mean_minus_std_reward(scores: Scores, uncertainty_weight: float) -> Tensor:
 
 def lower_bound_reward(scores: Scores, uncertainty_weight: float) -> Tensor:
     """Return min_i (mu_i - uncertainty_weight * sigma_i), [batch]: the least lower confidence bound of any head."""
-    return (scores.mean - uncertainty_weight * scores.std).amin(dim=1)
+    return worst_reward(scores, uncertainty_weight)
 
 
 def entropic_reward(scores: Scores, temperature: float) -> Tensor:
@@ -123,6 +176,7 @@ AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     **READINGS,
     "batch_robust": batch_robust_reward,
     "constant": constant_reward,
+    "ellipsoid": ellipsoid_reward,
     "entropic": entropic_reward,
     "gaussian_entropic": gaussian_entropic_reward,
     "lower_bound": lower_bound_reward,

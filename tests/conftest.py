@@ -141,15 +141,21 @@ def ppo():
 @pytest.fixture
 def rewards(tmp_path):
     """A folder with a single head and one with five, both with random weights."""
+    return save_random_heads(tmp_path / "reward", 1), save_random_heads(tmp_path / "ensemble", 5)
+
+
+def save_random_heads(folder, heads):
+    """Make the folder of a reward model that reads the first layer of a model of width 32."""
     import torch
 
-    from rrlhf.reward_models.heads import RewardHeads
+    from rrlhf.reward_models.features import PairFeatures
+    from rrlhf.reward_models.heads import Pairs, RewardHeads
     from rrlhf.reward_models.trunk import FILE
 
-    for name, heads in (("reward", 1), ("ensemble", 5)):
-        folder = tmp_path / name
-        folder.mkdir()
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(folder)
-        (folder / FILE).write_text('{"layer": 1}')
-    return tmp_path / "reward", tmp_path / "ensemble"
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(heads)
+    RewardHeads(32, heads, 0, 0.05).save(folder)
+    train, heldout = (Pairs(torch.randn(4, 32), torch.randn(4, 32)) for _ in range(2))
+    PairFeatures(train, heldout, torch.arange(4)).save(folder)
+    (folder / FILE).write_text('{"layer": 1}')
+    return folder

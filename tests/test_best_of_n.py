@@ -12,6 +12,7 @@ from rrlhf.config import Arm
 from rrlhf.language_models.models import load_model
 from rrlhf.language_models.text import Texts
 from rrlhf.params import load_params
+from rrlhf.policies.arm_record import read_arm
 from rrlhf.policies.candidates import choose, read_candidates
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.preferences.tables import prompts
@@ -20,7 +21,7 @@ from rrlhf.robust import robust_reward
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT, "tiny", {"model.base": "random:3x32", "best_of_n.samples": 9, "best_of_n.batch_size": 8})
-ARM = Arm(method="best_of_n", reward="robust", nominal_weight=0.4, n=4, seed=1)
+ARM = Arm(method="best_of_n", reward="robust", nominal_weight=0.4, credible=2.0, n=4, seed=1)
 PROMPTS, SAMPLES = 4, 9
 
 
@@ -110,7 +111,7 @@ def test_the_batch_size_changes_no_score(made, models, tmp_path):
 
 
 def test_the_arm_is_kept_with_its_responses(made):
-    assert Arm.model_validate_json((made[0] / "arm.json").read_bytes()) == ARM
+    assert read_arm(made[0])[0] == ARM
 
 
 def test_choosing_leaves_the_remainder_out():

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import save_random_heads
 
 from rrlhf.config import Health
 from rrlhf.identity.keys import key_document
@@ -13,8 +13,6 @@ from rrlhf.params import load_params
 from rrlhf.policies.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
 from rrlhf.preferences.tables import write_table
 from rrlhf.reporting.report import METRICS
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import READINGS
 from rrlhf.running.launch import call
 from rrlhf.stages import nodes
@@ -59,10 +57,7 @@ def inputs(start):
     """Folders of a random model, data, and random reward heads on the model's first layer."""
     folders = {name: start / name for name in ("data", "sft", "reward", "ensemble")}
     for name, heads in (("reward", 1), ("ensemble", 3)):
-        folders[name].mkdir(exist_ok=True)
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(folders[name])
-        (folders[name] / FILE).write_text('{"layer": 1}')
+        save_random_heads(folders[name], heads)
     return folders
 
 
@@ -135,11 +130,11 @@ def test_the_glossary_names_what_the_evaluation_measures():
 
 def test_every_detector_is_described_and_no_other():
     good = {"score": 0.0, "score_std": 1.0, "kl": 0.0, "response_tokens": 9.0, "entropy": 2.0, "finished": 1.0}
-    good |= {"spread": 0.3, "repetition": 0.0}
+    good |= {"sigma": 0.3, "repetition": 0.0}
     health = load_params(ROOT).health
-    bad = good | {"kl": 1e6, "entropy": 0.0, "finished": 0.0, "score_std": 0.0, "spread": math.nan}
+    bad = good | {"kl": 1e6, "entropy": 0.0, "finished": 0.0, "score_std": 0.0, "sigma": math.nan}
     found = {finding.name for finding in findings([bad] * health.patience, good, health)}
-    hacked = [good] * WINDOW + [good | {"score": 9.0, "spread": 0.9}] * WINDOW
+    hacked = [good] * WINDOW + [good | {"score": 9.0, "sigma": 0.9}] * WINDOW
     assert named("Detectors", "detector") == found | {hacking_suspected(hacked).name}
 
 

@@ -22,7 +22,7 @@ from rrlhf.store.artifacts import CHECKPOINT
 PARAMS = load_params(Path(__file__).parents[1])
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 HEALTHY = {"score": 0.1, "score_std": 0.5, "kl": 3.0, "response_tokens": 10.0, "entropy": 2.0, "finished": 0.8}
-EXTRA = {"spread": 0.3, "repetition": 0.02, "optimizer_steps": 8, "skipped_steps": 0}
+EXTRA = {"sigma": 0.3, "repetition": 0.02, "optimizer_steps": 8, "skipped_steps": 0}
 
 
 def rows(*changes):
@@ -84,11 +84,11 @@ def noisy(value, by, generator):
 @pytest.mark.parametrize(
     ("drift", "suspected"),
     [
-        ({"spread": 0.6}, True),
+        ({"sigma": 0.6}, True),
         ({"response_tokens": 2.0}, True),
         ({"response_tokens": 20.0}, True),
         ({"repetition": 0.3}, True),
-        ({"spread": 0.1}, False),
+        ({"sigma": 0.1}, False),
         ({}, False),
     ],
 )
@@ -103,7 +103,7 @@ def test_hacking_is_suspected_where_the_score_rises_and_something_drifts(drift, 
             for n in range(3 * WINDOW)
         ]
 
-    end = {"score": 2.0, "spread": 0.3, "response_tokens": 10.0, "repetition": 0.02} | drift
+    end = {"score": 2.0, "sigma": 0.3, "response_tokens": 10.0, "repetition": 0.02} | drift
     assert bool(hacking_suspected(log(0, end))) is suspected
     assert hacking_suspected(log(0, end | {"score": 0.1})) is None  # without a higher score nothing was hacked
 

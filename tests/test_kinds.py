@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rrlhf.identity.keys import key_digest, key_document
 from rrlhf.params import load_params
 from rrlhf.preferences.tables import prompts
-from rrlhf.reward_models.features import features_of
+from rrlhf.reward_models.features import PairFeatures, folder_of
 from rrlhf.reward_models.scoring import load_reward_model
 from rrlhf.running.launch import call
 from rrlhf.stages import METHODS, nodes
@@ -96,7 +96,7 @@ def test_stored_features_are_those_of_the_stored_trunk(made, kind):
     found = made(kind)
     pairs = preferences(found.start / "data", "heldout")
     expected = load_reward_model(found.root / "ensemble", found.start / "sft")
-    features = features_of(found.root / "ensemble", found.root / "reward")
+    features = PairFeatures.load(folder_of(found.root / "ensemble", found.root / "reward"))
     by_feature = expected.heads.score(features.heldout.chosen)
     by_text = expected.score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
     for one, other in zip(by_text, by_feature, strict=True):
@@ -133,7 +133,7 @@ def test_members_are_the_reward_models_that_they_were_made_of(made, texts):
 
 def test_averaged_heads_give_the_average_of_the_raw_rewards(made):
     found = made("warm heads")
-    features = features_of(found.root / "ensemble", found.root / "reward").heldout.chosen
+    features = PairFeatures.load(folder_of(found.root / "ensemble", found.root / "reward")).heldout.chosen
     members = [load_reward_model(found.root / f"member-{n}", found.start / "sft").heads for n in range(2)]
     mean = torch.stack([heads(features).mean for heads in members]).mean(0)
     averaged = load_reward_model(found.root / "ensemble", found.start / "sft").heads

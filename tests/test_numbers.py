@@ -30,7 +30,7 @@ def evaluation():
     policies = {"sft": {"gold": measured(0.0), "proxy": measured(0.2), "kl": measured(0.0, math.nan, 1)}}
     policies["robust"] = {"gold": measured(1 / 3), "proxy": measured(math.nan), "words": measured(7.0)}
     points = [
-        {"policy": "robust", "update": step, "kl": step / 7, "proxy": 1.0, "spread": 0.5, "words": 3.0, "heads": [1.0]}
+        {"policy": "robust", "update": step, "kl": step / 7, "proxy": 1.0, "sigma": 0.5, "words": 3.0, "heads": [1.0]}
         for step in (0, 1)
     ]
     return {
@@ -71,7 +71,7 @@ def test_curves_join_the_comparison_and_the_history_of_every_arm(evaluation, tra
     assert [float(row["score"]) for row in rows] == [0.0, 2.0]
     assert [float(row["kl"]) for row in rows] == [0.0, pytest.approx(1 / 7, rel=1e-5)]
     assert {row["gold"] for row in rows} == {row["entropy"] for row in rows} == {""}
-    assert {row["spread"] for row in rows} == {"0.5"}
+    assert {row["sigma"] for row in rows} == {"0.5"}
 
 
 def test_the_same_results_give_the_same_bytes(evaluation, trainings):

@@ -36,8 +36,8 @@ def single(judgement):
 @pytest.mark.parametrize(
     ("reward", "settings"),
     [
-        ("robust", {"nominal_weight": 0.4}),
-        ("batch_robust", {"nominal_weight": 0.4}),
+        ("robust", {"nominal_weight": 0.4, "credible": 2.0}),
+        ("batch_robust", {"nominal_weight": 0.4, "credible": 2.0}),
         ("uwo", {"uncertainty_weight": 0.1}),
         ("entropic", {"temperature": 0.5}),
         ("median", {}),
@@ -242,7 +242,7 @@ def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, re
 
 def test_the_responses_to_a_prompt_stand_together(model, ppo, rewards):
     ppo = ppo.model_copy(update={"prompts_per_update": 3, "responses_per_prompt": 4, "estimator": "grpo"})
-    arm = Arm(reward="robust", nominal_weight=0.4, seed=1)
+    arm = Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
     _, rows, kept = trained(model, ppo, rewards, arm_reward(arm, Accelerator(cpu=True)))
     assert rows[0]["optimizer_steps"] == ppo.epochs * 12 / ppo.minibatch_size
     asked = [row.prompt for row in kept if row.update == 0]

@@ -41,7 +41,7 @@ def curve(name: str, golds: list[float | None], proxies: list[float]) -> list[Po
             "update": update,
             "kl": update - 0.1,
             "proxy": proxy,
-            "spread": 0.5,
+            "sigma": 0.5,
             "words": 9.0,
             "heads": heads,
         }
@@ -78,6 +78,7 @@ def agreement(name: str) -> GoldAgreement:
         "sigma_bins": [{"sigma": 0.5, "error": 0.9, "n": 96}],
         "spread_warns": 0.21,
         "sigma_warns": None,
+        "overrated_auc": None,
     }
 
 

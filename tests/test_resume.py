@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
+from conftest import save_random_heads
 
 from rrlhf.config import Arm, Launch
 from rrlhf.identity.keys import key_digest
 from rrlhf.identity.memo import sha256
 from rrlhf.params import load_params
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
 from rrlhf.running.launch import execute
 from rrlhf.store.artifacts import CHECKPOINT, Store
 
@@ -44,10 +42,7 @@ class KilledError(Exception):
 @pytest.fixture(scope="module")
 def inputs(start):
     for name, heads in (("reward", 1), ("ensemble", 3)):
-        (start / name).mkdir(exist_ok=True)
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(start / name)
-        (start / name / FILE).write_text('{"layer": 1}')
+        save_random_heads(start / name, heads)
     return {name: start / name for name in ("data", "sft", "reward", "ensemble")}
 
 
@@ -55,7 +50,7 @@ def document(every=2, **changed):
     params = load_params(ROOT, "tiny")
     model = params.model.model_copy(update={"base": "random:3x32"})
     ppo = params.ppo.model_copy(update={"updates": UPDATES, "learning_rate": 1e-3} | changed)
-    arm = Arm(reward="robust", nominal_weight=0.4, seed=1)
+    arm = Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
     health = params.health.model_copy(update=HEALTH | {"checkpoint_every": every})
     sections = {"model": model, "ppo": ppo, "health": health, "arm": arm}
     return {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import save_random_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +20,11 @@ from rrlhf.identity.sourcecode import code_behind
 from rrlhf.language_models.models import load_base, save_model
 from rrlhf.located import ParamsError
 from rrlhf.params import load_params
+from rrlhf.policies.arm_record import write_arm
 from rrlhf.policies.judgement import Judgement, arm_reward, reward_metrics
 from rrlhf.policies.reading import load_judges, read_responses, sample_responses
 from rrlhf.policies.reward_functions import load_functions, metric_names
 from rrlhf.preferences.tables import read_table, write_table
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
 from rrlhf.robust import AGGREGATIONS, Scores
 from rrlhf.running.plan import Project
 
@@ -222,7 +222,7 @@ def test_an_arm_is_paid_its_reward_plus_the_weighted_functions(weights, drawn):
     robust = [0.4 * 0.3 + 0.6 * -1.0, 0.4 * 1.0 + 0.6 * 1.0]
     for reward, chosen, base in (
         ("single", {}, [0.5, -0.5]),
-        ("robust", {"nominal_weight": 0.4}, robust),
+        ("robust", {"nominal_weight": 0.4, "credible": 0.0}, robust),
         ("constant", {}, [0.0, 0.0]),
     ):
         arm = Arm(reward=reward, functions=weights, seed=1, **chosen)
@@ -244,14 +244,14 @@ def test_the_order_in_which_functions_are_named_changes_no_bit():
 def test_each_process_adds_the_values_of_its_own_responses():
     """The ensemble's part is computed on everybody's responses, the functions' part on each process's own."""
     scores, value = Scores(torch.randn(6, 3), torch.rand(6, 3)), torch.randn(6)
-    arm = Arm(reward="batch_robust", nominal_weight=0.4, functions={"a:f": 2.0}, seed=1)
+    arm = Arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, functions={"a:f": 2.0}, seed=1)
     parts = []
     for rank, own in enumerate((slice(0, 3), slice(3, 6))):
-        everyone = iter(scores)
+        everyone = iter([value, *scores])
         engine = SimpleNamespace(process_index=rank, gather=lambda part, everyone=everyone: next(everyone))
         judgement = Judgement(value[own], Scores(scores.mean[own], scores.std[own]), {"a:f": value[own]})
         parts.append(arm_reward(arm, engine)(judgement))
-    expected = AGGREGATIONS["batch_robust"](scores, nominal_weight=0.4) + 2 * value
+    expected = AGGREGATIONS["batch_robust"](scores, nominal_weight=0.4, credible=2.0) + 2 * value
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-6, rtol=0)
 
 
@@ -286,10 +286,7 @@ def letters(tmp_path_factory):
             language.network.lm_head.weight[token] += 3 * state / state.dot(state)
     save_model(language, root / "sft")
     for name, heads in (("reward", 1), ("ensemble", 3)):
-        (root / name).mkdir()
-        torch.manual_seed(heads)
-        RewardHeads(32, heads, 0, 0.05).save(root / name)
-        (root / name / FILE).write_text('{"layer": 1}')
+        save_random_heads(root / name, heads)
     return root, params
 
 
@@ -370,7 +367,7 @@ def test_a_column_that_the_data_set_lacks_ends_a_stage_before_it_begins(rules, l
         best_of_n: {"best_of_n": params.best_of_n, "arm": arm},
         evaluate: {"seed": 1, "gold": params.gold, "evaluate": params.evaluate, "policies": {"robust": tmp_path}},
     }[stage]
-    (tmp_path / "arm.json").write_text(arm.model_dump_json())
+    write_arm(tmp_path, arm)
     inputs |= {"sft": tmp_path / "nothing was loaded from here"}
     with pytest.raises(
         ValueError, match=r"my_rules:solved: it needs solution; .* the data has the columns number, of_another_table"

@@ -23,6 +23,7 @@ from rrlhf.robust import (
 )
 
 WEIGHTS = st.floats(0, 1)
+CREDIBLE = st.floats(0, 8)
 
 
 @st.composite
@@ -35,25 +36,35 @@ def scores(draw, min_heads=1):
 
 def test_the_mixture_of_a_small_table_by_hand():
     table = Scores(torch.tensor([[1.0, 3.0, -1.0], [0.5, 0.2, 0.9]]), torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3]]))
-    assert most_confident(table).tolist() == [1, 0]
+    assert most_confident(table).tolist() == [[0, 1, 0], [1, 0, 0]]
     assert nominal_reward(table).tolist() == [3.0, 0.5]
     assert worst_reward(table).tolist() == [-1.0, torch.tensor(0.2).item()]
     expected = torch.tensor([0.4 * 3.0 + 0.6 * -1.0, 0.4 * 0.5 + 0.6 * 0.2])
-    torch.testing.assert_close(robust_reward(table, 0.4), expected)
+    torch.testing.assert_close(robust_reward(table, 0.4, 0.0), expected)
+    assert worst_reward(table, 2.0).tolist() == pytest.approx([-1.4, -0.2])  # of heads 2 and 1
+    expected = torch.tensor([0.4 * 3.0 + 0.6 * -1.4, 0.4 * 0.5 + 0.6 * -0.2])
+    torch.testing.assert_close(robust_reward(table, 0.4, 2.0), expected)
 
 
-@given(scores(), WEIGHTS)
-def test_worst_is_never_above_robust_and_robust_never_above_nominal(table, weight):
-    robust = robust_reward(table, weight)
-    assert (worst_reward(table) <= robust + 1e-12).all()
+def test_heads_that_are_equally_sure_are_nominal_together():
+    table = Scores(torch.tensor([[1.0, 3.0, -1.0]]), torch.tensor([[0.1, 0.1, 0.2]]))
+    assert most_confident(table).tolist() == [[0.5, 0.5, 0]]
+    assert nominal_reward(table).tolist() == [2.0]
+
+
+@given(scores(), WEIGHTS, CREDIBLE)
+def test_worst_is_never_above_robust_and_robust_never_above_nominal(table, weight, credible):
+    robust = robust_reward(table, weight, credible)
+    assert (worst_reward(table, credible) <= robust + 1e-12).all()
+    assert (robust <= robust_reward(table, weight, 0.0) + 1e-12).all()
     assert (robust <= nominal_reward(table) + 1e-12).all()
     assert (worst_reward(table) <= mean_reward(table) + 1e-12).all()
 
 
-@given(scores())
-def test_the_ends_of_the_weight_are_the_nominal_and_the_worst_reward(table):
-    torch.testing.assert_close(robust_reward(table, 1.0), nominal_reward(table))
-    torch.testing.assert_close(robust_reward(table, 0.0), worst_reward(table))
+@given(scores(), CREDIBLE)
+def test_the_ends_of_the_weight_are_the_nominal_and_the_worst_reward(table, credible):
+    torch.testing.assert_close(robust_reward(table, 1.0, credible), nominal_reward(table))
+    torch.testing.assert_close(robust_reward(table, 0.0, credible), worst_reward(table, credible))
 
 
 @given(scores(), WEIGHTS, st.randoms())
@@ -61,20 +72,21 @@ def test_the_order_of_heads_does_not_matter(table, weight, random):
     order = list(range(table.mean.shape[1]))
     random.shuffle(order)
     shuffled = Scores(table.mean[:, order], table.std[:, order])
-    torch.testing.assert_close(robust_reward(shuffled, weight), robust_reward(table, weight))
+    torch.testing.assert_close(robust_reward(shuffled, weight, 2.0), robust_reward(table, weight, 2.0))
 
 
 @given(scores(), WEIGHTS, st.floats(-5, 5), st.floats(0.1, 10))
 def test_shift_and_scale_of_all_heads_pass_through(table, weight, shift, scale):
     moved = Scores(table.mean * scale + shift, table.std * scale)
-    torch.testing.assert_close(robust_reward(moved, weight), robust_reward(table, weight) * scale + shift)
+    torch.testing.assert_close(robust_reward(moved, weight, 2.0), robust_reward(table, weight, 2.0) * scale + shift)
     torch.testing.assert_close(head_spread(moved), head_spread(table) * scale)
 
 
-@given(scores(), WEIGHTS)
-def test_one_head_is_its_own_robust_reward(table, weight):
+@given(scores(), WEIGHTS, CREDIBLE)
+def test_one_head_is_paid_its_mean_less_its_share_of_the_credible_set(table, weight, credible):
     one = Scores(table.mean[:, :1], table.std[:, :1])
-    torch.testing.assert_close(robust_reward(one, weight), one.mean[:, 0])
+    paid = one.mean[:, 0] - (1 - weight) * credible * one.std[:, 0]
+    torch.testing.assert_close(robust_reward(one, weight, credible), paid)
 
 
 @given(scores(min_heads=2))
@@ -83,24 +95,26 @@ def test_the_mean_of_minima_is_at_most_the_minimum_of_means(table):
 
 
 SETTINGS = {
-    "robust": {"nominal_weight": 0.3},
-    "batch_robust": {"nominal_weight": 0.3},
+    "robust": {"nominal_weight": 0.3, "credible": 2.0},
+    "batch_robust": {"nominal_weight": 0.3, "credible": 2.0},
+    "worst": {"credible": 2.0},
     "uwo": {"uncertainty_weight": 0.7},
     "mean_minus_std": {"uncertainty_weight": 0.7},
     "lower_bound": {"uncertainty_weight": 0.7},
     "entropic": {"temperature": 0.9},
     "gaussian_entropic": {"temperature": 0.9},
 }
-CASES = [(name, SETTINGS.get(name, {})) for name in AGGREGATIONS]
+CASES = [(name, SETTINGS.get(name, {})) for name in AGGREGATIONS if name != "ellipsoid"]  # that one: test_posterior.py
 
 
-def slow(name, means, stds, batch, nominal_weight=0.0, uncertainty_weight=0.0, temperature=1.0):
-    """One response's reward from its heads' means and deviations, written with plain numbers; `batch`: all means."""
+def slow(name, means, stds, batch, nominal_weight=0.0, credible=0.0, uncertainty_weight=0.0, temperature=1.0):
+    """One response's reward from its heads' means and deviations, in plain numbers; `batch`: everybody's of both."""
     nominal = means[stds.index(min(stds))]
     average = sum(means) / len(means)
     variance = sum((mean - average) ** 2 for mean in means) / len(means)
-    totals = [sum(row[head] for row in batch) for head in range(len(means))]
-    lowest_of_batch = means[totals.index(min(totals))]
+    low = [mean - credible * std for mean, std in zip(means, stds, strict=True)]
+    totals = [sum(m[head] - credible * s[head] for m, s in batch) for head in range(len(means))]
+    lowest_of_batch = low[totals.index(min(totals))]
     if name == "gaussian_entropic":
         means = [mean - std**2 / (2 * temperature) for mean, std in zip(means, stds, strict=True)]
     return {
@@ -115,9 +129,9 @@ def slow(name, means, stds, batch, nominal_weight=0.0, uncertainty_weight=0.0, t
         "mean_minus_std": lambda: average - uncertainty_weight * variance**0.5,
         "median": lambda: statistics.median(means),
         "nominal": lambda: nominal,
-        "robust": lambda: nominal_weight * nominal + (1 - nominal_weight) * min(means),
+        "robust": lambda: nominal_weight * nominal + (1 - nominal_weight) * min(low),
         "uwo": lambda: average - uncertainty_weight * variance,
-        "worst": lambda: min(means),
+        "worst": lambda: min(low),
     }[name]()
 
 
@@ -125,7 +139,8 @@ def slow(name, means, stds, batch, nominal_weight=0.0, uncertainty_weight=0.0, t
 @given(table=scores())
 def test_every_aggregation_equals_its_slow_version(name, settings, table):
     means, stds = table.mean.tolist(), table.std.tolist()
-    expected = [slow(name, row, std, means, **settings) for row, std in zip(means, stds, strict=True)]
+    both = list(zip(means, stds, strict=True))
+    expected = [slow(name, *row, both, **settings) for row in both]
     assert AGGREGATIONS[name](table, **settings).tolist() == pytest.approx(expected, abs=1e-9)
 
 
@@ -183,10 +198,10 @@ def test_gaussian_entropic_is_the_closed_form_of_its_expectation(table, temperat
     torch.testing.assert_close(gaussian_entropic_reward(table, temperature), expected, atol=1e-6, rtol=1e-6)
 
 
-@given(scores(min_heads=2), WEIGHTS)
-def test_the_minimum_per_batch_is_kinder_than_the_minimum_per_response(table, weight):
-    per_batch = batch_robust_reward(table, weight)
-    assert (robust_reward(table, weight) <= per_batch + 1e-12).all()
-    worst = table.mean.mean(0).min()
+@given(scores(min_heads=2), WEIGHTS, CREDIBLE)
+def test_the_minimum_per_batch_is_kinder_than_the_minimum_per_response(table, weight, credible):
+    per_batch = batch_robust_reward(table, weight, credible)
+    assert (robust_reward(table, weight, credible) <= per_batch + 1e-12).all()
+    worst = (table.mean - credible * table.std).mean(0).min()
     expected = weight * nominal_reward(table).mean() + (1 - weight) * worst
     torch.testing.assert_close(per_batch.mean(), expected)

@@ -13,6 +13,7 @@ from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm
 from rrlhf.language_models.models import load_base, save_model
 from rrlhf.params import load_params
+from rrlhf.policies.arm_record import read_arm, write_arm
 from rrlhf.preferences.fingerprints import row_hash
 from rrlhf.preferences.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.reporting.report import METRICS
@@ -222,12 +223,13 @@ def test_the_curves_retell_what_training_logged(made):
     for point, row in zip(curve, rows["robust"], strict=True):
         assert point["proxy"] == pytest.approx(row["proxy"], abs=1e-4)
         assert point["kl"] == pytest.approx(row["kl"], abs=1e-4)
-        assert point["spread"] == pytest.approx(row["spread"], abs=1e-4)
+        assert point["sigma"] == pytest.approx(row["sigma"], abs=1e-4)
 
 
 def test_a_policy_folder_says_what_it_was_trained_for(made):
-    arm = json.loads((made[0] / "robust" / "arm.json").read_text())
-    assert Arm.model_validate(arm) == Arm(reward="robust", nominal_weight=0.4, seed=1)
+    arm, scale = read_arm(made[0] / "robust")
+    assert arm == Arm(reward="robust", nominal_weight=0.4, credible=4.0, seed=1)
+    assert scale.mean < 0 < scale.std  # of the least reward of several, over the reference responses
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
 
 
@@ -240,7 +242,7 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, 
     arm = Arm(reward="single", functions={"length_rule:length": 0.5}, seed=1)
     policies = {"single": root / "single", "rules": tmp_path / "rules"}
     shutil.copytree(root / "single", policies["rules"])
-    (policies["rules"] / "arm.json").write_text(arm.model_dump_json())
+    write_arm(policies["rules"], arm)
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")} | {"policies": policies}
     settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": params.evaluate}
     out = tmp_path / "out"

@@ -64,7 +64,7 @@ def test_without_a_judge_nothing_is_said_of_quality():
 def test_warnings_are_those_of_the_courses_and_of_the_detectors():
     known = evaluation(policy("a", gold=measured(0.0)), policy("b", gold=measured(2.0)), gold=measured(1.0))
     for update, gold in enumerate([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]):
-        point = {"policy": "a", "update": update, "kl": 1.0, "proxy": update, "spread": 0.1, "words": 9.0, "heads": []}
+        point = {"policy": "a", "update": update, "kl": 1.0, "proxy": update, "sigma": 0.1, "words": 9.0, "heads": []}
         known["curves"].append({**point, "gold": gold, "gold_stderr": 0.1})
     event = Event(5, "hacking_suspected", "score rose", "warned")
     a, b = standings(known, {"a": Training([event, event], []), "b": Training([], [])})

@@ -115,7 +115,11 @@ def test_status_counts_every_profile(command):
 
 
 def test_the_overrides_of_the_last_run_can_be_pasted(command, project):
-    given = {"prefect.limit": None, "seed": 2, "arms.a b": {"reward": "robust", "nominal_weight": 1e-5, "seed": 1}}
+    given = {
+        "prefect.limit": None,
+        "seed": 2,
+        "arms.a b": {"reward": "robust", "nominal_weight": 1e-5, "credible": 2.0, "seed": 1},
+    }
     with noted(project, "tiny", given, Part()):
         pass
     _, out, _ = command("status")

@@ -57,7 +57,7 @@ def test_a_time_is_that_of_a_result_of_the_same_size_or_unknown(times, made, ask
 
 
 def test_a_new_arm_takes_as_long_as_another_that_is_paid_in_the_same_way(times):
-    asked = {"arms.more": {"reward": "robust", "nominal_weight": 0.9, "seed": 4}}
+    asked = {"arms.more": {"reward": "robust", "nominal_weight": 0.9, "credible": 2.0, "seed": 4}}
     found = times("ppo-robust", [("tiny", 5.0, {})], asked)
     assert (found["ppo-robust"], found["ppo-more"], found["ppo-single"]) == (5.0, 5.0, None)
 

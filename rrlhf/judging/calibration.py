@@ -166,6 +166,17 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     return (centred.prod(0).sum() / lengths.prod()).item() if lengths.min() > 0 else math.nan
 
 
+def area_under_curve(values: Tensor, positive: Tensor) -> float:
+    """Return the chance that a value [rows] of a positive row [rows, bool] is above that of another row; a tie is half.
+
+    The area under the receiver operating characteristic (Hanley and McNeil 1982); NaN where all rows are of one kind.
+    """
+    count, rest = int(positive.sum()), int((~positive).sum())
+    if not (count and rest):
+        return math.nan
+    return (_ranks(values)[positive].sum().item() - count * (count - 1) / 2) / (count * rest)
+
+
 def error_by_sigma(error: Tensor, sigma: Tensor, bins: int = 5) -> list[SigmaBin]:
     """Return root mean square errors [rows] by stated standard deviation, in bins of (nearly) equal count.
 

@@ -92,6 +92,7 @@ class GoldAgreement(TypedDict):
     sigma_bins: list[SigmaBinRow]  # stated standard deviation against the error to standardised gold
     spread_warns: float | None  # rank correlation between the heads' spread and the absolute error
     sigma_warns: float | None
+    overrated_auc: float | None  # chance that sigma is larger for an overrated response than for another
 
 
 class Robustness(TypedDict):

@@ -90,7 +90,7 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
     from rrlhf.judging.metrics import PairScores
     from rrlhf.judging.robustness import robustness
     from rrlhf.reward_models.scoring import load_reward_model
-    from rrlhf.robust import Scores, mean_reward
+    from rrlhf.robust import mean_reward
 
     pairs, prompts = labelled.pairs, prompt_numbers(labelled.pairs)
     responses = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
@@ -101,8 +101,8 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
     score = partial(model.score, batch_size=params.reward.batch_size, label="scoring")
     scores = score([prompt for prompt, _ in once.values()], texts)
     place = {name: i for i, name in enumerate(once)}
-    mean, std = (part[[place[name] for name in names]] for part in scores)
-    chosen, rejected = Scores(mean[: len(pairs)], std[: len(pairs)]), Scores(mean[len(pairs) :], std[len(pairs) :])
+    rows = [place[name] for name in names]
+    chosen, rejected = scores.of(rows[: len(pairs)]), scores.of(rows[len(pairs) :])
     answer: Answer = {
         "judgement": _judged(artifact, PairScores(chosen, rejected, model.heads.score_std.cpu(), prompts)),
         "left_out": len(labelled.rejected),
@@ -128,10 +128,10 @@ def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
 
 def _stored_scores(artifact: Artifact, features: Artifact, limit: int | None) -> PairScores:
     from rrlhf.judging.metrics import score_pairs
-    from rrlhf.reward_models.features import features_of
+    from rrlhf.reward_models.features import PairFeatures, folder_of
     from rrlhf.reward_models.heads import Pairs, RewardHeads
 
-    stored = features_of(artifact.path, features.path)
+    stored = PairFeatures.load(folder_of(artifact.path, features.path))
     first = Pairs(*(side[:limit] for side in stored.heldout))
     return score_pairs(RewardHeads.load(artifact.path), first, stored.heldout_prompts[:limit])
 

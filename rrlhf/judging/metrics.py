@@ -17,6 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from rrlhf.judging.calibration import (
     Bin,
+    area_under_curve,
     brier_score,
     correct,
     error_by_sigma,
@@ -43,10 +44,11 @@ from rrlhf.judging.content import (
 )
 from rrlhf.losses import gaussian_log_odds
 from rrlhf.reward_models.heads import Pairs, RewardHeads
-from rrlhf.robust import READINGS, Scores, certain, head_spread, mean_reward
+from rrlhf.robust import READINGS, Scores, difference_std, head_spread, mean_reward
 from rrlhf.types import Metrics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
+OVERRATED = 0.5  # standard deviations by which a reward is above gold
 
 
 class PairScores(NamedTuple):
@@ -71,9 +73,8 @@ def score_pairs(heads: RewardHeads, pairs: Pairs, prompts: Tensor) -> PairScores
 
 
 def judge_single(name: str, pairs: PairScores) -> RewardJudgement:
-    """Judge a head that was trained by its mean alone: its standard deviation means nothing and is not read."""
-    means = pairs._replace(chosen=certain(pairs.chosen), rejected=certain(pairs.rejected))
-    return _judgement(name, means, {"single head": mean_reward})
+    """Judge a single head, of whose score there is one reading."""
+    return _judgement(name, pairs, {"single head": mean_reward})
 
 
 def judge_ensemble(name: str, pairs: PairScores) -> RewardJudgement:
@@ -89,7 +90,10 @@ def log_odds(pairs: PairScores) -> Tensor:
 
     Computed from logarithms throughout: it stays finite where the probability rounds to 0 or 1.
     """
-    each = gaussian_log_odds(_scaled(pairs.chosen, pairs.scale), _scaled(pairs.rejected, pairs.scale))
+    margin, scale = pairs.chosen.mean.double() - pairs.rejected.mean, pairs.scale
+    sigma = difference_std(pairs.chosen, pairs.rejected).double()
+    none = torch.zeros_like(margin)
+    each = gaussian_log_odds(Scores(margin * scale, sigma * scale), Scores(none, none))
     wins, losses = logsigmoid(each).logsumexp(dim=1), logsigmoid(-each).logsumexp(dim=1)
     return wins - losses
 
@@ -135,6 +139,7 @@ def agreement_with_gold(name: str, scores: Scores, gold: Tensor, start: Tensor, 
         "sigma_bins": [{"sigma": row.sigma, "error": row.error, "n": row.n} for row in error_by_sigma(error, std)],
         "spread_warns": _known(rank_correlation(head_spread(scores), error)),
         "sigma_warns": _known(rank_correlation(scores.std.mean(1), error)),
+        "overrated_auc": _known(area_under_curve(scores.std.mean(1), mean - target > OVERRATED)),
     }
 
 
@@ -178,7 +183,7 @@ def _bin(row: Bin) -> ReliabilityBin:
 
 def _heads(pairs: PairScores) -> Heads:
     margin = pairs.chosen.mean - pairs.rejected.mean
-    sigma = (pairs.chosen.std**2 + pairs.rejected.std**2).sqrt()
+    sigma = difference_std(pairs.chosen, pairs.rejected)
     responses = pairs.responses
     wrong = 1 - correct(margin.mean(1))
     # Each head's interval is asked whether it holds each of the others' margins.
@@ -205,10 +210,6 @@ def _coverage(mean: Tensor, std: Tensor, target: Tensor, prompts: Tensor) -> lis
 def _measured(values: Tensor, prompts: Tensor) -> Measured:
     found = estimate(values, prompts)
     return {"mean": found.mean, "stderr": found.stderr, "n": found.n}
-
-
-def _scaled(scores: Scores, scale: Tensor) -> Scores:
-    return Scores(scores.mean.double() * scale, scores.std.double() * scale)
 
 
 def _mean_off_diagonal(correlation: list[list[float | None]]) -> float | None:

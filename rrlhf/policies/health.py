@@ -16,6 +16,7 @@ from rrlhf.types import Metrics
 
 WINDOW = 5  # rollouts at the start and at the end that hacking compares
 STANDARD_ERRORS = 3.0
+SIGMA_RISE = 0.2
 EVENTS = "health.json"  # what a stage noticed, in its folder: a list of {step, name, detail, action}
 MARK = "health_"  # begins the name of the metric that a row has where a detector fired
 DIVERGED = "diverged"  # the metric of a row with which a training ended for good
@@ -99,8 +100,8 @@ def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     """Return a warning where the reward rose and something that should stay drifted with it, or None.
 
     Compares the last WINDOW rollouts with the first: the score rose by more than three standard errors of the
-    difference, and so did one of: head spread by half of what it was, mean length up or down by half, repetition by
-    .05. A policy that becomes better can do this too: it says where to look, and changes nothing.
+    difference, and so did one of: the ensemble's sigma by SIGMA_RISE of what it was, mean length up or down by half,
+    repetition by .05. A policy that becomes better can do this too: it says where to look, and changes nothing.
     """
     if len(rows) < 2 * WINDOW:
         return None
@@ -108,7 +109,7 @@ def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     if _rise(first, last, "score") <= 0:
         return None
     drifted = []
-    for name, least in (("spread", 0.5), ("response_tokens", 0.5), ("repetition", 0.0)):
+    for name, least in (("sigma", SIGMA_RISE), ("response_tokens", 0.5), ("repetition", 0.0)):
         before, now = fmean(row[name] for row in first), fmean(row[name] for row in last)
         enough = abs(now - before) > (0.05 if name == "repetition" else least * before)
         signed = abs(_rise(first, last, name)) if name == "response_tokens" else _rise(first, last, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,11 +14,16 @@ from torch import Tensor
 from rrlhf.config import Arm
 from rrlhf.language_models.models import LanguageModel
 from rrlhf.language_models.text import decode
+from rrlhf.policies.arm_record import NO_SCALE, Scale
 from rrlhf.policies.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
+from rrlhf.reward_models.features import folder_of, reference
+from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, read_by
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.rollout import Samples, response_features, text_lengths
 from rrlhf.types import Message, Metrics
+
+LEAST_STD = 1e-6  # of an arm's reward over the reference responses; below it, the reward is a constant
 
 
 class Judgement(NamedTuple):
@@ -28,25 +34,42 @@ class Judgement(NamedTuple):
     functions: Mapping[str, Tensor] = MappingProxyType({})  # [batch] value of each function, by import path
 
 
-def arm_reward(arm: Arm, engine: Accelerator) -> Callable[[Judgement], Tensor]:
+def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
+    """Return the scale of an arm's reward, so that a penalty or a KL weight means the same beside each of them.
+
+    Scores of the heads have it by themselves; a minimum, or a mean less a penalty, has not.
+    """
+    if arm.reward is None:
+        return NO_SCALE
+    single = RewardHeads.load(reward).score(reference(reward)).mean[:, 0]
+    found = aggregated(arm, single, RewardHeads.load(ensemble).score(reference(folder_of(ensemble, reward))))
+    std = found.std().item()
+    return Scale(found.mean().item(), std) if std > LEAST_STD else Scale(found.mean().item())
+
+
+def aggregated(arm: Arm, single: Tensor, ensemble: Scores) -> Tensor:
+    """Return what an arm makes of the reward models' normalised scores, [batch], before it is put to scale."""
+    return single if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](ensemble, **arm.settings)
+
+
+def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[Judgement], Tensor]:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
 
     To what the reward models say, each function of the arm adds its weight times its value.
     """
 
     def reward(judgement: Judgement) -> Tensor:
-        if arm.reward == "single":
-            return with_functions(arm, judgement.single, judgement.functions)
-        mean, std = judgement.ensemble
-        own = slice(engine.process_index * len(mean), (engine.process_index + 1) * len(mean))
-        everyone = Scores(engine.gather(mean), engine.gather(std))
-        return with_functions(arm, AGGREGATIONS[str(arm.reward)](everyone, **arm.settings)[own], judgement.functions)
+        count = len(judgement.single)
+        own = slice(engine.process_index * count, (engine.process_index + 1) * count)
+        everyone = aggregated(arm, engine.gather(judgement.single), judgement.ensemble.each(engine.gather))
+        return paid(arm, scale, everyone[own], judgement.functions)
 
     return reward
 
 
-def with_functions(arm: Arm, reward: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
-    """Return reward + sum over the arm's functions of weight * value, [batch]; always added in the same order."""
+def paid(arm: Arm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
+    """Return (aggregated - mean) / std + sum over the arm's functions of weight * value, [batch], in a fixed order."""
+    reward = (aggregated - scale.mean) / scale.std
     for path, weight in sorted(arm.functions.items()):
         reward = reward + weight * functions[path]
     return reward
@@ -102,10 +125,11 @@ def reward_metrics(judgement: Judgement) -> Metrics:
         "nominal": nominal_reward(scores).mean().item(),
         "worst": worst_reward(scores).mean().item(),
         "spread": head_spread(scores).mean().item(),
+        "sigma": scores.std.mean().item(),
     }
-    counts = torch.bincount(most_confident(scores), minlength=scores.mean.shape[1])
-    for head, (mean, count) in enumerate(zip(scores.mean.mean(0).tolist(), counts.tolist(), strict=True)):
+    shares = most_confident(scores).mean(0).tolist()
+    for head, (mean, share) in enumerate(zip(scores.mean.mean(0).tolist(), shares, strict=True)):
         metrics[f"head_{head}"] = mean
-        metrics[f"head_{head}_nominal"] = count / len(scores.mean)
+        metrics[f"head_{head}_nominal"] = share
     names = metric_names(functions)
     return metrics | {names[path]: value.mean().item() for path, value in functions.items()}

@@ -40,6 +40,7 @@ class Sampled(NamedTuple):
     kl: float  # log(pi / pi_ref) of the response, nats
     proxy: float
     heads: list[float]
+    sigma: float  # mean standard deviation of the heads' scores
 
 
 @dataclass

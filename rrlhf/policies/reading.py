@@ -140,7 +140,7 @@ def read_responses(
         finished=finished,
         kl=own - torch.cat(logprobs).cpu(),
         proxy=single.mean[:, 0].cpu(),
-        scores=Scores(scores.mean.cpu(), scores.std.cpu()),
+        scores=scores.each(Tensor.cpu),
         functions=function_values(judges.functions, prompts, texts, tokens, finished, columns),
         gold=torch.tensor(gold) if gold is not None else None,
         per_prompt=per_prompt,

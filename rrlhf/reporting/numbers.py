@@ -19,7 +19,16 @@ from rrlhf.types import Json
 
 FILES = METRICS, CURVES = "metrics.json", "curves.csv"
 COMPARED = ("gold", "proxy", "kl")
-COLUMNS = ("gold", "proxy", "kl", "score", "spread", "entropy", "response_tokens")  # of curves.csv, where known
+COLUMNS = (
+    "gold",
+    "proxy",
+    "kl",
+    "score",
+    "spread",
+    "sigma",
+    "entropy",
+    "response_tokens",
+)  # of curves.csv, where known
 DIGITS = 6  # significant ones, which every difference worth a look survives
 
 

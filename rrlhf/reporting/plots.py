@@ -27,7 +27,7 @@ class Point(TypedDict):
     update: int
     kl: float  # nats per response
     proxy: float
-    spread: float
+    sigma: float
     words: float
     heads: list[float]
     gold: NotRequired[float]
@@ -44,7 +44,7 @@ class Chosen(TypedDict):
     gold: NotRequired[Measured]
 
 
-Quantity = Literal["gold", "proxy", "spread", "words", "kl", "update", "gold_stderr"]
+Quantity = Literal["gold", "proxy", "sigma", "words", "kl", "update", "gold_stderr"]
 
 
 class Look(NamedTuple):
@@ -76,7 +76,7 @@ ARM_LOOKS = [
 AXIS_LABELS: dict[Quantity, str] = {
     "gold": "gold score",
     "proxy": "proxy score",
-    "spread": "spread of the heads",
+    "sigma": "σ of the reward",
     "words": "words per response",
     "kl": "√KL from the start (√nats)",
     "update": "PPO update",
@@ -86,7 +86,7 @@ PANELS: list[tuple[Quantity, Quantity, str, str]] = [
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
     ("proxy", "kl", "Proxy by distance", "What the single reward head says. Rising here while gold falls: hacking."),
     ("proxy", "update", "Proxy over training", "The same, over time."),
-    ("spread", "update", "Disagreement of the heads", "Growth warns of responses unlike those the heads learned from."),
+    ("sigma", "update", "Uncertainty of the reward", "Growth warns of responses unlike those the reward learned from."),
     ("words", "update", "Length of responses", "A policy that hacks its reward often ends in very short or long text."),
 ]
 
@@ -120,14 +120,14 @@ def neighbour_stderrs(stderrs: Sequence[float]) -> list[float]:
 
 
 def progress_charts(
-    curves: Sequence[Point], looks: Mapping[str, Look], heldout_spread: float | None = None
+    curves: Sequence[Point], looks: Mapping[str, Look], heldout_sigma: float | None = None
 ) -> list[Chart]:
-    """Draw every panel for which some arm has numbers; the heads' spread on held-out pairs is a line of its own."""
+    """Draw every panel for which some arm has numbers; sigma on held-out pairs is a line of its own."""
     charts = []
     for y, x, title, description in PANELS:
         measured = {name: having(having(points, y), x) for name, points in courses(curves).items()}
         if any(measured.values()):
-            level = heldout_spread if y == "spread" else None
+            level = heldout_sigma if y == "sigma" else None
             said = f"{description} Dashed: on held-out pairs." if level is not None else description
             charts.append(Chart(title, said, _progress_image(measured, looks, y, x, level)))
     return charts

@@ -34,6 +34,7 @@ METRICS = {
     "worst": "Score by whichever head likes the response least.",
     "mean": "Average score over the heads of the ensemble.",
     "spread": "How much the heads disagree about a response (standard deviation). High: they are guessing.",
+    "sigma": "How unsure the ensemble is of a score: its standard deviation. High: far from what it learned from.",
     "kl": "How far the policy moved from its start, in nats per response. 0: not at all. Best of n: at most.",
     "words": "Words per response.",
     "repetition": "Share of words that occurred before in the same response, 0 to 1.",
@@ -86,7 +87,7 @@ def render(
         curved=list(plots.courses(evaluation["curves"])),
         selecting=list(dict.fromkeys(point["policy"] for point in evaluation.get("selection", []))),
         selection=plots.selection_charts(evaluation.get("selection", []), looks),
-        progress=plots.progress_charts(evaluation["curves"], looks, _heldout_spread(evaluation)),
+        progress=plots.progress_charts(evaluation["curves"], looks, _heldout_sigma(evaluation)),
         heads=plots.head_charts(evaluation["curves"], looks),
         trained=trained,
         watched=trainings.charts(trained, looks),
@@ -196,9 +197,9 @@ def _by_prompt(excerpts: Sequence[Excerpt]) -> list[list[Excerpt]]:
     return [list(rows) for _, rows in groupby(excerpts, key=lambda row: row["row"])]
 
 
-def _heldout_spread(evaluation: Evaluation) -> float | None:
-    spreads = [model["heads"]["spread"]["mean"] for model in evaluation["reward_models"] if "heads" in model]
-    return spreads[0] if spreads else None
+def _heldout_sigma(evaluation: Evaluation) -> float | None:
+    sigmas = [model["heads"]["sigma"] for model in evaluation["reward_models"] if "heads" in model]
+    return sigmas[0] if sigmas else None
 
 
 def _comparison(evaluation: Evaluation) -> list[Row]:

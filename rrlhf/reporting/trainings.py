@@ -32,6 +32,7 @@ PANELS = {
     "response_tokens": ("Length", "tokens per response"),
     "finished": ("Finished", "share of responses with an end"),
     "repetition": ("Repetition", "share of token pairs said before"),
+    "sigma": ("Uncertainty", "standard deviation of the reward"),
     "spread": ("Spread of the heads", "how much they disagree"),
     "explained_variance": ("Explained variance", "of returns, by the value function"),
     "clip_fraction": ("Clip fraction", "share of tokens clipped"),

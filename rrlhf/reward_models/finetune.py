@@ -26,7 +26,7 @@ from rrlhf.reward_models.features import distinct, identity
 from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.objectives import PairLoss
 from rrlhf.reward_models.trunk import Encoded, Trunk, alike, by_copy, expanded, lengths
-from rrlhf.robust import Scores
+from rrlhf.robust import Scores, joined
 from rrlhf.rollout import response_features
 from rrlhf.types import Metrics, Preference
 
@@ -184,9 +184,8 @@ class PairedResponses:
         order = sorted(range(len(index)), key=lambda at: self._length(index[at]))
         parts = [order[i : i + self._together] for i in range(0, len(order), self._together)]
         found = [model(*self._states.of([index[at] for at in part])) for part in parts]
-        back = torch.tensor(order).argsort().to(found[0].mean.device)
-        mean, std = (torch.cat(each)[back].chunk(2) for each in zip(*found, strict=True))
-        return Scores(mean[0], std[0]), Scores(mean[1], std[1])
+        scores, back = joined(found), torch.tensor(order).argsort().tolist()
+        return scores.of(back[: len(pairs)]), scores.of(back[len(pairs) :])
 
     def _length(self, row: int) -> int:
         return len(self._rows[row].tokens)

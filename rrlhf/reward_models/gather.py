@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rrlhf.reward_models.features import FILE as FEATURES
 from rrlhf.reward_models.features import PairFeatures
-from rrlhf.reward_models.heads import SHAPE, Pairs, RewardHeads
+from rrlhf.reward_models.heads import POSTERIOR, SHAPE, Pairs, RewardHeads
 from rrlhf.reward_models.heads import WEIGHTS as HEADS
 from rrlhf.reward_models.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
 
@@ -65,9 +65,9 @@ def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
 
 
 def stacked(heads: list[RewardHeads]) -> RewardHeads:
-    """Return one module with the heads of all, each with its own statistics."""
+    """Return one module with the heads of all, each with its own statistics, before its posterior is known."""
     states = [head.state_dict() for head in heads]
-    tensors = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+    tensors = {name: torch.cat([state[name] for state in states]) for name in states[0] if name not in POSTERIOR}
     for name in ("feature_mean", "feature_std"):
         rows = torch.stack([state[name] for state in states])
         tensors[name] = rows[0] if (rows == rows[0]).all() else rows

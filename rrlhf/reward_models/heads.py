@@ -16,10 +16,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rrlhf.reward_models.posterior import fit as fit_posterior
+from rrlhf.reward_models.posterior import whiten
 from rrlhf.robust import Scores
 
 WEIGHTS = "heads.safetensors"
 SHAPE = "heads.json"
+POSTERIOR = ("factor", "origin", "precision")
 
 
 class Pairs(NamedTuple):
@@ -35,12 +38,19 @@ class RewardHeads(nn.Module):
     Features are standardised with the training set's statistics. Scores are normalised per head with the reference
     set's statistics, because a Bradley-Terry reward has no natural zero or scale: no minimum or mixture over heads
     makes sense before that. All statistics are stored with the weights.
+
+    Once `know` was called, the standard deviation of a score is that of the last layer's Laplace posterior
+    (posterior.py), and grows where the training pairs end; the one that a head learned itself need not.
     """
 
     feature_mean: Tensor  # [width], or [heads, width]
     feature_std: Tensor
     score_mean: Tensor  # [heads]
     score_std: Tensor
+    # Of each space of last-layer states: one for linear heads on one trunk, else one per head. None before `know`.
+    factor: Tensor | None  # [spaces, inner, inner] of the posterior's precision, in units of normalised scores
+    origin: Tensor | None  # [spaces, inner] mean state of the reference responses
+    precision: Tensor | None  # [spaces] of the prior
 
     def __init__(self, width: int, heads: int, hidden: int, sigma_floor: float) -> None:
         super().__init__()
@@ -54,27 +64,37 @@ class RewardHeads(nn.Module):
         self.register_buffer("feature_std", torch.ones(width))
         self.register_buffer("score_mean", torch.zeros(heads))
         self.register_buffer("score_std", torch.ones(heads))
+        for name in POSTERIOR:
+            self.register_buffer(name, None)
 
     def forward(self, features: Tensor) -> Scores:
         """Return raw scores [batch, heads], before normalisation, of features [batch, width] or [batch, heads, width].
 
         With an axis for heads, every head reads the features of a trunk of its own.
         """
-        x = (features - self.feature_mean) / self.feature_std
-        axes = "bw" if x.dim() == 2 else "bkw"
-        if self.shape["hidden"]:
-            states = torch.einsum(f"{axes},kwh->kbh", x, self.inner).tanh()
-            out = torch.einsum("kbh,kho->bko", states, self.outer) + self.bias
-        else:
-            out = torch.einsum(f"{axes},kwo->bko", x, self.outer) + self.bias
-        mean, log_std = out.unbind(-1)
+        states = self.states(features)
+        axes = "bi" if states.dim() == 2 else "bki"
+        mean, log_std = (torch.einsum(f"{axes},kio->bko", states, self.outer) + self.bias).unbind(-1)
         return Scores(mean, self.shape["sigma_floor"] + log_std.clamp(max=5.0).exp())
+
+    def states(self, features: Tensor) -> Tensor:
+        """Return what the last layer reads, [batch, inner], or [batch, heads, inner] where each head has its own."""
+        x = (features - self.feature_mean) / self.feature_std
+        if self.shape["hidden"]:
+            return torch.einsum("bw,kwh->bkh" if x.dim() == 2 else "bkw,kwh->bkh", x, self.inner).tanh()
+        return x
 
     @torch.no_grad()
     def score(self, features: Tensor) -> Scores:
         """Return normalised scores [batch, heads]: mean 0 and standard deviation 1 on the reference set."""
-        raw: Scores = self(features.to(self.bias.device))
-        return Scores((raw.mean - self.score_mean) / self.score_std, raw.std / self.score_std)
+        features = features.to(self.bias.device)
+        raw: Scores = self(features)
+        mean = (raw.mean - self.score_mean) / self.score_std
+        if self.factor is None or self.origin is None:
+            return Scores(mean, raw.std / self.score_std)
+        offsets = self.states(features).view(len(features), len(self.factor), -1) - self.origin
+        whitened = torch.stack([whiten(*space) for space in zip(self.factor, offsets.unbind(1), strict=True)], dim=1)
+        return Scores(mean, whitened.norm(dim=2).expand_as(mean), whitened)
 
     @torch.no_grad()
     def standardise(self, features: Tensor) -> None:
@@ -96,6 +116,24 @@ class RewardHeads(nn.Module):
         self.score_mean.copy_(raw.mean.mean(0))
         self.score_std.copy_(spread)
 
+    @torch.no_grad()
+    def know(self, pairs: Pairs, reference: Tensor) -> None:
+        """Fit the posterior of the last layer to the training pairs, in place, relative to the reference set.
+
+        It tells how much the pairs say of each direction. Its mode is not the heads' weights, which may be those of a
+        bootstrap sample or of another loss. Its sigma is in units of the mode's reward over the reference responses.
+        """
+        device = self.bias.device
+        chosen, rejected, known = (self.states(side.to(device)) for side in (*pairs, reference))
+        spaces = [part.unbind(1) if part.dim() == 3 else [part] for part in (chosen - rejected, known)]
+        found = []
+        for differences, states in zip(*spaces, strict=True):
+            posterior = fit_posterior(differences)
+            unit = (states.double() @ posterior.mode).std().clamp(min=1e-6)
+            found.append((posterior.factor * unit, states.double().mean(0), torch.tensor(posterior.precision)))
+        for name, tensors in zip(POSTERIOR, zip(*found, strict=True), strict=True):
+            setattr(self, name, torch.stack(tensors).float().to(device))
+
     def save(self, folder: Path) -> None:
         """Write weights, statistics and shape."""
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
@@ -111,6 +149,8 @@ class RewardHeads(nn.Module):
         """Take weights and statistics, in place, and return itself, ready to score."""
         self.feature_mean = torch.empty_like(tensors["feature_mean"])  # with or without an axis for heads
         self.feature_std = torch.empty_like(tensors["feature_std"])
+        for name in POSTERIOR:
+            setattr(self, name, torch.empty_like(tensors[name]) if name in tensors else None)
         self.load_state_dict(tensors)
         return self.eval()
 

@@ -40,8 +40,7 @@ class RewardModel(NamedTuple):
 
         Texts are cut to the model's token limits. Order and batch size change nothing but rounding.
         """
-        mean, std = self.heads.score(self.features(prompts, responses, batch_size, label))
-        return Scores(mean.cpu(), std.cpu())
+        return self.heads.score(self.features(prompts, responses, batch_size, label)).each(Tensor.cpu)
 
     @property
     def cut(self) -> Metrics:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from rrlhf.config import Prepare
+from rrlhf.config import REWARD_SETTINGS, Prepare
 from rrlhf.policies.health import in_words
 from rrlhf.stages import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of, model_name
 from rrlhf.store.units import unit
@@ -176,8 +176,7 @@ def _base(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _reward(arm: Mapping[str, Any]) -> str:
     """Name an arm's reward with its settings and functions."""
-    names = ("nominal_weight", "uncertainty_weight", "temperature")
-    given = "".join(f", {name} {arm[name]:g}" for name in names if arm.get(name) is not None)
+    given = "".join(f", {name} {arm[name]:g}" for name in REWARD_SETTINGS if arm.get(name) is not None)
     functions = "".join(f", {weight:+g} {path}" for path, weight in sorted(arm.get("functions", {}).items()))
     return code(f"{arm.get('reward')}{given}{functions}")
 

@@ -16,6 +16,7 @@ _PPO = {
     "nominal": NORMALISED,
     "worst": NORMALISED,
     "spread": NORMALISED,
+    "sigma": NORMALISED,
     "head_N": NORMALISED,
     "function_NAME": "of the function",
     "head_N_nominal": SHARE,

@@ -61,7 +61,7 @@ def learn(worlds: Worlds, heads: int, learned: list[Learned]) -> Iterator[Metric
     )
     with torch.no_grad():
         raw = model(features)
-    mean, std = (each.T.unflatten(0, (seeds, -1)).unflatten(2, (prompts, -1)).movedim(1, -1) for each in raw)
+    mean, std, _ = raw.each(lambda part: part.T.unflatten(0, (seeds, -1)).unflatten(2, (prompts, -1)).movedim(1, -1))
     centre, scale = moments(mean, worlds.labelled)
     normalised, std = (mean - centre) / scale, std / scale
     learned.append(Learned(normalised[..., 0], Scores(normalised[..., 1:], std[..., 1:])))

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from rrlhf.progress import track
-from rrlhf.robust import AGGREGATIONS, Scores, head_spread
+from rrlhf.robust import AGGREGATIONS, head_spread
 from rrlhf.toy.policy import train
 from rrlhf.toy.problem import Worlds, expected, kl, make_worlds, optimum
 from rrlhf.toy.rewards import EPOCHS, Learned, learn
@@ -19,7 +19,10 @@ GOLD = "gold"
 # Reward of each arm: the aggregation and its settings. "single head" and "gold" (the policy that sees what no other
 # does) are read elsewhere.
 ARMS: dict[str, tuple[str, dict[str, float]]] = {
-    **{f"robust {weight:g}": ("robust", {"nominal_weight": weight}) for weight in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)},
+    **{
+        f"robust {weight:g}": ("robust", {"nominal_weight": weight, "credible": 0.0})
+        for weight in (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+    },
     "mean": ("mean", {}),
     "UWO 0.1": ("uwo", {"uncertainty_weight": 0.1}),
     "UWO 0.5": ("uwo", {"uncertainty_weight": 0.5}),
@@ -101,7 +104,7 @@ def study(setting: Setting) -> Study:
 def arm_rewards(worlds: Worlds, learned: Learned) -> dict[str, Tensor]:
     """Return the reward [seeds, prompts, responses] that each arm's policy is trained on."""
     shape = worlds.gold.shape
-    flat = Scores(*(each.flatten(0, 2) for each in learned.ensemble))
+    flat = learned.ensemble.each(lambda part: part.flatten(0, 2))
     read = {name: AGGREGATIONS[reward](flat, **settings).reshape(shape) for name, (reward, settings) in ARMS.items()}
     return {SINGLE: learned.single, **read, GOLD: worlds.gold}
 
@@ -173,7 +176,7 @@ def _accuracies(worlds: Worlds, learned: Learned) -> dict[str, Interval]:
 def _spreads(worlds: Worlds, learned: Learned) -> dict[str, Interval]:
     """Return how much the heads disagree about cells that labels covered, and about the others."""
     shape = worlds.gold.shape
-    spread = head_spread(Scores(*(each.flatten(0, 2) for each in learned.ensemble))).reshape(shape)
+    spread = head_spread(learned.ensemble.each(lambda part: part.flatten(0, 2))).reshape(shape)
     kinds = {"labelled": worlds.labelled, "not labelled": ~worlds.labelled}
     return {
         kind: interval((spread * mask).sum((1, 2)) / mask.sum((1, 2))) for kind, mask in kinds.items() if mask.any()
