@@ -266,12 +266,12 @@ class Arm(Section):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what the method has no use for: it belongs to no key."""
+        """Leave out what is not set, and the usual method: it belongs to no key."""
         fields: dict[str, Any] = dumped(self)
         if not self.functions:
             del fields["functions"]
         if self.method == "ppo":
-            return {name: value for name, value in fields.items() if name not in {"method", "n"}}
+            del fields["method"]
         return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -201,16 +201,13 @@ def test_a_reward_function_is_named_by_import_path():
     chosen = dict([parse_override("arms.robust.functions={my_rules:no_lists: -0.5, package.verify:correct: 2}")])
     arm = load_params(ROOT, overrides=chosen).arms["robust"]
     assert arm.functions == {"my_rules:no_lists": -0.5, "package.verify:correct": 2.0}
-    assert arm.settings == {"nominal_weight": 0.4}
+    assert arm.settings == {"nominal_weight": 0.4, "credible": 4.0}
 
 
 @pytest.mark.parametrize(
     ("arm", "written"),
     [
-        (
-            {"reward": "single", "seed": 1},
-            {"reward": "single", "nominal_weight": None, "uncertainty_weight": None, "temperature": None, "seed": 1},
-        ),
+        ({"reward": "single", "seed": 1}, {"reward": "single", "seed": 1}),
         ({"method": "dpo", "seed": 2}, {"method": "dpo", "seed": 2}),
         (CHOOSY, CHOOSY),
     ],
