@@ -310,7 +310,7 @@ def test_a_data_set_waits_for_another_command_and_is_made_once_that_ends(made, c
                 time.sleep(0.1)
                 said += capfd.readouterr().err
         assert f"process {process} (" in said
-        assert waiting.result(60).digest.startswith("md5:")
+        assert waiting.result(300).digest.startswith("md5:")
 
 
 @pytest.mark.parametrize("lock", ["of the project", "of files"])

