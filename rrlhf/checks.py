@@ -143,6 +143,11 @@ def _arms(params: Params) -> Iterator[Mistake]:
                 f"v2 and so on, {', '.join(sorted(NOT_ARMS))}",
             )
         yield from ((("arms", name), f"arms.{name}: {text}") for text in _arm(arm, params.best_of_n.samples))
+        if arm.reward == "ellipsoid" and params.ensemble.sigma != "posterior":
+            yield (
+                ("arms", name),
+                f"arms.{name}: reward ellipsoid is that of a posterior: set ensemble.sigma to posterior",
+            )
         for path in arm.functions:
             if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", path):
                 yield (

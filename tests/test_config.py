@@ -168,6 +168,11 @@ def test_a_weight_is_a_finite_number(value):
             | {"launch__processes": 2, "launch__arms_at_once": 1},
             "ppo.prompts_per_update 5 is not a multiple of launch.processes 2",
         ),
+        ({"arms__robust__credible": None}, "reward robust needs credible"),
+        (
+            {"arms__a": {"reward": "ellipsoid", "credible": 2.0, "seed": 1}, "ensemble__sigma": "learned"},
+            "set ensemble.sigma to posterior",
+        ),
         ({"arms__robust__reward": "uwo"}, "reward uwo needs uncertainty_weight"),
         ({"arms__robust__functions": {"no_lists": 0.5}}, "'no_lists' is not module:function"),
         ({"arms__robust__functions": {"my_rules.py:no_lists()": 0.5}}, "is not module:function"),
