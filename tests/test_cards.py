@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 MEMBERS = {"ensemble.kind": "members", "arms.direct": {"method": "dpo", "seed": 1}}
 PARAMS = load_params(
-    ROOT, "default", MEMBERS | {"arms.choosy": {"method": "best_of_n", "reward": "worst", "n": 4, "seed": 1}}
+    ROOT, "default", MEMBERS | {"arms.choosy": {"method": "best_of_n", "reward": "worst", "credible": 0.0, "n": 4, "seed": 1}}
 )
 DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 MODELS = {node.name: node for node in nodes(PARAMS) if node.stage in MODEL_NAMES}
@@ -95,7 +95,7 @@ def test_a_policy_tells_its_health_and_what_gold_and_proxy_are():
 
 
 def test_the_reward_is_named_with_its_settings_and_functions():
-    robust = "The SFT model after PPO on the reward `robust, nominal_weight 0.4"
+    robust = "The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 4"
     assert what(manifest("ppo-robust")) == f"{robust}`."
     made = manifest("ppo-robust")
     made["document"]["params"]["arm"]["functions"] = {"rules:short": -0.5}

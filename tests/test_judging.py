@@ -64,10 +64,11 @@ def test_log_odds_stay_finite_and_antisymmetric_where_probabilities_do_not():
     assert back.item() == pytest.approx(-1000)
 
 
-def test_a_single_head_is_judged_by_its_mean_whatever_its_sigma():
+def test_a_single_head_orders_by_its_mean_and_is_as_sure_as_its_sigma_says():
     pairs = pair_scores(heads=1)
     wild = pairs._replace(chosen=Scores(pairs.chosen.mean, pairs.chosen.std * 100))
-    assert judge_single("one", pairs) == judge_single("one", wild)
+    assert judge_single("one", pairs)["accuracy"] == judge_single("one", wild)["accuracy"]
+    assert (log_odds(wild).abs() < log_odds(pairs).abs()).all()
     assert "heads" not in judge_single("one", pairs)
     assert log_odds(pairs._replace(scale=torch.ones(1))).shape == (300,)
 
@@ -76,8 +77,8 @@ def test_the_order_of_pairs_changes_nothing():
     pairs = pair_scores()
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
     shuffled = PairScores(
-        Scores(*(part[order] for part in pairs.chosen)),
-        Scores(*(part[order] for part in pairs.rejected)),
+        pairs.chosen.of(order.tolist()),
+        pairs.rejected.of(order.tolist()),
         pairs.scale,
         pairs.prompts[order],
     )
