@@ -83,6 +83,7 @@ class Prepare(Section):
     max_rejected: Share
     shares: Shares
     answers_per_prompt: Annotated[int, Field(ge=2)]
+    temperature: PositiveFloat
     flip_rate: Annotated[float, Field(ge=0, lt=0.5)]
     batch_size: PositiveInt
 
@@ -94,6 +95,7 @@ class Gold(Section):
     tone: NonNegative
     repetition: NonNegative
     nonwords: NonNegative
+    gibberish: NonNegative
     cutoff: NonNegative
     brevity: NonNegative
 
@@ -101,6 +103,7 @@ class Gold(Section):
 class Sft(Section):
     """Supervised fine-tuning."""
 
+    train_layers: PositiveInt | None
     epochs: PositiveInt
     batch_size: PositiveInt
     microbatch_size: PositiveInt

@@ -25,7 +25,7 @@ def model(model):
 
 @pytest.fixture
 def settings():
-    return Sft(epochs=2, batch_size=4, microbatch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
+    return Sft(train_layers=None, epochs=2, batch_size=4, microbatch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
 
 
 @pytest.fixture
