@@ -103,6 +103,7 @@ class Gold(Section):
 class Sft(Section):
     """Supervised fine-tuning."""
 
+    temperature: PositiveFloat
     train_layers: PositiveInt | None
     epochs: PositiveInt
     batch_size: PositiveInt

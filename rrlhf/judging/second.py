@@ -31,7 +31,9 @@ class SecondJudge:
 
     def score(self, prompts: list[list[Message]], responses: list[str]) -> Tensor:
         """Return what the judge thinks of each response, [responses]."""
-        return (self._features(prompts, responses) @ self._weights - self._mean) / self._std
+        raw = self._features(prompts, responses) @ self._weights
+        standardised: Tensor = (raw - self._mean) / self._std
+        return standardised
 
     def _features(self, prompts: list[list[Message]], responses: list[str]) -> Tensor:
         """Return [responses, 2 * width]: what a response says, and what of it its prompt's last turn says too."""
