@@ -7,6 +7,8 @@ features nor noisy labels with the reward models.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class SecondJudge:
         distinct = list(dict.fromkeys(asked))
         at = torch.tensor([distinct.index(text) for text in asked])
         said = self._embedder.embed(responses).double()
-        return torch.cat([said, said * self._embedder.embed(distinct).double()[at]], dim=1) * said.shape[1] ** 0.5
+        return torch.cat([said, said * self._embedder.embed(distinct).double()[at]], dim=1) * math.sqrt(said.shape[1])
 
 
 def bradley_terry_weights(differences: Tensor, precision: float) -> Tensor:
