@@ -84,7 +84,6 @@ class Prepare(Section):
     shares: Shares
     answers_per_prompt: Annotated[int, Field(ge=2)]
     temperature: PositiveFloat
-    demonstrations: Share
     flip_rate: Annotated[float, Field(ge=0, lt=0.5)]
     batch_size: PositiveInt
 

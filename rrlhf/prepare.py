@@ -1,7 +1,7 @@
 """Stage 1: prompts and preferences, split by prompt.
 
-Written tasks are answered by the base model and judged by the gold judge: the best answers become
-demonstrations, pairs of answers become preferences, and a stated share of the training labels is flipped
+Written tasks are answered by the base model and judged by the gold judge: the best answer to a prompt becomes a
+demonstration, pairs of answers become preferences, and a stated share of the training labels is flipped
 (the protocol of Gao et al. 2022, arXiv 2210.10760, and Coste et al. 2023, arXiv 2310.02743). All answers are sampled
 at one temperature, below 1: a start that imitates the best of them writes much as they read, so the pairs are about
 the kind of text that will be optimised. Human preference data brings its own answers and labels.
@@ -74,17 +74,15 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
     answered = [task for task, name in zip(tasks, split, strict=True) if name in {"sft", "preferences", "heldout"}]
     answers = dict(zip(answered, _answers(answered, seed, model, prepare, gold), strict=True))
     tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
-    imitable: list[tuple[WritingTask, Answer]] = []
     noise = random.Random(seed)
     for task, name in zip(tasks, split, strict=True):
         if name == "sft":
-            imitable += [(task, answer) for answer in answers[task]]
+            tables[name] += _demonstration(task, answers[task])
         elif name in {"ppo", "evaluate"}:
             tables[name].append({"prompt": _as_prompt(task), "topic": task.topic})
         else:
             rate = prepare.flip_rate if name == "preferences" else 0.0
             tables[name] += _pairs(task, answers[task], rate, noise)
-    tables["sft"] = _demonstrations(imitable, prepare.demonstrations)
     everything = [answer for group in answers.values() for answer in group]
     return tables, {
         "answers": len(everything),
@@ -118,14 +116,13 @@ def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare
     return [judged[i : i + repeats] for i in range(0, len(judged), repeats)]
 
 
-def _demonstrations(answered: list[tuple[WritingTask, Answer]], share: float) -> Rows:
-    """Return the best complete answers, this share of all (rejection sampling: Dong et al. 2023, arXiv 2304.06767).
-
-    To imitate a cut-off answer would teach to stop in mid-sentence.
-    """
-    complete = {(task, answer.text): answer.gold for task, answer in answered if answer.finished and answer.text}
-    best = sorted(complete, key=lambda said: complete[said], reverse=True)[: round(share * len(answered))]
-    return [{"prompt": _as_prompt(task), "response": text} for task, text in best]
+def _demonstration(task: WritingTask, answers: list[Answer]) -> Rows:
+    """Return the best complete answer, if there is one: imitating a cut-off answer teaches to stop in mid-sentence."""
+    complete = [answer for answer in answers if answer.finished and answer.text]
+    if not complete:
+        return []
+    best = max(complete, key=lambda answer: answer.gold)
+    return [{"prompt": _as_prompt(task), "response": best.text}]
 
 
 def _pairs(task: WritingTask, answers: list[Answer], flip_rate: float, noise: random.Random) -> Rows:

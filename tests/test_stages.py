@@ -71,12 +71,12 @@ def test_training_labels_are_flipped_at_the_stated_rate_and_held_out_labels_neve
     assert not any(row["flipped"] for row in read_table(data, "heldout"))
 
 
-def test_demonstrations_are_the_best_complete_answers_and_each_is_there_once():
+def test_a_demonstration_is_the_best_complete_answer():
     task = WritingTask("cheer", "honey", "Write one cheerful sentence about honey.")
-    said = [("Good.", True, 3.0), ("Cut off", False, 4.0), ("Good.", True, 3.0), ("Poor.", True, 1.0), ("", True, 9.0)]
-    answered = [(task, prepare.Answer(*answer)) for answer in said]
-    found = [[row["response"] for row in prepare._demonstrations(answered, share)] for share in (0.2, 0.4, 1.0)]
-    assert found == [["Good."], ["Good.", "Poor."], ["Good.", "Poor."]]
+    said = [("Good.", True, 3.0), ("Cut off", False, 4.0), ("Poor.", True, 1.0), ("", True, 9.0)]
+    answers = [prepare.Answer(*answer) for answer in said]
+    assert [row["response"] for row in prepare._demonstration(task, answers)] == ["Good."]
+    assert prepare._demonstration(task, [answers[1], answers[3]]) == []
 
 
 def test_no_pair_has_equal_or_empty_responses(made):

@@ -15,7 +15,7 @@ from torch import Tensor
 from rrlhf.embeddings import Embedder
 from rrlhf.types import Message, Preference
 
-PRECISION = 3.0  # of the prior on its weights
+PRECISION = 1000.0  # of the prior on its weights, strong: a few dozen prompts and hundreds of features
 NEWTON_STEPS = 12
 
 
