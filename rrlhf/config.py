@@ -85,6 +85,7 @@ class Prepare(Section):
     max_rejected: Share
     shares: Shares
     answers_per_prompt: Annotated[int, Field(ge=2)]
+    temperature: PositiveFloat
     flip_rate: Annotated[float, Field(ge=0, lt=0.5)]
     batch_size: PositiveInt
 
@@ -96,6 +97,7 @@ class Gold(Section):
     tone: NonNegative
     repetition: NonNegative
     nonwords: NonNegative
+    gibberish: NonNegative
     cutoff: NonNegative
     brevity: NonNegative
 
@@ -103,6 +105,8 @@ class Gold(Section):
 class Sft(Section):
     """Supervised fine-tuning."""
 
+    temperature: PositiveFloat
+    train_layers: PositiveInt | None
     epochs: PositiveInt
     batch_size: PositiveInt
     microbatch_size: PositiveInt

@@ -1,6 +1,7 @@
 """Stage 6: the comparison of policies, on prompts that none of them was trained on.
 
-The gold judge is read here and in data preparation only; no policy is trained against it. The SFT model stands in
+The gold judge is read here and in data preparation only; no policy is trained against it, nor against the second judge
+(rrlhf/judging/second.py), which is read here only. The SFT model stands in
 the comparison as the optimum under a constant reward. Of best-of-n the responses are there already; its KL is a bound.
 """
 
@@ -13,12 +14,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.gold import GoldJudge
 from rrlhf.judging.calibration import estimate
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
+from rrlhf.judging.second import SecondJudge
 from rrlhf.policies.arm_record import NO_SCALE, Scale, read_arm
 from rrlhf.policies.candidates import read_candidates
 from rrlhf.policies.excerpts import Excerpt, read_excerpts
@@ -26,9 +28,10 @@ from rrlhf.policies.judgement import aggregated, paid
 from rrlhf.policies.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.policies.reward_functions import load_functions, metric_names
 from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.preferences.tables import Rows, further_columns, read_table
+from rrlhf.preferences.tables import Rows, further_columns, preferences, read_table
 from rrlhf.reward_models.features import PairFeatures, folder_of
 from rrlhf.robust import READINGS, head_spread
+from rrlhf.surprise import PromptedGold
 from rrlhf.types import Log
 
 
@@ -62,7 +65,11 @@ def run(
         reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
         bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
         readings[name] = reading._replace(kl=bound)
-    compared = [_summary(name, reading, *paid_by.get(name, (None, NO_SCALE))) for name, reading in readings.items()]
+    second = SecondJudge(preferences(data, "heldout"))
+    compared = [
+        _summary(name, reading, _second_opinion(second, reading, rows), *paid_by.get(name, (None, NO_SCALE)))
+        for name, reading in readings.items()
+    ]
     result = {
         "policies": compared,
         "curves": [point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold)],
@@ -80,9 +87,14 @@ def run(
     (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _summary(name: str, reading: Reading, arm: Arm | None, scale: Scale) -> dict[str, Any]:
+def _second_opinion(judge: SecondJudge, reading: Reading, rows: Rows) -> Tensor:
+    return judge.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts)
+
+
+def _summary(name: str, reading: Reading, second_opinion: Tensor, arm: Arm | None, scale: Scale) -> dict[str, Any]:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
+        "second_opinion": second_opinion,
         "proxy": reading.proxy,
         **{reader: read(reading.scores) for reader, read in READINGS.items()},
         "spread": head_spread(reading.scores),
@@ -109,14 +121,14 @@ def _summary(name: str, reading: Reading, arm: Arm | None, scale: Scale) -> dict
     }
 
 
-def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
+def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None) -> Rows:
     """Read the responses that a policy gave while it trained: one point per update."""
-    topics = [row["topic"] for row in read_table(data, "ppo")]
+    table = read_table(data, "ppo")
     rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
     judged: list[float] | None = None
     if gold:
-        asked = [topics[row["prompt"]] for row in rows]
-        judged = gold.score(asked, [row["response"] for row in rows], [row["finished"] for row in rows]).total
+        asked = [table[row["prompt"]] for row in rows]
+        judged = gold.score(asked, [row["response"] for row in rows], [row["finished"] for row in rows])
     points: Rows = []
     for update, numbered in groupby(enumerate(rows), key=lambda item: item[1]["update"]):
         index, group = zip(*numbered, strict=True)
@@ -137,7 +149,7 @@ def _curve(name: str, folder: Path, data: Path, gold: GoldJudge | None) -> Rows:
     return points
 
 
-def _selection(name: str, folder: Path, rows: Rows, gold: GoldJudge | None) -> Rows:
+def _selection(name: str, folder: Path, rows: Rows, gold: PromptedGold | None) -> Rows:
     """Read the candidates of best-of-n: what its choice gives for every n up to the number of samples.
 
     Means of an unbiased estimate per prompt, with standard errors over prompts.
@@ -147,9 +159,9 @@ def _selection(name: str, folder: Path, rows: Rows, gold: GoldJudge | None) -> R
     samples = reward.shape[1]
     columns = {"reward": reward}
     if gold:
-        topics = [row["topic"] for row in rows for _ in range(samples)]
+        asked = [row for row in rows for _ in range(samples)]
         finished = [response.finished for response in candidates.responses]
-        columns["gold"] = torch.tensor(gold.score(topics, candidates.texts, finished).total).view_as(reward)
+        columns["gold"] = torch.tensor(gold.score(asked, candidates.texts, finished)).view_as(reward)
     curves = {key: best_of_n_curve(reward, values, samples) for key, values in columns.items()}
     return [
         {"policy": name, "n": n, "kl": best_of_n_kl(n)}
@@ -179,9 +191,9 @@ def _excerpts(folder: Path, data: Path, judges: Judges) -> list[Excerpt]:
     """Return what a policy wrote as it trained, with gold if there is a judge."""
     found = read_excerpts(folder)
     if judges.gold and found:
-        topics = [row["topic"] for row in read_table(data, "ppo")]
-        asked, texts = [topics[row["row"]] for row in found], [row["response"] for row in found]
-        for row, gold in zip(found, judges.gold.score(asked, texts, [r["finished"] for r in found]).total, strict=True):
+        table = read_table(data, "ppo")
+        asked, texts = [table[row["row"]] for row in found], [row["response"] for row in found]
+        for row, gold in zip(found, judges.gold.score(asked, texts, [r["finished"] for r in found]), strict=True):
             row["gold"] = float(gold)
     return found
 

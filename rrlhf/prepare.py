@@ -2,8 +2,9 @@
 
 Written tasks are answered by the base model and judged by the gold judge: the best answer to a prompt becomes a
 demonstration, pairs of answers become preferences, and a stated share of the training labels is flipped
-(the protocol of Gao et al. 2022, arXiv 2210.10760, and Coste et al. 2023, arXiv 2310.02743). Human preference data
-brings its own answers and labels.
+(the protocol of Gao et al. 2022, arXiv 2210.10760, and Coste et al. 2023, arXiv 2310.02743). All answers are sampled
+at one temperature, below 1: a start that imitates the best of them writes much as they read, so the pairs are about
+the kind of text that will be optimised. Human preference data brings its own answers and labels.
 """
 
 from __future__ import annotations
@@ -104,11 +105,13 @@ def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare
         batch_size=prepare.batch_size,
         seed=seed,
         label="prepare: sampling",
+        temperature=prepare.temperature,
     )
     said = [decode(language, response.tokens) for response in responses]
     finished = [response.finished for response in responses]
     topics = [task.topic for task in tasks for _ in range(repeats)]
-    scores = GoldJudge(gold).score(topics, said, finished).total
+    surprise = [-response.logprob / len(response.tokens) for response in responses]
+    scores = GoldJudge(gold).score(topics, said, finished, surprise).total
     judged = [Answer(*answer) for answer in zip(said, finished, scores, strict=True)]
     return [judged[i : i + repeats] for i in range(0, len(judged), repeats)]
 

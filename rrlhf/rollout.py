@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 
 from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
     prompt_lengths: Tensor  # [batch] tokens
     responses: Tensor  # [batch, response tokens]; padding behind the end
     mask: Tensor  # [batch, response tokens] bool
-    logprobs: Tensor  # [batch, response tokens] of the sampled tokens, under the sampling policy
+    logprobs: Tensor  # [batch, response tokens] of the sampled tokens, under the sampling policy at temperature 1
     entropy: Tensor  # [batch, response tokens] of the sampling distribution, nats
     finished: Tensor  # [batch] bool: ended by itself within the limit
     states: dict[int, Tensor]  # by layer: hidden states [batch, prompt + response tokens, width], padded on the right
@@ -46,7 +46,7 @@ class Response(NamedTuple):
 
     tokens: list[int]  # its end-of-sequence token included
     finished: bool
-    logprob: float  # of the whole response under the sampling policy, nats
+    logprob: float  # of the whole response under the sampling policy at temperature 1, nats
 
 
 class Rollout(NamedTuple):
@@ -110,10 +110,12 @@ def sample(
     response_tokens: int,
     generator: torch.Generator,
     keep: tuple[int, ...] = (),
+    temperature: float = 1.0,
 ) -> Samples:
-    """Sample a response to each prompt at temperature 1, and keep the hidden states that enter the layers `keep`.
+    """Sample a response to each prompt, and keep the hidden states that enter the layers `keep`.
 
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
+    Log-probabilities are those of the model itself, at temperature 1, at whatever temperature it is sampled.
     """
     network, device = language.network, language.device
     ends = torch.tensor(language.ends, device=device)
@@ -136,7 +138,10 @@ def sample(
     for step in range(response_tokens):
         state = network.model.norm(hidden)
         uniform = torch.rand(batch, generator=generator, device=device)[rows]
-        token, logprob, spread = _draw(network.lm_head(state).float(), uniform)
+        logits = network.lm_head(state).float()
+        token, logprob, spread = _draw(logits / temperature if temperature != 1 else logits, uniform)
+        if temperature != 1:
+            logprob = -cross_entropy(logits, token, reduction="none")
         counts = running[rows]
         responses[rows, step] = torch.where(counts, token, language.end)
         mask[rows, step] = counts
@@ -205,6 +210,7 @@ def sample_in_batches(
     batch_size: int,
     seed: int,
     label: str,
+    temperature: float = 1.0,
 ) -> list[Response]:
     """Sample a response to every prompt, prompts of similar length together.
 
@@ -217,7 +223,8 @@ def sample_in_batches(
     def draw(number: int) -> Samples:
         generator = torch.Generator(language.device).manual_seed(seed * 100_003 + number)
         with autocast(model):
-            return sample(language, [prompts[i] for i in batches[number]], model.response_tokens, generator)
+            asked = [prompts[i] for i in batches[number]]
+            return sample(language, asked, model.response_tokens, generator, temperature=temperature)
 
     workers = torch.get_num_threads() if language.device.type == "cpu" else 1
     responses: dict[int, Response] = {}

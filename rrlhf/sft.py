@@ -1,4 +1,7 @@
-"""Stage 2: supervised fine-tuning, the policy that PPO starts from and is held close to."""
+"""Stage 2: supervised fine-tuning, the policy that PPO starts from and is held close to.
+
+Where only the top layers train, what the frozen layers below leave of a demonstration is the same in every epoch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model, Sft
+from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import LanguageModel, accelerator, autocast, load_base, microbatches, save_model
 from rrlhf.language_models.text import Texts
 from rrlhf.policies.checkpoint import Trained
-from rrlhf.policies.policy import PolicyTop, split_responses
+from rrlhf.policies.policy import PolicyTop, first_trained, split_responses
 from rrlhf.policies.steps import shuffled, take_steps
 from rrlhf.preferences.tables import demonstrations
+from rrlhf.progress import track
 from rrlhf.types import Demonstration, Log, Metrics
 
 
@@ -25,12 +30,14 @@ class Example(NamedTuple):
 
     tokens: list[int]
     prompt_length: int
+    states: Tensor | None = None  # [tokens, width] that enter the layers that train, on the CPU; None: all do
 
 
 def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -> None:
     """Fine-tune the base model on the demonstrations and save it."""
     engine = accelerator(model)
     language = load_base(model)
+    sharpen(language, sft.temperature)
     texts = Texts(language, model)
     examples = [_example(texts, demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})
@@ -38,6 +45,15 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     if engine.is_main_process:
         save_model(language, out)
     engine.wait_for_everyone()
+
+
+def sharpen(language: LanguageModel, temperature: float) -> None:
+    """Have the model say at temperature 1 what it says at this one, in place: its last norm scales all logits.
+
+    Demonstrations that were sampled below 1 are likelier so from the first step, and training need not learn it.
+    """
+    with torch.no_grad():
+        language.network.model.norm.weight /= temperature
 
 
 def train(
@@ -58,9 +74,17 @@ def train(
     number of processes changes nothing but rounding.
     """
     batches = shuffled(len(examples), sft.batch_size, sft.epochs, seed)
-    top = PolicyTop(language, None)
+    first = None
+    if sft.train_layers is not None:
+        first = first_trained(language, sft.train_layers, "sft.train_layers")
+        language.network.requires_grad_(False).to(engine.device)
+    top = PolicyTop(language, first)
     top.value.requires_grad_(False)  # PPO's
-    weights = list(language.network.parameters())
+    if first is not None:
+        for part in (top.layers, top.norm):
+            part.requires_grad_(True)
+        examples = _read_below(language, examples, first, model, sft.microbatch_size)
+    weights = [parameter for parameter in top.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=sft.learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     policy, optimizer = engine.prepare(top, optimizer)
@@ -94,10 +118,26 @@ def _example(texts: Texts, demonstration: Demonstration) -> Example:
     return Example([*asked, *texts.answer(demonstration.response)], len(asked))
 
 
+@torch.no_grad()
+def _read_below(
+    language: LanguageModel, examples: list[Example], first: int, model: Model, batch_size: int
+) -> list[Example]:
+    """Run the frozen layers on the examples, once for all epochs, and keep what they leave."""
+    found: list[Example] = []
+    for start in track(range(0, len(examples), batch_size), -(-len(examples) // batch_size), "sft: frozen layers"):
+        part = examples[start : start + batch_size]
+        with autocast(model):
+            grid = hidden_states(language.network, [example.tokens for example in part], first)
+        for example, row in zip(part, grid.cpu(), strict=True):
+            found.append(example._replace(states=row[: len(example.tokens)].clone()))
+    return found
+
+
 def _summed_loss(policy: nn.Module, examples: list[Example], device: torch.device) -> Tensor:
     """Return the sum of the completions' token losses; rows are padded on the right, behind all that counts."""
-    rows, prompt_lengths = zip(*examples, strict=True)
-    tokens = pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True)
-    logprobs, _ = policy(tokens, *split_responses(rows, prompt_lengths, device))
+    rows, prompt_lengths, states = zip(*examples, strict=True)
+    entering = [torch.tensor(row) if state is None else state for row, state in zip(rows, states, strict=True)]
+    padded = pad_sequence(entering, batch_first=True).to(device)
+    logprobs, _ = policy(padded, *split_responses(rows, prompt_lengths, device))
     loss: Tensor = -logprobs.sum()
     return loss

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 SMALL = {
-    "prepare.limit": 48,
+    "prepare.limit": 128,  # noise seldom ends
     "sft.epochs": 1,
     "reward.epochs": 1,
     "ensemble.epochs": 1,

@@ -20,8 +20,11 @@ from rrlhf.types import Dataset
 ROOT = Path(__file__).parents[1]
 GLOSSARY = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 MEMBERS = {"ensemble.kind": "members", "arms.direct": {"method": "dpo", "seed": 1}}
+CHOOSY = {"method": "best_of_n", "reward": "worst", "credible": 0.0, "n": 4, "seed": 1}
 PARAMS = load_params(
-    ROOT, "default", MEMBERS | {"arms.choosy": {"method": "best_of_n", "reward": "worst", "credible": 0.0, "n": 4, "seed": 1}}
+    ROOT,
+    "default",
+    MEMBERS | {"arms.choosy": CHOOSY},
 )
 DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 MODELS = {node.name: node for node in nodes(PARAMS) if node.stage in MODEL_NAMES}

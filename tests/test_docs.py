@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import save_random_heads
 
-from rrlhf.config import Health
+from rrlhf.config import Gold, Health
 from rrlhf.identity.keys import key_document
 from rrlhf.params import load_params
 from rrlhf.policies.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
@@ -126,6 +126,10 @@ def test_the_glossary_names_all_that_is_cut():
 
 def test_the_glossary_names_what_the_evaluation_measures():
     assert {name.removeprefix("POLICY_") for name in named("evaluate")} == {*METRICS, "function_NAME"}
+
+
+def test_every_part_of_gold_is_described_and_no_other():
+    assert named("evaluate", "part") == {*Gold.model_fields}
 
 
 def test_every_detector_is_described_and_no_other():

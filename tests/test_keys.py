@@ -79,6 +79,12 @@ def test_a_reward_base_of_its_own_is_an_input_of_what_starts_from_it(tmp_path):
     assert given == {"reward", "member-0", "member-1", "member-2"}
 
 
+def test_what_the_gold_judge_reads_with_is_an_input_of_all_that_it_judges(tmp_path):
+    found, memo = nodes(load_params(ROOT, "tiny")), Memo(tmp_path / "memo.json")
+    given = {node.name for node in found if external_digests(node, memo).get("base") == "random:2x32"}
+    assert given == {"data", "sft", "evaluate"}
+
+
 def test_settings_that_change_no_number_are_in_no_key():
     params = load_params(ROOT, "tiny")
     other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere", "limits.max_cut": 0.5})

@@ -23,8 +23,8 @@ def language(settings):
     return language
 
 
-def drawn(language, prompts=PROMPTS, seed=0, tokens=10, keep=()):
-    return sample(language, prompts, tokens, torch.Generator().manual_seed(seed), keep)
+def drawn(language, prompts=PROMPTS, seed=0, tokens=10, keep=(), temperature=1.0):
+    return sample(language, prompts, tokens, torch.Generator().manual_seed(seed), keep, temperature)
 
 
 def test_log_probabilities_and_entropies_are_those_of_the_network_run_on_each_row_alone(language):
@@ -38,6 +38,17 @@ def test_log_probabilities_and_entropies_are_those_of_the_network_run_on_each_ro
             torch.testing.assert_close(samples.logprobs[row, : len(response)], alone, atol=1e-4, rtol=1e-4)
             spread = torch.distributions.Categorical(logits=logits).entropy()
             torch.testing.assert_close(samples.entropy[row, : len(response)], spread, atol=1e-4, rtol=1e-4)
+
+
+def test_a_low_temperature_says_likelier_things_and_tells_their_likelihood_at_temperature_1(language):
+    warm, cold = (drawn(language, PROMPTS * 20, temperature=temperature) for temperature in (1.0, 0.3))
+    assert cold.logprobs.sum() / cold.mask.sum() > warm.logprobs.sum() / warm.mask.sum() + 0.1
+    for row, prompt in enumerate(PROMPTS):
+        response = cold.lists()[row]
+        with torch.no_grad():
+            logits = language.network(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        alone = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(cold.logprobs[row, : len(response)], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_end_at_their_first_end_of_sequence_and_nothing_counts_behind_it(language):

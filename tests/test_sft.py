@@ -25,7 +25,15 @@ def model(model):
 
 @pytest.fixture
 def settings():
-    return Sft(epochs=2, batch_size=4, microbatch_size=4, learning_rate=1e-3, max_grad_norm=1.0)
+    return Sft(
+        temperature=1.0,
+        train_layers=None,
+        epochs=2,
+        batch_size=4,
+        microbatch_size=4,
+        learning_rate=1e-3,
+        max_grad_norm=1.0,
+    )
 
 
 @pytest.fixture
@@ -74,6 +82,34 @@ def test_a_demonstration_that_is_cut_teaches_no_end(model):
     example = stage._example(Texts(language, model), said)
     assert language.end not in example.tokens[example.prompt_length :]
     assert len(example.tokens) - example.prompt_length == model.response_tokens
+
+
+def test_a_sharpened_model_says_at_temperature_1_what_it_said_at_another(model):
+    plain, sharp = load_base(model), load_base(model)
+    stage.sharpen(sharp, 0.7)
+    tokens = torch.tensor([[5, 9, 12, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(sharp.network(tokens).logits, plain.network(tokens).logits / 0.7)
+
+
+def test_frozen_layers_read_once_give_the_loss_of_the_whole_model(model):
+    language = load_base(model)
+    example = stage._example(Texts(language, model), Demonstration([{"role": "user", "content": "Say 1"}], "one"))
+    device = torch.device("cpu")
+    whole = stage._summed_loss(PolicyTop(language, None), [example], device)
+    split = stage._summed_loss(PolicyTop(language, 1), stage._read_below(language, [example], 1, model, 4), device)
+    assert split.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_layers_below_those_that_train_stay_as_they_were(model, settings, data, tmp_path):
+    few = settings.model_copy(update={"train_layers": 1})
+    rows = []
+    stage.run(seed=0, model=model, sft=few, data=data, out=tmp_path, log=rows.append)
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    before, after = load_base(model).network.state_dict(), load_file(tmp_path / "model.safetensors")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[2] for name in changed if ".layers." in name} == {"1"}
+    assert not any("embed" in name or "lm_head" in name for name in changed)
 
 
 def test_accumulated_gradients_train_the_same_model(model, settings, data, tmp_path):

@@ -1,6 +1,7 @@
 """The data, reward, ensemble and evaluation stages on a tiny random model, as plain functions."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from rrlhf.params import load_params
 from rrlhf.policies.arm_record import read_arm, write_arm
 from rrlhf.preferences.fingerprints import row_hash
 from rrlhf.preferences.tables import SCHEMAS, columns_of, preferences, prompts, read_table
+from rrlhf.preferences.tasks import WritingTask
 from rrlhf.reporting.report import METRICS
 from rrlhf.reward_models.features import PairFeatures
 from rrlhf.reward_models.heads import RewardHeads
@@ -68,6 +70,14 @@ def test_training_labels_are_flipped_at_the_stated_rate_and_held_out_labels_neve
     training = [row["flipped"] for row in read_table(data, "preferences")]
     assert abs(sum(training) / len(training) - params.prepare.flip_rate) < 4 * (0.25 * 0.75 / len(training)) ** 0.5
     assert not any(row["flipped"] for row in read_table(data, "heldout"))
+
+
+def test_a_demonstration_is_the_best_complete_answer():
+    task = WritingTask("cheer", "honey", "Write one cheerful sentence about honey.")
+    said = [("Good.", True, 3.0), ("Cut off", False, 4.0), ("Poor.", True, 1.0), ("", True, 9.0)]
+    answers = [prepare.Answer(*answer) for answer in said]
+    assert [row["response"] for row in prepare._demonstration(task, answers)] == ["Good."]
+    assert prepare._demonstration(task, [answers[1], answers[3]]) == []
 
 
 def test_no_pair_has_equal_or_empty_responses(made):
@@ -185,6 +195,7 @@ def test_the_evaluation_compares_every_policy_on_the_same_prompts(made, params):
     assert found["policies"][0]["metrics"]["kl"]["mean"] == pytest.approx(0, abs=1e-3)
     assert len(found["curves"]) == 2 * params.ppo.updates
     assert set(found["samples"][0]["responses"]) == {"sft", "single", "robust"}
+    assert all(math.isfinite(policy["metrics"]["second_opinion"]["mean"]) for policy in found["policies"])
 
 
 def test_every_number_of_the_evaluation_has_its_meaning(made):

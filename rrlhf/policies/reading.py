@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import Evaluate, Gold, Model
-from rrlhf.gold import GoldJudge
 from rrlhf.hardware import device_kind
 from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import LanguageModel, autocast, load_model
@@ -23,6 +22,7 @@ from rrlhf.reward_models.heads import RewardHeads
 from rrlhf.reward_models.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
 from rrlhf.rollout import Response, response_features, sample_in_batches
+from rrlhf.surprise import PromptedGold
 from rrlhf.types import Metrics
 
 
@@ -35,7 +35,7 @@ class Judges(NamedTuple):
     layer: int
     models: tuple[RewardModel, RewardModel]
     functions: list[RewardFunction]  # of all arms
-    gold: GoldJudge | None
+    gold: PromptedGold | None
 
     @property
     def single(self) -> RewardHeads:
@@ -94,7 +94,7 @@ def load_judges(
         layer,
         models,
         functions,
-        GoldJudge(gold) if has_gold else None,
+        PromptedGold(gold, model) if has_gold else None,
     )
 
 
@@ -133,7 +133,7 @@ def read_responses(
     own = torch.tensor([response.logprob for response in responses])
     prompts = [row["prompt"] for row in asked]
     single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
-    gold = judges.gold.score([row["topic"] for row in asked], texts, finished).total if judges.gold else None
+    gold = judges.gold.score(asked, texts, finished) if judges.gold else None
     tokens, columns = [response.tokens for response in responses], columns_of(asked)
     return Reading(
         texts=texts,

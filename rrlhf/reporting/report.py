@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
+    "second_opinion": "Score by a second judge, of another make, that no policy is trained against either.",
     "proxy": "Score by the single reward head, which plain PPO is trained to please. High with low gold: hacking.",
     "reward": "The reward that this arm was trained on or chooses by.",
     "nominal": "Score by the most confident head of the ensemble.",
