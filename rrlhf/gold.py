@@ -25,6 +25,7 @@ FLUENT, GIBBERISH = 4.4, 5.6  # nats per token that a sentence stays below, and 
 LONGEST_ROW = 5  # content words; so an answer of ENOUGH_WORDS needs a function word, which heaps of keywords lack
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s.,;:!?&'\"’“”()…–—-]+")  # the second kind: a run of symbols
 END = re.compile(r"[.!?…][\"'’”)*\s]*$|[^\w\s,;:&'\"’“”()*–—-]$")  # the second kind: an emoji
+QUOTED = re.compile(r"[\"'“‘*].+[\"'”’*]", re.DOTALL)
 FUNCTION_WORDS = frozenset((
     "a", "about", "across", "after", "all", "always", "am", "an", "and", "any", "are", "around", "as", "at", "back",
     "be", "because", "been", "before", "both", "but", "by", "can", "could", "did", "didn", "do", "does", "doesn",
@@ -141,8 +142,11 @@ def nonwords(words: list[str], vocabulary: frozenset[str]) -> float:
 
 
 def cutoff(response: str, finished: bool) -> float:
-    """Return 1 for a response that ran into its token limit or stops without a mark, as in mid-sentence; else 0."""
-    return 0.0 if finished and END.search(response) else 1.0
+    """Return 1 for a response that ran into its token limit or stops without a mark, as in mid-sentence; else 0.
+
+    A slogan in quotation marks is whole.
+    """
+    return 0.0 if finished and (END.search(response) or QUOTED.fullmatch(response)) else 1.0
 
 
 def gibberish(surprise: float) -> float:

@@ -32,12 +32,15 @@ from rrlhf.preferences.tasks import WritingTask, writing_tasks
 from rrlhf.rollout import sample_in_batches
 from rrlhf.types import SUMMARY, Json, Log, Message
 
+ROOM = 0.75  # of the token limit is the longest demonstration: who imitates it needs some to come to an end as well
+
 
 class Answer(NamedTuple):
     """One answer of the base model with the judge's verdict."""
 
     text: str
     finished: bool
+    tokens: int  # its end included
     gold: float
 
 
@@ -77,7 +80,7 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
     noise = random.Random(seed)
     for task, name in zip(tasks, split, strict=True):
         if name == "sft":
-            tables[name] += _demonstration(task, answers[task])
+            tables[name] += _demonstration(task, answers[task], round(ROOM * model.response_tokens))
         elif name in {"ppo", "evaluate"}:
             tables[name].append({"prompt": _as_prompt(task), "topic": task.topic})
         else:
@@ -112,13 +115,17 @@ def _answers(tasks: list[WritingTask], seed: int, model: Model, prepare: Prepare
     topics = [task.topic for task in tasks for _ in range(repeats)]
     surprise = [-response.logprob / len(response.tokens) for response in responses]
     scores = GoldJudge(gold).score(topics, said, finished, surprise).total
-    judged = [Answer(*answer) for answer in zip(said, finished, scores, strict=True)]
+    lengths = [len(response.tokens) for response in responses]
+    judged = [Answer(*answer) for answer in zip(said, finished, lengths, scores, strict=True)]
     return [judged[i : i + repeats] for i in range(0, len(judged), repeats)]
 
 
-def _demonstration(task: WritingTask, answers: list[Answer]) -> Rows:
-    """Return the best complete answer, if there is one: imitating a cut-off answer teaches to stop in mid-sentence."""
-    complete = [answer for answer in answers if answer.finished and answer.text]
+def _demonstration(task: WritingTask, answers: list[Answer], longest: int) -> Rows:
+    """Return the best complete answer of at most so many tokens, if there is one.
+
+    Imitating a cut-off answer teaches to stop in mid-sentence.
+    """
+    complete = [answer for answer in answers if answer.finished and answer.text and answer.tokens <= longest]
     if not complete:
         return []
     best = max(complete, key=lambda answer: answer.gold)

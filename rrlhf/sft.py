@@ -37,11 +37,11 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     """Fine-tune the base model on the demonstrations and save it."""
     engine = accelerator(model)
     language = load_base(model)
-    sharpen(language, sft.temperature)
     texts = Texts(language, model)
     examples = [_example(texts, demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})
     train(engine, language, examples, model, sft, seed, out, log)
+    sharpen(language, sft.temperature)
     if engine.is_main_process:
         save_model(language, out)
     engine.wait_for_everyone()
@@ -50,7 +50,8 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
 def sharpen(language: LanguageModel, temperature: float) -> None:
     """Have the model say at temperature 1 what it says at this one, in place: its last norm scales all logits.
 
-    Demonstrations that were sampled below 1 are likelier so from the first step, and training need not learn it.
+    At temperature 1 a small model says something odd in every other sentence, and every stage that follows samples so.
+    Before training this would not last: the likelihood of demonstrations asks for their own temperature.
     """
     with torch.no_grad():
         language.network.model.norm.weight /= temperature

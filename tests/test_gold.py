@@ -96,7 +96,15 @@ def test_running_into_the_token_limit_costs_the_cutoff_weight(judge: GoldJudge):
 
 
 def test_a_sentence_ends_with_a_mark_or_it_is_cut_off():
-    whole = ["What joy!", "We skate.", 'She said: "We skate."', "We skate (all day).", "What joy 🎉", "What joy! 🎉"]
+    whole = [
+        "What joy!",
+        "We skate.",
+        'She said: "We skate."',
+        "We skate (all day).",
+        "What joy 🎉",
+        "What joy! 🎉",
+        '"Joy on ice"',
+    ]
     assert [text for text in whole if cutoff(text, finished=True)] == []
     assert [cutoff(text, finished=True) for text in ("We skate on the", "We skate,", "Ice skating", "")] == [1.0] * 4
     assert cutoff("We skate.", finished=False) == 1.0

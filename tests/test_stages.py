@@ -72,12 +72,12 @@ def test_training_labels_are_flipped_at_the_stated_rate_and_held_out_labels_neve
     assert not any(row["flipped"] for row in read_table(data, "heldout"))
 
 
-def test_a_demonstration_is_the_best_complete_answer():
+def test_a_demonstration_is_the_best_complete_answer_that_is_not_too_long():
     task = WritingTask("cheer", "honey", "Write one cheerful sentence about honey.")
-    said = [("Good.", True, 3.0), ("Cut off", False, 4.0), ("Poor.", True, 1.0), ("", True, 9.0)]
+    said = [("Good.", True, 5, 3.0), ("Cut off", False, 9, 4.0), ("Poor.", True, 4, 1.0), ("", True, 1, 9.0)]
     answers = [prepare.Answer(*answer) for answer in said]
-    assert [row["response"] for row in prepare._demonstration(task, answers)] == ["Good."]
-    assert prepare._demonstration(task, [answers[1], answers[3]]) == []
+    imitated = [[row["response"] for row in prepare._demonstration(task, answers, longest)] for longest in (3, 4, 5)]
+    assert imitated == [[], ["Poor."], ["Good."]]
 
 
 def test_no_pair_has_equal_or_empty_responses(made):
