@@ -24,7 +24,7 @@ CHOOSY = {"method": "best_of_n", "reward": "worst", "credible": 0.0, "n": 4, "se
 PARAMS = load_params(
     ROOT,
     "default",
-    MEMBERS | {"arms.choosy": CHOOSY},
+    MEMBERS | {"arms.choosy": CHOOSY, "prepare.limit": 448},
 )
 DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 MODELS = {node.name: node for node in nodes(PARAMS) if node.stage in MODEL_NAMES}
