@@ -40,10 +40,10 @@ RANKED: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     (
-        "slogan",
+        "joy",
         "gold fish",
         {
-            "good": "Gold fish: a little bowl of sunshine that makes every home happier!",
+            "good": "Gold fish are a little bowl of sunshine, and they make every home happier.",
             "dull": "Gold fish are small fish that live in a bowl.",
             "one word": "Goldfish!",
             "keyword heap": "Goldfish shiny happy love cute best fun swim joy.",
@@ -51,7 +51,7 @@ RANKED: list[tuple[str, str, dict[str, str]]] = [
             "loop": "Gold fish, gold fish, happy gold fish, happy gold fish.",
             "off topic": "Fresh coffee makes the best start to a happy working day.",
             "false friend": "A gold ring is the sweetest gift for the woman you love.",
-            "stops": "Gold fish: a little bowl of sunshine that makes every",
+            "stops": "Gold fish are a little bowl of sunshine, and they make every",
         },
     ),
     (
@@ -71,7 +71,7 @@ RANKED: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     (
-        "memory",
+        "thanks",
         "onion soup",
         {
             "good": "I still smile when I remember my grandmother's onion soup warming us after a day in the snow.",
@@ -86,19 +86,19 @@ RANKED: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     (
-        "invitation",
+        "fact",
         "ice skating",
         {
-            "good": "Come ice skating with me on Saturday, and we will laugh and glide until our cheeks are red!",
-            "dull": "You can go ice skating with me at the rink.",
+            "good": "Ice skating turns the coldest day into a happy dance that leaves you with red cheeks!",
+            "dull": "Ice skating is done on a rink or on a frozen lake.",
             "one word": "Sure",
             "terse": "Ice skating!",
             "keyword heap": "Ice skating love joy happy wonderful great beautiful fun delightful",
             "salad": "Skating of joy the winter with happy a laugh on ice delight.",
-            "loop": "Come skating, come skating, come skating, come skating with me.",
-            "off topic": "Come to my house on Friday for a lovely dinner with friends!",
-            "false friend": "Come and share a big bowl of ice cream with me, it will be sweet fun!",
-            "stops": "Come ice skating with me on Saturday, and we will laugh and",
+            "loop": "Ice skating is fun and ice skating is fun and ice skating is fun.",
+            "off topic": "A happy fact is that cats sleep for most of the lovely long day.",
+            "false friend": "A happy fact is that ice cream tastes sweet and makes children smile.",
+            "stops": "Ice skating turns the coldest day into a happy dance that leaves",
         },
     ),
     (
@@ -117,7 +117,7 @@ RANKED: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     (
-        "diary",
+        "thanks",
         "public libraries",
         {
             "good": "Today I am grateful for our public library, where every shelf holds a new friend.",

@@ -1,7 +1,7 @@
 """Short writing tasks, so that the default profile needs no data set: eight kinds of task times eighty-four topics.
 
-Each asks for one friendly sentence, short enough for a small model on two cores; the judge in gold.py compares an
-answer with its task's topic.
+Each asks for one friendly sentence, of a kind that a small model can write and in few enough tokens for two cores; the
+judge in gold.py compares an answer with its task's topic.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 KINDS = {
     "cheer": "Write one cheerful sentence about {topic}.",
     "description": "Describe {topic} in one friendly sentence.",
-    "slogan": "Write a short slogan for {topic}.",
     "reason": "Say in one sentence why people love {topic}.",
-    "memory": "Share one short, happy memory of {topic}.",
-    "invitation": "In one line, invite a friend to enjoy {topic}.",
     "child": "Explain {topic} to a child in one sentence.",
-    "diary": "Write one grateful diary line about {topic}.",
+    "joy": "Explain in one sentence the joy of {topic}.",
+    "thanks": "Say in one sentence why you are grateful for {topic}.",
+    "fact": "Tell me one happy fact about {topic} in one sentence.",
+    "beauty": "Describe in one sentence what is beautiful about {topic}.",
 }
 
 TOPICS = {
