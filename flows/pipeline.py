@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -24,7 +23,7 @@ from rrlhf.files import write
 from rrlhf.identity.keys import Document, key_digest
 from rrlhf.params import run_name
 from rrlhf.policies.health import DivergedError
-from rrlhf.progress import STOPPING, check_stop, in_words, stop_between_steps
+from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
 from rrlhf.running.dvc_record import record, write_numbers
 from rrlhf.running.launch import execute
 from rrlhf.running.partial import Chosen, Part, chosen
@@ -122,7 +121,7 @@ def pipeline(
     with noted(root, profile, overrides or {}, asked) as ran:
         project.check_sources(fetch=True)
         for note in project.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+            say(f"note: {note}")
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
         pages.plan(planned, project.usual_start_up())
@@ -142,7 +141,7 @@ def make_all(run: Run, pages: Pages) -> None:
     data, *models = run.project.nodes
     if takes_part(data, run):
         prepare(run.project.document(data, {}), run)
-        run.project.check_sources()  # again, since only now the columns of a hub's data set are known
+        run.project.check_columns(run.dataset)
     for together in independent(models, run.project.params.launch.arms_at_once):
         pages.advance(run.digests)
         finish([start(node, run, beside=len(together) - 1) for node in together if takes_part(node, run)], run)
@@ -242,7 +241,7 @@ def found(node: Node, key: str, run: Run) -> Artifact | None:
     try:
         return run.project.store.checked(node.stage, key) or run.tracker.bring_back(run.project.store, node.stage, key)
     except CopyError as error:
-        print(f"{node.name}  {error}; it is left alone", file=sys.stderr, flush=True)
+        say(f"{node.name}  {error}; it is left alone")
         return None
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -47,6 +48,21 @@ def copy_project(to: Path) -> Path:
         else:
             shutil.copy(source, target)
     return to
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """The command in this process, as typed: returns its exit code and what it said on stdout and stderr."""
+    from rrlhf.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["rrlhf", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    return call
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rrlhf import command_line, environment
-from rrlhf.cli import COMMANDS, app, main
+from rrlhf.cli import COMMANDS, app
 from rrlhf.command_line import mending
 from rrlhf.running.partial import Part
 from rrlhf.running.records import noted
@@ -22,22 +22,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def command(project, monkeypatch, capsys):
-    """The command in this process, in a project's folder; everything that it changes is put back."""
+def command(project, monkeypatch, typed):
+    """The command, in a project's folder; everything that it changes is put back."""
     (project / "profiles" / "deep").mkdir()
     monkeypatch.chdir(project / "profiles" / "deep")
     for name in ("PATH", "PREFECT_API_URL"):
         monkeypatch.setenv(name, "")
     monkeypatch.delenv("PREFECT_API_URL")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rrlhf", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
+    return typed
 
 
 def test_a_run_on_a_nearly_full_disk_starts_nothing(command, project, monkeypatch):

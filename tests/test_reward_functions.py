@@ -27,6 +27,7 @@ from rrlhf.policies.reward_functions import load_functions, metric_names
 from rrlhf.preferences.tables import read_table, write_table
 from rrlhf.robust import AGGREGATIONS, Scores
 from rrlhf.running.plan import Project
+from rrlhf.types import SUMMARY, Dataset
 
 PROMPTS = [[{"role": "user", "content": "Say a"}], [{"role": "user", "content": "Say b"}]]
 OWN = {"my_rules", "checks", "broken", "script"}
@@ -120,6 +121,18 @@ def test_a_column_that_the_data_lacks_is_told_with_those_that_it_has(rules):
         "reward function my_rules:solved: it needs solution; there are prompts, completions, completion_ids, finished, "
         "and the data has the columns id, level"
     )
+
+
+def test_once_a_data_set_is_made_its_columns_are_held_against_the_arms(rules, tmp_path):
+    rules("def solved(completions, solution): pass\n")
+    arm = {"arms.robust.functions": {"my_rules:solved": 1.0}}
+    project = Project(tmp_path, "tiny", load_params(Path(__file__).parents[1], "tiny", arm))
+    made = Dataset("hub", tmp_path, "md5:0.dir")
+    (tmp_path / SUMMARY).write_text('{"columns": ["solution"]}')
+    project.check_columns(made)
+    (tmp_path / SUMMARY).write_text('{"columns": ["level"]}')
+    with pytest.raises(ParamsError, match=r"it needs solution; .* the data has the columns level"):
+        project.check_columns(made)
 
 
 def test_a_function_may_change_what_it_was_given(rules):

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from rrlhf.cli import main
 from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params, parse_override
 from rrlhf.running.partial import Part
@@ -19,18 +18,10 @@ from rrlhf.running.status import overview, told
 
 
 @pytest.fixture
-def command(project, monkeypatch, capsys):
+def command(project, monkeypatch, typed):
     monkeypatch.chdir(project)
     monkeypatch.setenv("PATH", "")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["rrlhf", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return ended.value.code or 0, said.out, said.err
-
-    return call
+    return typed
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ for a base that it never saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,8 +27,8 @@ QUESTION = [Message(role="user", content="A question?")]
 class Facts(NamedTuple):
     """What a base model is, for settings that depend on it."""
 
-    problems: list[str] = []  # noqa: RUF012 - never changed; why it cannot be used, a line each
-    notes: list[str] = []  # noqa: RUF012 - what a person should know of how it is used
+    problems: Sequence[str] = ()  # why it cannot be used, a line each
+    notes: Sequence[str] = ()  # what a person should know of how it is used
     layers: int | None = None  # None: unknown
     adapts: bool = True  # whether its layers have the maps that adapters stand beside
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from rrlhf.config import Model
 from rrlhf.language_models.models import LanguageModel
-from rrlhf.progress import is_main_process
+from rrlhf.progress import is_main_process, say
 from rrlhf.types import Message, Metrics, Preference
 
 PROMPTS, RESPONSES, PAIRS = "prompts", "responses", "pairs"
@@ -83,9 +82,7 @@ class Texts:
             if any(cut.values()) and is_main_process():
                 what = f"cut to {limits[kind]} tokens" if kind in limits else "left out, the same when cut"
                 share = f"{sum(cut.values()) / len(cut):.1%}"
-                print(
-                    f"{label}: {sum(cut.values())} of {len(cut)} {kind} {what} ({share})", file=sys.stderr, flush=True
-                )
+                say(f"{label}: {sum(cut.values())} of {len(cut)} {kind} {what} ({share})")
         return self.cut
 
     def _count(self, kind: str, text: str, is_cut: bool) -> None:

@@ -22,9 +22,9 @@ from rrlhf.progress import check_stop
 from rrlhf.running.processes import call_in_processes
 from rrlhf.stages import arm_of
 from rrlhf.store.artifacts import CHECKPOINT, HISTORY
+from rrlhf.store.units import cut_shares
 from rrlhf.types import Log
 
-CUT = "cut_"  # begins the metric that says how much of a kind of text was cut (rrlhf/language_models/text.py)
 TRAINING = {"sft", "ppo", "dpo"}  # the stages that several processes share
 
 
@@ -115,10 +115,10 @@ def _recorder(history: Path, stage: str, log: Log, max_cut: float) -> Log:
         bad = [f"{name} = {value}" for name, value in row.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(f"{stage}: {', '.join(bad)} at step {row.get('step')}; a smaller learning rate may help")
-        for name, share in row.items():
-            if name.startswith(CUT) and share > max_cut:
+        for kind, share in cut_shares(row).items():
+            if share > max_cut:
                 raise ValueError(
-                    f"{stage}: {share:.1%} of its {name.removeprefix(CUT)} are cut, where limits.max_cut allows "
+                    f"{stage}: {share:.1%} of its {kind} are cut, where limits.max_cut allows "
                     f"{max_cut:.1%}: raise prompt_tokens or response_tokens, shorten the texts, or raise limits.max_cut"
                 )
         seconds = before.pop(row.get("step"), None)

@@ -132,6 +132,17 @@ class Project:
         if mistakes:
             raise ParamsError("\n".join(dict.fromkeys(mistakes)))
 
+    def check_columns(self, made: Dataset | None) -> None:
+        """Raise ParamsError where a reward function needs a column that a data set has not, now that it is made.
+
+        Before that, those of a data set on the hub are not known.
+        """
+        from rrlhf.policies.reward_functions import load_functions
+        from rrlhf.preferences.tables import further_columns
+
+        if made:
+            load_functions((path for node in self.nodes for path in node.functions), further_columns(made.path))
+
     def _columns(self, wanted: frozenset[str], made: Dataset | None) -> Collection[str] | None:
         """Return the columns that the data has for reward functions; None where only the stage can tell.
 

@@ -17,7 +17,7 @@ import yaml
 from rrlhf.config import REWARD_SETTINGS, Prepare
 from rrlhf.policies.health import in_words
 from rrlhf.stages import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of, model_name
-from rrlhf.store.units import unit
+from rrlhf.store.units import cut_shares, unit
 from rrlhf.types import SUMMARY, Dataset, Metrics
 
 CLOCKS = ("step", "seconds")
@@ -142,8 +142,7 @@ def last_values(rows: Iterable[Metrics]) -> Metrics:
 
 def cut_in_words(metrics: Metrics) -> str:
     """Say how much of each kind of text a stage cut to its token limits: "2.1 % of prompts"; nothing for none."""
-    shares = {name.removeprefix("cut_"): share for name, share in metrics.items() if name.startswith("cut_")}
-    return ", ".join(f"{100 * share:.1f} % of {kind}" for kind, share in shares.items() if share)
+    return ", ".join(f"{100 * share:.1f} % of {kind}" for kind, share in cut_shares(metrics).items() if share)
 
 
 def code(value: object) -> str:

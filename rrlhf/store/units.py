@@ -94,6 +94,11 @@ def telling(stage: str, metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {metrics[name]:.3g}" for name in names)
 
 
+def cut_shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the share of each kind of text that a stage cut, 0 to 1, by kind: prompts, responses, pairs."""
+    return {name.removeprefix("cut_"): metrics[name] for name in CUT if name in metrics}
+
+
 def unit(stage: str, metric: str) -> str:
     """Return the unit of a metric that a stage logs; a dash where it has none."""
     return (CUT | UNITS.get(stage, {})).get(general(metric), NONE)

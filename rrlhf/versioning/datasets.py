@@ -185,7 +185,7 @@ def commit(root: Path, stages: Sequence[str]) -> None:
     try:
         _when_free(root, SECONDS_TO_COMMIT, lambda repository: [repository.commit(each, force=True) for each in stages])
     except (DvcException, BusyError, OSError) as error:
-        print(f"DVC took no note of this run, `dvc status` will show it as changed: {error}", file=sys.stderr)
+        say(f"DVC took no note of this run, `dvc status` will show it as changed: {error}")
 
 
 def _when_free(root: Path, seconds: float, work: Callable[[Any], object]) -> None:
