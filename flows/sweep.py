@@ -20,15 +20,19 @@ from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.identity.keys import key_digest
 from rrlhf.params import load_params, run_name
-from rrlhf.policies.health import DivergedError
+from rrlhf.policies.health import SUSPECTED, DivergedError
 from rrlhf.progress import STOPPING, stop_between_steps
+from rrlhf.reporting.plots import courses
+from rrlhf.reporting.trainings import training
 from rrlhf.running.partial import Part, chosen
 from rrlhf.running.plan import Project
 from rrlhf.running.uptodate import read_evaluation
 from rrlhf.stages import DATA, Node, arm_of
 from rrlhf.store.artifacts import git_commit
-from rrlhf.sweeps.comparison import Found, Sweep, compared, metrics_of
+from rrlhf.sweeps.comparison import Found, compared
+from rrlhf.sweeps.evidence import evidence
 from rrlhf.sweeps.grid import Point, name_of, points, shares, trimmed
+from rrlhf.sweeps.show import Sweep, markdown, show, write
 from rrlhf.tracking import Tracker
 from rrlhf.types import Json
 
@@ -57,13 +61,18 @@ def called() -> str:
     task_runner=ThreadPoolTaskRunner(max_workers=64),  # type: ignore[arg-type]
 )
 def sweep(
-    profile: str = "default", grid: dict[str, list[Any]] | None = None, overrides: dict[str, Any] | None = None
+    profile: str = "default",
+    grid: dict[str, list[Any]] | None = None,
+    overrides: dict[str, Any] | None = None,
+    baseline: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Make the policies of every point of a grid, and compare them.
 
     grid: values by dotted name, {"arms.robust.nominal_weight": [0, 0.4], "arms.*.seed": [1, 2, 3]}. Values of a seed
-    are repetitions. A policy that is the same at every point is made and compared once. Returns the table, what ran,
-    and the files that were written.
+    are repetitions. A policy that is the same at every point is made and compared once. baseline: a policy that the
+    others are compared with, seed by seed. name: of the sweep's files. Returns the tables, what ran, and the files that
+    were written.
     """
     stop_between_steps(STOPPING)
     root = find_root(Path.cwd())
@@ -78,14 +87,16 @@ def sweep(
             prepare(run.project.document(run.project.nodes[0], {}), run)
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
-        rows = compared(findings(runs, parts, register_all(runs)))
+        found = list(findings(runs, parts, register_all(runs)))
         told: Sweep = {
-            "name": name_of(profile, grid or {}, given),
+            "name": name or name_of(profile, grid or {}, given),
             "grid": grid or {},
             "overrides": given,
-            "rows": rows,
+            "rows": compared(found),
         }
-        files = report_sweep(runs[0], parent, told, Pages(profile))
+        if baseline:
+            told["evidence"] = evidence(found, baseline)
+        files = report_sweep(runs[0], parent, told, found, Pages(profile))
     return {**told, "ran": [name for run in runs for name in run.made], "files": files}
 
 
@@ -187,19 +198,32 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
     """Yield every policy of every point with its numbers."""
     for run, part in zip(runs, parts, strict=True):
         evaluated = run.artifacts.get("evaluate")
-        metrics = metrics_of(read_evaluation(part.project, evaluated)["policies"]) if evaluated else {}
+        evaluation = read_evaluation(part.project, evaluated) if evaluated else None
+        judged = {each["name"]: each for each in evaluation["policies"]} if evaluation else {}
+        curves = courses(evaluation["curves"]) if evaluation else {}
         for name, settings in part.new.items():
             artifact, policy = run.artifacts.get(name), arm_of(name) or name
             version = versions[artifact.key] if artifact else None
-            yield Found(settings, policy, version, metrics.get(policy))
+            if policy not in judged:
+                yield Found(settings, policy, version, None)
+                continue
+            trained = training(artifact) if artifact else None
+            alarms = [event.step for event in trained.events if event.name == SUSPECTED] if trained else []
+            yield Found(
+                settings,
+                policy,
+                version,
+                judged[policy]["metrics"],
+                judged[policy].get("gold_by_prompt", ()),
+                curves.get(policy, ()),
+                min(alarms, default=None),
+            )
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def report_sweep(run: Run, parent: str, told: Sweep, pages: Pages) -> list[str]:
-    """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the table."""
-    from rrlhf.sweeps.show import markdown, show, write
-
-    files = write(told, run.project.root / "reports" / "sweeps" / told["name"])
+def report_sweep(run: Run, parent: str, told: Sweep, found: Sequence[Found], pages: Pages) -> list[str]:
+    """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the tables."""
+    files = write(told, found, run.project.root / "reports" / "sweeps" / told["name"])
     for file in files:
         run.tracker.log_report(parent, file)
     show(told)

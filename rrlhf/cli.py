@@ -20,7 +20,7 @@ from rrlhf.promotion.command import promote
 from rrlhf.reproduction.command import reproduce
 from rrlhf.running.command import plan, relocate, report, run, status, why
 from rrlhf.signing.command import keygen, sign
-from rrlhf.sweeps.command import sweep
+from rrlhf.sweeps.command import experiment, sweep
 from rrlhf.toy.command import toy
 from rrlhf.versioning.command import key, prepare
 from rrlhf.versioning.setup import follow_git
@@ -43,7 +43,7 @@ def serve(
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(run, plan, why, status, report),
     *(lineage, diff, audit, promote, reproduce),
-    *(sweep, chat, evaluate_reward, toy, serve),
+    *(sweep, experiment, chat, evaluate_reward, toy, serve),
     *(relocate, keygen, sign),
 )
 

@@ -260,7 +260,7 @@ class Arm(Section):
     uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
     temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
     functions: dict[str, Finite] = {}  # by "module:function": what one unit of its value adds to the reward
-    seed: int
+    seed: int  # that of the run where none is given
 
     @property
     def settings(self) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Stage 6: the comparison of policies, on prompts that none of them was trained on.
 
 The gold judge is read here and in data preparation only; no policy is trained against it, nor against the second judge
-(rrlhf/judging/second.py), which is read here only. The SFT model stands in
-the comparison as the optimum under a constant reward. Of best-of-n the responses are there already; its KL is a bound.
+(rrlhf/judging/second.py), which is read here only. The SFT model stands in the comparison as the optimum under a
+constant reward. Of best-of-n the responses are there already; its KL is a bound.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.judging.calibration import estimate
+from rrlhf.judging.calibration import estimate, group_means
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.judging.second import SecondJudge
@@ -66,13 +66,20 @@ def run(
         bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
         readings[name] = reading._replace(kl=bound)
     second = SecondJudge(preferences(data, "heldout"))
+    opinions = {
+        name: second.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts)
+        for name, reading in readings.items()
+    }
+    at_length = gold_at_length(readings)
     compared = [
-        _summary(name, reading, _second_opinion(second, reading, rows), *paid_by.get(name, (None, NO_SCALE)))
+        _summary(name, reading, opinions[name], at_length.get(name), *paid_by.get(name, (None, NO_SCALE)))
         for name, reading in readings.items()
     ]
     result = {
         "policies": compared,
-        "curves": [point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold)],
+        "curves": [
+            point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold, second)
+        ],
         "selection": [
             point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
         ],
@@ -87,11 +94,27 @@ def run(
     (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _second_opinion(judge: SecondJudge, reading: Reading, rows: Rows) -> Tensor:
-    return judge.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts)
+def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
+    """Return each policy's gold, by response, at the start's length; nothing without a gold judge.
+
+    What a longer response of the same policy gains, by least squares on log(1 + words), is taken off: policies that
+    differ in nothing but length come out equal (the idea of Dubois et al. 2024, arXiv 2404.04475).
+    """
+    words = {name: _words(reading).log1p() for name, reading in readings.items()}
+    golds = {name: reading.gold for name, reading in readings.items() if reading.gold is not None}
+    inside = {name: words[name] - words[name].mean() for name in golds}
+    varied = sum(float((x**2).sum()) for x in inside.values())
+    slope = sum(float(inside[name] @ golds[name].double()) for name in golds) / varied if varied else 0.0
+    return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
-def _summary(name: str, reading: Reading, second_opinion: Tensor, arm: Arm | None, scale: Scale) -> dict[str, Any]:
+def _words(reading: Reading) -> Tensor:
+    return torch.tensor([float(len(text.split())) for text in reading.texts], dtype=torch.float64)
+
+
+def _summary(
+    name: str, reading: Reading, second_opinion: Tensor, at_length: Tensor | None, arm: Arm | None, scale: Scale
+) -> dict[str, Any]:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
         "second_opinion": second_opinion,
@@ -100,12 +123,13 @@ def _summary(name: str, reading: Reading, second_opinion: Tensor, arm: Arm | Non
         "spread": head_spread(reading.scores),
         "sigma": reading.scores.std.mean(1),
         "kl": reading.kl,
-        "words": torch.tensor([float(len(text.split())) for text in reading.texts]),
+        "words": _words(reading),
         "repetition": torch.tensor([repetition(text) for text in reading.texts]),
         "finished": torch.tensor(reading.finished).double(),
+        **reading.gold_parts,
     }
-    if reading.gold is not None:
-        columns = {"gold": reading.gold, **columns}
+    if reading.gold is not None and at_length is not None:
+        columns = {"gold": reading.gold, **columns, "gold_at_length": at_length}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
     if arm and (arm.reward not in {None, "single"} or arm.functions):
@@ -118,21 +142,21 @@ def _summary(name: str, reading: Reading, second_opinion: Tensor, arm: Arm | Non
         **({"method": arm.method} if arm else {}),
         **({"n": arm.n} if arm and arm.n else {}),
         "metrics": {key: estimate(column, reading.prompt)._asdict() for key, column in columns.items()},
+        **({"gold_by_prompt": group_means(reading.gold, reading.prompt).tolist()} if reading.gold is not None else {}),
     }
 
 
-def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None) -> Rows:
+def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge) -> Rows:
     """Read the responses that a policy gave while it trained: one point per update."""
     table = read_table(data, "ppo")
     rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
-    judged: list[float] | None = None
-    if gold:
-        asked = [table[row["prompt"]] for row in rows]
-        judged = gold.score(asked, [row["response"] for row in rows], [row["finished"] for row in rows])
+    asked, texts = [table[row["prompt"]] for row in rows], [row["response"] for row in rows]
+    judged = gold.score(asked, texts, [row["finished"] for row in rows]).total if gold else None
+    opinions = second.score([row["prompt"] for row in asked], texts)
     points: Rows = []
     for update, numbered in groupby(enumerate(rows), key=lambda item: item[1]["update"]):
         index, group = zip(*numbered, strict=True)
-        heads = torch.tensor([row["heads"] for row in group])
+        at, heads = list(index), torch.tensor([row["heads"] for row in group])
         point: dict[str, Any] = {
             "policy": name,
             "update": update,
@@ -140,10 +164,11 @@ def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None) -> Ro
             "proxy": _mean(row["proxy"] for row in group),
             "sigma": _mean(row["sigma"] for row in group),
             "words": _mean(len(row["response"].split()) for row in group),
+            "second_opinion": opinions[at].mean().item(),
             "heads": heads.mean(0).tolist(),
         }
         if judged:
-            found = estimate(torch.tensor([judged[i] for i in index]))
+            found = estimate(torch.tensor([judged[i] for i in at]))
             point |= {"gold": found.mean, "gold_stderr": found.stderr}
         points.append(point)
     return points
@@ -161,7 +186,7 @@ def _selection(name: str, folder: Path, rows: Rows, gold: PromptedGold | None) -
     if gold:
         asked = [row for row in rows for _ in range(samples)]
         finished = [response.finished for response in candidates.responses]
-        columns["gold"] = torch.tensor(gold.score(asked, candidates.texts, finished)).view_as(reward)
+        columns["gold"] = torch.tensor(gold.score(asked, candidates.texts, finished).total).view_as(reward)
     curves = {key: best_of_n_curve(reward, values, samples) for key, values in columns.items()}
     return [
         {"policy": name, "n": n, "kl": best_of_n_kl(n)}
@@ -193,8 +218,9 @@ def _excerpts(folder: Path, data: Path, judges: Judges) -> list[Excerpt]:
     if judges.gold and found:
         table = read_table(data, "ppo")
         asked, texts = [table[row["row"]] for row in found], [row["response"] for row in found]
-        for row, gold in zip(found, judges.gold.score(asked, texts, [r["finished"] for r in found]), strict=True):
-            row["gold"] = float(gold)
+        golds = judges.gold.score(asked, texts, [row["finished"] for row in found]).total
+        for row, gold in zip(found, golds, strict=True):
+            row["gold"] = gold
     return found
 
 

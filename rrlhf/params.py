@@ -1,7 +1,7 @@
 """params.yaml and profiles/, parsed once into the sections of rrlhf/config.py; every mistake is reported at once.
 
 The default profile is params.yaml alone. Another profile is a file in profiles/ that states only its differences;
-overrides come last. Mappings merge; null removes an arm.
+overrides come last. Mappings merge; null removes an arm. An arm without a seed has that of the run.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
         where[path] = f"--set {dotted}"
     arms = merged.get("arms")
     if isinstance(arms, dict):
-        merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+        seed = {"seed": merged["seed"]} if "seed" in merged else {}
+        merged["arms"] = {
+            name: seed | arm if isinstance(arm, dict) else arm for name, arm in arms.items() if arm is not None
+        }
     try:
         params = Params.model_validate(merged)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from rrlhf.config import Gold, Model
-from rrlhf.gold import GoldJudge
+from rrlhf.gold import GoldJudge, GoldScores
 from rrlhf.hardware import device_kind
 from rrlhf.language_models.layers import hidden_states
 from rrlhf.language_models.models import LanguageModel, autocast, load_base
@@ -63,7 +63,7 @@ class PromptedGold:
     def __init__(self, gold: Gold, model: Model) -> None:
         self._gold, self._surprise = GoldJudge(gold), Surprise(model)
 
-    def score(self, asked: Rows, responses: list[str], finished: list[bool]) -> list[float]:
-        """Return the gold score of each response to its row of table `ppo` or `evaluate`."""
+    def score(self, asked: Rows, responses: list[str], finished: list[bool]) -> GoldScores:
+        """Return what gold says of each response to its row of table `ppo` or `evaluate`."""
         surprise = self._surprise.per_token([row["prompt"] for row in asked], responses, finished)
-        return self._gold.score([row["topic"] for row in asked], responses, finished, surprise).total
+        return self._gold.score([row["topic"] for row in asked], responses, finished, surprise)

@@ -134,7 +134,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
 def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     robust = number(client, "robust")
     grid = ["arms.robust.nominal_weight=0.4,0.9", "arms.robust.seed=1,2"]
-    told = json.loads(shell.apart("sweep", *grid, *PPO_ONLY, "--json").stdout)
+    told = json.loads(shell.apart("sweep", *grid, *PPO_ONLY, "--baseline", "single", "--json").stdout)
     assert sorted(told["ran"]) == ["evaluate"] * 3 + ["ppo-robust"] * 3  # one point is that of the run
     rows = {(row["policy"], *row["settings"].values()): row for row in told["rows"]}
     assert set(rows) == {("sft",), ("single",), ("robust", 0.4), ("robust", 0.9)}
@@ -142,6 +142,17 @@ def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     assert rows["single",]["metrics"]["gold"]["over"] == "prompts"
     assert len({version for row in told["rows"] for version in row["versions"]}) == 6
     assert all((shell.root / file).stat().st_size for file in told["files"])
+    paired = {
+        row["settings"]["arms.robust.nominal_weight"]: row
+        for row in told["evidence"]["paired"]
+        if row["quantity"] == "gold"
+    }
+    means = {weight: rows["robust", weight]["metrics"]["gold"]["mean"] for weight in (0.4, 0.9)}
+    against = rows["single",]["metrics"]["gold"]["mean"]
+    assert {weight: row["difference"] for weight, row in paired.items()} == pytest.approx(
+        {weight: mean - against for weight, mean in means.items()}
+    )
+    assert {row["seeds"] for row in paired.values()} == {2}
     assert number(client, "robust") == robust
 
     experiment = client.get_experiment_by_name("rrlhf").experiment_id
@@ -153,6 +164,8 @@ def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
         "sweep.json",
         "sweep.png",
         "sweep.svg",
+        "courses.png",
+        "courses.svg",
     }
 
 

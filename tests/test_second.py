@@ -2,7 +2,7 @@
 
 import torch
 
-from rrlhf.judging.second import SecondJudge, bradley_terry_weights
+from rrlhf.judging.second import SecondJudge
 from rrlhf.types import Preference
 
 THINGS = [
@@ -46,17 +46,3 @@ def test_its_scores_are_standardised_over_the_pairs_that_it_was_fitted_to():
     said = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = SecondJudge(pairs).score([pair.prompt for pair in pairs] * 2, said)
     torch.testing.assert_close(torch.stack([scores.mean(), scores.std()]), torch.tensor([0.0, 1.0]).double())
-
-
-def test_the_weights_are_where_the_gradient_of_the_objective_is_zero():
-    torch.manual_seed(0)
-    differences = torch.randn(40, 5, dtype=torch.float64)
-    weights = bradley_terry_weights(differences, 2.0).requires_grad_()
-    loss = torch.nn.functional.softplus(-differences @ weights).sum() + 2.0 / 2 * weights.square().sum()
-    (gradient,) = torch.autograd.grad(loss, weights)
-    assert gradient.abs().max() < 1e-9
-
-
-def test_without_any_weight_on_the_prior_a_single_feature_says_the_odds():
-    differences = torch.tensor([[1.0]] * 3 + [[-1.0]], dtype=torch.float64)  # three of four pairs: odds of 3
-    torch.testing.assert_close(bradley_terry_weights(differences, 1e-9), torch.tensor([3.0]).log().double())

@@ -8,6 +8,7 @@ from rrlhf.policies.health import Event
 from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
 from rrlhf.reporting.standing import headline, scales, standings
 from rrlhf.reporting.trainings import Training
+from rrlhf.reporting.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:
@@ -39,6 +40,28 @@ def words(gold: Measured, start: float = 1.0) -> str:
 )
 def test_two_standard_errors_decide(gold, said):
     assert words(gold) == said
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "told"),
+    [
+        ({"words": measured(4.0)}, "words from 12 to 4"),
+        ({"repetition": measured(0.3)}, "repetition from 0.1 to 0.3"),
+        ({"gibberish": measured(0.25)}, "gibberish from 0.1 to 0.25"),
+        ({"words": measured(8.1), "repetition": measured(0.19), "gibberish": measured(0.0)}, ""),
+    ],
+)
+def test_a_policy_whose_responses_collapsed_is_not_called_better(collapsed, told):
+    start = {"gold": measured(1.0), "words": measured(12.0), "repetition": measured(0.1), "gibberish": measured(0.1)}
+    case = evaluation(policy("arm", **(start | {"gold": measured(3.0)} | collapsed)), **start)
+    [standing] = standings(case, {})
+    said = [sentence for sentence in verdict(case) if "collapsed" in sentence]
+    if told:
+        assert standing.words == "scored above the start, but with responses that have collapsed"
+        assert standing.warnings == [f"its responses have collapsed ({told})"]
+        assert said == [f"That is no improvement of arm: its responses have collapsed ({told})."]
+    else:
+        assert (standing.words, standing.warnings, said) == ("better than the start", [], [])
 
 
 def test_changes_have_intervals_of_two_standard_errors_of_the_difference():

@@ -51,12 +51,17 @@ def estimate(values: Tensor, groups: Tensor | None = None) -> Estimate:
     """Return the mean and standard error of values [rows]; rows of one group (a prompt) count as one unit."""
     values = values.double()
     if groups is not None:
-        _, group = groups.unique(return_inverse=True)
-        sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_add_(0, group, values)
-        values = sums / torch.bincount(group)
+        values = group_means(values, groups)
     n = len(values)
     stderr = values.std().item() / n**0.5 if n > 1 else float("nan")
     return Estimate(values.mean().item(), stderr, n)
+
+
+def group_means(values: Tensor, groups: Tensor) -> Tensor:
+    """Return the mean of values [rows] in each group, in order of the groups' numbers, [groups] float64."""
+    _, group = groups.unique(return_inverse=True)
+    sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_add_(0, group, values.double())
+    return sums / torch.bincount(group)
 
 
 def wilson_interval(share: float, n: float, level: float = 0.95) -> Interval:

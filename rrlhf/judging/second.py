@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rrlhf.embeddings import Embedder
+from rrlhf.reward_models.posterior import fit
 from rrlhf.types import Message, Preference
 
 PRECISION = 1000.0  # of the prior on its weights, strong: a few dozen prompts and hundreds of features
-NEWTON_STEPS = 12
 
 
 class SecondJudge:
@@ -27,7 +27,7 @@ class SecondJudge:
         prompts = [pair.prompt for pair in pairs]
         chosen = self._features(prompts, [pair.chosen for pair in pairs])
         rejected = self._features(prompts, [pair.rejected for pair in pairs])
-        self._weights = bradley_terry_weights(chosen - rejected, PRECISION)
+        self._weights = fit(chosen - rejected, PRECISION).mode
         known = torch.cat([chosen, rejected]) @ self._weights
         self._mean, self._std = known.mean(), known.std().clamp(min=1e-6)
 
@@ -44,18 +44,3 @@ class SecondJudge:
         at = torch.tensor([distinct.index(text) for text in asked])
         said = self._embedder.embed(responses).double()
         return torch.cat([said, said * self._embedder.embed(distinct).double()[at]], dim=1) * math.sqrt(said.shape[1])
-
-
-def bradley_terry_weights(differences: Tensor, precision: float) -> Tensor:
-    """Return the weights that minimise sum softplus(-d . w) + precision / 2 |w|^2 over pairs d [pairs, width].
-
-    By Newton's method; the objective is convex. d: the preferred response's features less the other's.
-    """
-    weights = differences.new_zeros(differences.shape[1])
-    identity = precision * torch.eye(len(weights), dtype=weights.dtype)
-    for _ in range(NEWTON_STEPS):
-        right = torch.sigmoid(differences @ weights)
-        gradient = precision * weights - differences.T @ (1 - right)
-        hessian = (differences.T * (right * (1 - right))) @ differences + identity
-        weights = weights - torch.linalg.solve(hessian, gradient)
-    return weights

@@ -17,6 +17,7 @@ from rrlhf.types import Metrics
 WINDOW = 5  # rollouts at the start and at the end that hacking compares
 STANDARD_ERRORS = 3.0
 SIGMA_RISE = 0.2
+SUSPECTED = "hacking_suspected"  # the finding that only warns
 EVENTS = "health.json"  # what a stage noticed, in its folder: a list of {step, name, detail, action}
 MARK = "health_"  # begins the name of the metric that a row has where a detector fired
 DIVERGED = "diverged"  # the metric of a row with which a training ended for good
@@ -118,7 +119,7 @@ def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     if not drifted:
         return None
     scores = [fmean(row["score"] for row in part) for part in (first, last)]
-    return Finding("hacking_suspected", f"score from {scores[0]:.2f} to {scores[1]:.2f} with {', '.join(drifted)}")
+    return Finding(SUSPECTED, f"score from {scores[0]:.2f} to {scores[1]:.2f} with {', '.join(drifted)}")
 
 
 def _rise(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float:

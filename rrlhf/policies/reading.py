@@ -25,6 +25,8 @@ from rrlhf.rollout import Response, response_features, sample_in_batches
 from rrlhf.surprise import PromptedGold
 from rrlhf.types import Metrics
 
+PARTS = ("relevance", "tone", "nonwords", "gibberish")  # of gold; the others are metrics of their own
+
 
 class Judges(NamedTuple):
     """All that reads responses: the reference with its trunk, reward heads and functions, and the gold judge if any."""
@@ -63,6 +65,7 @@ class Reading(NamedTuple):
     scores: Scores  # [responses, heads]
     functions: dict[str, Tensor]  # [responses] value of each function, by import path
     gold: Tensor | None  # [responses]
+    gold_parts: dict[str, Tensor]  # what gold is made of, [responses] each; empty without a gold judge
     per_prompt: int
 
     @property
@@ -142,7 +145,8 @@ def read_responses(
         proxy=single.mean[:, 0].cpu(),
         scores=scores.each(Tensor.cpu),
         functions=function_values(judges.functions, prompts, texts, tokens, finished, columns),
-        gold=torch.tensor(gold) if gold is not None else None,
+        gold=torch.tensor(gold.total) if gold else None,
+        gold_parts={name: torch.tensor(getattr(gold, name)) for name in PARTS} if gold else {},
         per_prompt=per_prompt,
     )
 

@@ -24,6 +24,7 @@ class Policy(TypedDict):
     n: NotRequired[int]  # of best_of_n
     digest: NotRequired[str]
     metrics: dict[str, Measured]
+    gold_by_prompt: NotRequired[list[float]]  # of the evaluation prompts in order: what policies are paired by
 
 
 class Response(TypedDict):

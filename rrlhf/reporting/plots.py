@@ -29,6 +29,7 @@ class Point(TypedDict):
     proxy: float
     sigma: float
     words: float
+    second_opinion: float
     heads: list[float]
     gold: NotRequired[float]
     gold_stderr: NotRequired[float]
@@ -44,7 +45,7 @@ class Chosen(TypedDict):
     gold: NotRequired[Measured]
 
 
-Quantity = Literal["gold", "proxy", "sigma", "words", "kl", "update", "gold_stderr"]
+Quantity = Literal["gold", "proxy", "sigma", "words", "second_opinion", "kl", "update", "gold_stderr"]
 
 
 class Look(NamedTuple):
@@ -76,6 +77,7 @@ ARM_LOOKS = [
 AXIS_LABELS: dict[Quantity, str] = {
     "gold": "gold score",
     "proxy": "proxy score",
+    "second_opinion": "second opinion",
     "sigma": "σ of the reward",
     "words": "words per response",
     "kl": "√KL from the start (√nats)",
@@ -84,6 +86,7 @@ AXIS_LABELS: dict[Quantity, str] = {
 PANELS: list[tuple[Quantity, Quantity, str, str]] = [
     ("gold", "kl", "Gold by distance", "What the judge says, the further a policy moves away from its start."),
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
+    ("second_opinion", "update", "The second judge", "Of another make than gold: the two should agree."),
     ("proxy", "kl", "Proxy by distance", "What the single reward head says. Rising here while gold falls: hacking."),
     ("proxy", "update", "Proxy over training", "The same, over time."),
     ("sigma", "update", "Uncertainty of the reward", "Growth warns of responses unlike those the reward learned from."),
@@ -249,14 +252,15 @@ def empty_chart(across: str, up: str, size: tuple[float, float] = (4.8, 3.2)) ->
     return figure, axes
 
 
-def write_study(folder: Path, name: str, study: Mapping[str, Any], figure: Any) -> list[Path]:
-    """Write a study's numbers and its figure as NAME.json, .png and .svg; each appears whole or not at all."""
+def write_study(folder: Path, name: str, study: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Path]:
+    """Write a study's numbers as NAME.json and each figure as .png and .svg; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         staged = Path(beside, name)
         staged.with_suffix(".json").write_text(json.dumps(study, indent=1), encoding="utf-8")
-        figure.savefig(staged.with_suffix(".png"), dpi=110)
-        figure.savefig(staged.with_suffix(".svg"), metadata={"Date": None})
+        for drawn, figure in figures.items():
+            figure.savefig(Path(beside, f"{drawn}.png"), dpi=110)
+            figure.savefig(Path(beside, f"{drawn}.svg"), metadata={"Date": None})
         return [path.replace(folder / path.name) for path in sorted(staged.parent.iterdir())]
 
 

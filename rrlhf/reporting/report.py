@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 METRICS = {
     "gold": "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
     "second_opinion": "Score by a second judge, of another make, that no policy is trained against either.",
+    "gold_at_length": "Gold at the start's length: what mere length gains or loses is taken off.",
     "proxy": "Score by the single reward head, which plain PPO is trained to please. High with low gold: hacking.",
     "reward": "The reward that this arm was trained on or chooses by.",
     "nominal": "Score by the most confident head of the ensemble.",
@@ -40,6 +41,10 @@ METRICS = {
     "words": "Words per response.",
     "repetition": "Share of words that occurred before in the same response, 0 to 1.",
     "finished": "Share of responses that came to an end instead of being cut off, 0 to 1.",
+    "relevance": "A part of gold: how near a response is to its topic, 0 to 1.",
+    "tone": "A part of gold: from -1, cold, to 1, warm.",
+    "nonwords": "A part of gold that costs: share of words that are no English where they stand, 0 to 1.",
+    "gibberish": "A part of gold that costs: how unlikely the text is to the untouched base model, 0 to 1.",
 }
 MOST_COLUMNS = 4  # policies that stand side by side in a terminal of 80 characters
 WIDE = {"gold", "proxy", "kl", "words"}  # what the terminal shows of more policies; the HTML shows all

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rrlhf.reporting.evaluation import Evaluation, Measured, measured
 from rrlhf.reporting.trainings import Training
-from rrlhf.reporting.verdict import Difference, courses, difference
+from rrlhf.reporting.verdict import Difference, collapsed, courses, difference, start_of
 
 SHOWN: dict[str, str] = {
     "gold": "The independent judge. To the right is better.",
@@ -17,6 +17,8 @@ SHOWN: dict[str, str] = {
     "words": "Length. A sudden change is a common sign of hacking.",
 }
 UNJUDGED = "not judged"
+BETTER = "better than the start"
+FELL_APART = "scored above the start, but with responses that have collapsed"
 
 
 class Standing(NamedTuple):
@@ -49,9 +51,10 @@ class Scale(NamedTuple):
 
 def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[Standing]:
     """Return where every arm stands, in the order of the comparison; nothing without a start to compare with."""
-    start = _start(evaluation)
+    start = start_of(evaluation)
     if start is None:
         return []
+    fell_apart = collapsed(evaluation)
     hacked = {name for name, course in courses(evaluation).items() if course.over_optimised}
     golds = measured(evaluation, "gold")
     found = []
@@ -61,7 +64,10 @@ def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[S
             continue
         judged = name in golds and start in golds
         words = _in_words(difference(golds[name], golds[start])) if judged else UNJUDGED
-        warnings = ["quality fell while the reward rose"] if name in hacked else []
+        if words == BETTER and name in fell_apart:
+            words = FELL_APART
+        warnings = [fell_apart[name]] if name in fell_apart else []
+        warnings += ["quality fell while the reward rose"] if name in hacked else []
         warnings += (
             [f"detector: {event.name.replace('_', ' ')}" for event in trained[name].events] if name in trained else []
         )
@@ -82,7 +88,7 @@ def headline(standings: Sequence[Standing]) -> str:
 
 def scales(evaluation: Evaluation) -> list[Scale]:
     """Return every policy's mean with two standard errors on either side, for the metrics that tell most."""
-    start = _start(evaluation)
+    start = start_of(evaluation)
     found = []
     for metric, description in SHOWN.items():
         known = measured(evaluation, metric)
@@ -115,16 +121,12 @@ def _interval(value: Measured, low: float, high: float) -> str:
     return f"{value['mean']:z.2f}" + (f" ({low:z.2f} to {high:z.2f})" if high > low else "")
 
 
-def _start(evaluation: Evaluation) -> str | None:
-    return next((policy["name"] for policy in evaluation["policies"] if policy["reward"] == "none"), None)
-
-
 def _in_words(change: Difference) -> str:
     if math.isnan(change.stderr):
         return "not comparable with the start: no standard error"
     if change.is_noise:
         return "not clearly different from the start"
-    return "better than the start" if change.value > 0 else "worse than the start"
+    return BETTER if change.value > 0 else "worse than the start"
 
 
 def _changes(evaluation: Evaluation, name: str, start: str) -> dict[str, str]:

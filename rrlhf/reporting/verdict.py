@@ -11,6 +11,8 @@ from rrlhf.reporting.evaluation import Evaluation, Measured, in_figures, measure
 from rrlhf.reporting.plots import Point
 
 CLEAR = 3  # standard errors by which gold has to fall from its best before that counts
+FEWEST_WORDS = 2 / 3  # of the start's: below it a policy has collapsed into fragments
+MOST_RISE = {"repetition": 0.1, "gibberish": 0.1}  # over the start's: above it it has collapsed into noise
 TWO_GOLDS = (
     f"Gold while training is the mean over {plots.NEIGHBOURS} updates of the responses to training prompts that were "
     "sampled along the way; gold in the comparison is the finished policy's, on new prompts and with new samples, so "
@@ -47,6 +49,7 @@ class Course(NamedTuple):
     fall: Difference  # of gold, from its peak to the end
     peak_proxy: float
     end_proxy: float
+    down_at: int | None  # first update after the peak at which gold was clearly below it
 
     @property
     def over_optimised(self) -> bool:
@@ -67,16 +70,64 @@ def verdict(evaluation: Evaluation) -> list[str]:
     golds = measured(evaluation, "gold")
     if not golds:
         return _verdict_without_gold(evaluation)
-    return [*_ends(evaluation, golds, "gold"), *_over_optimisation(evaluation), *_selection(evaluation)]
+    return [
+        *_ends(evaluation, golds, "gold"),
+        *(f"That is no improvement of {name}: {told}." for name, told in collapsed(evaluation).items()),
+        *_over_optimisation(evaluation),
+        *_selection(evaluation),
+    ]
+
+
+def collapsed(evaluation: Evaluation) -> dict[str, str]:
+    """Return what collapsed of the policies' responses, in words, by policy: length, variety or fluency.
+
+    No score makes up for that: every judge has its blind spots, and collapsed text is where policies find them.
+    """
+    start = start_of(evaluation)
+    found: dict[str, str] = {}
+    for policy in evaluation["policies"]:
+        told = []
+        for metric in ("words", *MOST_RISE):
+            known = measured(evaluation, metric)
+            if start is None or policy["name"] not in known or start not in known:
+                continue
+            before, now = known[start]["mean"], known[policy["name"]]["mean"]
+            if now < FEWEST_WORDS * before if metric == "words" else now > before + MOST_RISE[metric]:
+                told.append(f"{metric} from {before:.3g} to {now:.3g}")
+        if told:
+            found[policy["name"]] = f"its responses have collapsed ({', '.join(told)})"
+    return found
+
+
+def start_of(evaluation: Evaluation) -> str | None:
+    """Return the name of the model that every arm starts from, if it was read."""
+    return next((policy["name"] for policy in evaluation["policies"] if policy["reward"] == "none"), None)
 
 
 def courses(evaluation: Evaluation) -> dict[str, Course]:
     """Return the course of every arm that has enough updates with gold, by name."""
-    return {
-        name: _course(golden)
-        for name, points in plots.courses(evaluation["curves"]).items()
-        if len(golden := plots.having(plots.having(points, "gold"), "proxy")) > plots.NEIGHBOURS
-    }
+    told = {name: course(points) for name, points in plots.courses(evaluation["curves"]).items()}
+    return {name: found for name, found in told.items() if found}
+
+
+def course(points: Sequence[Point]) -> Course | None:
+    """Return how gold and proxy went over the updates of one arm; None with too few that have gold.
+
+    The peak is the best of many windows: 40 updates of flat gold fall by more than two errors one time in five.
+    """
+    points = plots.having(plots.having(points, "gold"), "proxy")
+    if len(points) <= plots.NEIGHBOURS:
+        return None
+    golds = plots.neighbour_means([point["gold"] for point in points])
+    stderrs = plots.neighbour_stderrs([point.get("gold_stderr", math.nan) for point in points])
+    proxies = plots.neighbour_means([point["proxy"] for point in points])
+    updates = [round(update) for update in plots.neighbour_means([point["update"] for point in points])]
+    peak = golds.index(max(golds))
+    falls = [
+        Difference(golds[peak] - gold, math.hypot(stderrs[peak], s)) for gold, s in zip(golds, stderrs, strict=True)
+    ]
+    down = (updates[i] for i in range(peak, len(falls)) if falls[i].value > CLEAR * falls[i].stderr)
+    return Course(updates[peak], golds[peak], golds[-1], falls[-1], proxies[peak], proxies[-1], next(down, None))
 
 
 def difference(a: Measured, b: Measured) -> Difference:
@@ -86,7 +137,8 @@ def difference(a: Measured, b: Measured) -> Difference:
 
 def _ends(evaluation: Evaluation, known: Mapping[str, Measured], metric: str) -> list[str]:
     """Say which trained arm ends highest, and which comes next, relative to the start and to each other."""
-    start = next((p["name"] for p in evaluation["policies"] if p["reward"] == "none" and p["name"] in known), None)
+    start = start_of(evaluation)
+    start = start if start in known else None
     ranked = sorted((name for name in known if name != start), key=lambda name: -known[name]["mean"])
     if not ranked:
         return [
@@ -119,26 +171,6 @@ def _over_optimisation(evaluation: Evaluation) -> list[str]:
         said["showed" if course.over_optimised else "did not show"].append(f"for {name}: {_told(course)}")
     sentences = [f"Over-optimisation {what} {'; '.join(arms)}." for what, arms in said.items() if arms]
     return [*sentences[:-1], f"{sentences[-1]} {TWO_GOLDS}"]
-
-
-def _course(points: Sequence[Point]) -> Course:
-    """Read gold's peak and end.
-
-    The peak is the best of many windows: 40 updates of flat gold fall by more than two errors one time in five.
-    """
-    golds = plots.neighbour_means([point["gold"] for point in points])
-    stderrs = plots.neighbour_stderrs([point.get("gold_stderr", math.nan) for point in points])
-    proxies = plots.neighbour_means([point["proxy"] for point in points])
-    updates = plots.neighbour_means([point["update"] for point in points])
-    peak = golds.index(max(golds))
-    return Course(
-        peak_update=round(updates[peak]),
-        peak_gold=golds[peak],
-        end_gold=golds[-1],
-        fall=Difference(golds[peak] - golds[-1], math.hypot(stderrs[peak], stderrs[-1])),
-        peak_proxy=proxies[peak],
-        end_proxy=proxies[-1],
-    )
 
 
 def _told(course: Course) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
 
 from rrlhf.judging.calibration import Estimate, estimate
 from rrlhf.judging.content import Measured
-from rrlhf.reporting.evaluation import Policy
 from rrlhf.reporting.intervals import mean_interval
+from rrlhf.reporting.plots import Point
 from rrlhf.types import Json
 
-METRICS = ("gold", "proxy", "reward", "spread", "kl", "words", "repetition", "finished")
+METRICS = (
+    "gold", "second_opinion", "gold_at_length", "proxy", "reward", "sigma", "spread", "kl", "words", "repetition",
+    "finished",
+)  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -24,6 +27,9 @@ class Found(NamedTuple):
     policy: str
     version: str | None  # "rrlhf-policy/3"
     metrics: dict[str, Measured] | None
+    gold_by_prompt: Sequence[float] = ()
+    curve: Sequence[Point] = ()  # of its training
+    alarm: int | None = None  # the update at which its training was first suspected of reward hacking
 
 
 class Interval(TypedDict):
@@ -47,15 +53,6 @@ class Row(TypedDict):
     metrics: dict[str, Interval]
 
 
-class Sweep(TypedDict):
-    """The content of sweep.json."""
-
-    name: str
-    grid: Mapping[str, Sequence[Json]]
-    overrides: Mapping[str, Json]
-    rows: list[Row]
-
-
 def is_seed(path: str) -> bool:
     """Whether a swept setting is a seed: its values are repetitions, not settings to compare."""
     return path.rpartition(".")[2] == "seed"
@@ -74,11 +71,6 @@ def compared(found: Iterable[Found]) -> list[Row]:
 def primary(rows: Iterable[Row]) -> str:
     """Return the metric that decides: gold where there is a judge."""
     return "gold" if any("gold" in row["metrics"] for row in rows) else "proxy"
-
-
-def metrics_of(policies: Iterable[Policy]) -> dict[str, dict[str, Measured]]:
-    """Return the numbers of an evaluation's policies by name."""
-    return {policy["name"]: policy["metrics"] for policy in policies}
 
 
 def _row(group: Sequence[Found]) -> Row:

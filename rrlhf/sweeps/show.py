@@ -1,43 +1,142 @@
-"""A sweep's table and picture."""
+"""A sweep's tables and pictures."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from rrlhf.reporting.markdown import escaped, table
-from rrlhf.reporting.plots import ARM_LOOKS, AXIS_LABELS, REFERENCE_LOOK, empty_chart, write_study
-from rrlhf.sweeps.comparison import Interval, Row, Sweep, primary
+from rrlhf.reporting.plots import (
+    ARM_LOOKS,
+    AXIS_LABELS,
+    REFERENCE_LOOK,
+    Quantity,
+    empty_chart,
+    neighbour_means,
+    write_study,
+)
+from rrlhf.sweeps.comparison import Found, Interval, Row, primary
+from rrlhf.sweeps.evidence import Alarm, Evidence, Fit, Group, Paired, grouped
 from rrlhf.types import Json
 
 TITLE = "mean ± half of the 95 % interval"
-SHOWN = ("gold", "proxy", "kl", "words")
+SHOWN = ("gold", "second_opinion", "proxy", "kl", "words", "repetition", "finished")
+COURSES: tuple[Quantity, ...] = ("gold", "second_opinion", "sigma")
+
+
+class Sweep(TypedDict):
+    """The content of sweep.json."""
+
+    name: str
+    grid: Mapping[str, Sequence[Json]]
+    overrides: Mapping[str, Json]
+    rows: list[Row]
+    evidence: NotRequired[Evidence]  # where a policy was named to compare the others with
+
+
+class Titled(NamedTuple):
+    """A table as text, the first row its header, with what is said above and below it."""
+
+    title: str
+    cells: list[list[str]]
+    legend: str
 
 
 def show(sweep: Sweep) -> None:
-    """Print the table."""
+    """Print the tables."""
     from rich.console import Console
     from rich.table import Table
 
-    header, *rows = cells(sweep["rows"])
-    shown = Table(title=TITLE, title_justify="left")
-    for name in header:
-        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name != "policy")
-    for row in rows:
-        shown.add_row(*row)
     console = Console(file=sys.stdout)
-    console.print(shown)
-    console.print(legend(sweep["rows"]), highlight=False, markup=False)
+    for title, (header, *rows), said in tables(sweep):
+        shown = Table(title=title, title_justify="left")
+        for name in header:
+            shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name != "policy")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+        console.print(said, highlight=False, markup=False)
 
 
 def markdown(sweep: Sweep) -> str:
-    """Return the table as Markdown."""
-    header, *rows = cells(sweep["rows"])
-    return f"{TITLE}\n\n{table(header, rows)}\n\n{escaped(legend(sweep['rows']))}"
+    """Return the tables as Markdown."""
+    told = [f"{title}\n\n{table(header, rows)}\n\n{escaped(said)}" for title, (header, *rows), said in tables(sweep)]
+    return "\n\n".join(told)
+
+
+def tables(sweep: Sweep) -> list[Titled]:
+    """Return the comparison, and what there is of evidence."""
+    found = [Titled(TITLE, cells(sweep["rows"]), legend(sweep["rows"]))]
+    if known := sweep.get("evidence"):
+        found += [told for told in (_paired(known), _fits(known["fits"]), _alarms(known["alarms"])) if told.cells[1:]]
+    return found
+
+
+def _paired(known: Evidence) -> Titled:
+    rows = [
+        [
+            named(row),
+            row["quantity"],
+            f"{row['difference']:+z.2f}",
+            "–" if row["low"] is None or row["high"] is None else f"{row['low']:+z.2f} to {row['high']:+z.2f}",
+            *("–" if p is None else f"{p:.3f}" for p in (row["p"], row["p_holm"])),
+            str(row["seeds"]),
+        ]
+        for row in known["paired"]
+    ]
+    base = known["baseline"]
+    return Titled(
+        f"less {base}, seed by seed",
+        [["policy", "quantity", "difference", "95 % interval", "p", "p (Holm)", "seeds"], *rows],
+        f"Of the win rate it is the share of prompts won against {base}, and p is of one half. Holm's correction "
+        "counts the policies that a quantity compares.",
+    )
+
+
+def _fits(fits: Sequence[Fit]) -> Titled:
+    rows = [
+        [
+            named(fit),
+            *(f"{fit[name]:z.2f}" for name in ("start", "alpha", "beta", "r_squared")),
+            "–" if fit["peak"] is None else f"{fit['peak'] ** 2:.3g}",
+        ]
+        for fit in fits
+    ]
+    return Titled(
+        "gold while training = start + d (α - β log d), d = √KL",
+        [["policy", "start", "α", "β", "R²", "KL at the peak"], *rows],
+        "Gao et al. 2022, for reinforcement learning; the peak may lie beyond what was reached.",
+    )
+
+
+def _alarms(alarms: Sequence[Alarm]) -> Titled:
+    rows = [
+        [
+            named(a),
+            str(a["seeds"]),
+            str(a["fell"]),
+            str(a["warned"]),
+            ", ".join(map(str, a["leads"])) or "–",
+            str(a["false"]),
+        ]
+        for a in alarms
+    ]
+    return Titled(
+        "warnings of reward hacking",
+        [["policy", "seeds", "gold fell", "warned before", "lead (updates)", "false"], *rows],
+        "Gold fell: by more than three standard errors from its peak while the proxy rose.",
+    )
+
+
+def named(row: Paired | Fit | Alarm | Row | Group) -> str:
+    """Name a policy by the settings that change it."""
+    settings = ", ".join(f"{path.rpartition('.')[2]} {_plain(value)}" for path, value in row["settings"].items())
+    return f"{row['policy']}{' ' if settings else ''}{settings}"
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -49,10 +148,9 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 def label(row: Row) -> str:
     """Name a row by its policy and the settings that change it."""
-    settings = ", ".join(f"{path.rpartition('.')[2]} {_plain(value)}" for path, value in row["settings"].items())
     seeds = f" ({row['seeds']} seeds)" if row["seeds"] > 1 else ""
     diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
-    return f"{row['policy']}{' ' if settings else ''}{settings}{seeds}{diverged}"
+    return f"{named(row)}{seeds}{diverged}"
 
 
 def figures(interval: Interval) -> str:
@@ -71,9 +169,47 @@ def legend(rows: Sequence[Row]) -> str:
     return " ".join(text for over, text in said.items() if over in several)
 
 
-def write(sweep: Sweep, folder: Path) -> list[Path]:
-    """Write sweep.json, sweep.png and sweep.svg into a folder; each appears whole or not at all."""
-    return write_study(folder, "sweep", sweep, figure(sweep))
+def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
+    """Write sweep.json and the pictures into a folder; each appears whole or not at all."""
+    drawn = {"sweep": figure(sweep)}
+    if groups := [group for group in grouped(found) if group["found"][0].curve]:
+        drawn["courses"] = courses(groups)
+    return write_study(folder, "sweep", sweep, drawn)
+
+
+def courses(groups: Sequence[Group]) -> Any:
+    """Draw what became of each policy while it trained: means over seeds, shaded by their standard error."""
+    from matplotlib.figure import Figure
+
+    drawing: Any = Figure(figsize=(9.6, 3.0 * len(COURSES)), layout="constrained")
+    axes = drawing.subplots(len(COURSES), 2, sharey="row")
+    for quantity, pair in zip(COURSES, axes, strict=True):
+        for across, one in zip(("kl", "update"), pair, strict=True):
+            for number, group in enumerate(groups):
+                _course(one, group, quantity, across, ARM_LOOKS[number % len(ARM_LOOKS)].color)
+            one.set_xlabel(AXIS_LABELS[across])  # type: ignore[index]
+            one.grid(color="#e3e3e3", linewidth=0.8)
+            one.spines[["top", "right"]].set_visible(False)
+        pair[0].set_ylabel(AXIS_LABELS[quantity])
+    axes[0][0].legend(fontsize=8, frameon=False)
+    return drawing
+
+
+def _course(axes: Any, group: Group, quantity: Quantity, across: str, color: str) -> None:
+    """Draw one policy's course, smoothed over neighbouring updates."""
+    curves = [[point for point in one.curve if quantity in point] for one in group["found"]]
+    least = min(map(len, curves))  # of a seed that ended early
+    if not least:
+        return
+    values, places = ([[point[name] for point in curve[:least]] for curve in curves] for name in (quantity, across))  # type: ignore[literal-required]
+    mean, place = (neighbour_means([fmean(column) for column in zip(*rows, strict=True)]) for rows in (values, places))
+    at = [math.sqrt(max(x, 0.0)) for x in place] if across == "kl" else place
+    axes.plot(at, mean, color=color, linewidth=1.8, label=named(group))
+    if len(curves) > 1:
+        smoothed = [neighbour_means(row) for row in values]
+        error = [stdev(column) / math.sqrt(len(column)) for column in zip(*smoothed, strict=True)]
+        low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def figure(sweep: Sweep) -> Any:

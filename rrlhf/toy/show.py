@@ -78,7 +78,7 @@ def _disagreement(study: Study) -> str:
 
 def write(study: Study, folder: Path) -> None:
     """Write toy.json, toy.png and toy.svg into a folder; each appears whole or not at all."""
-    write_study(folder, "toy", study, _figure(study))
+    write_study(folder, "toy", study, {"toy": _figure(study)})
 
 
 def _figure(study: Study) -> Any:
