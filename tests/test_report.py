@@ -17,7 +17,7 @@ from rrlhf.lineage.text import tree
 from rrlhf.policies.excerpts import Excerpt
 from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
 from rrlhf.reporting.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.reporting.report import render, reward_in_words, table, visible
+from rrlhf.reporting.report import render, reward_in_words, samples, table, visible
 from rrlhf.reporting.trainings import Event, Training, health
 from rrlhf.reporting.verdict import verdict
 
@@ -475,6 +475,27 @@ def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> N
     assert "★ 1.30 ± 0.05" in text
     assert "0.4 most confident + 0.6 minimum" in text
     assert re.search(r"robust +│ +– │ +– │ +2.00 ± 0.05", text)
+
+
+def test_the_terminal_shows_the_first_prompts_with_every_answer_and_its_gold() -> None:
+    case = evaluation()
+    case["samples"] = [
+        {
+            "prompt": f"Question {i}?",
+            "responses": {
+                "sft": {"text": "Two\nlines.", "proxy": 0.0, "heads": [], "gold": 1.0},
+                "robust": {"text": "\x1bred", "proxy": 0.0, "heads": [], "gold": -0.5},
+            },
+        }
+        for i in range(4)
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(samples(case))
+    text = console.export_text()
+    assert "Question 2?" in text
+    assert "Question 3?" not in text
+    assert re.search(r"sft +│ Two lines\. +│ +1\.00", text)
+    assert re.search(r"robust +│ ⟨U\+001B⟩red +│ +-0\.50", text)
 
 
 def test_many_policies_are_rows_of_the_terminal_table() -> None:

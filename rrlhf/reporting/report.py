@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -47,7 +48,9 @@ METRICS = {
     "gibberish": "A part of gold that costs: how unlikely the text is to the untouched base model, 0 to 1.",
 }
 MOST_COLUMNS = 4  # policies that stand side by side in a terminal of 80 characters
-WIDE = {"gold", "proxy", "kl", "words"}  # what the terminal shows of more policies; the HTML shows all
+WIDE = ("gold", "proxy", "kl", "words")  # what the terminal shows of more policies; the HTML shows all
+NARROW = ("gold", "second_opinion", "proxy", "reward", "sigma", "kl", "words", "repetition", "gibberish", "finished")
+SAMPLES = 3  # prompts whose answers stand in the terminal
 
 
 class Row(NamedTuple):
@@ -133,13 +136,30 @@ def table(evaluation: Evaluation) -> Table:
         for policy in policies:
             shown.add_column(Text(f"{visible(policy['name'])}\n{visible(reward_in_words(policy))}"), justify="right")
         for row in rows:
-            shown.add_row(Text(visible(row.metric)), *(_cell(row, i) for i in range(len(policies))))
+            if row.metric in NARROW or row.metric not in METRICS:
+                shown.add_row(Text(visible(row.metric)), *(_cell(row, i) for i in range(len(policies))))
         return shown
     columns = [row for row in rows if row.metric in WIDE]
     for row in columns:
         shown.add_column(Text(visible(row.metric)), justify="right", no_wrap=True)
     for i, policy in enumerate(policies):
         shown.add_row(Text(visible(policy["name"])), *(_cell(row, i) for row in columns))
+    return shown
+
+
+def samples(evaluation: Evaluation) -> Table:
+    """Return what every policy answered to the first prompts, for the terminal."""
+    judged = any("gold" in answer for sample in evaluation["samples"] for answer in sample["responses"].values())
+    shown = Table(title="the same prompts, answered by each", title_justify="left", show_header=False, expand=True)
+    shown.add_column(no_wrap=True)
+    shown.add_column(ratio=1)
+    shown.add_column(justify="right", no_wrap=True)
+    for sample in evaluation["samples"][:SAMPLES]:
+        shown.add_row("", Text(visible(sample["prompt"]), style="bold"), "gold" if judged else "")
+        for name, answer in sample["responses"].items():
+            gold = in_figures({"mean": answer["gold"], "stderr": math.nan, "n": 1}) if "gold" in answer else ""
+            shown.add_row(Text(visible(name)), Text(visible(" ".join(answer["text"].split()))), gold)
+        shown.add_section()
     return shown
 
 

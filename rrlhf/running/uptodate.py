@@ -82,7 +82,7 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     """Print the comparison, what it says, what health saw, and the report's path; return them."""
     from rich.console import Console
 
-    from rrlhf.reporting.report import table
+    from rrlhf.reporting.report import samples, table
     from rrlhf.reporting.verdict import verdict
 
     evaluation = read_evaluation(project, artifacts["evaluate"])
@@ -90,6 +90,7 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     shown = Shown(evaluation, sentences, str(report_file(project).relative_to(project.root)))
     console = Console(file=sys.stdout)
     console.print(table(evaluation))
+    console.print(samples(evaluation))
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     console.print(f"\nreport: {shown.report}", highlight=False, markup=False, soft_wrap=True)
