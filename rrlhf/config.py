@@ -284,6 +284,7 @@ class Evaluate(Section):
 
     samples_per_prompt: PositiveInt
     batch_size: PositiveInt
+    curve_responses: PositiveInt
     samples_shown: PositiveInt
 
 

@@ -8,7 +8,7 @@ constant reward. Of best-of-n the responses are there already; its KL is a bound
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def run(
     result = {
         "policies": compared,
         "curves": [
-            point for name, folder in trained.items() for point in _curve(name, folder, data, judges.gold, second)
+            point
+            for name, folder in trained.items()
+            for point in _curve(name, folder, data, judges.gold, second, evaluate.curve_responses)
         ],
         "selection": [
             point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
@@ -146,29 +148,30 @@ def _summary(
     }
 
 
-def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge) -> Rows:
-    """Read the responses that a policy gave while it trained: one point per update."""
+def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge, most: int) -> Rows:
+    """Read the responses that a policy gave while it trained, by the judges `most` an update: one point per update."""
     table = read_table(data, "ppo")
     rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
-    asked, texts = [table[row["prompt"]] for row in rows], [row["response"] for row in rows]
-    judged = gold.score(asked, texts, [row["finished"] for row in rows]).total if gold else None
-    opinions = second.score([row["prompt"] for row in asked], texts)
+    updates = [list(some) for _, some in groupby(rows, key=lambda row: row["update"])]
+    read = [row for some in updates for row in some[:most]]
+    asked, texts = [table[row["prompt"]] for row in read], [row["response"] for row in read]
+    opinions = iter(second.score([row["prompt"] for row in asked], texts).tolist())
+    golds = iter(gold.score(asked, texts, [row["finished"] for row in read]).total if gold else [])
     points: Rows = []
-    for update, numbered in groupby(enumerate(rows), key=lambda item: item[1]["update"]):
-        index, group = zip(*numbered, strict=True)
-        at, heads = list(index), torch.tensor([row["heads"] for row in group])
+    for some in updates:
+        count = len(some[:most])
         point: dict[str, Any] = {
             "policy": name,
-            "update": update,
-            "kl": _mean(row["kl"] for row in group),
-            "proxy": _mean(row["proxy"] for row in group),
-            "sigma": _mean(row["sigma"] for row in group),
-            "words": _mean(len(row["response"].split()) for row in group),
-            "second_opinion": opinions[at].mean().item(),
-            "heads": heads.mean(0).tolist(),
+            "update": some[0]["update"],
+            "kl": _mean(row["kl"] for row in some),
+            "proxy": _mean(row["proxy"] for row in some),
+            "sigma": _mean(row["sigma"] for row in some),
+            "words": _mean(len(row["response"].split()) for row in some),
+            "second_opinion": _mean(islice(opinions, count)),
+            "heads": torch.tensor([row["heads"] for row in some]).mean(0).tolist(),
         }
-        if judged:
-            found = estimate(torch.tensor([judged[i] for i in at]))
+        if gold:
+            found = estimate(torch.tensor(list(islice(golds, count))))
             point |= {"gold": found.mean, "gold_stderr": found.stderr}
         points.append(point)
     return points

@@ -17,6 +17,7 @@ from rrlhf.language_models.models import LanguageModel, autocast, load_base
 from rrlhf.language_models.text import Texts, encode
 from rrlhf.policies.policy import PolicyTop, split_responses
 from rrlhf.preferences.tables import Rows
+from rrlhf.progress import track
 from rrlhf.types import Message
 
 ROWS_PER_BATCH = 64
@@ -43,7 +44,10 @@ class Surprise:
         ]
         order = sorted({row for row in rows if row[1]})  # equal prompts side by side: each is read once
         parts = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
-        found = {row: told for part in parts for row, told in zip(part, self._read(part), strict=True)}
+        read = track(map(self._read, parts), len(parts), "gold: fluency")
+        found = {
+            row: told for part, some in zip(parts, read, strict=True) for row, told in zip(part, some, strict=True)
+        }
         return [found.get(row, 0.0) for row in rows]
 
     @torch.no_grad()

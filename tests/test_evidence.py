@@ -5,11 +5,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from rrlhf.evaluate import gold_at_length
 from rrlhf.located import ParamsError
+from rrlhf.policies.reading import Reading
+from rrlhf.robust import Scores
 from rrlhf.sweeps.comparison import Found, compared
 from rrlhf.sweeps.evidence import at_equal_kl, evidence, holm, win_rate
 from rrlhf.sweeps.experiment import experiments, load_experiment
@@ -93,6 +97,25 @@ def test_at_equal_kl_the_one_that_went_further_is_read_where_the_other_stopped()
     assert at_equal_kl(far, [], "gold") is None
 
 
+def reading(words, gold):
+    none = torch.zeros(len(words))
+    scores = Scores(none[:, None], none[:, None])
+    texts = [" ".join(["word"] * n) for n in words]
+    return Reading(texts, [True] * len(words), none, none, scores, {}, torch.tensor(gold), {}, 1)
+
+
+def test_gold_at_the_starts_length_takes_off_what_length_alone_gains():
+    """Gold is a policy's own level and .5 log(1 + words): at equal length the levels are left."""
+
+    def judged(level, words):
+        return reading(words, [level + 0.5 * math.log1p(n) for n in words])
+
+    readings = {"sft": judged(0.0, [6, 9, 12]), "longer": judged(0.0, [20, 30]), "better": judged(1.0, [3, 4, 9])}
+    found = {name: float(gold.mean()) for name, gold in gold_at_length(readings).items()}
+    start = float(readings["sft"].gold.mean())
+    assert found == pytest.approx({"sft": start, "longer": start, "better": start + 1}, abs=1e-5)
+
+
 def test_a_course_of_the_form_of_gao_et_al_is_found_again():
     curve = [point(i, 1.0 + (d := math.sqrt(i)) * (0.8 - 0.3 * math.log(d))) for i in range(1, 40)]
     [fit] = evidence([Found({}, "robust", None, {"gold": measured(1.0)}, curve=curve)], "single")["fits"]
@@ -132,7 +155,7 @@ def test_tables_and_pictures_show_it(tmp_path):
     assert titles[1] == "less single, seed by seed"
     assert "| robust | win rate | +1.00 |" in markdown(told)
     names = [path.name for path in write(told, found, tmp_path)]
-    assert names == ["courses.png", "courses.svg", "sweep.json", "sweep.png", "sweep.svg"]
+    assert names == ["courses.png", "courses.svg", "sweep.json", "sweep.png", "sweep.svg", "sweep.md"]
 
 
 @pytest.mark.parametrize("name", experiments(ROOT))

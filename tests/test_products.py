@@ -166,6 +166,7 @@ def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
         "sweep.svg",
         "courses.png",
         "courses.svg",
+        "sweep.md",
     }
 
 

@@ -138,7 +138,12 @@ def test_a_sweep_is_written_whole_and_drawn_either_way(tmp_path):
     ]
     base = [Found({}, "sft", "v", {"gold": measured(0.3), "proxy": measured(0.1)})]
     told = {"name": name_of("tiny", {}, {}), "grid": {}, "overrides": {}, "rows": compared(base + numbers)}
-    assert [path.name for path in write(told, numbers, tmp_path / "sweep")] == ["sweep.json", "sweep.png", "sweep.svg"]
+    assert [path.name for path in write(told, numbers, tmp_path / "sweep")] == [
+        "sweep.json",
+        "sweep.png",
+        "sweep.svg",
+        "sweep.md",
+    ]
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == told
     assert figure(told).axes[0].get_xlabel() == "ppo.kl_weight"
     rows = compared(words)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from rrlhf import files
 from rrlhf.reporting.markdown import escaped, table
 from rrlhf.reporting.plots import (
     ARM_LOOKS,
@@ -170,11 +171,14 @@ def legend(rows: Sequence[Row]) -> str:
 
 
 def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
-    """Write sweep.json and the pictures into a folder; each appears whole or not at all."""
+    """Write sweep.json, sweep.md and the pictures into a folder; each appears whole or not at all."""
     drawn = {"sweep": figure(sweep)}
     if groups := [group for group in grouped(found) if group["found"][0].curve]:
         drawn["courses"] = courses(groups)
-    return write_study(folder, "sweep", sweep, drawn)
+    study = write_study(folder, "sweep", sweep, drawn)
+    written = folder / "sweep.md"
+    files.write(written, markdown(sweep) + "\n")
+    return [*study, written]
 
 
 def courses(groups: Sequence[Group]) -> Any:
