@@ -294,7 +294,7 @@ class Gates(Section):
     level: Annotated[float, Field(gt=0, lt=1)]
     min_win_rate: Share | None
     max_kl: NonNegative | None
-    max_spread: NonNegative | None
+    max_sigma: NonNegative | None
     max_length_drift: NonNegative | None
     max_repetition: Share | None
 

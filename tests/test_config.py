@@ -159,7 +159,7 @@ def test_a_weight_is_a_finite_number(value):
         ({"ensemble__diversity": 0.1}, "diversity is for kind lora"),
         ({"ensemble__kind": "warm", "ensemble__hidden": 8}, "averages linear heads"),
         ({"ppo__estimator": "rloo"}, "ppo.estimator rloo compares responses to one prompt"),
-        ({"ppo__responses_per_prompt": 3, "ppo__minibatch_size": 64}, "prompts_per_update 32 * responses_per_prompt 3"),
+        ({"ppo__responses_per_prompt": 3, "ppo__minibatch_size": 64}, "prompts_per_update 24 * responses_per_prompt 3"),
         ({"ppo__kl_in": "loss"}, "k1 has a gradient of expectation 0"),
         ({"ppo__kl_target": 6.0, "ppo__kl_weight": 0.0}, "ppo.kl_weight 0 stays 0"),
         ({"ppo__kl_target": 6.0, "ppo__max_kl": 5.0}, "max_kl 5 ends the training before ppo.kl_target 6"),

@@ -15,12 +15,12 @@ from rrlhf.promotion.gates import Read, at_most, clean, gates, in_words, win_rat
 from rrlhf.reporting.intervals import mean_interval
 from rrlhf.tracking import Version
 
-LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_spread": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
+LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_sigma": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
 
 
-def read(judged, kl=1.0, spread=0.2, words=10.0, repetition=0.05):
+def read(judged, kl=1.0, sigma=0.2, words=10.0, repetition=0.05):
     judged = torch.as_tensor(judged, dtype=torch.float64)
-    return Read(judged, *(torch.full_like(judged, value) for value in (kl, spread, words, repetition)))
+    return Read(judged, *(torch.full_like(judged, value) for value in (kl, sigma, words, repetition)))
 
 
 def slow_wins(mine, theirs):
@@ -90,7 +90,7 @@ def test_drift_counts_on_either_side():
     [
         ("win_rate", {}),
         ("kl", {"kl": 6.0}),
-        ("spread", {"spread": 0.6}),
+        ("sigma", {"sigma": 0.6}),
         ("length", {"words": 4.0}),
         ("length", {"words": 16.0}),
         ("repetition", {"repetition": 0.3}),

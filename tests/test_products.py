@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from rrlhf.cli import app
 
 PPO_ONLY = ("--set", "arms.direct=null", "--set", "arms.choosy=null")
-LOOSE = ("--set", "gates.min_win_rate=0.0", "--set", "gates.max_spread=null")
+LOOSE = ("--set", "gates.min_win_rate=0.0", "--set", "gates.max_sigma=null")
 ROBUST, SINGLE = "rrlhf-tiny-policy@robust", "rrlhf-tiny-policy@single"
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for a whole run, also on a busy machine
@@ -78,7 +78,7 @@ def test_a_version_that_fails_a_gate_is_refused_with_evidence(shell, client):
     assert tags["rrlhf.gates"] == "refused: win_rate, kl"
     assert kept["failed"] == ["win_rate", "kl"]
     assert kept["against"] == "the SFT model that it started from"
-    assert {gate["name"] for gate in kept["gates"]} == {"win_rate", "kl", "spread", "length", "repetition", "audit"}
+    assert {gate["name"] for gate in kept["gates"]} == {"win_rate", "kl", "sigma", "length", "repetition", "audit"}
     assert kept["judge"] == "gold"
 
 
@@ -95,7 +95,7 @@ def test_the_next_version_has_to_beat_the_champion(shell, client):
     told = shell.json("promote", SINGLE, *LOOSE)
     assert told["against"] == f"rrlhf-tiny-policy/{number(client, 'robust')}"
     assert told["decision"] == "promoted"
-    assert "spread" not in {gate["name"] for gate in told["gates"]}
+    assert "sigma" not in {gate["name"] for gate in told["gates"]}
     assert str(champion(client)) == number(client, "single")
 
 

@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
     judged: Tensor  # gold, or what stands for it
     kl: Tensor  # log(pi / pi_ref), nats per response
-    spread: Tensor  # standard deviation of the heads
+    sigma: Tensor  # standard deviation of the reward
     words: Tensor
     repetition: Tensor  # share of words that occurred before
 
@@ -84,7 +84,7 @@ def gates(
     level: float,
     min_win_rate: float | None,
     max_kl: float | None,
-    max_spread: float | None,
+    max_sigma: float | None,
     max_length_drift: float | None,
     max_repetition: float | None,
 ) -> list[Gate]:
@@ -97,8 +97,8 @@ def gates(
         found.append(win_rate(candidate.judged, opponent.judged, min_win_rate, level))
     if max_kl is not None:
         found.append(at_most("kl", candidate.kl.mean(1), max_kl, level))
-    if max_spread is not None:
-        found.append(at_most("spread", (candidate.spread.mean(1) - start.spread.mean(1)), max_spread, level))
+    if max_sigma is not None:
+        found.append(at_most("sigma", (candidate.sigma.mean(1) - start.sigma.mean(1)), max_sigma, level))
     if max_length_drift is not None:
         usual = start.words.mean().clamp(min=1e-9)
         found.append(within("length", (candidate.words.mean(1) - start.words.mean(1)) / usual, max_length_drift, level))

@@ -11,7 +11,7 @@ from rrlhf.config import Model, Params
 from rrlhf.policies.reading import Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.preferences.tables import read_table
 from rrlhf.promotion.gates import Gate, Read, gates
-from rrlhf.robust import head_spread, mean_reward
+from rrlhf.robust import mean_reward
 
 
 class Yardstick(NamedTuple):
@@ -65,7 +65,7 @@ def _read(reading: Reading) -> Read:
     columns = (
         judged,
         reading.kl,
-        head_spread(reading.scores),
+        reading.scores.std.mean(1),
         torch.tensor([float(len(text.split())) for text in reading.texts]),
         torch.tensor([repetition(text) for text in reading.texts]),
     )
