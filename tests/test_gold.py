@@ -150,7 +150,7 @@ def test_a_random_base_model_reads_answers_too_and_its_batches_never_matter(monk
     assert Surprise(params.model).per_token(prompts, said, finished) == pytest.approx(together, abs=1e-5)
     assert together[1] == 0.0  # nothing was said
     rows = [{"prompt": prompt, "topic": "honey"} for prompt in prompts]
-    assert len(PromptedGold(params.gold, params.model).score(rows, said, finished)) == 3
+    assert len(PromptedGold(params.gold, params.model).score(rows, said, finished).total) == 3
 
 
 def test_surprise_is_the_mean_over_the_tokens_of_the_answer_and_its_end():
