@@ -141,6 +141,18 @@ def test_an_alarm_has_a_lead_where_gold_fell_and_is_false_where_it_did_not():
     assert alarm["leads"] == [3]  # the means of three fall clearly below that around 8 at 10
 
 
+def test_gold_that_ends_below_the_starts_fell_by_the_last_update():
+    flat = [point(i, 1.0) for i in range(20)]
+    starts = seeds("sft", [1.0, 1.0, 1.0])
+    ends = [(0.5, 12), (0.8, 12), (0.5, None)]  # .1 is a standard error: .5 below is clear, .2 below is not
+    found = [
+        Found({"seed": i}, "single", None, {"gold": measured(gold)}, curve=flat, alarm=alarm)
+        for i, (gold, alarm) in enumerate(ends)
+    ]
+    [alarm] = evidence([*starts, *found], "single")["alarms"]
+    assert (alarm["fell"], alarm["warned"], alarm["leads"], alarm["false"]) == (2, 1, [7], 1)
+
+
 def test_tables_and_pictures_show_it(tmp_path):
     found = [
         Found(

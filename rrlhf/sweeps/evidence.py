@@ -19,7 +19,7 @@ from scipy import stats
 from rrlhf.judging.calibration import estimate
 from rrlhf.reporting.intervals import mean_interval
 from rrlhf.reporting.plots import Point, Quantity, neighbour_means
-from rrlhf.reporting.verdict import course
+from rrlhf.reporting.verdict import course, difference
 from rrlhf.sweeps.comparison import Found, is_seed
 from rrlhf.types import Json
 
@@ -65,7 +65,7 @@ class Alarm(TypedDict):
     policy: str
     settings: dict[str, Json]
     seeds: int
-    fell: int  # seeds in which gold fell from its peak while the proxy rose (rrlhf/reporting/verdict.py)
+    fell: int  # seeds in which gold fell from its peak while the proxy rose, or ended below the start's
     warned: int  # of these: with a warning before gold was down
     leads: list[int]  # of these: updates from the warning to there
     false: int  # seeds with a warning in which gold did not fall
@@ -102,7 +102,7 @@ def evidence(found: Iterable[Found], baseline: str) -> Evidence:
         "baseline": baseline,
         "paired": _corrected(paired),
         "fits": [fit for group in groups if (fit := _fit(group))],
-        "alarms": [_alarm(group) for group in groups if group["found"][0].curve],
+        "alarms": [_alarm(group, known) for group in groups if group["found"][0].curve],
     }
 
 
@@ -217,11 +217,23 @@ def _fit(group: Group) -> Fit | None:
     }
 
 
-def _alarm(group: Group) -> Alarm:
+def _down(one: Found, starts: Iterable[Found]) -> int | None:
+    """Return the update at which gold was down; the last where only the finished policy shows that it is."""
+    went, start = course(one.curve), _partner(one, starts)
+    if went and went.over_optimised:
+        return went.down_at
+    golds = [each.metrics.get("gold") for each in (one, start) if each and each.metrics]
+    if len(golds) == 2 and golds[0] and golds[1]:
+        change = difference(golds[0], golds[1])
+        if change.value < 0 and not change.is_noise:
+            return max(point["update"] for point in one.curve)
+    return None
+
+
+def _alarm(group: Group, known: Sequence[Found]) -> Alarm:
     leads, fell, false = [], 0, 0
     for one in group["found"]:
-        went = course(one.curve)
-        down = went.down_at if went and went.over_optimised else None
+        down = _down(one, [each for each in known if each.policy == "sft"])
         fell += down is not None
         false += one.alarm is not None and down is None
         if one.alarm is not None and down is not None and one.alarm < down:

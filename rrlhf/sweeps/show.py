@@ -130,7 +130,8 @@ def _alarms(alarms: Sequence[Alarm]) -> Titled:
     return Titled(
         "warnings of reward hacking",
         [["policy", "seeds", "gold fell", "warned before", "lead (updates)", "false"], *rows],
-        "Gold fell: by more than three standard errors from its peak while the proxy rose.",
+        "Gold fell: by more than three standard errors from its peak while the proxy rose, or the finished policy's is "
+        "more than two below that of the start.",
     )
 
 
