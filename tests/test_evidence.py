@@ -163,7 +163,7 @@ def test_tables_and_pictures_show_it(tmp_path):
     ]
     told = {"name": "x", "grid": {"seed": [0, 1, 2]}, "overrides": {}, "rows": compared(found)}
     told["evidence"] = evidence(found, "single")
-    titles = [each.title for each in tables(told)]
+    titles = [each.title for each in tables(told, ["gold"])]
     assert titles[1] == "less single, seed by seed"
     assert "| robust | win rate | +1.00 |" in markdown(told)
     names = [path.name for path in write(told, found, tmp_path)]

@@ -26,7 +26,8 @@ from rrlhf.sweeps.evidence import Alarm, Evidence, Fit, Group, Paired, grouped
 from rrlhf.types import Json
 
 TITLE = "mean ± half of the 95 % interval"
-SHOWN = ("gold", "second_opinion", "proxy", "kl", "words", "repetition", "finished")
+SHOWN = ("gold", "proxy", "kl", "words")  # as wide as a terminal; the file has more
+WRITTEN = ("gold", "second_opinion", "gold_at_length", "proxy", "sigma", "kl", "words", "repetition", "finished")
 COURSES: tuple[Quantity, ...] = ("gold", "second_opinion", "sigma")
 
 
@@ -54,7 +55,7 @@ def show(sweep: Sweep) -> None:
     from rich.table import Table
 
     console = Console(file=sys.stdout)
-    for title, (header, *rows), said in tables(sweep):
+    for title, (header, *rows), said in tables(sweep, SHOWN):
         shown = Table(title=title, title_justify="left")
         for name in header:
             shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name != "policy")
@@ -66,13 +67,15 @@ def show(sweep: Sweep) -> None:
 
 def markdown(sweep: Sweep) -> str:
     """Return the tables as Markdown."""
-    told = [f"{title}\n\n{table(header, rows)}\n\n{escaped(said)}" for title, (header, *rows), said in tables(sweep)]
-    return "\n\n".join(told)
+    return "\n\n".join(
+        f"{title}\n\n{table(header, rows)}\n\n{escaped(said)}"
+        for title, (header, *rows), said in tables(sweep, WRITTEN)
+    )
 
 
-def tables(sweep: Sweep) -> list[Titled]:
-    """Return the comparison, and what there is of evidence."""
-    found = [Titled(TITLE, cells(sweep["rows"]), legend(sweep["rows"]))]
+def tables(sweep: Sweep, metrics: Sequence[str]) -> list[Titled]:
+    """Return the comparison by these metrics, and what there is of evidence."""
+    found = [Titled(TITLE, cells(sweep["rows"], metrics), legend(sweep["rows"]))]
     if known := sweep.get("evidence"):
         found += [told for told in (_paired(known), _fits(known["fits"]), _alarms(known["alarms"])) if told.cells[1:]]
     return found
@@ -141,9 +144,9 @@ def named(row: Paired | Fit | Alarm | Row | Group) -> str:
     return f"{row['policy']}{' ' if settings else ''}{settings}"
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table's header and rows."""
-    metrics = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
+def cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+    """Return the table's header and rows, with those of the metrics that some row has."""
+    metrics = [name for name in metrics if any(name in row["metrics"] for row in rows)]
     figured = [[figures(row["metrics"][name]) if name in row["metrics"] else "–" for name in metrics] for row in rows]
     return [["policy", *metrics], *([label(row), *each] for row, each in zip(rows, figured, strict=True))]
 
