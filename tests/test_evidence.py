@@ -164,8 +164,8 @@ def test_tables_and_pictures_show_it(tmp_path):
     told = {"name": "x", "grid": {"seed": [0, 1, 2]}, "overrides": {}, "rows": compared(found)}
     told["evidence"] = evidence(found, "single")
     titles = [each.title for each in tables(told, ["gold"])]
-    assert titles[1] == "less single, seed by seed"
-    assert "| robust | win rate | +1.00 |" in markdown(told)
+    assert titles[1] == "robust less single, seed by seed"
+    assert "| win rate | +1.00 | +1.00 to +1.00 |" in markdown(told)
     names = [path.name for path in write(told, found, tmp_path)]
     assert names == ["courses.png", "courses.svg", "sweep.json", "sweep.png", "sweep.svg", "sweep.md"]
 

@@ -57,8 +57,8 @@ def show(sweep: Sweep) -> None:
     console = Console(file=sys.stdout)
     for title, (header, *rows), said in tables(sweep, SHOWN):
         shown = Table(title=title, title_justify="left")
-        for name in header:
-            shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name != "policy")
+        for number, name in enumerate(header):
+            shown.add_column(name, justify="right" if number else "left", no_wrap=name != "policy")
         for row in rows:
             shown.add_row(*row)
         console.print(shown)
@@ -77,29 +77,39 @@ def tables(sweep: Sweep, metrics: Sequence[str]) -> list[Titled]:
     """Return the comparison by these metrics, and what there is of evidence."""
     found = [Titled(TITLE, cells(sweep["rows"], metrics), legend(sweep["rows"]))]
     if known := sweep.get("evidence"):
-        found += [told for told in (_paired(known), _fits(known["fits"]), _alarms(known["alarms"])) if told.cells[1:]]
+        found += [told for told in (*_paired(known), _fits(known["fits"]), _alarms(known["alarms"])) if told.cells[1:]]
     return found
 
 
-def _paired(known: Evidence) -> Titled:
-    rows = [
-        [
-            named(row),
-            row["quantity"],
-            f"{row['difference']:+z.2f}",
-            "–" if row["low"] is None or row["high"] is None else f"{row['low']:+z.2f} to {row['high']:+z.2f}",
-            *("–" if p is None else f"{p:.3f}" for p in (row["p"], row["p_holm"])),
-            str(row["seeds"]),
-        ]
-        for row in known["paired"]
-    ]
-    base = known["baseline"]
-    return Titled(
-        f"less {base}, seed by seed",
-        [["policy", "quantity", "difference", "95 % interval", "p", "p (Holm)", "seeds"], *rows],
-        f"Of the win rate it is the share of prompts won against {base}, and p is of one half. Holm's correction "
-        "counts the policies that a quantity compares.",
+def _paired(known: Evidence) -> list[Titled]:
+    """Return one table for each policy that is compared with the baseline."""
+    base, groups = known["baseline"], dict.fromkeys(named(row) for row in known["paired"])
+    said = (
+        f"Of the win rate it is the share of prompts won against {base}, and p is of one half. "
+        "p is corrected for the number of policies that a quantity compares (Holm)."
     )
+    return [
+        Titled(
+            f"{name} less {base}, seed by seed",
+            [
+                ["quantity", "difference", "95 % interval", "p", "seeds"],
+                *(_difference(row) for row in known["paired"] if named(row) == name),
+            ],
+            said,
+        )
+        for name in groups
+    ]
+
+
+def _difference(row: Paired) -> list[str]:
+    known = row["low"] is not None and row["high"] is not None
+    return [
+        row["quantity"],
+        f"{row['difference']:+z.2f}",
+        f"{row['low']:+z.2f} to {row['high']:+z.2f}" if known else "–",
+        "–" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+        str(row["seeds"]),
+    ]
 
 
 def _fits(fits: Sequence[Fit]) -> Titled:
