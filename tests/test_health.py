@@ -135,7 +135,13 @@ class Trained:
     """One training with its guard, on a reward of the test's own."""
 
     def __init__(self, model, rewards, reward, folder, *, health=None, seed=0, harm=None, start=None, **changed):
-        settings = {"updates": 8, "prompts_per_update": 16, "minibatch_size": 16, "train_layers": 1} | changed
+        settings = {
+            "updates": 8,
+            "prompts_per_update": 16,
+            "minibatch_size": 16,
+            "epochs": 1,
+            "train_layers": 1,
+        } | changed
         ppo = PARAMS.ppo.model_copy(update=settings)
         self.health = PARAMS.health.model_copy(update={"checkpoint_every": 2} | (health or {}))
         torch.manual_seed(seed)
