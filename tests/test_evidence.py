@@ -195,3 +195,20 @@ def test_mistakes_in_an_experiment_are_told_all_at_once(tmp_path):
     ]
     with pytest.raises(ParamsError, match="did you mean wrong"):
         load_experiment(tmp_path, "worng")
+
+
+def test_the_command_lists_experiments_and_refuses_what_cannot_be_meant(typed, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, _ = typed("experiment")
+    assert code == 0
+    assert {line.partition(":")[0] for line in out.splitlines()} == set(experiments(ROOT))
+    for wrong, told in (
+        (["robst"], "did you mean robust"),
+        (["robust", "--set", "ppo.updats=3"], "did you mean updates"),
+    ):
+        code, _, err = typed("experiment", *wrong)
+        assert code == 2
+        assert told in err
+    code, _, err = typed("sweep", "seed=1,2", "--profile", "tiny", "--baseline", "nobody")
+    assert code == 2
+    assert "unknown policy 'nobody' to compare with" in err
