@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm, spearmanr
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, log_loss
+from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 
 from rrlhf.judging.calibration import (
     Estimate,
+    area_under_curve,
     brier_score,
     correct,
     error_by_sigma,
@@ -175,3 +176,13 @@ def test_head_correlation_agrees_with_numpy():
     mean = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     assert head_correlation(mean).numpy() == pytest.approx(np.corrcoef(mean.double().numpy().T))
     assert head_correlation(mean[:, :1]).tolist() == [[pytest.approx(1.0)]]
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=1, max_size=40))
+def test_the_area_under_the_curve_is_sklearns(rows):
+    values, positive = torch.tensor([value for value, _ in rows]), torch.tensor([is_one for _, is_one in rows])
+    found = area_under_curve(values, positive)
+    if positive.all() or not positive.any():
+        assert math.isnan(found)
+    else:
+        assert found == pytest.approx(roc_auc_score(positive.numpy(), values.numpy()))

@@ -179,7 +179,7 @@ def area_under_curve(values: Tensor, positive: Tensor) -> float:
     count, rest = int(positive.sum()), int((~positive).sum())
     if not (count and rest):
         return math.nan
-    return (_ranks(values)[positive].sum().item() - count * (count - 1) / 2) / (count * rest)
+    return (_ranks(values)[positive].sum().item() - count * (count + 1) / 2) / (count * rest)
 
 
 def error_by_sigma(error: Tensor, sigma: Tensor, bins: int = 5) -> list[SigmaBin]:
