@@ -102,16 +102,12 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     What a longer response of the same policy gains, by least squares on log(1 + words), is taken off: policies that
     differ in nothing but length come out equal (the idea of Dubois et al. 2024, arXiv 2404.04475).
     """
-    words = {name: _words(reading).log1p() for name, reading in readings.items()}
+    words = {name: reading.words.log1p() for name, reading in readings.items()}
     golds = {name: reading.gold for name, reading in readings.items() if reading.gold is not None}
     inside = {name: words[name] - words[name].mean() for name in golds}
     varied = sum(float((x**2).sum()) for x in inside.values())
     slope = sum(float(inside[name] @ golds[name].double()) for name in golds) / varied if varied else 0.0
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
-
-
-def _words(reading: Reading) -> Tensor:
-    return torch.tensor([float(len(text.split())) for text in reading.texts], dtype=torch.float64)
 
 
 def _summary(
@@ -125,7 +121,7 @@ def _summary(
         "spread": head_spread(reading.scores),
         "sigma": reading.scores.std.mean(1),
         "kl": reading.kl,
-        "words": _words(reading),
+        "words": reading.words,
         "repetition": torch.tensor([repetition(text) for text in reading.texts]),
         "finished": torch.tensor(reading.finished).double(),
         **reading.gold_parts,

@@ -21,6 +21,7 @@ from rrlhf.progress import track
 from rrlhf.types import Message
 
 ROWS_PER_BATCH = 64
+Row = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a prompt and of its response
 
 
 class Surprise:
@@ -32,6 +33,7 @@ class Surprise:
         self._texts = Texts(self._language, model)
         self._top = PolicyTop(self._language, self._language.layers)
         self._model = model
+        self._known: dict[Row, float] = {}  # of what was read before: samples of trainings come back as excerpts
 
     def per_token(
         self, prompts: Sequence[list[Message]], responses: Sequence[str], finished: Sequence[bool]
@@ -42,16 +44,16 @@ class Surprise:
             (tuple(prompt), (*encode(self._language, text), *([self._language.end] if done else [])))
             for prompt, text, done in zip(asked, responses, finished, strict=True)
         ]
-        order = sorted({row for row in rows if row[1]})  # equal prompts side by side: each is read once
+        new = {row for row in rows if row[1]} - self._known.keys()
+        order = sorted(new)  # equal prompts side by side: each is read once
         parts = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
         read = track(map(self._read, parts), len(parts), "gold: fluency")
-        found = {
-            row: told for part, some in zip(parts, read, strict=True) for row, told in zip(part, some, strict=True)
-        }
-        return [found.get(row, 0.0) for row in rows]
+        for part, some in zip(parts, read, strict=True):
+            self._known |= zip(part, some, strict=True)
+        return [self._known.get(row, 0.0) for row in rows]
 
     @torch.no_grad()
-    def _read(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
+    def _read(self, rows: Sequence[Row]) -> list[float]:
         whole = [[*prompt, *response] for prompt, response in rows]
         lengths, responses, mask = split_responses(whole, [len(prompt) for prompt, _ in rows], self._language.device)
         with autocast(self._model):

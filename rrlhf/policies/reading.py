@@ -73,6 +73,11 @@ class Reading(NamedTuple):
         """The prompt's row of every response, [responses]."""
         return torch.arange(len(self.texts)) // self.per_prompt
 
+    @property
+    def words(self) -> Tensor:
+        """Words of every response, [responses] float64."""
+        return torch.tensor([float(len(text.split())) for text in self.texts], dtype=torch.float64)
+
 
 def load_judges(
     model: Model,

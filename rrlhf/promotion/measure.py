@@ -66,7 +66,7 @@ def _read(reading: Reading) -> Read:
         judged,
         reading.kl,
         reading.scores.std.mean(1),
-        torch.tensor([float(len(text.split())) for text in reading.texts]),
+        reading.words,
         torch.tensor([repetition(text) for text in reading.texts]),
     )
     return Read(*(column.double().view(-1, reading.per_prompt) for column in columns))

@@ -84,19 +84,15 @@ def collapsed(evaluation: Evaluation) -> dict[str, str]:
     No score makes up for that: every judge has its blind spots, and collapsed text is where policies find them.
     """
     start = start_of(evaluation)
-    found: dict[str, str] = {}
-    for policy in evaluation["policies"]:
-        told = []
-        for metric in ("words", *MOST_RISE):
-            known = measured(evaluation, metric)
-            if start is None or policy["name"] not in known or start not in known:
-                continue
-            before, now = known[start]["mean"], known[policy["name"]]["mean"]
+    found: dict[str, list[str]] = {}
+    for metric in ("words", *MOST_RISE):
+        known = {name: value["mean"] for name, value in measured(evaluation, metric).items()}
+        before = known.get(start, math.nan) if start else math.nan  # nothing is below or above it
+        for name, now in known.items():
             if now < FEWEST_WORDS * before if metric == "words" else now > before + MOST_RISE[metric]:
-                told.append(f"{metric} from {before:.3g} to {now:.3g}")
-        if told:
-            found[policy["name"]] = f"its responses have collapsed ({', '.join(told)})"
-    return found
+                found.setdefault(name, []).append(f"{metric} from {before:.3g} to {now:.3g}")
+    named = [policy["name"] for policy in evaluation["policies"] if policy["name"] in found]
+    return {name: f"its responses have collapsed ({', '.join(found[name])})" for name in named}
 
 
 def start_of(evaluation: Evaluation) -> str | None:

@@ -32,6 +32,14 @@ class Found(NamedTuple):
     alarm: int | None = None  # the update at which its training was first suspected of reward hacking
 
 
+class Group(TypedDict):
+    """One policy at one setting, over seeds."""
+
+    policy: str
+    settings: dict[str, Json]  # without seeds
+    found: list[Found]
+
+
 class Interval(TypedDict):
     """A mean with its 95 % t-interval; bounds are None where there is one unit only."""
 
@@ -59,13 +67,19 @@ def is_seed(path: str) -> bool:
 
 
 def compared(found: Iterable[Found]) -> list[Row]:
-    """Group what was found by policy and setting, seeds together; a policy's settings stand together, in order."""
-    groups: dict[str, list[Found]] = {}
+    """Return a row for each policy and setting, seeds together."""
+    return [_row(group) for group in grouped(found)]
+
+
+def grouped(found: Iterable[Found]) -> list[Group]:
+    """Gather what was found by policy and setting, seeds together; a policy's settings stand together, in order."""
+    groups: dict[str, Group] = {}
     for one in found:
         told = {path: value for path, value in one.settings.items() if not is_seed(path)}
-        groups.setdefault(f"{one.policy} {told!r}", []).append(one)
-    policies = list(dict.fromkeys(group[0].policy for group in groups.values()))
-    return sorted((_row(group) for group in groups.values()), key=lambda row: policies.index(row["policy"]))
+        group = groups.setdefault(f"{one.policy} {told!r}", {"policy": one.policy, "settings": told, "found": []})
+        group["found"].append(one)
+    policies = list(dict.fromkeys(group["policy"] for group in groups.values()))
+    return sorted(groups.values(), key=lambda group: policies.index(group["policy"]))
 
 
 def primary(rows: Iterable[Row]) -> str:
@@ -73,15 +87,16 @@ def primary(rows: Iterable[Row]) -> str:
     return "gold" if any("gold" in row["metrics"] for row in rows) else "proxy"
 
 
-def _row(group: Sequence[Found]) -> Row:
-    known = [one.metrics for one in group if one.metrics is not None]
+def _row(group: Group) -> Row:
+    found = group["found"]
+    known = [one.metrics for one in found if one.metrics is not None]
     names = [name for name in METRICS if any(name in metrics for metrics in known)]
     return {
-        "policy": group[0].policy,
-        "settings": {path: value for path, value in group[0].settings.items() if not is_seed(path)},
-        "seeds": len(group),
-        "diverged": len(group) - len(known),
-        "versions": [one.version for one in group if one.version],
+        "policy": group["policy"],
+        "settings": group["settings"],
+        "seeds": len(found),
+        "diverged": len(found) - len(known),
+        "versions": [one.version for one in found if one.version],
         "metrics": {name: _interval([metrics[name] for metrics in known if name in metrics]) for name in names},
     }
 

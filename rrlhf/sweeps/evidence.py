@@ -6,7 +6,6 @@ and its interval over seeds.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -20,11 +19,11 @@ from rrlhf.judging.calibration import estimate
 from rrlhf.reporting.intervals import mean_interval
 from rrlhf.reporting.plots import Point, Quantity, neighbour_means
 from rrlhf.reporting.verdict import course, difference
-from rrlhf.sweeps.comparison import Found, is_seed
+from rrlhf.sweeps.comparison import Found, Group, grouped
 from rrlhf.types import Json
 
 COMPARED = ("gold", "second_opinion", "gold_at_length", "words")  # metrics of finished policies
-AT_EQUAL_KL = {"gold": "gold at equal KL", "second_opinion": "second opinion at equal KL"}
+AT_EQUAL_KL: dict[Quantity, str] = {"gold": "gold at equal KL", "second_opinion": "second opinion at equal KL"}
 WHILE_TRAINING = "gold while training"  # over the last updates, on training prompts
 LAST = 5  # updates
 WIN_RATE = "win rate"  # share of evaluation prompts with the higher gold; a tie is half
@@ -80,14 +79,6 @@ class Evidence(TypedDict):
     alarms: list[Alarm]
 
 
-class Group(TypedDict):
-    """One policy at one setting, over seeds."""
-
-    policy: str
-    settings: dict[str, Json]
-    found: list[Found]
-
-
 def evidence(found: Iterable[Found], baseline: str) -> Evidence:
     """Compare every policy that was trained with `baseline`. Those that diverged are left out."""
     known = [one for one in found if one.metrics is not None]
@@ -104,17 +95,6 @@ def evidence(found: Iterable[Found], baseline: str) -> Evidence:
         "fits": [fit for group in groups if (fit := _fit(group))],
         "alarms": [_alarm(group, known) for group in groups if group["found"][0].curve],
     }
-
-
-def grouped(found: Iterable[Found]) -> list[Group]:
-    """Gather what was found by policy and setting, seeds together."""
-    groups: dict[str, Group] = {}
-    for one in found:
-        settings = {path: value for path, value in one.settings.items() if not is_seed(path)}
-        groups.setdefault(
-            f"{one.policy} {json.dumps(settings)}", {"policy": one.policy, "settings": settings, "found": []}
-        )["found"].append(one)
-    return list(groups.values())
 
 
 def at_equal_kl(policy: Sequence[Point], other: Sequence[Point], quantity: Quantity) -> float | None:
@@ -161,7 +141,7 @@ def _paired(group: Group, pairs: Sequence[tuple[Found, Found]]) -> list[Paired]:
             if one.metrics and base.metrics and name in one.metrics and name in base.metrics:
                 differences.setdefault(name, []).append(one.metrics[name]["mean"] - base.metrics[name]["mean"])
         for quantity, name in AT_EQUAL_KL.items():
-            found = at_equal_kl(one.curve, base.curve, quantity)  # type: ignore[arg-type]
+            found = at_equal_kl(one.curve, base.curve, quantity)
             if found is not None:
                 differences.setdefault(name, []).append(found)
         lately = [[p["gold"] for p in each.curve[-LAST:] if "gold" in p] for each in (one, base)]

@@ -21,14 +21,15 @@ from rrlhf.reporting.plots import (
     neighbour_means,
     write_study,
 )
-from rrlhf.sweeps.comparison import Found, Interval, Row, primary
-from rrlhf.sweeps.evidence import Alarm, Evidence, Fit, Group, Paired, grouped
+from rrlhf.sweeps.comparison import Found, Group, Interval, Row, grouped, primary
+from rrlhf.sweeps.evidence import Alarm, Evidence, Fit, Paired
 from rrlhf.types import Json
 
 TITLE = "mean ± half of the 95 % interval"
 SHOWN = ("gold", "proxy", "kl", "words")  # as wide as a terminal; the file has more
 WRITTEN = ("gold", "second_opinion", "gold_at_length", "proxy", "sigma", "kl", "words", "repetition", "finished")
 COURSES: tuple[Quantity, ...] = ("gold", "second_opinion", "sigma")
+ACROSS: tuple[Quantity, ...] = ("kl", "update")
 
 
 class Sweep(TypedDict):
@@ -202,10 +203,10 @@ def courses(groups: Sequence[Group]) -> Any:
     drawing: Any = Figure(figsize=(9.6, 3.0 * len(COURSES)), layout="constrained")
     axes = drawing.subplots(len(COURSES), 2, sharey="row")
     for quantity, pair in zip(COURSES, axes, strict=True):
-        for across, one in zip(("kl", "update"), pair, strict=True):
+        for across, one in zip(ACROSS, pair, strict=True):
             for number, group in enumerate(groups):
                 _course(one, group, quantity, across, ARM_LOOKS[number % len(ARM_LOOKS)].color)
-            one.set_xlabel(AXIS_LABELS[across])  # type: ignore[index]
+            one.set_xlabel(AXIS_LABELS[across])
             one.grid(color="#e3e3e3", linewidth=0.8)
             one.spines[["top", "right"]].set_visible(False)
         pair[0].set_ylabel(AXIS_LABELS[quantity])
@@ -213,13 +214,14 @@ def courses(groups: Sequence[Group]) -> Any:
     return drawing
 
 
-def _course(axes: Any, group: Group, quantity: Quantity, across: str, color: str) -> None:
+def _course(axes: Any, group: Group, quantity: Quantity, across: Quantity, color: str) -> None:
     """Draw one policy's course, smoothed over neighbouring updates."""
     curves = [[point for point in one.curve if quantity in point] for one in group["found"]]
     least = min(map(len, curves))  # of a seed that ended early
     if not least:
         return
-    values, places = ([[point[name] for point in curve[:least]] for curve in curves] for name in (quantity, across))  # type: ignore[literal-required]
+    values = [[point[quantity] for point in curve[:least]] for curve in curves]
+    places = [[point[across] for point in curve[:least]] for curve in curves]
     mean, place = (neighbour_means([fmean(column) for column in zip(*rows, strict=True)]) for rows in (values, places))
     at = [math.sqrt(max(x, 0.0)) for x in place] if across == "kl" else place
     axes.plot(at, mean, color=color, linewidth=1.8, label=named(group))
