@@ -145,7 +145,7 @@ def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     paired = {
         row["settings"]["arms.robust.nominal_weight"]: row
         for row in told["evidence"]["paired"]
-        if row["quantity"] == "gold"
+        if (row["policy"], row["quantity"]) == ("robust", "gold")
     }
     means = {weight: rows["robust", weight]["metrics"]["gold"]["mean"] for weight in (0.4, 0.9)}
     against = rows["single",]["metrics"]["gold"]["mean"]
@@ -156,7 +156,9 @@ def test_a_sweep_makes_what_differs_once_and_compares_it(shell, client):
     assert number(client, "robust") == robust
 
     experiment = client.get_experiment_by_name("rrlhf").experiment_id
-    [sweep] = client.search_runs([experiment], "attributes.run_name = 'sweep tiny'")
+    [sweep] = client.search_runs(
+        [experiment], "attributes.run_name = 'sweep tiny · arms.direct=null · arms.choosy=null'"
+    )
     below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{sweep.info.run_id}'")
     assert len(below) == 4
     assert {run.info.status for run in [sweep, *below]} == {"FINISHED"}
