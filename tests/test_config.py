@@ -206,7 +206,7 @@ def test_a_reward_function_is_named_by_import_path():
     chosen = dict([parse_override("arms.robust.functions={my_rules:no_lists: -0.5, package.verify:correct: 2}")])
     arm = load_params(ROOT, overrides=chosen).arms["robust"]
     assert arm.functions == {"my_rules:no_lists": -0.5, "package.verify:correct": 2.0}
-    assert arm.settings == {"nominal_weight": 0.4, "credible": 4.0}
+    assert arm.settings == {"nominal_weight": 0.4, "credible": 8.0}
 
 
 @pytest.mark.parametrize(

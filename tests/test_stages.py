@@ -239,7 +239,7 @@ def test_the_curves_retell_what_training_logged(made):
 
 def test_a_policy_folder_says_what_it_was_trained_for(made):
     arm, scale = read_arm(made[0] / "robust")
-    assert arm == Arm(reward="robust", nominal_weight=0.4, credible=4.0, seed=1)
+    assert arm == Arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
     assert scale.mean < 0 < scale.std  # of the least reward of several, over the reference responses
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
 
