@@ -33,9 +33,8 @@ from rrlhf.identity.keys import key_digest
 from rrlhf.lineage.graph import Graph
 from rrlhf.lineage.load import from_versions, load
 from rrlhf.lineage.openlineage import as_lines, events
-from rrlhf.lineage.page import html
 from rrlhf.lineage.rows import sightings
-from rrlhf.lineage.text import as_json, mermaid, tree
+from rrlhf.lineage.text import as_json, mermaid, page, tree
 from rrlhf.preferences.fingerprints import row_hash, write_hashes
 from rrlhf.preferences.tables import write_table
 from rrlhf.store.artifacts import HISTORY, Store
@@ -123,7 +122,7 @@ def measure_lineage() -> dict[str, dict[str, float]]:
         "up, tree": lambda: tree(graph, graph.find(newest)),
         "up, JSON": lambda: as_json(graph, graph.find(newest)),
         "up, Mermaid": lambda: mermaid(graph, graph.find(newest)),
-        "up, HTML": lambda: html(graph, graph.find(newest)),
+        "up, HTML": lambda: page(graph, graph.find(newest)),
         "up, OpenLineage": lambda: as_lines(events(graph, graph.up(graph.find(newest)))),
         "down from the oldest model": lambda: graph.down(graph.find(oldest)),
         "down from the largest data set": lambda: graph.down(graph.find(data.digest)),

@@ -13,11 +13,12 @@ from rich.console import Console
 
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
 from rrlhf.lineage.graph import Graph, Product
-from rrlhf.lineage.text import tree
+from rrlhf.lineage.text import branches, line
+from rrlhf.pages import visible
 from rrlhf.policies.excerpts import Excerpt
 from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
 from rrlhf.reporting.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.reporting.report import render, reward_in_words, samples, table, visible
+from rrlhf.reporting.report import render, reward_in_words, samples, table
 from rrlhf.reporting.trainings import Event, Training, health
 from rrlhf.reporting.verdict import verdict
 
@@ -313,8 +314,8 @@ def test_text_from_models_and_settings_is_escaped() -> None:
     planted["samples"][0]["responses"]["single"]["text"] = f"{nasty}\x1b[31mred\u202eder"
     page = html(planted, params={"ppo": {"note": nasty}}, lineage=ancestry(nasty), facts={nasty: nasty})
     assert "<script" not in page
-    # prompt, response, params, fact and its name; the tree; of the drawing its title, a box and the box's tip (twice)
-    assert page.count("&lt;script&gt;alert(1)") == 5 + 1 + 4
+    # prompt, response, params, fact and its name; of the lineage a product's line and details (twice)
+    assert page.count("&lt;script&gt;alert(1)") == 5 + 3
     assert "⟨U+001B⟩[31mred⟨U+202E⟩der" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
 
@@ -429,21 +430,14 @@ def test_the_page_fits_a_phone_and_paper() -> None:
     assert len(re.findall(r"<table", page)) == len(re.findall(r'<div class="scroll">\s*<table', page))
 
 
-def test_the_lineage_is_drawn_with_every_node_of_the_tree() -> None:
+def test_the_lineage_has_every_product_with_its_settings() -> None:
     graph, made = ancestry()
-    drawn = whole().split('<svg class="graph"')[1].split("</svg>")[0]
-    assert whole().count(tree(graph, made)) == 1
-    for product in graph.up(made):
-        assert re.search(rf">{re.escape(product.title)}</text>", drawn)
-        assert product.short in drawn
-    assert drawn.count('<g class="box') == len(graph.up(made)) == 5
-    assert "ppo.updates: 8" in drawn  # what pointing at the box tells
-
-
-def test_the_drawings_style_stays_inside_it() -> None:
-    style = whole().split('<svg class="graph"')[1].split("<style>")[1].split("</style>")[0]
-    for selectors in re.findall(r"([^{}]+)\{", style):
-        assert all(selector.strip().startswith(".graph ") for selector in selectors.split(","))
+    listed = whole().split('<ul class="branches">')[1].split("</ul>")[0]
+    there = branches(graph, made)
+    assert {branch.product for branch in there} == {*graph.up(made)}
+    assert all(line(branch.product) in listed for branch in there)
+    assert listed.count("<details>") == sum(not branch.again for branch in there)
+    assert '<th scope="row">ppo.updates</th><td>8</td>' in listed
 
 
 def test_exact_parameters_can_be_opened() -> None:

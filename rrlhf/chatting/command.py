@@ -91,7 +91,7 @@ def _show(found: Sequence[Answer], judge: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rrlhf.reporting.report import visible
+    from rrlhf.pages import visible
 
     shown = Table(show_lines=True, expand=True)
     for answer in found:

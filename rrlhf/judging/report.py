@@ -16,8 +16,9 @@ from rrlhf import files
 from rrlhf.judging import plots as reward_plots
 from rrlhf.judging.content import Calibration, Heads, Share
 from rrlhf.judging.judge import RewardReport
+from rrlhf.pages import page, visible
 from rrlhf.reporting.evaluation import in_figures
-from rrlhf.reporting.report import known, page, visible
+from rrlhf.reporting.report import known
 from rrlhf.types import Json
 
 

@@ -28,7 +28,7 @@ class Format(StrEnum):
     TREE = "tree"
     JSON = "json"
     MERMAID = "mermaid"
-    SVG = "svg"
+    DOT = "dot"
     HTML = "html"
     OPENLINEAGE = "openlineage"
 
@@ -145,7 +145,7 @@ def _told(
     from rrlhf.lineage.graph import Graph
     from rrlhf.lineage.load import described
 
-    if format in {Format.TREE, Format.MERMAID}:
+    if format in {Format.TREE, Format.MERMAID, Format.DOT}:
         return graph, start
     told = described(graph.down(start) if down else graph.up(start), *registry)
     everything = [told.get(product, product) for product in graph.products]
@@ -153,13 +153,13 @@ def _told(
 
 
 def _written(graph: Graph, start: Product, down: bool, format: Format) -> str:
-    from rrlhf.lineage import openlineage, page, text
+    from rrlhf.lineage import openlineage, text
 
     if format is Format.OPENLINEAGE:
         return openlineage.as_lines(openlineage.events(graph, graph.down(start) if down else graph.up(start)))
     if format is Format.JSON:
         return json.dumps(text.as_json(graph, start, down=down), indent=1)
-    draw = {Format.TREE: text.tree, Format.MERMAID: text.mermaid, Format.SVG: page.svg, Format.HTML: page.html}[format]
+    draw = {Format.TREE: text.tree, Format.MERMAID: text.mermaid, Format.DOT: text.dot, Format.HTML: text.page}[format]
     return draw(graph, start, down=down)
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rrlhf.lineage.graph import Graph, Product
 from rrlhf.lineage.text import tree
+from rrlhf.pages import visible
 from rrlhf.reporting.evaluation import Evaluation, highest, in_figures, measured
-from rrlhf.reporting.report import METRICS, WIDE, reward_in_words, visible
+from rrlhf.reporting.report import METRICS, WIDE, reward_in_words
 from rrlhf.tracking import version_page
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&])")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
 from rrlhf.judging import plots as reward_plots
+from rrlhf.pages import page, visible
 from rrlhf.policies.excerpts import Excerpt
 from rrlhf.reporting import plots, trainings
 from rrlhf.reporting.evaluation import Evaluation, Policy, highest, in_figures, measured
@@ -72,11 +70,10 @@ def render(
 ) -> str:
     """Return the report as one HTML file; everything in it that others wrote is escaped and made visible.
 
-    lineage: the graph, and the product in it whose ancestry is drawn. trained: how each policy's training went, for
+    lineage: the graph, and the product in it whose ancestry is shown. trained: how each policy's training went, for
     those that were watched.
     """
-    from rrlhf.lineage import page as drawing  # here, so that the terminal table does not wait for it
-    from rrlhf.lineage import text
+    from rrlhf.lineage.text import branches, details, line  # here, so that the terminal table does not wait for it
 
     looks, stand = _looks(evaluation), standings(evaluation, trained)
     return page(
@@ -105,23 +102,11 @@ def render(
         measured=in_figures,
         known=known,
         facts=facts,
-        tree=text.tree(*lineage) if lineage else "",
-        graph=_inline(drawing.svg(*lineage)) if lineage else "",
+        branches=branches(*lineage) if lineage else [],
+        line=line,
+        details=details,
         params=yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True),
     )
-
-
-def page(template: str, **content: object) -> str:
-    """Fill a template of this package; what others wrote is escaped and made visible."""
-    environment = Environment(
-        loader=PackageLoader("rrlhf"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    return environment.get_template(template).render(**content)
 
 
 def table(evaluation: Evaluation) -> Table:
@@ -192,21 +177,6 @@ def reward_in_words(policy: Policy) -> str:
 def known(value: float | None, decimals: int = 3) -> str:
     """Write a number; an undetermined one is a dash."""
     return "–" if value is None else f"{value:z.{decimals}f}"
-
-
-def visible(text: str) -> str:
-    """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
-    return "".join(character if character in "\n\t" else _seen(character) for character in text)
-
-
-def _inline(svg: str) -> Markup:
-    """Return a drawing as part of a page, where it needs no name space; it has escaped all text of others itself."""
-    return Markup(visible(svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)))
-
-
-def _seen(character: str) -> str:
-    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    return f"⟨U+{ord(character):04X}⟩" if hidden else character
 
 
 def _looks(evaluation: Evaluation) -> dict[str, Look]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from rrlhf.pages import visible
 from rrlhf.progress import in_words
-from rrlhf.reporting.report import visible
 from rrlhf.running.plan import Planned, computing
 
 
