@@ -24,8 +24,8 @@ from rrlhf.identity.keys import Document, key_digest
 from rrlhf.params import run_name
 from rrlhf.policies.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
-from rrlhf.running.dvc_record import record, write_numbers
 from rrlhf.running.launch import execute
+from rrlhf.running.numbers import write_numbers
 from rrlhf.running.partial import Chosen, Part, chosen
 from rrlhf.running.plan import Project
 from rrlhf.running.produce import compare, produce
@@ -131,7 +131,6 @@ def pipeline(
         with nullcontext() if done else tracked(run, run_name(profile, overrides)):
             make_all(run, pages)
             html = told(run, pages) if done else register_all(run, pages)
-        record(project, whole=len(run.digests) == len(project.nodes))
     folders = {name: str(run.folder(name).relative_to(root)) for name in run.digests}
     return {"ran": run.made, "folders": folders, "report": html}
 

@@ -16,19 +16,17 @@ import pytest
 import yaml
 
 from rrlhf.environment import set_environment
-from rrlhf.identity.modules import Modules
 from rrlhf.params import load_params
-from rrlhf.running.dvc_record import asked_of, numbers_digests, record, write_numbers
+from rrlhf.running.numbers import numbers_digests, write_numbers
 from rrlhf.running.plan import Project
 from rrlhf.store.artifacts import TamperedError
-from rrlhf.versioning.datasets import RWLOCK, SECONDS_TO_COMMIT, BusyError, prepare_dataset
+from rrlhf.versioning.datasets import RWLOCK, BusyError, prepare_dataset
 from rrlhf.versioning.records import run_records
 from rrlhf.versioning.setup import follow_git, is_under_git
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Say {i}.", "chosen": f"Here you are: {i}.", "rejected": f"No, not {i}."} for i in range(60)]
 CLEAN = "Data and pipelines are up to date.\n"
-STAGES = ("pipeline@tiny", "--with-deps")
 
 
 class Repository:
@@ -79,7 +77,6 @@ class Repository:
         curves = [{"policy": "robust", "update": step, "kl": 0.1, "proxy": gold * step} for step in range(3)]
         evaluation = {"policies": policies, "curves": curves, "samples": [], "reward_models": []}
         write_numbers(self.project, evaluation, {})
-        record(self.project, whole=True)
 
 
 @pytest.fixture(scope="module")
@@ -99,45 +96,26 @@ def made(shared_project):
 def _nothing_stays(made):
     yield
     made("git", "reset", "--hard", "--quiet")
-    record(made.project, whole=True)  # the files in data/, which git does not know
 
 
-def test_status_is_clean_after_a_run_and_git_is_asked_to_keep_what_matters(made):
-    assert made.dvc("status", *STAGES) == CLEAN
+def test_what_a_run_leaves_is_clean_and_git_is_asked_to_keep_what_matters(made):
+    assert made.dvc("status", "prepare@tiny") == CLEAN
     kept = made("git", "ls-files", "dvc.lock", "data", "reports", ".dvc/config.local").split()
     assert kept == ["dvc.lock", "reports/tiny/curves.csv", "reports/tiny/metrics.json"]
     assert made("git", "status", "--porcelain") == ""
 
 
-def test_of_the_other_profiles_only_what_was_never_made_shows(made):
-    shown = json.loads(made.dvc("status", "--json"))
-    assert {stage.rpartition("@")[2] for stage in shown} == {"default", "hh", "llama3-8b"}
-
-
-def test_repro_with_nothing_changed_runs_nothing(made):
-    assert "Running" not in made.dvc("repro", "pipeline@tiny")
-
-
-@pytest.mark.slow
-def test_an_edit_shows_until_it_was_run(made):
-    before = asked_of(made.project)
-    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    assert [*json.loads(made.dvc("status", "--json", *STAGES))] == ["key@tiny"]
-    assert "pipeline@tiny" in made.dvc("repro", "--quiet", "key@tiny") + made.dvc("status", *STAGES)
-    changed = {name for name, digest in asked_of(made.project)["stages"].items() if digest != before["stages"][name]}
-    assert changed == {"ppo-single", "ppo-robust"}
-    made.finish(gold=2.0)
-    assert made.dvc("status", *STAGES) == CLEAN
-
-
-@pytest.mark.slow
-def test_a_comment_in_the_code_asks_once_and_runs_nothing_else(made):
-    source = made.root / "rrlhf" / "ppo.py"
-    source.write_text(f"# why\n{source.read_text(encoding='utf-8')}", encoding="utf-8")
-    assert [*json.loads(made.dvc("status", "--json", *STAGES))] == ["key@tiny"]
-    ran = [line for line in made.dvc("repro", "pipeline@tiny").splitlines() if line.startswith("Running")]
-    assert ran == ["Running stage 'key@tiny':"]
-    assert made.dvc("status", *STAGES) == CLEAN
+@pytest.mark.parametrize(
+    ("change", "again"), [({"ppo": {"kl_weight": 0.7}}, []), ({"prepare": {"limit": 50}}, ["prepare@tiny"])]
+)
+def test_repro_makes_data_anew_where_rrlhf_says_that_they_changed(made, change, again):
+    made.edit(lambda settings: [settings[section].update(setting) for section, setting in change.items()])
+    ran = re.findall("Running stage '(.*)'", made.dvc("repro", "prepare@tiny"))
+    assert ran == ["key@tiny", *again]
+    assert made.project.plan()[0].action == "reuse"
+    made("git", "reset", "--hard", "--quiet")
+    made.dvc("repro", "--quiet", "prepare@tiny")  # brings the first version back
+    assert made("git", "status", "--porcelain") == ""
 
 
 @pytest.mark.slow
@@ -154,36 +132,11 @@ def test_numbers_of_two_commits_differ_by_arm(made):
     assert '"fold"' in html  # our own picture of it
 
 
-def test_overrides_and_parts_leave_the_numbers_and_the_record_alone(made):
-    lock = (made.root / "dvc.lock").read_bytes()
+def test_overrides_leave_the_numbers_alone(made):
     other = made.with_({"ppo.kl_weight": 0.7})
     write_numbers(other, {"policies": [], "curves": [], "samples": [], "reward_models": []}, {})
-    record(other, whole=True)
     assert numbers_digests(other) == {}
-    assert (made.root / "dvc.lock").read_bytes() == lock
     assert made("git", "status", "--porcelain") == ""
-    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    record(made.project, whole=False)
-    assert [*json.loads(made.dvc("status", "--json", *STAGES))] == ["pipeline@tiny"]
-
-
-def test_what_was_edited_during_a_run_is_not_recorded_as_its_source(made):
-    begun = Project(made.root, "tiny", made.project.params, modules=Modules(made.root / "rrlhf"))
-    asked_of(begun)  # reads the code as it was
-    lock = (made.root / "dvc.lock").read_bytes()
-    with (made.root / "rrlhf" / "ppo.py").open("a", encoding="utf-8") as source:
-        source.write("\nANSWER = 42\n")
-    record(begun, whole=True)
-    assert (made.root / "dvc.lock").read_bytes() == lock
-
-
-def test_a_command_that_dvc_runs_leaves_the_record_to_dvc(made, monkeypatch):
-    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    lock = (made.root / "dvc.lock").read_bytes()
-    monkeypatch.setenv("DVC_STAGE", "pipeline@tiny")
-    monkeypatch.setenv("DVC_ROOT", str(made.root))
-    record(made.project, whole=True)
-    assert (made.root / "dvc.lock").read_bytes() == lock
 
 
 def test_a_missing_number_is_noticed(made):
@@ -203,8 +156,8 @@ def test_pushed_data_come_back_and_are_not_made_again(made, tmp_path, run_cache)
     made.dvc("pull", "--quiet", "--allow-missing", *run_cache)
     assert made.project.dataset() == dataset
     assert made.project.plan()[0].action == "reuse"
-    record(made.project, whole=True)
-    assert made.dvc("status", *STAGES) == CLEAN
+    assert re.findall("Running stage '(.*)'", made.dvc("repro", "prepare@tiny")) == ["key@tiny"]
+    assert made.dvc("status", "prepare@tiny") == CLEAN
     assert len(run_records(made.root)) == len(run_cache)
 
 
@@ -231,7 +184,7 @@ def test_a_copy_without_git_works_and_one_under_git_compares_commits(made, tmp_p
     follow_git(copy)
     assert "no_scm" not in (copy / ".dvc" / "config.local").read_text(encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "status", *STAGES], cwd=copy, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dvc", "status", "prepare@tiny"], cwd=copy, capture_output=True, text=True, check=True
     )
     assert done.stdout == CLEAN
 
@@ -290,17 +243,6 @@ def other_data(made):
     return partial(prepare_dataset, made.root, project.place(document), document)
 
 
-def test_waiting_for_another_command_ends(made, monkeypatch, capfd):
-    assert SECONDS_TO_COMMIT < 60
-    monkeypatch.setattr("rrlhf.versioning.datasets.SECONDS_TO_COMMIT", 0.0)
-    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    with running(HOLDER, made.root) as process:
-        record(made.project, whole=True)
-    said = capfd.readouterr().err
-    assert "DVC took no note" in said
-    assert f"held by process {process} ({sys.executable} -c" in said
-
-
 def test_a_data_set_waits_for_another_command_and_is_made_once_that_ends(made, capfd):
     with ThreadPoolExecutor() as pool:
         with running(HOLDER, made.root) as process:
@@ -326,12 +268,9 @@ def test_a_command_that_goes_on_holding_the_lock_is_named(made, monkeypatch, loc
 
 
 @pytest.mark.parametrize("content", [b"", b'{"write": {"/a"', b"[]", b"\xff\xfe"])
-def test_a_half_written_lock_is_named_with_the_way_to_mend_it(made, content, capfd):
+def test_a_half_written_lock_is_named_with_the_way_to_mend_it(made, content):
     path = made.root / RWLOCK
     path.write_bytes(content)
     with pytest.raises(BusyError, match=f"rm {re.escape(str(path))}$"):
         other_data(made)()
-    made.edit(lambda settings: settings["ppo"].update(kl_weight=0.7))
-    record(made.project, whole=True)
-    assert f"rm {path}" in capfd.readouterr().err
     path.unlink()

@@ -179,21 +179,6 @@ def test_a_setting_of_one_method_reruns_that_method_alone(first, shell):
     assert actions(shell.planned("--set", "dpo.beta=0.3")) == {"dpo-direct": "run", "evaluate": "upstream"}
 
 
-@pytest.mark.slow
-def test_dvc_agrees_with_a_run_and_runs_the_same(first, shell):
-    status, clean = ("status", "pipeline@tiny", "--with-deps"), "Data and pipelines are up to date.\n"
-    assert shell.dvc(*status) == clean
-    numbers = shell.root / "reports" / "tiny" / "metrics.json"
-    before = numbers.read_bytes()
-    assert json.loads(before)["policies"].keys() == {"sft", "single", "robust", "direct", "choosy"}
-    numbers.unlink()
-    told = shell.dvc("repro", "pipeline@tiny")
-    assert re.findall("Running stage '(.*)'", told) == ["pipeline@tiny"]
-    assert numbers.read_bytes() == before
-    assert shell.dvc(*status) == clean
-    assert shell.run().ran == set()
-
-
 def test_without_a_server_a_run_with_nothing_to_do_starts_none_and_tells_the_same(first, shell):
     alone = Shell(shell.root, {name: value for name, value in shell.environment.items() if name != "PREFECT_API_URL"})
     before = [path.stat().st_mtime_ns for path in (shell.root / "mlflow.db", shell.root / "reports" / "tiny.html")]

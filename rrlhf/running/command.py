@@ -183,7 +183,6 @@ def run_flow(
 def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
     """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
     from rrlhf.progress import say
-    from rrlhf.running.dvc_record import record
     from rrlhf.running.plan import total
     from rrlhf.running.records import noted
     from rrlhf.running.uptodate import nothing_to_do, show
@@ -197,7 +196,6 @@ def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_alias
         return None
     with noted(project.root, profile, overrides, part):
         show(project, done.artifacts)
-        record(project, whole=True)
     print("nothing to do: every stage is up to date and registered", file=sys.stderr)
     return done.result
 

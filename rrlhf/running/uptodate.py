@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +18,7 @@ from rrlhf.identity.keys import key_digest
 from rrlhf.identity.memo import sha256
 from rrlhf.reporting.evaluation import Evaluation
 from rrlhf.reporting.trainings import Training, health, training
-from rrlhf.running.dvc_record import numbers_digests, report_code
+from rrlhf.running.numbers import numbers_digests
 from rrlhf.running.plan import Planned, Project
 from rrlhf.stages import DATA, METHODS, arm_of, model_name
 from rrlhf.store.artifacts import Artifact
@@ -153,11 +155,17 @@ def _report_of(
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
         "registered": {name: [*entry[:2], sorted(entry.aliases)] for name, entry in known.items()},
-        "code": report_code(project),
+        "code": _report_code(project),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},
     }
     return {"report": sha256(html), "of": key_digest(shown)}
+
+
+def _report_code(project: Project) -> dict[str, str]:
+    """Return the digests of the modules that make the report and the numbers beside it."""
+    made_by = ("rrlhf.reporting.report", "rrlhf.reporting.numbers", "rrlhf.lineage.load")
+    return reduce(or_, map(project.modules.closure, made_by))
 
 
 def _noted_report(project: Project) -> dict[str, str] | None:

@@ -14,16 +14,16 @@ from rrlhf.environment import end_with_parent
 
 def key(
     out: Annotated[Path, typer.Argument(help="File for the key document of the data set.")],
-    asked: Annotated[Path, typer.Argument(help="File for the digests of all that a run is asked for.")],
     profile: Profile = "default",
 ) -> None:
-    """Write what the stages of a profile depend on; DVC calls this."""
+    """Write what the data set of a profile depends on; DVC calls this."""
     from rrlhf.params import load_params
-    from rrlhf.running.dvc_record import write_keys
     from rrlhf.running.plan import Project
+    from rrlhf.versioning.datasets import write_key
 
     root = Path.cwd()
-    write_keys(Project(root, profile, load_params(root, profile)), out, asked)
+    project = Project(root, profile, load_params(root, profile))
+    write_key(out, project.document(project.nodes[0], {}))
 
 
 def prepare(

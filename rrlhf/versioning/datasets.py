@@ -12,7 +12,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from shlex import quote
@@ -44,7 +44,6 @@ from rrlhf.versioning.records import (
 )
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
-SECONDS_TO_COMMIT = 10.0  # what is recorded last can be recorded by the next run
 RWLOCK = Path(".dvc", "tmp", "rwlock")  # where DVC writes which process works on which files
 
 
@@ -173,19 +172,6 @@ def _reproduce(root: Path, place: Place) -> None:
         if isinstance(cause, StageCmdFailedError):
             raise PrepareError(f"preparing {place.name} failed; the lines above say why") from error
         raise PrepareError(f"DVC could not prepare {place.name}: {cause}") from error
-
-
-def commit(root: Path, stages: Sequence[str]) -> None:
-    """Have DVC take note of what stages depend on and left, as `dvc commit` does; stages: FILE:STAGE.
-
-    When it cannot, that is told and no error: its record is behind then, and `dvc status` says so.
-    """
-    from dvc.exceptions import DvcException
-
-    try:
-        _when_free(root, SECONDS_TO_COMMIT, lambda repository: [repository.commit(each, force=True) for each in stages])
-    except (DvcException, BusyError, OSError) as error:
-        say(f"DVC took no note of this run, `dvc status` will show it as changed: {error}")
 
 
 def _when_free(root: Path, seconds: float, work: Callable[[Any], object]) -> None:

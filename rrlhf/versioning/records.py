@@ -80,11 +80,6 @@ def declared_in(root: Path, profile: str) -> Path | None:
     return None
 
 
-def locked_entry(project: Path, stage: str) -> Entry | None:
-    """Return what the dvc.lock beside a dvc.yaml says of a stage. Raises TamperedError when it cannot be read."""
-    return _stages(project.with_suffix(".lock")).get(stage)
-
-
 def lock_files(root: Path) -> list[Path]:
     """Return every dvc.lock: of the profiles, and of the variants that overrides made."""
     declared = [(root / project).with_suffix(".lock") for project in PROJECTS]
@@ -108,7 +103,7 @@ def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
         return
     is_variant = path.parent.parent.name == "variants"
     for stage, entry in stages.items():
-        if not is_variant and stage.startswith(("key@", "pipeline@")):
+        if not is_variant and stage.startswith("key@"):
             continue
         name = path.parent.name if is_variant else stage.removeprefix("prepare@")
         if stage != ("prepare" if is_variant else f"prepare@{name}"):
