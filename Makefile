@@ -22,6 +22,7 @@ test-all: .venv/.installed  ## in about twenty
 check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 serve: .venv/.installed  ## Prefect server, work pool, worker and MLflow, on loopback

@@ -89,11 +89,11 @@ def start(inputs: dict[str, str], out: Path, trains: str) -> subprocess.Popen[by
 
 def run_stage(job: dict[str, Any]) -> None:
     """Run ppo as a flow does, and note in a file when each phase begins and ends."""
-    from rrlhf import ppo
     from rrlhf.config import Arm, Launch
-    from rrlhf.params import load_params
-    from rrlhf.policies import checkpoint
-    from rrlhf.running.launch import execute
+    from rrlhf.pipeline.launch import execute
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.policy import checkpoint
+    from rrlhf.stages import ppo
 
     out = Path(job["out"])
     note = (out.parent / f"{out.name}.phases").open("a", buffering=1)
@@ -127,11 +127,11 @@ def make_inputs(work: Path) -> dict[str, str]:
     """Write prompts, a random model as the SFT model, and random reward heads."""
     import torch
 
-    from rrlhf.language_models.models import load_base, save_model
-    from rrlhf.params import load_params
-    from rrlhf.preferences.tables import write_table
-    from rrlhf.reward_models.heads import RewardHeads
-    from rrlhf.reward_models.trunk import FILE
+    from rrlhf.data.tables import write_table
+    from rrlhf.models.load import load_base, save_model
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.rewards.heads import RewardHeads
+    from rrlhf.rewards.trunk import FILE
 
     folders = {name: work / name for name in ("data", "sft", "reward", "ensemble")}
     for folder in folders.values():
@@ -151,7 +151,7 @@ def result(out: Path) -> tuple[Any, ...]:
     """Return what must be equal."""
     import pyarrow.parquet as pq
 
-    from rrlhf.identity.memo import sha256
+    from rrlhf.memo import sha256
 
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]

@@ -27,18 +27,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rrlhf.auditing.audit import Audit
+from rrlhf.data.fingerprints import row_hash, write_hashes
+from rrlhf.data.tables import write_table
 from rrlhf.files import clear
-from rrlhf.identity.keys import key_digest
-from rrlhf.lineage.graph import Graph
-from rrlhf.lineage.load import from_versions, load
-from rrlhf.lineage.openlineage import as_lines, events
-from rrlhf.lineage.rows import sightings
-from rrlhf.lineage.text import as_json, mermaid, page, tree
-from rrlhf.preferences.fingerprints import row_hash, write_hashes
-from rrlhf.preferences.tables import write_table
-from rrlhf.store.artifacts import HISTORY, Store
-from rrlhf.tracking import Tracker, Version
+from rrlhf.pipeline.ancestry import Graph
+from rrlhf.pipeline.artifacts import HISTORY, Store
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.tracking import Tracker, Version
+from rrlhf.tools.auditing.audit import Audit
+from rrlhf.tools.lineage.load import from_versions, load
+from rrlhf.tools.lineage.openlineage import as_lines, events
+from rrlhf.tools.lineage.rows import sightings
+from rrlhf.tools.lineage.text import as_json, mermaid, page, tree
 
 NODES, ROWS, TURNS = 10_000, 10_000, 7
 MEGABYTES, ARTIFACTS = 64, 6

@@ -18,15 +18,15 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import Model, Reward
-from rrlhf.language_models.models import LanguageModel, load_base, load_model, save_model
-from rrlhf.language_models.text import Texts
 from rrlhf.losses import gaussian_bradley_terry
-from rrlhf.params import load_params
-from rrlhf.reward_models.features import pair_features
-from rrlhf.reward_models.finetune import finetune, trainable
-from rrlhf.reward_models.heads import Pairs, RewardHeads, bootstrap_weights, fit
-from rrlhf.reward_models.objectives import single_loss
-from rrlhf.reward_models.trunk import Trunk
+from rrlhf.models.load import LanguageModel, load_base, load_model, save_model
+from rrlhf.models.text import Texts
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.features import pair_features
+from rrlhf.rewards.finetune import finetune, trainable
+from rrlhf.rewards.heads import Pairs, RewardHeads, bootstrap_weights, fit
+from rrlhf.rewards.objectives import single_loss
+from rrlhf.rewards.trunk import Trunk
 from rrlhf.types import Message, Preference
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,14 +22,14 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - loaded on demand
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf import ppo
 from rrlhf.config import Arm, Model, Ppo
-from rrlhf.language_models.models import LanguageModel, accelerator, load_base, load_model, save_model
-from rrlhf.params import load_params
-from rrlhf.policies.judgement import arm_reward
-from rrlhf.policies.learner import Course, Learner, prepare_learner
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.trunk import FILE
+from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy.judgement import arm_reward
+from rrlhf.policy.learner import Course, Learner, prepare_learner
+from rrlhf.rewards.heads import RewardHeads
+from rrlhf.rewards.trunk import FILE
+from rrlhf.stages import ppo
 from rrlhf.types import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]

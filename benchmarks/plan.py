@@ -112,11 +112,11 @@ def fill(overrides: dict[str, str]) -> None:
     import yaml
 
     from rrlhf.environment import set_environment
-    from rrlhf.params import load_params
-    from rrlhf.running.plan import Project
-    from rrlhf.running.produce import produce
-    from rrlhf.store.artifacts import HISTORY
-    from rrlhf.versioning.datasets import prepare_dataset
+    from rrlhf.pipeline.artifacts import HISTORY
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.pipeline.produce import produce
+    from rrlhf.pipeline.versioning.datasets import prepare_dataset
 
     root = Path.cwd()
     set_environment(root)

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rrlhf.params import load_params
-from rrlhf.stages import Node, nodes
+from rrlhf.pipeline.graph import Node, nodes
+from rrlhf.pipeline.params import load_params
 from rrlhf.types import Json
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def _seed(
 
 
 def _base(model: Any, work: Path) -> Path:
-    from rrlhf.language_models.models import load_base, save_model
+    from rrlhf.models.load import load_base, save_model
 
     folder = work / "base"
     if not folder.exists():
@@ -114,7 +114,7 @@ def _base(model: Any, work: Path) -> Path:
 
 def _made(node: Node, folders: dict[str, Path], work: Path) -> Path:
     """Return a node's folder, made now unless an earlier variant or run did."""
-    from rrlhf.running.launch import call
+    from rrlhf.pipeline.launch import call
 
     inputs = {argument: folders[name] for argument, name in node.inputs.items()}
     described = json.dumps([node.stage, node.settings, sorted((k, str(v)) for k, v in inputs.items())], sort_keys=True)

@@ -18,11 +18,11 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
-from rrlhf.lineage.graph import Graph, Product
-from rrlhf.reporting import markdown
-from rrlhf.reporting.evaluation import Evaluation
-from rrlhf.running.plan import Planned, total
-from rrlhf.running.table import percent_done, plan_rows
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.plan import Planned, total
+from rrlhf.tools.reporting import markdown
+from rrlhf.tools.reporting.evaluation import Evaluation
+from rrlhf.tools.running.table import percent_done, plan_rows
 
 
 class Pages:

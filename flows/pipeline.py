@@ -20,17 +20,23 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.pages import Pages
 from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
-from rrlhf.identity.keys import Document, key_digest
-from rrlhf.params import run_name
-from rrlhf.policies.health import DivergedError
+from rrlhf.pipeline.artifacts import Artifact, CopyError, git_commit
+from rrlhf.pipeline.cards import about, cut_in_words
+from rrlhf.pipeline.graph import DATA, METHODS, Node, arm_of
+from rrlhf.pipeline.keys import Document, key_digest
+from rrlhf.pipeline.last_run import noted
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import run_name
+from rrlhf.pipeline.partial import Chosen, Part, chosen
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.produce import compare, produce
+from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
+from rrlhf.pipeline.units import telling
+from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
+from rrlhf.policy.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
-from rrlhf.running.launch import execute
-from rrlhf.running.numbers import write_numbers
-from rrlhf.running.partial import Chosen, Part, chosen
-from rrlhf.running.plan import Project
-from rrlhf.running.produce import compare, produce
-from rrlhf.running.records import noted
-from rrlhf.running.uptodate import (
+from rrlhf.tools.running.numbers import write_numbers
+from rrlhf.tools.running.uptodate import (
     note_report,
     nothing_to_do,
     read_evaluation,
@@ -38,13 +44,7 @@ from rrlhf.running.uptodate import (
     show,
     trainings_of,
 )
-from rrlhf.stages import DATA, METHODS, Node, arm_of
-from rrlhf.store.artifacts import Artifact, CopyError, git_commit
-from rrlhf.store.cards import about, cut_in_words
-from rrlhf.store.units import telling
-from rrlhf.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.types import Dataset, Log
-from rrlhf.versioning.datasets import digests, prepare_dataset, prepared, restorable
 
 MOST_REASONS = 3  # of a stage that are told in Prefect's pages
 
@@ -109,7 +109,7 @@ def pipeline(
     """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
-    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/running/partial.py).
+    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/pipeline/partial.py).
     take_aliases: candidate and the arms' aliases go to what a run with overrides makes, too.
     Returns what ran, the folder of every result, and the report (None where a part has no comparison).
     """
@@ -328,8 +328,8 @@ def register(node: Node, run: Run) -> State[None]:
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run, pages: Pages) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
-    from rrlhf.lineage.load import load
-    from rrlhf.reporting.report import render
+    from rrlhf.tools.lineage.load import load
+    from rrlhf.tools.reporting.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(project, run.artifacts["evaluate"])

@@ -18,22 +18,22 @@ from flows.pages import Pages
 from flows.pipeline import Run, Started, kind_of, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
-from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params, run_name
-from rrlhf.policies.health import SUSPECTED, DivergedError
+from rrlhf.pipeline.artifacts import git_commit
+from rrlhf.pipeline.graph import DATA, Node, arm_of
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.params import load_params, run_name
+from rrlhf.pipeline.partial import Part, chosen
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.tracking import Tracker
+from rrlhf.policy.health import SUSPECTED, DivergedError
 from rrlhf.progress import STOPPING, stop_between_steps
-from rrlhf.reporting.plots import courses
-from rrlhf.reporting.trainings import training
-from rrlhf.running.partial import Part, chosen
-from rrlhf.running.plan import Project
-from rrlhf.running.uptodate import read_evaluation
-from rrlhf.stages import DATA, Node, arm_of
-from rrlhf.store.artifacts import git_commit
-from rrlhf.sweeps.comparison import Found, compared
-from rrlhf.sweeps.evidence import evidence
-from rrlhf.sweeps.grid import Point, name_of, points, shares, trimmed
-from rrlhf.sweeps.show import Sweep, markdown, show, write
-from rrlhf.tracking import Tracker
+from rrlhf.tools.reporting.plots import courses
+from rrlhf.tools.reporting.trainings import training
+from rrlhf.tools.running.uptodate import read_evaluation
+from rrlhf.tools.sweeps.comparison import Found, compared
+from rrlhf.tools.sweeps.evidence import evidence
+from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
+from rrlhf.tools.sweeps.show import Sweep, markdown, show, write
 from rrlhf.types import Json
 
 ORDER = ("sft", "reward", "member", "ensemble", "arm", "evaluate")

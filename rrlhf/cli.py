@@ -11,19 +11,19 @@ from typing import Annotated
 
 import typer
 
-from rrlhf.chatting.command import chat
-from rrlhf.command_line import USAGE, end, mendable, mending
 from rrlhf.environment import find_root, set_environment
-from rrlhf.judging.command import evaluate_reward
-from rrlhf.lineage.command import audit, diff, lineage
-from rrlhf.promotion.command import promote
-from rrlhf.reproduction.command import reproduce
-from rrlhf.running.command import plan, relocate, report, run, status, why
-from rrlhf.signing.command import keygen, sign
-from rrlhf.sweeps.command import experiment, sweep
-from rrlhf.toy.command import toy
-from rrlhf.versioning.command import key, prepare
-from rrlhf.versioning.setup import follow_git
+from rrlhf.pipeline.versioning.setup import follow_git
+from rrlhf.tools.chatting.command import chat
+from rrlhf.tools.command_line import USAGE, end, mendable, mending
+from rrlhf.tools.judging.command import evaluate_reward
+from rrlhf.tools.lineage.command import audit, diff, lineage
+from rrlhf.tools.promotion.command import promote
+from rrlhf.tools.reproduction.command import reproduce
+from rrlhf.tools.running.command import plan, relocate, report, run, status, why
+from rrlhf.tools.signing.command import keygen, sign
+from rrlhf.tools.sweeps.command import experiment, sweep
+from rrlhf.tools.toy.command import toy
+from rrlhf.tools.versioning import key, prepare
 
 
 def serve(
@@ -33,8 +33,8 @@ def serve(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow server and its pages.")] = 5000,
 ) -> None:
     """Start Prefect's server, a work pool with a worker, and MLflow's pages on this machine, until Ctrl-C."""
-    from flows.serve import serve as start
-    from rrlhf.params import load_params
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.tools.serving import serve as start
 
     root = Path.cwd()
     start(root, load_params(root).tracking.experiment, prefect_port, mlflow_port)

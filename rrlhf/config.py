@@ -1,4 +1,4 @@
-"""All settings as frozen, typed sections: what may stand in params.yaml (rrlhf/params.py reads it)."""
+"""All settings as frozen, typed sections: what may stand in params.yaml (rrlhf/pipeline/params.py reads it)."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Ppo(Section):
 
 
 class Health(Section):
-    """When a policy's training counts as gone wrong, and what is then tried (rrlhf/policies/health.py)."""
+    """When a policy's training counts as gone wrong, and what is then tried (rrlhf/policy/health.py)."""
 
     checkpoint_every: PositiveInt
     rollbacks: Annotated[int, Field(ge=0)]
@@ -289,7 +289,7 @@ class Evaluate(Section):
 
 
 class Gates(Section):
-    """What a version must show to be promoted (rrlhf/promotion/gates.py); null: that gate is left out."""
+    """What a version must show to be promoted (rrlhf/tools/promotion/gates.py); null: that gate is left out."""
 
     level: Annotated[float, Field(gt=0, lt=1)]
     min_win_rate: Share | None
@@ -321,7 +321,7 @@ class Limits(Section):
 
 
 class Signatures(Section):
-    """Key files for signing what is made and verifying what is read (rrlhf/signing/signatures.py); null: not done."""
+    """Key files for signing what is made and verifying what is read (rrlhf/pipeline/signatures.py); null: not done."""
 
     private_key: str | None
     public_key: str | None

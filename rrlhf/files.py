@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+CHECKPOINT = "checkpoint"  # sub-folder in which a stage keeps what it needs to go on after an interruption
+
 
 def write(path: Path, text: str) -> None:
     """Write a file beside its place and rename it; its folder is made, its permissions stay."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.config import Model
-from rrlhf.store.artifacts import MANIFEST
+from rrlhf.pipeline.artifacts import MANIFEST
 from rrlhf.types import Message
 
 
@@ -16,7 +16,7 @@ class Policy:
     """A policy that answers prompts with its most likely tokens, in the format and length it was trained with."""
 
     def __init__(self, folder: Path) -> None:
-        from rrlhf.language_models.models import load_model
+        from rrlhf.models.load import load_model
 
         document = json.loads((folder / MANIFEST).read_bytes())["document"]
         self._model = Model.model_validate(document["params"]["model"])
@@ -29,8 +29,8 @@ class Policy:
         return [self._response(prompt, response_tokens) for prompt in prompts]
 
     def _response(self, prompt: str, response_tokens: int) -> str:
-        from rrlhf.language_models.models import most_likely
-        from rrlhf.language_models.text import Texts, decode
+        from rrlhf.models.load import most_likely
+        from rrlhf.models.text import Texts, decode
 
         tokens = Texts(self._language, self._model).prompt([Message(role="user", content=prompt)])
         return decode(self._language, most_likely(self._language, tokens, response_tokens))

@@ -78,9 +78,9 @@ def shared_project(tmp_path_factory):
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """A small data set without topics, and a random model as the SFT model: folders `data` and `sft`."""
-    from rrlhf.language_models.models import load_base, save_model
-    from rrlhf.params import load_params
-    from rrlhf.preferences.tables import write_table
+    from rrlhf.data.tables import write_table
+    from rrlhf.models.load import load_base, save_model
+    from rrlhf.pipeline.params import load_params
 
     root, draw = tmp_path_factory.mktemp("start"), random.Random(0)
     (root / "data").mkdir()
@@ -164,9 +164,9 @@ def save_random_heads(folder, heads):
     """Make the folder of a reward model that reads the first layer of a model of width 32."""
     import torch
 
-    from rrlhf.reward_models.features import PairFeatures
-    from rrlhf.reward_models.heads import Pairs, RewardHeads
-    from rrlhf.reward_models.trunk import FILE
+    from rrlhf.rewards.features import PairFeatures
+    from rrlhf.rewards.heads import Pairs, RewardHeads
+    from rrlhf.rewards.trunk import FILE
 
     folder.mkdir(exist_ok=True)
     torch.manual_seed(heads)

@@ -6,14 +6,14 @@ import pytest
 
 from rrlhf.environment import set_environment
 from rrlhf.files import clear
-from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params
-from rrlhf.running.launch import execute
-from rrlhf.running.plan import Project
-from rrlhf.stages import DATA, aliases_of
-from rrlhf.store.cards import about
-from rrlhf.tracking import Tracker
-from rrlhf.versioning.datasets import prepare_dataset
+from rrlhf.pipeline.cards import about
+from rrlhf.pipeline.graph import DATA, aliases_of
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.versioning.datasets import prepare_dataset
 
 
 @contextmanager

@@ -30,11 +30,11 @@ def run(document, inputs, out):
     """Run a stage with every module of ours imported anew; return those that were loaded or executed for it."""
     for name in loaded():
         del sys.modules[name]
-    launch = import_module("rrlhf.running.launch")
+    launch = import_module("rrlhf.pipeline.launch")
     before, executed = loaded(), set()
     out.mkdir()
     sections, arguments = launch.typed_sections(document["params"]), launch._arguments(inputs)
-    stage = import_module(f"rrlhf.{document['stage']}")
+    stage = import_module(f"rrlhf.stages.{document['stage']}")
     sys.setprofile(lambda frame, event, _: executed.add(frame.f_globals.get("__name__")))
     try:
         stage.run(**sections, **arguments, out=out, log=lambda row: None)
@@ -46,9 +46,9 @@ def run(document, inputs, out):
 def main(root):
     import torch
 
-    from rrlhf.identity.keys import key_document
-    from rrlhf.params import load_params
-    from rrlhf.stages import nodes
+    from rrlhf.pipeline.graph import nodes
+    from rrlhf.pipeline.keys import key_document
+    from rrlhf.pipeline.params import load_params
 
     torch.set_num_threads(1)
     (root / "rrlhf_rules.py").write_text("def short(completions): return [1.0 for _ in completions]\n")

@@ -4,7 +4,7 @@ A good answer is worth more than the dull one, which is a true, whole and plain 
 is worth less. A text is as it was said: what stops in mid-sentence is finished, unless it is named `unfinished`.
 """
 
-from rrlhf.preferences.tasks import KINDS
+from rrlhf.data.tasks import KINDS
 
 RANKED: list[tuple[str, str, dict[str, str]]] = [
     (

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrlhf.identity.keys import key_digest
-from rrlhf.identity.memo import Memo
-from rrlhf.store.artifacts import MANIFEST, Store, TamperedError, content_digest
+from rrlhf.memo import Memo
+from rrlhf.pipeline.artifacts import MANIFEST, Store, TamperedError, content_digest
+from rrlhf.pipeline.keys import key_digest
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,10 +127,10 @@ def test_the_digest_ignores_the_log_but_the_check_does_not(store):
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     path, memo = tmp_path / "file", Memo(tmp_path / "memo.json")
     path.write_bytes(b"content")
-    monkeypatch.setattr("rrlhf.identity.memo.LARGE", 0)
+    monkeypatch.setattr("rrlhf.memo.LARGE", 0)
     digest = memo.sha256(path)
     memo.save()
-    monkeypatch.setattr("rrlhf.identity.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
     assert Memo(tmp_path / "memo.json").sha256(path) == digest
 
 
@@ -142,16 +142,16 @@ def test_an_edit_right_after_the_look_is_seen_though_size_and_time_are_the_same(
 
 
 def test_another_process_need_not_read_what_was_just_published(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("rrlhf.identity.memo.LARGE", 0)
+    monkeypatch.setattr("rrlhf.memo.LARGE", 0)
     artifact = publish(store, "sft")
-    monkeypatch.setattr("rrlhf.identity.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
     assert Store(tmp_path).checked("sft", artifact.key) == artifact
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rrlhf.store.artifacts import Store
+from rrlhf.pipeline.artifacts import Store
 with Store(Path(sys.argv[1])).locked("key"):
     print("held", flush=True)
     time.sleep(60)

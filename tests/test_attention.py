@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.language_models.attention import Cache, Packing
-from rrlhf.language_models.models import load_base
-from rrlhf.policies.policy import PolicyTop
+from rrlhf.models.attention import Cache, Packing
+from rrlhf.models.load import load_base
+from rrlhf.models.top import PolicyTop
 
 
 @pytest.fixture(scope="module")

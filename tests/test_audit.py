@@ -7,17 +7,17 @@ import sqlite3
 import pytest
 from finished import Finished, at_work
 
-from rrlhf.auditing.audit import Audit, as_text
 from rrlhf.config import Signatures
-from rrlhf.identity.memo import sha256
-from rrlhf.identity.seal import sealed
-from rrlhf.lineage.load import load
-from rrlhf.params import load_params
-from rrlhf.running.plan import Project
-from rrlhf.signing.command import written_pair
-from rrlhf.signing.signatures import Notary
-from rrlhf.store.artifacts import CopyError, Store, TamperedError, content_digest
-from rrlhf.versioning.datasets import prepare_dataset
+from rrlhf.memo import sha256
+from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_digest
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.seal import sealed
+from rrlhf.pipeline.signatures import Notary
+from rrlhf.pipeline.versioning.datasets import prepare_dataset
+from rrlhf.tools.auditing.audit import Audit, as_text
+from rrlhf.tools.lineage.load import load
+from rrlhf.tools.signing.command import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}

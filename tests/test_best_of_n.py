@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf import best_of_n as stage
-from rrlhf import ensemble, evaluate, reward
 from rrlhf.config import Arm
-from rrlhf.language_models.models import load_model
-from rrlhf.language_models.text import Texts
-from rrlhf.params import load_params
-from rrlhf.policies.arm_record import read_arm
-from rrlhf.policies.candidates import choose, read_candidates
-from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, curve_points
-from rrlhf.preferences.tables import prompts
-from rrlhf.reward_models.scoring import load_reward_model
+from rrlhf.data.tables import prompts
+from rrlhf.models.load import load_model
+from rrlhf.models.text import Texts
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy.arm_record import read_arm
+from rrlhf.policy.candidates import choose, read_candidates
+from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import robust_reward
+from rrlhf.stages import best_of_n as stage
+from rrlhf.stages import ensemble, evaluate, reward
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT, "tiny", {"model.base": "random:3x32", "best_of_n.samples": 9, "best_of_n.batch_size": 8})

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params
-from rrlhf.stages import GENERATES, MODEL_NAMES, nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Store, content_digest
-from rrlhf.store.cards import about, card, code, what, without_front_matter
-from rrlhf.store.units import UNITS, unit
+from rrlhf.pipeline.artifacts import CARD, HISTORY, Store, content_digest
+from rrlhf.pipeline.cards import about, card, code, what, without_front_matter
+from rrlhf.pipeline.graph import GENERATES, MODEL_NAMES, nodes
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.units import UNITS, unit
 from rrlhf.types import Dataset
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_a_card_names_data_parents_settings_numbers_and_how_to_make_it_again(nam
     assert list(told) == ["How to load", "Data", "Made from", "Metrics", "Limits", "Reproduce", "Settings"]
     assert (
         f"`default` in DVC's version `{DATA.digest}`, "
-        "made from `tasks of rrlhf/preferences/tasks.py` (at most 448 rows of it)." in told["Data"]
+        "made from `tasks of rrlhf/data/tasks.py` (at most 448 rows of it)." in told["Data"]
     )
     assert ("through its parents" in told["Data"]) == ("data" not in MODELS[name].inputs)
     for argument, digest in made["document"]["inputs"].items():

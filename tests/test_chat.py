@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.chatting.chat import Chat, answers, open_chat
-from rrlhf.chatting.command import in_words, prompts
-from rrlhf.chatting.named import find_models
-from rrlhf.language_models.text import Texts
-from rrlhf.params import load_params
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.scoring import RewardModel
-from rrlhf.reward_models.trunk import Trunk
+from rrlhf.models.text import Texts
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.heads import RewardHeads
+from rrlhf.rewards.scoring import RewardModel
+from rrlhf.rewards.trunk import Trunk
+from rrlhf.tools.chatting.chat import Chat, answers, open_chat
+from rrlhf.tools.chatting.command import in_words, prompts
+from rrlhf.tools.chatting.named import find_models
 
 ROOT = Path(__file__).parents[1]
 

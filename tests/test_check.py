@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.identity.memo import Memo
-from rrlhf.language_models.check import check_models
-from rrlhf.language_models.models import load_base, save_model
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.running.plan import Project
+from rrlhf.memo import Memo
+from rrlhf.models.load import load_base, save_model
+from rrlhf.pipeline.check import check_models
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
 
 ROOT = Path(__file__).parents[1]
 NO_SYSTEM = (
@@ -119,7 +119,7 @@ def test_what_is_known_of_a_base_needs_neither_torch_nor_its_files_again(folder,
     Project(project, "tiny", load_params(project, "tiny", overrides)).check_sources()
     code = (
         "import sys; from pathlib import Path\n"
-        "from rrlhf.params import load_params; from rrlhf.running.plan import Project\n"
+        "from rrlhf.pipeline.params import load_params; from rrlhf.pipeline.plan import Project\n"
         f"Project(Path('.'), 'tiny', load_params(Path('.'), 'tiny', {overrides!r})).check_sources()\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
@@ -146,8 +146,8 @@ def test_a_model_that_is_not_here_is_looked_at_by_the_run_alone(tmp_path, monkey
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     overrides = {"model.base": "nobody/nothing", "model.revision": "0" * 40}
     code = (
-        "from pathlib import Path; from rrlhf.params import load_params\n"
-        "from rrlhf.identity.memo import Memo; from rrlhf.language_models.check import check_models\n"
+        "from pathlib import Path; from rrlhf.pipeline.params import load_params\n"
+        "from rrlhf.memo import Memo; from rrlhf.pipeline.check import check_models\n"
         f"params = load_params(Path({str(ROOT)!r}), 'tiny', {overrides!r})\n"
         f"root = Path({str(tmp_path)!r}); print(check_models(params, root, Memo(root / 'memo.json'), fetch=False))"
     )

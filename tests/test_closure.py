@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import rrlhf
-from rrlhf.identity.modules import WITHOUT_EFFECT, read_module
+from rrlhf.pipeline.modules import WITHOUT_EFFECT, read_module
 
 PACKAGE = Path(rrlhf.__file__).parent
 HERE = Path(__file__).parent
@@ -49,14 +49,16 @@ def test_no_module_that_a_stage_uses_is_missing_from_its_key(found):
     for stage, modules in found.items():
         used = {name for name in modules["used"] if read_module(source(name), "").definitions}
         assert used <= {*modules["code"], *without_effect}, stage
-        assert f"rrlhf.{stage}" in used
+        assert f"rrlhf.stages.{stage}" in used
 
 
 def test_what_is_taken_to_be_without_effect_is_not_what_computes(found):
     """The mathematics, the models and the data are in the keys: none of it hides behind a module that is left out."""
-    hidden = below(WITHOUT_EFFECT)
-    for name in ("robust", "losses", "returns", "calibration", "models", "rollout", "data", "gold", "learner"):
-        assert f"rrlhf.{name}" not in hidden
+    folders = ("stages", "policy", "rewards", "judging", "data", "models")
+    files = [path for folder in folders for path in (Path(rrlhf.__file__).parent / folder).glob("[a-z]*.py")]
+    computes = {f"rrlhf.{path.parent.name}.{path.stem}" for path in files} - WITHOUT_EFFECT
+    computes |= {f"rrlhf.{name}" for name in ("robust", "kl", "losses", "returns", "advantages")}
+    assert not computes & below(WITHOUT_EFFECT)
 
 
 def test_every_stage_was_run(found):

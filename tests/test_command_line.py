@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rrlhf import command_line, environment
+from rrlhf import environment
 from rrlhf.cli import COMMANDS, app
-from rrlhf.command_line import mending
-from rrlhf.running.partial import Part
-from rrlhf.running.records import noted
+from rrlhf.pipeline.last_run import noted
+from rrlhf.pipeline.partial import Part
+from rrlhf.tools import command_line
+from rrlhf.tools.command_line import mending
 
 ROOT = Path(__file__).parents[1]
 

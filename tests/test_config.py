@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rrlhf.checks import NEEDED
 from rrlhf.config import Arm, RewardName
 from rrlhf.located import ParamsError
-from rrlhf.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
+from rrlhf.pipeline.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
 from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]

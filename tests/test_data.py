@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.preferences.data import Loaded, load_preferences, prompt_hash, split_by_prompt
-from rrlhf.preferences.rows import FIXES, MAX_CHARACTERS
+from rrlhf.data.load import Loaded, load_preferences, prompt_hash, split_by_prompt
+from rrlhf.data.rows import FIXES, MAX_CHARACTERS
 from rrlhf.types import Message, Preference
 
 SHARES = {"sft": 0.15, "preferences": 0.45, "heldout": 0.1, "ppo": 0.15, "evaluate": 0.15}
@@ -423,9 +423,7 @@ def test_a_path_that_leads_nowhere_is_refused(tmp_path: Path):
 
 
 def test_importing_the_module_is_fast():
-    code = (
-        "import rrlhf.preferences.data, sys; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    )
+    code = "import rrlhf.data.load, sys; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rrlhf.config import Prepare
+from rrlhf.data.files import BINARY, COMPRESSED, TEXT
+from rrlhf.data.load import load_preferences
+from rrlhf.data.rows import FIXES, NOT_READ, NOT_READ_IN_A_TURN
 from rrlhf.judging.labelled import PAIR_FORMATS, load_pairs
-from rrlhf.preferences.data import load_preferences
-from rrlhf.preferences.files import BINARY, COMPRESSED, TEXT
-from rrlhf.preferences.rows import FIXES, NOT_READ, NOT_READ_IN_A_TURN
 
 ROOT = Path(__file__).parents[1]
 TEXT_OF_PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -6,11 +6,11 @@ import pytest
 
 from rrlhf.environment import set_environment
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.running.plan import Project
-from rrlhf.store.artifacts import TamperedError
-from rrlhf.versioning.datasets import PrepareError, prepare_dataset, prepared, restorable
-from rrlhf.versioning.records import folder_digest, md5
+from rrlhf.pipeline.artifacts import TamperedError
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.versioning.datasets import PrepareError, prepare_dataset, prepared, restorable
+from rrlhf.pipeline.versioning.records import folder_digest, md5
 
 ROWS = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.automations import declare
-from rrlhf.running.plan import Planned
+from rrlhf.pipeline.plan import Planned
+from rrlhf.tools.automations import declare
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}

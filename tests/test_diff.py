@@ -1,10 +1,10 @@
 """What differs between two products, and where it begins; products are written by hand."""
 
-from rrlhf.lineage.diff import Diff, as_json, as_text, metrics, stages
-from rrlhf.lineage.graph import Graph, Product
-from rrlhf.preferences.fingerprints import Changed, RowChanges
+from rrlhf.data.fingerprints import Changed, RowChanges
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.tools.lineage.diff import Diff, as_json, as_text, metrics, stages
 
-CODE = {"rrlhf.sft": "1", "rrlhf.ppo": "2"}
+CODE = {"rrlhf.stages.sft": "1", "rrlhf.stages.ppo": "2"}
 
 
 def product(node, digest, inputs, params, code=CODE, numbers=None, known=True):
@@ -48,7 +48,9 @@ def test_the_first_of_several_differences_is_the_one_furthest_up():
 
 
 def test_changed_code_is_named_by_its_file():
-    assert "code rrlhf/sft.py changed" in as_text(compared(family(1), family(2, code=CODE | {"rrlhf.sft": "9"})))
+    assert "code rrlhf/stages/sft.py changed" in as_text(
+        compared(family(1), family(2, code=CODE | {"rrlhf.stages.sft": "9"}))
+    )
 
 
 def test_equal_settings_with_another_result_are_told():

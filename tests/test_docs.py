@@ -8,15 +8,15 @@ import pytest
 from conftest import save_random_heads
 
 from rrlhf.config import Gold, Health
-from rrlhf.identity.keys import key_document
-from rrlhf.params import load_params
-from rrlhf.policies.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
-from rrlhf.preferences.tables import write_table
-from rrlhf.reporting.report import METRICS
+from rrlhf.data.tables import write_table
+from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.keys import key_document
+from rrlhf.pipeline.launch import call
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.units import CUT
+from rrlhf.policy.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
 from rrlhf.robust import READINGS
-from rrlhf.running.launch import call
-from rrlhf.stages import nodes
-from rrlhf.store.units import CUT
+from rrlhf.tools.reporting.report import METRICS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

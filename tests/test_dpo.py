@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from rrlhf import dpo as stage
 from rrlhf.config import Arm, Launch
-from rrlhf.language_models.models import load_base, load_model
-from rrlhf.language_models.text import Texts
-from rrlhf.params import load_params
-from rrlhf.policies.arm_record import read_arm
-from rrlhf.preferences.tables import preferences
-from rrlhf.running.launch import execute
+from rrlhf.data.tables import preferences
+from rrlhf.models.load import load_base, load_model
+from rrlhf.models.text import Texts
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy.arm_record import read_arm
+from rrlhf.stages import dpo as stage
 
 ROOT = Path(__file__).parents[1]
 ARM = Arm(method="dpo", seed=1)

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from rrlhf.environment import set_environment
-from rrlhf.params import load_params
-from rrlhf.running.numbers import numbers_digests, write_numbers
-from rrlhf.running.plan import Project
-from rrlhf.store.artifacts import TamperedError
-from rrlhf.versioning.datasets import RWLOCK, BusyError, prepare_dataset
-from rrlhf.versioning.records import run_records
-from rrlhf.versioning.setup import follow_git, is_under_git
+from rrlhf.pipeline.artifacts import TamperedError
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.versioning.datasets import RWLOCK, BusyError, prepare_dataset
+from rrlhf.pipeline.versioning.records import run_records
+from rrlhf.pipeline.versioning.setup import follow_git, is_under_git
+from rrlhf.tools.running.numbers import numbers_digests, write_numbers
 
 ROOT = Path(__file__).parents[1]
 ROWS = [{"prompt": f"Say {i}.", "chosen": f"Here you are: {i}.", "rejected": f"No, not {i}."} for i in range(60)]
@@ -257,7 +257,7 @@ def test_a_data_set_waits_for_another_command_and_is_made_once_that_ends(made, c
 
 @pytest.mark.parametrize("lock", ["of the project", "of files"])
 def test_a_command_that_goes_on_holding_the_lock_is_named(made, monkeypatch, lock):
-    monkeypatch.setattr("rrlhf.versioning.datasets.SECONDS_TO_LOCK", 0.0)
+    monkeypatch.setattr("rrlhf.pipeline.versioning.datasets.SECONDS_TO_LOCK", 0.0)
     ask = other_data(made)
     with running(HOLDER if lock == "of the project" else SLEEPER, made.root) as process:
         if lock == "of files":

@@ -8,14 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
+from rrlhf.data.tables import preferences, write_table
 from rrlhf.files import clear
-from rrlhf.identity.keys import canonical, key_digest
-from rrlhf.params import load_params
-from rrlhf.preferences.tables import preferences, write_table
-from rrlhf.running.launch import execute
-from rrlhf.running.plan import Project
-from rrlhf.store.artifacts import Store
-from rrlhf.tracking import Tracker
+from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.keys import canonical, key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.tracking import Tracker
 
 PROFILE = ("--profile", "tiny")
 

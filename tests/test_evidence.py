@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rrlhf.evaluate import gold_at_length
 from rrlhf.located import ParamsError
-from rrlhf.policies.reading import Reading
+from rrlhf.policy.reading import Reading
 from rrlhf.robust import Scores
-from rrlhf.sweeps.comparison import Found, compared
-from rrlhf.sweeps.evidence import at_equal_kl, evidence, holm, win_rate
-from rrlhf.sweeps.experiment import experiments, load_experiment
-from rrlhf.sweeps.show import markdown, tables, write
+from rrlhf.stages.evaluate import gold_at_length
+from rrlhf.tools.sweeps.comparison import Found, compared
+from rrlhf.tools.sweeps.evidence import at_equal_kl, evidence, holm, win_rate
+from rrlhf.tools.sweeps.experiment import experiments, load_experiment
+from rrlhf.tools.sweeps.show import markdown, tables, write
 
 ROOT = Path(__file__).parents[1]
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
@@ -173,8 +173,8 @@ def test_tables_and_pictures_show_it(tmp_path):
 @pytest.mark.parametrize("name", experiments(ROOT))
 def test_every_experiment_can_be_run_as_it_is_written(name):
     """Its settings and every point of its grid are what params.yaml may hold, and its baseline is one of its arms."""
-    from rrlhf.params import load_params
-    from rrlhf.sweeps.grid import points
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.tools.sweeps.grid import points
 
     found = load_experiment(ROOT, name)
     params = load_params(ROOT, found.profile, found.settings)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.policies.excerpts import FILE, PROMPTS, excerpts, read_excerpts
-from rrlhf.policies.learner import Sampled
+from rrlhf.policy.excerpts import FILE, PROMPTS, excerpts, read_excerpts
+from rrlhf.policy.learner import Sampled
 
 ASKED = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Say {n}."}] for n in range(50)]
 

@@ -7,15 +7,15 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.config import TrunkTraining
-from rrlhf.language_models.adapters import Adapted, adapt, adapters, diversity
-from rrlhf.params import load_params
-from rrlhf.preferences.tables import preferences
-from rrlhf.reward_models import finetune as module
-from rrlhf.reward_models.features import pair_features
-from rrlhf.reward_models.finetune import finetune, trainable
-from rrlhf.reward_models.heads import RewardHeads, bootstrap_weights
-from rrlhf.reward_models.objectives import single_loss
-from rrlhf.reward_models.trunk import start_trunk
+from rrlhf.data.tables import preferences
+from rrlhf.models.adapters import Adapted, adapt, adapters, diversity
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards import finetune as module
+from rrlhf.rewards.features import pair_features
+from rrlhf.rewards.finetune import finetune, trainable
+from rrlhf.rewards.heads import RewardHeads, bootstrap_weights
+from rrlhf.rewards.objectives import single_loss
+from rrlhf.rewards.trunk import start_trunk
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.preferences.fingerprints import (
+from rrlhf.data.fingerprints import (
     FILE,
     Changed,
     fingerprint,
@@ -17,7 +17,7 @@ from rrlhf.preferences.fingerprints import (
     tables_with,
     write_hashes,
 )
-from rrlhf.preferences.tables import write_table
+from rrlhf.data.tables import write_table
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 messages = st.lists(

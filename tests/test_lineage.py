@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.lineage.graph import Graph, Product
-from rrlhf.lineage.load import from_versions
-from rrlhf.lineage.rows import digest_start
-from rrlhf.lineage.text import as_json, dot, mermaid, page, tree
-from rrlhf.tracking import Version
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.tracking import Version
+from rrlhf.tools.lineage.load import from_versions
+from rrlhf.tools.lineage.rows import digest_start
+from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree
 
 DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"
 
@@ -232,7 +232,8 @@ def test_a_chain_of_thousands_is_no_trouble():
 
 
 def test_lineage_starts_without_the_heavy_libraries():
-    code = "import sys, rrlhf.lineage, rrlhf.cli; print(sorted({'torch', 'transformers', 'mlflow'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "mlflow"}
+    code = f"import sys, rrlhf.tools.lineage, rrlhf.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from rrlhf.lineage.load import from_versions
-from rrlhf.reporting.markdown import ancestry, comparison, escaped, fenced, table
-from rrlhf.running.plan import Planned, total
-from rrlhf.running.table import percent_done, plan_rows
-from rrlhf.sweeps.comparison import Found, compared
-from rrlhf.sweeps.show import markdown
-from rrlhf.tracking import Version
+from rrlhf.pipeline.plan import Planned, total
+from rrlhf.pipeline.tracking import Version
+from rrlhf.tools.lineage.load import from_versions
+from rrlhf.tools.reporting.markdown import ancestry, comparison, escaped, fenced, table
+from rrlhf.tools.running.table import percent_done, plan_rows
+from rrlhf.tools.sweeps.comparison import Found, compared
+from rrlhf.tools.sweeps.show import markdown
 
 PLAN = [
     Planned("data", "reuse", [], None),

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rrlhf.language_models.models import ModelError, load_base, load_model, most_likely, save_model
-from rrlhf.language_models.text import Texts
-from rrlhf.policies.policy import PolicyTop
-from rrlhf.rollout import sample
+from rrlhf.models.load import ModelError, load_base, load_model, most_likely, save_model
+from rrlhf.models.rollout import sample
+from rrlhf.models.text import Texts
+from rrlhf.models.top import PolicyTop
 
 
 @pytest.fixture(scope="module")

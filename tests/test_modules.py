@@ -2,7 +2,7 @@
 
 import pytest
 
-from rrlhf.identity.modules import Modules, changed_definitions, read_module
+from rrlhf.pipeline.modules import Modules, changed_definitions, read_module
 
 SOURCE = '''
 """A module."""

@@ -8,8 +8,8 @@ import math
 import pytest
 from scipy import stats
 
-from rrlhf.reporting import numbers
-from rrlhf.reporting.trainings import Training
+from rrlhf.tools.reporting import numbers
+from rrlhf.tools.reporting.trainings import Training
 
 
 def measured(mean, stderr=0.1, n=20):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
-from rrlhf.params import load_params
-from rrlhf.reward_models.objectives import preference_loss, single_loss
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.objectives import preference_loss, single_loss
 from rrlhf.robust import Scores
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,8 @@ from datetime import datetime
 import jsonschema
 import pytest
 
-from rrlhf.lineage.graph import Graph, Product
-from rrlhf.lineage.openlineage import as_lines, events
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.tools.lineage.openlineage import as_lines, events
 
 TEXT, URI = {"type": "string"}, {"type": "string", "format": "uri"}
 TIME = {"type": "string", "format": "date-time"}

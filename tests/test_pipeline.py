@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-from flows.serve import start_temporary_server
-from rrlhf.params import load_params
-from rrlhf.running.plan import Project
-from rrlhf.running.uptodate import nothing_to_do
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.tools.running.uptodate import nothing_to_do
+from rrlhf.tools.serving import start_temporary_server
 
 OTHERS = {"dpo-direct", "best_of_n-choosy"}
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"} | OTHERS
@@ -346,7 +346,7 @@ def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell)
     finally:
         source.write_text(sound, encoding="utf-8")
     assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
-    assert planned["ppo-single"]["reasons"] == ["rrlhf/ppo.py: ANSWER added"]
+    assert planned["ppo-single"]["reasons"] == ["rrlhf/stages/ppo.py: ANSWER added"]
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rrlhf.identity.keys import key_digest
-from rrlhf.identity.modules import Modules
-from rrlhf.params import load_params
-from rrlhf.running.partial import Part
-from rrlhf.running.plan import Project
-from rrlhf.running.produce import produce
-from rrlhf.stages import Node
-from rrlhf.store.artifacts import HISTORY, TamperedError
+from rrlhf.pipeline.artifacts import HISTORY, TamperedError
+from rrlhf.pipeline.graph import Node
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.modules import Modules
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.produce import produce
 
 PARAMS = load_params(Path(__file__).parents[1], "tiny")
 
@@ -367,8 +367,8 @@ def folder_of(world, made_of):
 def test_the_plan_is_what_a_run_does(sequence):
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setattr("rrlhf.store.artifacts.sync", lambda path: None)  # the disk is not what this is about
-        patch.setattr("rrlhf.store.artifacts.git_commit", lambda root: None)
+        patch.setattr("rrlhf.pipeline.artifacts.sync", lambda path: None)  # the disk is not what this is about
+        patch.setattr("rrlhf.pipeline.artifacts.git_commit", lambda root: None)
         world = World(Path(folder))
         world.paths = {}
         look_and_run(world, set())

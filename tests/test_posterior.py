@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from rrlhf.reward_models.heads import Pairs, RewardHeads
-from rrlhf.reward_models.posterior import fit, whiten
+from rrlhf.rewards.heads import Pairs, RewardHeads
+from rrlhf.rewards.posterior import fit, whiten
 from rrlhf.robust import AGGREGATIONS, difference_std
 
 

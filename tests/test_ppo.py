@@ -6,12 +6,12 @@ from accelerate import Accelerator
 
 from rrlhf.config import Arm
 from rrlhf.kl import adapted_weight
-from rrlhf.language_models.adapters import merge_adapters
-from rrlhf.language_models.models import load_base
-from rrlhf.policies.judgement import Judgement, arm_reward
-from rrlhf.policies.learner import Course, prepare_learner
-from rrlhf.ppo import collect, optimise, train
+from rrlhf.models.adapters import merge_adapters
+from rrlhf.models.load import load_base
+from rrlhf.policy.judgement import Judgement, arm_reward
+from rrlhf.policy.learner import Course, prepare_learner
 from rrlhf.robust import AGGREGATIONS, Scores
+from rrlhf.stages.ppo import collect, optimise, train
 
 WAYS = [{"trains": "layers"}, {"trains": "layers", "train_layers": 3}, {"trains": "lora"}, {"trains": "full"}]
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]

@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from rrlhf.language_models.models import load_base, load_model, save_model
-from rrlhf.policies.learner import Course, prepare_learner
-from rrlhf.ppo import collect, optimise, train
+from rrlhf.models.load import load_base, load_model, save_model
+from rrlhf.policy.learner import Course, prepare_learner
+from rrlhf.stages.ppo import collect, optimise, train
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
 EIGHT = (PROMPTS * 3)[:8]

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from rrlhf.running.produce import DifferentError, produce
-from rrlhf.store.artifacts import HISTORY, Store
+from rrlhf.pipeline.artifacts import HISTORY, Store
+from rrlhf.pipeline.produce import DifferentError, produce
 
 DOCUMENT = {"stage": "sft", "params": {"epochs": 1}, "inputs": {}, "code": {}, "numerics": {}}
 

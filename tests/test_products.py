@@ -123,7 +123,7 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
         done = shell.apart("reproduce", ROBUST, "--only", "--keep", "again", code=1)
     finally:
         source.write_text(sound, encoding="utf-8")
-    assert "ppo-robust is not what it was made with: rrlhf/ppo.py changed" in done.stderr
+    assert "ppo-robust is not what it was made with: rrlhf/stages/ppo.py changed" in done.stderr
     assert "differs; it first does in ppo-robust" in done.stdout
     assert "its training first parted at step" in done.stdout
     assert list((shell.root / "again").glob("*-ppo-robust/model.safetensors"))

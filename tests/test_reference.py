@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from rrlhf.language_models.models import load_base, load_model, save_model
-from rrlhf.policies.policy import PolicyTop
-from rrlhf.policies.reference import frozen
+from rrlhf.models.load import load_base, load_model, save_model
+from rrlhf.models.top import PolicyTop
+from rrlhf.policy.reference import frozen
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ import yaml
 from rich.console import Console
 
 from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
-from rrlhf.lineage.graph import Graph, Product
-from rrlhf.lineage.text import branches, line
-from rrlhf.pages import visible
-from rrlhf.policies.excerpts import Excerpt
-from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
-from rrlhf.reporting.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.reporting.report import render, reward_in_words, samples, table
-from rrlhf.reporting.trainings import Event, Training, health
-from rrlhf.reporting.verdict import verdict
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.policy.excerpts import Excerpt
+from rrlhf.tools.lineage.text import branches, line
+from rrlhf.tools.pages import visible
+from rrlhf.tools.reporting.evaluation import Evaluation, Measured, Policy
+from rrlhf.tools.reporting.plots import Point, neighbour_means, neighbour_stderrs
+from rrlhf.tools.reporting.report import render, reward_in_words, samples, table
+from rrlhf.tools.reporting.trainings import Event, Training, health
+from rrlhf.tools.reporting.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.05) -> Measured:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rrlhf.reproduction.command import conclusion, verdict
-from rrlhf.reproduction.compare import Comparison, Difference, compare, first_step
-from rrlhf.reproduction.rebuild import Rebuilt
-from rrlhf.store.artifacts import CARD, HISTORY
+from rrlhf.pipeline.artifacts import CARD, HISTORY
+from rrlhf.tools.reproduction.command import conclusion, verdict
+from rrlhf.tools.reproduction.compare import Comparison, Difference, compare, first_step
+from rrlhf.tools.reproduction.rebuild import Rebuilt
 
 FILES = ["model.safetensors", "config.json", "rollouts.parquet", "notes.txt", HISTORY, CARD]
 

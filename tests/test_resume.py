@@ -14,11 +14,12 @@ import pytest
 from conftest import save_random_heads
 
 from rrlhf.config import Arm, Launch
-from rrlhf.identity.keys import key_digest
-from rrlhf.identity.memo import sha256
-from rrlhf.params import load_params
-from rrlhf.running.launch import execute
-from rrlhf.store.artifacts import CHECKPOINT, Store
+from rrlhf.memo import sha256
+from rrlhf.files import CHECKPOINT
+from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
 
 ROOT = Path(__file__).parents[1]
 UPDATES = 6
@@ -27,7 +28,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from rrlhf.config import Launch
-from rrlhf.running.launch import execute
+from rrlhf.pipeline.launch import execute
 job = json.loads(sys.argv[1])
 inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
 execute(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: print(row["step"], flush=True),
@@ -107,7 +108,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, wh
 
 
 def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path, monkeypatch):
-    from rrlhf import ppo
+    from rrlhf.stages import ppo
 
     with pytest.raises(KilledError):
         run(inputs, tmp_path, stops_at(4))

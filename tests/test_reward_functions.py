@@ -14,19 +14,19 @@ from conftest import save_random_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf import best_of_n, evaluate, ppo
 from rrlhf.config import Arm
-from rrlhf.identity.sourcecode import code_behind
-from rrlhf.language_models.models import load_base, save_model
+from rrlhf.data.tables import read_table, write_table
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.policies.arm_record import write_arm
-from rrlhf.policies.judgement import Judgement, arm_reward, reward_metrics
-from rrlhf.policies.reading import load_judges, read_responses, sample_responses
-from rrlhf.policies.reward_functions import load_functions, metric_names
-from rrlhf.preferences.tables import read_table, write_table
+from rrlhf.models.load import load_base, save_model
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.policy.arm_record import write_arm
+from rrlhf.policy.judgement import Judgement, arm_reward, reward_metrics
+from rrlhf.policy.reading import load_judges, read_responses, sample_responses
+from rrlhf.policy.reward_functions import load_functions, metric_names
 from rrlhf.robust import AGGREGATIONS, Scores
-from rrlhf.running.plan import Project
+from rrlhf.sourcecode import code_behind
+from rrlhf.stages import best_of_n, evaluate, ppo
 from rrlhf.types import SUMMARY, Dataset
 
 PROMPTS = [[{"role": "user", "content": "Say a"}], [{"role": "user", "content": "Say b"}]]

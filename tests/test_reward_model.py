@@ -7,12 +7,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from rrlhf import ensemble, evaluate, ppo, reward
-from rrlhf.language_models.models import LanguageModel, load_base, save_model
-from rrlhf.params import load_params
-from rrlhf.preferences.tables import prompts
-from rrlhf.reward_models.scoring import RewardModel, load_reward_model
-from rrlhf.rollout import Samples, response_features, sample, text_lengths
+from rrlhf.data.tables import prompts
+from rrlhf.models.load import LanguageModel, load_base, save_model
+from rrlhf.models.rollout import Samples, response_features, sample, text_lengths
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.scoring import RewardModel, load_reward_model
+from rrlhf.stages import ensemble, evaluate, ppo, reward
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}[reply]"

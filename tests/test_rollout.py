@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from rrlhf.language_models.layers import hidden_states
-from rrlhf.language_models.models import load_base
-from rrlhf.policies.policy import PolicyTop
-from rrlhf.rollout import response_features, sample, sample_in_batches, text_lengths
+from rrlhf.models.layers import hidden_states
+from rrlhf.models.load import load_base
+from rrlhf.models.rollout import response_features, sample, sample_in_batches, text_lengths
+from rrlhf.models.top import PolicyTop
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21, 22, 23], [5, 30, 31, 32]]
 

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf import ensemble, reward
+from rrlhf.data.tables import preferences, write_table
 from rrlhf.judging.perturbations import PERTURBATIONS
 from rrlhf.judging.robustness import robustness
-from rrlhf.language_models.models import load_base, save_model
-from rrlhf.params import load_params
-from rrlhf.preferences.tables import preferences, write_table
-from rrlhf.reward_models.features import PairFeatures
-from rrlhf.reward_models.heads import RewardHeads
-from rrlhf.reward_models.scoring import load_reward_model
+from rrlhf.models.load import load_base, save_model
+from rrlhf.pipeline.params import load_params
+from rrlhf.rewards.features import PairFeatures
+from rrlhf.rewards.heads import RewardHeads
+from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import Scores, mean_reward
+from rrlhf.stages import ensemble, reward
 from rrlhf.types import Message, Preference
 
 ROOT = Path(__file__).parents[1]

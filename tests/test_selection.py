@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.policies.selection import best_of_n_curve, best_of_n_kl, best_of_n_weights, chosen
+from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, best_of_n_weights, chosen
 
 proxies = st.lists(st.integers(-3, 3), min_size=1, max_size=7)  # few values: ties are common
 

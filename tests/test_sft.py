@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rrlhf import sft as stage
 from rrlhf.config import Sft
-from rrlhf.language_models.models import load_base
-from rrlhf.language_models.text import Texts
-from rrlhf.policies.policy import PolicyTop
-from rrlhf.preferences.tables import write_table
+from rrlhf.data.tables import write_table
+from rrlhf.models.load import load_base
+from rrlhf.models.text import Texts
+from rrlhf.models.top import PolicyTop
+from rrlhf.stages import sft as stage
 from rrlhf.types import Demonstration
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +136,7 @@ def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, sett
         out.mkdir()
         program = (
             "import json, sys; from pathlib import Path;"
-            "from rrlhf.config import Launch; from rrlhf.running.launch import execute;"
+            "from rrlhf.config import Launch; from rrlhf.pipeline.launch import execute;"
             "job = json.loads(sys.argv[1]);"
             "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), log=lambda row: None,"
             " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1),"

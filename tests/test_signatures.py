@@ -19,17 +19,17 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from rrlhf.config import Signatures
-from rrlhf.identity.keys import key_digest
-from rrlhf.identity.memo import sha256
-from rrlhf.identity.seal import opened, sealed
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.running.plan import Project
-from rrlhf.running.produce import produce
-from rrlhf.signing.command import sign, written_pair
-from rrlhf.signing.signatures import Notary, notary_of
-from rrlhf.store.artifacts import MANIFEST, SIGNATURE, CopyError, Store, TamperedError, content_digest
-from rrlhf.tracking import Tracker
+from rrlhf.memo import sha256
+from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, CopyError, Store, TamperedError, content_digest
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.produce import produce
+from rrlhf.pipeline.seal import opened, sealed
+from rrlhf.pipeline.signatures import Notary, notary_of
+from rrlhf.pipeline.tracking import Tracker
+from rrlhf.tools.signing.command import sign, written_pair
 
 model_signing = pytest.importorskip("model_signing", reason="pip install 'rrlhf[sign]'")
 
@@ -184,7 +184,7 @@ def test_an_artifact_without_a_signature_is_refused_and_told_how_to_get_one(stor
 def test_a_known_signature_is_verified_again_only_by_a_deep_look(store, artifact, keys, tmp_path, monkeypatch):
     store.checked("sft", artifact.key)
     looks = []
-    monkeypatch.setattr("rrlhf.signing.signatures.invalid", lambda *arguments: looks.append(1))
+    monkeypatch.setattr("rrlhf.pipeline.signatures.invalid", lambda *arguments: looks.append(1))
     again = store_of(tmp_path, *keys)
     again.checked("sft", artifact.key)
     assert not looks
@@ -268,7 +268,7 @@ def test_all_mistakes_in_keys_are_told_at_once(tmp_path, keys, other_keys):
 
 
 def test_a_missing_library_is_told_with_the_way_to_it(tmp_path, keys, monkeypatch):
-    monkeypatch.setattr("rrlhf.signing.signatures.find_spec", lambda name: None)
+    monkeypatch.setattr("rrlhf.pipeline.signatures.find_spec", lambda name: None)
     assert mistakes(tmp_path, *keys) == [
         "signatures: the library that signs and verifies is not installed: pip install 'rrlhf[sign]'"
     ]
@@ -297,9 +297,9 @@ def test_nothing_is_computed_that_would_be_refused(tmp_path, keys):
 
 def test_no_key_no_signature_and_no_library(project):
     code = (
-        "import sys; from pathlib import Path; from rrlhf.params import load_params\n"
-        "from rrlhf.running.plan import Project\n"
-        "import rrlhf.cli, rrlhf.signing.command\n"
+        "import sys; from pathlib import Path; from rrlhf.pipeline.params import load_params\n"
+        "from rrlhf.pipeline.plan import Project\n"
+        "import rrlhf.cli, rrlhf.tools.signing.command\n"
         "root = Path(sys.argv[1]); project = Project(root, 'tiny', load_params(root, 'tiny'))\n"
         "project.plan(); project.check_keys()\n"
         "assert project.store.notary is None\n"

@@ -18,15 +18,16 @@ from typer.testing import CliRunner
 
 from rrlhf.cli import app
 from rrlhf.config import Prepare
-from rrlhf.identity.keys import canonical
-from rrlhf.identity.memo import Memo
-from rrlhf.language_models.sources import pinned_commit, source_digest
+from rrlhf.data.files import hub_rows, is_hub_id, source_files
+from rrlhf.data.load import load_preferences
+from rrlhf.data.rows import FORMATS
+from rrlhf.data.sources import source_digest
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.preferences.data import load_preferences
-from rrlhf.preferences.files import hub_rows, is_hub_id, source_files
-from rrlhf.preferences.rows import FORMATS
-from rrlhf.running.plan import Project
+from rrlhf.memo import Memo
+from rrlhf.models.sources import pinned_commit
+from rrlhf.pipeline.keys import canonical
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Project
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

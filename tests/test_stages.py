@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.config import Arm
-from rrlhf.language_models.models import load_base, save_model
-from rrlhf.params import load_params
-from rrlhf.policies.arm_record import read_arm, write_arm
-from rrlhf.preferences.fingerprints import row_hash
-from rrlhf.preferences.tables import SCHEMAS, columns_of, preferences, prompts, read_table
-from rrlhf.preferences.tasks import WritingTask
-from rrlhf.reporting.report import METRICS
-from rrlhf.reward_models.features import PairFeatures
-from rrlhf.reward_models.heads import RewardHeads
+from rrlhf.data.fingerprints import row_hash
+from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
+from rrlhf.data.tasks import WritingTask
+from rrlhf.models.load import load_base, save_model
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy.arm_record import read_arm, write_arm
+from rrlhf.rewards.features import PairFeatures
+from rrlhf.rewards.heads import RewardHeads
+from rrlhf.stages import ensemble, evaluate, ppo, prepare, reward, sft
+from rrlhf.tools.reporting.report import METRICS
 
 ROOT = Path(__file__).parents[1]
 

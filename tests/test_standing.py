@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from rrlhf.policies.health import Event
-from rrlhf.reporting.evaluation import Evaluation, Measured, Policy
-from rrlhf.reporting.standing import headline, scales, standings
-from rrlhf.reporting.trainings import Training
-from rrlhf.reporting.verdict import verdict
+from rrlhf.policy.health import Event
+from rrlhf.tools.reporting.evaluation import Evaluation, Measured, Policy
+from rrlhf.tools.reporting.standing import headline, scales, standings
+from rrlhf.tools.reporting.trainings import Training
+from rrlhf.tools.reporting.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:

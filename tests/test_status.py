@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params, parse_override
-from rrlhf.running.partial import Part
-from rrlhf.running.plan import Project
-from rrlhf.running.records import last_run, noted
-from rrlhf.running.status import overview, told
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.last_run import last_run, noted
+from rrlhf.pipeline.params import load_params, parse_override
+from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.plan import Project
+from rrlhf.tools.running.status import overview, told
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_the_last_run_is_noted_however_it_ends(tmp_path):
 A_RUN = """
 import sys, time
 from pathlib import Path
-from rrlhf.running.partial import Part
-from rrlhf.running.records import note_end, noted
+from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.last_run import note_end, noted
 time.sleep(1)
 for ran in sys.argv[2:]:
     with noted(Path(sys.argv[1]), "tiny", {}, Part()) as names:

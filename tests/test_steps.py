@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from rrlhf import progress
 from rrlhf.config import Arm, Launch
-from rrlhf.identity.memo import sha256
-from rrlhf.params import load_params
-from rrlhf.policies import steps
-from rrlhf.policies.steps import shuffled
+from rrlhf.files import CHECKPOINT
+from rrlhf.memo import sha256
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+from rrlhf.policy import steps
+from rrlhf.policy.steps import shuffled
 from rrlhf.progress import Interrupted
-from rrlhf.running.launch import execute
-from rrlhf.store.artifacts import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT, "tiny", {"model.base": "random:3x32", "sft.batch_size": 8, "sft.epochs": 3})
@@ -36,8 +36,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from rrlhf.config import Launch
-from rrlhf.policies import steps
-from rrlhf.running.launch import execute
+from rrlhf.policy import steps
+from rrlhf.pipeline.launch import execute
 steps.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 document, inputs, out = map(json.loads, sys.argv[1:])
 execute(document, inputs={name: Path(folder) for name, folder in inputs.items()}, out=Path(out),

@@ -7,11 +7,11 @@ import pytest
 from scipy import stats
 
 from rrlhf.located import ParamsError
-from rrlhf.params import load_params
-from rrlhf.stages import nodes
-from rrlhf.sweeps.comparison import Found, compared
-from rrlhf.sweeps.grid import name_of, parse_grid, points, relevant, shares, trimmed
-from rrlhf.sweeps.show import figure, label, legend, write
+from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.params import load_params
+from rrlhf.tools.sweeps.comparison import Found, compared
+from rrlhf.tools.sweeps.grid import name_of, parse_grid, points, relevant, shares, trimmed
+from rrlhf.tools.sweeps.show import figure, label, legend, write
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,4 @@
-from rrlhf.preferences.tasks import KINDS, TOPICS, writing_tasks
+from rrlhf.data.tasks import KINDS, TOPICS, writing_tasks
 
 
 def test_no_prompt_is_written_twice():

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from rrlhf.language_models.models import load_base
-from rrlhf.language_models.text import Texts, decode, encode, render
+from rrlhf.models.load import load_base
+from rrlhf.models.text import Texts, decode, encode, render
 from rrlhf.types import Preference
 
 # Templates that look at what they are given: a marker in its place would be rendered otherwise.

@@ -3,14 +3,14 @@
 import pytest
 
 from rrlhf.files import clear
-from rrlhf.identity.keys import key_digest
-from rrlhf.params import load_params
-from rrlhf.running.plan import Planned, Project, total
-from rrlhf.running.records import note
-from rrlhf.running.uptodate import unregistered
-from rrlhf.stages import DATA
-from rrlhf.store.artifacts import HISTORY
-from rrlhf.store.cards import about
+from rrlhf.pipeline.artifacts import HISTORY
+from rrlhf.pipeline.cards import about
+from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.last_run import note
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.plan import Planned, Project, total
+from rrlhf.tools.running.uptodate import unregistered
 from rrlhf.types import Dataset
 
 

@@ -7,12 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
-from rrlhf.toy import rewards
-from rrlhf.toy.policy import train
-from rrlhf.toy.problem import expected, kl, make_worlds, optimum, standardise
-from rrlhf.toy.rewards import Learned, learn
-from rrlhf.toy.show import verdict
-from rrlhf.toy.study import GOLD, SINGLE, Setting, arm_rewards, interval, study
+from rrlhf.tools.toy import rewards
+from rrlhf.tools.toy.policy import train
+from rrlhf.tools.toy.problem import expected, kl, make_worlds, optimum, standardise
+from rrlhf.tools.toy.rewards import Learned, learn
+from rrlhf.tools.toy.show import verdict
+from rrlhf.tools.toy.study import GOLD, SINGLE, Setting, arm_rewards, interval, study
 
 
 def reward_and_reference(seed=0):

@@ -24,20 +24,20 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from rrlhf.auditing.audit import Audit
 from rrlhf.files import clear
-from rrlhf.identity.keys import key_digest
-from rrlhf.lineage.load import from_versions, load
-from rrlhf.lineage.lookup import Lookup
-from rrlhf.lineage.text import line as in_a_line
-from rrlhf.lineage.text import tree
-from rrlhf.params import load_params
-from rrlhf.policies.health import DivergedError
-from rrlhf.stages import nodes
-from rrlhf.store.artifacts import CARD, HISTORY, Artifact, CopyError, Store, TamperedError
-from rrlhf.store.cards import without_front_matter
-from rrlhf.tracking import Tracker, TrackingError, server
-from rrlhf.tracking.relocate import relocate
+from rrlhf.pipeline.artifacts import CARD, HISTORY, Artifact, CopyError, Store, TamperedError
+from rrlhf.pipeline.cards import without_front_matter
+from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.tracking import Tracker, TrackingError, server
+from rrlhf.pipeline.tracking.relocate import relocate
+from rrlhf.policy.health import DivergedError
+from rrlhf.tools.auditing.audit import Audit
+from rrlhf.tools.lineage.load import from_versions, load
+from rrlhf.tools.lineage.lookup import Lookup
+from rrlhf.tools.lineage.text import line as in_a_line
+from rrlhf.tools.lineage.text import tree
 from rrlhf.types import Dataset
 
 PROJECT = Path(__file__).parent.parent
@@ -414,8 +414,8 @@ def test_the_store_is_not_touched_by_registering(tracker, family):
 KILLED_WHILE_COPYING = """
 import resource, signal, sys
 from pathlib import Path
-from rrlhf.store.artifacts import Store
-from rrlhf.tracking import Tracker
+from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.tracking import Tracker
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when a file grows past the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 root = Path(sys.argv[1])
@@ -477,8 +477,8 @@ def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(roo
 AFTER_A_MOVE = """
 import json, shutil, sys
 from pathlib import Path
-from rrlhf.store.artifacts import Store
-from rrlhf.tracking import Tracker
+from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.tracking import Tracker
 root = Path(sys.argv[1])
 tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
 with tracker.promotions() as promotions:
@@ -626,7 +626,7 @@ def tiny_policy(staged):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from rrlhf.language_models.models import CHAT_TEMPLATE, LanguageModel, save_model
+    from rrlhf.models.load import CHAT_TEMPLATE, LanguageModel, save_model
 
     characters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
     raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))

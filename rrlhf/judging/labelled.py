@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rrlhf.data.files import require_columns, rows_of, source_files
+from rrlhf.data.load import Place, Rejected, refuse_repetition
+from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, plain_row, subset_of
 from rrlhf.located import UsageError, did_you_mean
-from rrlhf.preferences.data import Place, Rejected, refuse_repetition
-from rrlhf.preferences.files import require_columns, rows_of, source_files
-from rrlhf.preferences.rows import FIXES, FORMATS, Format, Row, RowError, plain_row, subset_of
 from rrlhf.types import Preference
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def prompt_numbers(pairs: Sequence[Preference]) -> Tensor:
     """Return a number for every pair, [pairs]; equal where the prompts count as the same."""
     import torch
 
-    from rrlhf.preferences.data import prompt_hash
+    from rrlhf.data.load import prompt_hash
 
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(prompt_hash(pair.prompt), len(numbers)) for pair in pairs])

@@ -43,7 +43,7 @@ from rrlhf.judging.content import (
     Share,
 )
 from rrlhf.losses import gaussian_log_odds
-from rrlhf.reward_models.heads import Pairs, RewardHeads
+from rrlhf.rewards.heads import Pairs, RewardHeads
 from rrlhf.robust import READINGS, Scores, difference_std, head_spread, mean_reward
 from rrlhf.types import Metrics
 

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from rrlhf.embeddings import Embedder
-from rrlhf.reward_models.posterior import fit
+from rrlhf.judging.embeddings import Embedder
+from rrlhf.rewards.posterior import fit
 from rrlhf.types import Message, Preference
 
 PRECISION = 1000.0  # of the prior on its weights, strong: a few dozen prompts and hundreds of features

@@ -1,0 +1,205 @@
+"""Preference data from files and from the hub, checked row by row, and split by prompt.
+
+Nothing is dropped in silence: a bad row is rejected by a named rule (rrlhf/data/rows.py) with its file and
+line, and too many of them fail the stage. What a row has besides the columns of its format is kept with it, for reward
+functions. Blank lines are ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+from rrlhf.data.files import close_match, hub_rows, require_columns, rows_of, source_files
+from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, normalised
+from rrlhf.types import Json, Message, Preference
+
+Place = tuple[str, int]  # file and line, or row
+
+
+class Rejected(NamedTuple):
+    """A row that breaks a rule, and where it stands: its line in .jsonl, .csv and .tsv, its row elsewhere, from 1."""
+
+    file: str
+    line: int
+    rule: str
+    detail: str
+
+
+class Loaded(NamedTuple):
+    """Good rows in the order of the source, with what each has beside the columns of its format, and bad rows."""
+
+    preferences: list[Preference]
+    columns: list[dict[str, Json]]
+    rejected: list[Rejected]
+
+
+def load_preferences(
+    source: str,
+    *,
+    format: str,
+    max_rejected: float,
+    limit: int | None,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    check: Callable[[list[Message]], object] = bool,
+) -> Loaded:
+    """Return the first `limit` good rows of files or of a hub data set, and all rows rejected on the way.
+
+    check: raises RowError for a prompt that the model cannot be asked.
+    revision, config, split: of a data set on the hub; without a revision, `source` names files. Raises ValueError when
+    the source cannot be read, lacks a column, holds no good row, or when more than the share `max_rejected` of the rows
+    read is bad.
+    """
+    layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
+    if revision is None:
+        rows = rows_of(source_files(source), layout)
+    else:
+        rows = hub_rows(source, layout, revision=revision, config=config, split=split)
+    for _ in _reading(rows, layout, loaded, names, check):
+        if len(loaded.preferences) == limit:
+            break
+    _refuse_bad_data(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
+    return loaded
+
+
+@cache
+def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest: str) -> frozenset[str]:
+    """Return the columns beside those of its format that files have, read no further than a good row and all wanted.
+
+    digest: of the content, so that a run that looks twice reads once. Raises ValueError when there is no good row.
+    """
+    layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
+    rows = rows_of(source_files(source), layout)
+    for _ in _reading(rows, layout, loaded, names):
+        if loaded.preferences:
+            break
+    _refuse_bad_data(source, loaded, names, layout, 1.0)
+    found = set(loaded.columns[0])
+    while not wanted <= found and (one := next(rows, None)):
+        found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
+    return frozenset(found)
+
+
+def prompt_hash(prompt: list[Message]) -> str:
+    """Return the sha256 of what counts as the same prompt: roles and texts, whatever their case, width or spacing."""
+    return _sha256([[message["role"], normalised(message["content"])] for message in prompt])
+
+
+def split_by_prompt(prompts: Sequence[list[Message]], shares: Mapping[str, float], seed: int) -> list[str]:
+    """Return for every prompt the name of its split, which depends on the prompt, the shares and the seed alone.
+
+    sha256("seed:prompt_hash") is a position in [0, 1), compared with the cumulated shares, so rows of one prompt
+    never part, and adding rows never moves others. Raises ValueError unless the shares are in [0, 1] and sum to 1.
+    """
+    if not all(0 <= share <= 1 for share in shares.values()) or not abs(math.fsum(shares.values()) - 1) <= 1e-9:
+        raise ValueError(f"shares {dict(shares)} must lie in [0, 1] and sum to 1")
+    names = list(shares)
+    cumulated = list(itertools.accumulate(shares.values()))
+    edges = [edge / cumulated[-1] for edge in cumulated]  # the last one exactly 1, whatever was rounded
+    return [names[bisect_right(edges, _position(f"{seed}:{prompt_hash(prompt)}"))] for prompt in prompts]
+
+
+def _position(key: str) -> float:
+    """Return a number in [0, 1) from the leading 53 bits of a digest: all that a float can hold without rounding."""
+    return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11) / 2**53
+
+
+def _layout(format: str) -> Format:
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}{close_match(format, FORMATS)}; there are {', '.join(FORMATS)}")
+    return FORMATS[format]
+
+
+def _reading(
+    rows: Iterator[tuple[str, int, Row | RowError]],
+    layout: Format,
+    loaded: Loaded,
+    names: dict[str, None],
+    check: Callable[[list[Message]], object] = bool,
+) -> Iterator[None]:
+    """Add rows to what is loaded, and their columns to `names`, in place; stop for a look after each."""
+    seen: dict[str, Place] = {}
+    for file, line, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            names |= dict.fromkeys(row)
+            preference = layout.read(row)
+            check(preference.prompt)
+            refuse_repetition(preference.prompt, [preference.chosen], [preference.rejected], (file, line), seen)
+        except RowError as error:
+            loaded.rejected.append(Rejected(file, line, error.rule, error.detail))
+        else:
+            loaded.preferences.append(preference)
+            loaded.columns.append(_further(row, layout))
+        yield
+
+
+def _further(row: Row, layout: Format) -> dict[str, Json]:
+    """Return what a row has beside the columns of its format, less what JSON cannot say (bytes, dates)."""
+    rest = {name: value for name, value in row.items() if name not in layout.needed + layout.optional}
+    return {name: value for name, value in rest.items() if value is not None and _is_json(value)}  # type: ignore[misc]
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def refuse_repetition(
+    prompt: list[Message], chosen: Sequence[str], rejected: Sequence[str], place: Place, seen: dict[str, Place]
+) -> None:
+    """Reject a row that repeats or contradicts an earlier good row; the earlier one stays. Notes the row in `seen`."""
+    asked, better, worse = prompt_hash(prompt), [*map(normalised, chosen)], [*map(normalised, rejected)]
+    same, swapped = _sha256([asked, better, worse]), _sha256([asked, worse, better])
+    if same in seen:
+        raise RowError("duplicate", f"same as {_told(seen[same], place)}")
+    if swapped in seen:
+        raise RowError(
+            "conflicting_label", f"{_told(seen[swapped], place)} prefers the other; this later row is rejected"
+        )
+    seen[same] = place
+
+
+def _told(place: Place, seen_from: Place) -> str:
+    return f"line {place[1]}" if place[0] == seen_from[0] else f"{place[0]}:{place[1]}"
+
+
+def _refuse_bad_data(
+    source: str, loaded: Loaded, names: Mapping[str, None], layout: Format, max_rejected: float
+) -> None:
+    bad = len(loaded.rejected)
+    total = bad + len(loaded.preferences)
+    if not total:
+        raise ValueError(f"{source}: there is no row; name another file, or fill this one")
+    counts = Counter(row.rule for row in loaded.rejected).most_common()
+    if names:
+        lacks_prompt = not loaded.preferences and "no_prompt" in dict(counts) and "conversations" not in names
+        require_columns(source, [*names], layout, prompt=lacks_prompt)
+    if loaded.preferences and bad / total <= max_rejected:
+        return
+    share = f"{bad} of {total} rows are bad ({bad / total:.1%}; max_rejected allows {max_rejected:.1%})"
+    raise ValueError(
+        f"{source}: {share if loaded.preferences else f'none of {total} rows is good'}\n"
+        + "".join(f"  {count} {rule}: {FIXES[rule]}\n" for rule, count in counts)
+        + "for example\n"
+        + "".join(f"  {row.file}:{row.line}: {row.rule}: {row.detail}\n" for row in loaded.rejected[:3])
+        + f"mend the rows{',' if loaded.preferences else ' or'} check that the format fits"
+        + (", or raise max_rejected" if loaded.preferences else "")
+    )
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,329 @@
+"""Language models: where they come from, what of them is refused, and how they are saved."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from rrlhf.config import Model
+from rrlhf.files import sync, write
+from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.memo import sha256
+from rrlhf.models.attention import PACKED, register
+from rrlhf.models.sources import base_location
+from rrlhf.models.trial import LONG, refusal
+
+Row = TypeVar("Row")
+Part = TypeVar("Part")
+
+# Of a tokenizer that brings none.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+CONVERTED = "converted.json"  # beside the weights of a GGUF file as plain tensors: their digests
+
+
+class LanguageModel(NamedTuple):
+    """A causal language model with its tokenizer. Its weights are float32 in memory."""
+
+    network: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    dtype: torch.dtype = torch.float32  # of its weights when they are saved
+    notes: tuple[str, ...] = ()  # what a person should know of how it is used
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers it has."""
+        return len(self.network.model.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return torch.device(self.network.device)
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response; the first is the one that the chat template writes."""
+        found: list[int] = self.network.generation_config.eos_token_id
+        return found
+
+    @property
+    def end(self) -> int:
+        """The token with which the chat template ends a response."""
+        return self.ends[0]
+
+
+class ModelError(ValueError):
+    """A model cannot be used as it is: every reason, a line each, and the way out."""
+
+
+def accelerator(model: Model) -> Accelerator:
+    """Return the device and the processes of this run. Precision is ours (`autocast`): heads stay in float32."""
+    return Accelerator(cpu=device_kind(model.device) == "cpu")
+
+
+def autocast(model: Model) -> torch.autocast:
+    """Return the context in which a language model's layers run."""
+    device = device_kind(model.device)
+    return torch.autocast(device, torch.bfloat16, enabled=dtype_name(model.dtype, device) == "bfloat16")
+
+
+def microbatches(
+    engine: Accelerator, network: nn.Module, rows: list[Row], size: int
+) -> Iterator[tuple[list[Row], AbstractContextManager[object]]]:
+    """Split a batch into parts that fit in memory, each with the context of its backward pass.
+
+    Gradients accumulate over the parts and are exchanged between processes with the last one only.
+    """
+    yield from accumulated(engine, network, [rows[i : i + size] for i in range(0, len(rows), size)])
+
+
+def accumulated(
+    engine: Accelerator, network: nn.Module, parts: Sequence[Part]
+) -> Iterator[tuple[Part, AbstractContextManager[object]]]:
+    """Yield the parts of a batch, each with the context of its backward pass: only the last exchanges gradients."""
+    for part in parts[:-1]:
+        yield part, engine.no_sync(network)
+    yield parts[-1], contextlib.nullcontext()
+
+
+def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> LanguageModel:
+    """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random.
+
+    weights: whether they are read; without them the model has shapes only. fetch: whether files of the hub that are not
+    here are downloaded. Raises ModelError when it cannot be used.
+    """
+    if model.base.startswith("random:"):
+        return _ready(_random_model(model.base), model.base, model)
+    place = base_location(model)
+    if isinstance(place, Path) and place.suffix == ".gguf":
+        place = _converted(place)
+    return _loaded(place, model.base, model, weights=weights, fetch=fetch)
+
+
+def load_model(folder: Path) -> LanguageModel:
+    """Load a saved model folder. Raises ModelError when it cannot be used."""
+    return _loaded(folder, str(folder))
+
+
+def save_model(language: LanguageModel, folder: Path) -> None:
+    """Write a folder that transformers loads: safetensors weights, config and tokenizer.
+
+    The network's weights are given the dtype that they are saved in, in place: saving comes last.
+    """
+    language.network.to(language.dtype).save_pretrained(folder)
+    language.tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
+    """Return the tokens of the response that takes the most likely token at every step, its end included."""
+    entering = torch.tensor([prompt], device=language.device)
+    output = language.network.generate(
+        entering,
+        attention_mask=torch.ones_like(entering),
+        max_new_tokens=response_tokens,
+        do_sample=False,
+        eos_token_id=language.ends,
+        pad_token_id=language.end,
+    )
+    said: list[int] = output[0, len(prompt) :].tolist()
+    return said
+
+
+def _loaded(
+    place: Path | str, name: str, model: Model | None = None, *, weights: bool = True, fetch: bool = False
+) -> LanguageModel:
+    """Load a folder or a hub id; model: the settings of which it is the base."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import find_adapter_config_file
+
+    is_local = isinstance(place, Path)
+    options: dict[str, Any] = {"local_files_only": is_local or not fetch}
+    options |= {"revision": model.revision} if model and not is_local else {}
+    if find_adapter_config_file(place, **options):
+        raise ModelError(
+            f"{name}: an adapter, not a model. Merge it into its base first, and name the folder with the result: "
+            "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), and the "
+            "tokenizer likewise"
+        )
+    stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
+    where = {} if weights else {"device_map": "meta"}
+    with _quiet():  # what transformers would report is refused below
+        network, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
+        )
+    kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
+    language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
+    return _ready(language, name, model, [*_weight_problems(report)])
+
+
+def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
+    """Yield what transformers says about weights that it did not find, did not expect, or that have other shapes."""
+    mismatched = {each if isinstance(each, str) else each[0] for each in report.get("mismatched_keys", ())}
+    for names, what in (
+        (set(report.get("missing_keys", ())), "are not in its file, so they would be drawn at random"),
+        (set(report.get("unexpected_keys", ())), "are in its file and belong to no part of a causal language model"),
+        (mismatched, "have other shapes in its file than config.json says"),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            yield f"weights {shown} {what}"
+    yield from (str(error) for error in report.get("error_msgs", ()))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _ready(
+    language: LanguageModel, name: str, model: Model | None = None, problems: Sequence[str] = ()
+) -> LanguageModel:
+    """Make a model ready to run by its layers; model: the settings of which it is the base.
+
+    Raises ModelError with these problems and all that it finds.
+    """
+    network, tokenizer, *_ = language
+    network.eval()  # no stage wants dropout
+    notes = []
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
+    problems = [*problems, *_tokenizer_problems(network, tokenizer)]
+    if model and "strftime_now(" in tokenizer.get_chat_template():
+        problems += _pin_date(tokenizer, date.fromisoformat(model.date))
+        notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
+    tokens = model.prompt_tokens + model.response_tokens if model else LONG
+    if why := refusal(network.config, tokens):
+        problems.append(why)
+    if problems:
+        raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
+    network.generation_config.eos_token_id = _ends(network, tokenizer)
+    register()
+    network.set_attn_implementation(PACKED)
+    return language._replace(notes=tuple(notes))
+
+
+def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:
+    rows, last = network.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if last >= rows:
+        yield (
+            f"its tokenizer has ids up to {last}, its embeddings {rows} rows: call resize_token_embeddings, train the "
+            "new rows, and save the model again"
+        )
+    if tokenizer.eos_token_id is None:
+        yield "its tokenizer has no end-of-sequence token"
+
+
+def _pin_date(tokenizer: Any, day: date) -> list[str]:
+    """Have a chat template print this day instead of today's, in place: a prompt must not depend on the calendar."""
+    template = tokenizer.get_chat_template()  # of several by name, the one for chats
+    fixed = PRINTED_DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)
+    if "strftime_now(" in fixed:
+        return ["its chat template prints the time in a way that cannot be pinned; put a fixed date into the template"]
+    tokenizer.chat_template = fixed
+    return []
+
+
+def _ends(network: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response, first the one that the chat template writes behind it."""
+    listed = network.generation_config.eos_token_id
+    known = listed if isinstance(listed, list) else [listed]
+    written = _written_end(tokenizer)
+    return [*dict.fromkeys(end for end in (written, *known, tokenizer.eos_token_id) if end is not None)]
+
+
+def _written_end(tokenizer: Any) -> int | None:
+    """Return the first special token that the chat template writes behind a response; None where it writes none."""
+    said = "A plain answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
+    _, _, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return next((token for token in tokens if token in special), None)
+
+
+def _converted(gguf: Path) -> Path:
+    """Return the folder with a GGUF file's weights as plain tensors; converted once: parsing takes half a minute."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rrlhf" / "base"
+    folder = cache / f"{sha256(gguf)}-{version('transformers')}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as beside:
+            network = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            staged = Path(beside) / "model"
+            save_model(LanguageModel(network, tokenizer), staged)
+            write(staged / CONVERTED, json.dumps(_digests(staged), indent=1))
+            for path in staged.iterdir():
+                sync(path)
+            with contextlib.suppress(OSError):  # another process was first
+                staged.rename(folder)
+    if json.loads((folder / CONVERTED).read_bytes()) != _digests(folder):
+        raise ModelError(f"{folder}: not what was made of {gguf.name}; to have it made again: rm -r {folder}")
+    return folder
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CONVERTED}
+
+
+def _random_model(base: str) -> LanguageModel:
+    """Make a tiny character-level Llama, `random:LAYERSxWIDTH`, always the same for the same text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    layers, width = (int(number) for number in base.removeprefix("random:").split("x"))
+    special = ["<pad>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+    ascii_letters = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii()]
+    vocabulary = {token: i for i, token in enumerate([*special, "Ġ", "Ċ", *sorted(ascii_letters)])}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    bytewise.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(config)
+    return LanguageModel(network, tokenizer)

@@ -1,0 +1,140 @@
+"""How text becomes tokens within the limits of the settings, and how much of it is cut."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from rrlhf.config import Model
+from rrlhf.models.load import LanguageModel
+from rrlhf.progress import is_main_process, say
+from rrlhf.types import Message, Metrics, Preference
+
+PROMPTS, RESPONSES, PAIRS = "prompts", "responses", "pairs"
+
+
+class NoRoomError(ValueError):
+    """A prompt's system turn and headers alone are longer than prompts may be."""
+
+
+class Texts:
+    """The texts that one stage hands to a language model, as tokens; counts each text once."""
+
+    def __init__(self, language: LanguageModel, model: Model) -> None:
+        self._language, self._model = language, model
+        self._encoded: dict[str, list[int]] = {}  # prompts by their messages
+        self._is_cut: dict[str, dict[str, bool]] = {}  # by kind and text
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return a prompt's tokens up to where the assistant begins, as the chat template writes them.
+
+        Special tokens in what users wrote are plain text. A prompt that is longer than `model.prompt_tokens` loses its
+        oldest turns, and then the beginning of its last one; the system turn and all headers stay.
+        """
+        key = json.dumps(messages)
+        if key not in self._encoded:
+            turns = [*messages]
+            if self._model.system_prompt is not None and turns[0]["role"] != "system":
+                turns = [Message(role="system", content=self._model.system_prompt), *turns]
+            whole = self._rendered(turns)
+            fits = self._fits(whole)
+            self._encoded[key] = whole if fits else self._shortened(turns)
+            self._count(PROMPTS, key, not fits)
+        return self._encoded[key]
+
+    def response(self, text: str) -> list[int]:
+        """Return a response's tokens without an end, cut to `model.response_tokens`."""
+        tokens = encode(self._language, text)
+        self._count(RESPONSES, text, len(tokens) > self._model.response_tokens)
+        return tokens[: self._model.response_tokens]
+
+    def answer(self, text: str) -> list[int]:
+        """Return a response as the model would say it: with its end, unless the limit comes first."""
+        return [*self.response(text), self._language.end][: self._model.response_tokens]
+
+    def apart(self, pairs: Sequence[Preference], encoded: Callable[[str], list[int]]) -> list[Preference]:
+        """Leave out pairs whose responses are the same when cut: they state no preference.
+
+        encoded: `response` or `answer`. Raises ValueError when that leaves none.
+        """
+        different = []
+        for pair in pairs:
+            is_same = encoded(pair.chosen) == encoded(pair.rejected)
+            self._count(PAIRS, json.dumps(pair), is_same)
+            different += [] if is_same else [pair]
+        if pairs and not different:
+            raise ValueError(
+                f"cut to {self._model.response_tokens} tokens, the two responses of every pair are the same: raise "
+                "response_tokens"
+            )
+        return different
+
+    @property
+    def cut(self) -> Metrics:
+        """The share of each kind of text that was cut so far, 0 to 1; of pairs, those that `apart` left out."""
+        return {f"cut_{kind}": sum(cut.values()) / len(cut) for kind, cut in self._is_cut.items()}
+
+    def told(self, label: str) -> Metrics:
+        """Say on the terminal what was cut so far, and return it."""
+        limits = {PROMPTS: self._model.prompt_tokens, RESPONSES: self._model.response_tokens}
+        for kind, cut in self._is_cut.items():
+            if any(cut.values()) and is_main_process():
+                what = f"cut to {limits[kind]} tokens" if kind in limits else "left out, the same when cut"
+                share = f"{sum(cut.values()) / len(cut):.1%}"
+                say(f"{label}: {sum(cut.values())} of {len(cut)} {kind} {what} ({share})")
+        return self.cut
+
+    def _count(self, kind: str, text: str, is_cut: bool) -> None:
+        self._is_cut.setdefault(kind, {})[text] = is_cut
+
+    def _fits(self, tokens: list[int]) -> bool:
+        return len(tokens) <= self._model.prompt_tokens
+
+    def _rendered(self, turns: list[Message]) -> list[int]:
+        return render(self._language, turns)
+
+    def _shortened(self, turns: list[Message]) -> list[int]:
+        """Return the tokens of the longest end of a dialogue that fits; its system turn stays.
+
+        Raises NoRoomError when not even one character of the last turn fits.
+        """
+        system = [turn for turn in turns[:1] if turn["role"] == "system"]
+        rest = turns[len(system) :]
+        while len(rest) > 2:  # a question with its answer goes at a time
+            rest = rest[2:]
+            if self._fits(tokens := self._rendered([*system, *rest])):
+                return tokens
+        *before, last = rest
+
+        def without(removed: int) -> list[int]:
+            end = Message(role=last["role"], content=last["content"][removed:])
+            return self._rendered([*system, *before, end])
+
+        most = len(last["content"]) - 1
+        removed = bisect_left(range(most), True, key=lambda n: self._fits(without(n)))
+        if not self._fits(tokens := without(removed)):
+            raise NoRoomError(
+                f"prompt_tokens {self._model.prompt_tokens} leaves no room for a prompt: the chat template with its "
+                f"system turn and one character takes {len(tokens)} tokens; raise it, or shorten the system turn"
+            )
+        return tokens
+
+
+def render(language: LanguageModel, turns: Sequence[Message]) -> list[int]:
+    """Return the tokens of a dialogue up to where the assistant begins; what users wrote is no special token."""
+    tokens: list[int] = language.tokenizer.apply_chat_template(
+        list(turns), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+    return tokens
+
+
+def encode(language: LanguageModel, text: str) -> list[int]:
+    """Return a text's tokens; nothing in it is read as a special token."""
+    encoded = language.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return list(encoded["input_ids"])
+
+
+def decode(language: LanguageModel, tokens: list[int]) -> str:
+    """Return the text of response tokens, without the end of sequence."""
+    return str(language.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,0 +1,121 @@
+"""The part of a language model that trains as a policy, and what it says about given responses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from rrlhf.models.attention import Packing, groups
+from rrlhf.models.layers import through
+from rrlhf.models.load import LanguageModel
+
+
+class Read(NamedTuple):
+    """What a policy says about given responses."""
+
+    logprobs: Tensor  # [batch, response tokens]; 0 off the mask
+    values: Tensor  # [batch, response tokens]; 0 off the mask
+    states: Tensor | None  # [batch, tokens, width] that enter the layer that was asked for
+
+
+def first_trained(language: LanguageModel, train_layers: int, setting: str) -> int:
+    """Return the lowest of the top layers that train; raises ValueError when there are fewer layers."""
+    if train_layers > language.layers:
+        raise ValueError(f"{setting} {train_layers}: the model has {language.layers} layers; set it to at most that")
+    return language.layers - train_layers
+
+
+def split_responses(
+    rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `PolicyTop.read` asks for rows of tokens: prompt_lengths, responses and mask."""
+    said = [torch.tensor(row[length:], device=device) for row, length in zip(rows, prompt_lengths, strict=True)]
+    responses = pad_sequence(said, batch_first=True)
+    counts = torch.tensor([len(tokens) for tokens in said], device=device)
+    mask = torch.arange(responses.shape[1], device=device) < counts[:, None]
+    return torch.tensor(prompt_lengths, device=device), responses, mask
+
+
+class PolicyTop(nn.Module):
+    """The trainable part of a policy with its value head; the language model's own modules, not copies."""
+
+    def __init__(self, language: LanguageModel, first: int | None) -> None:
+        """Take the layers from `first` on; None: the embeddings too."""
+        super().__init__()
+        network = language.network
+        self.first = first
+        self.embed = network.model.embed_tokens if first is None else None
+        self.rotary = network.model.rotary_emb
+        self.layers = network.model.layers[first or 0 :]
+        self.norm = network.model.norm
+        self.unembed = network.lm_head
+        self.value = nn.Linear(network.config.hidden_size, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+        self.to(language.device)
+
+    def forward(
+        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask."""
+        logprobs, values, _ = self.read(entering, prompt_lengths, responses, mask)
+        return logprobs, values
+
+    def read(
+        self,
+        entering: Tensor,
+        prompt_lengths: Tensor,
+        responses: Tensor,
+        mask: Tensor,
+        layer: int | None = None,
+        tokens: int | None = None,
+    ) -> Read:
+        """Read responses, with the states that enter `layer`, counted from the network's first.
+
+        entering: what the frozen layers left, [batch, tokens, width], or tokens [batch, tokens] where everything
+        trains; padded on the right. Logits, the largest tensor by far, exist only for the tokens that count. tokens:
+        read so many at a time, in a pass without gradients; None: all of them.
+        """
+        if tokens is None:
+            return self._read(entering, prompt_lengths, responses, mask, layer)
+        logprobs, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
+        states = None
+        steps = mask.sum(1)
+        for rows in groups(prompt_lengths + steps, tokens):
+            longest, most = int((prompt_lengths + steps)[rows].max()), int(steps[rows].max())
+            part = entering[rows, :longest], prompt_lengths[rows], responses[rows, :most], mask[rows, :most]
+            read = self._read(*part, layer)
+            logprobs[rows, :most], values[rows, :most] = read.logprobs, read.values
+            if read.states is not None:
+                if states is None:
+                    states = read.states.new_zeros(*entering.shape[:2], read.states.shape[2])
+                states[rows, :longest] = read.states
+        return Read(logprobs, values, states)
+
+    def _read(
+        self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None
+    ) -> Read:
+        packing = Packing.of(prompt_lengths + mask.sum(1))
+        row, step = mask.nonzero(as_tuple=True)
+        hidden, below = packing.packed(entering), 0 if layer is None else layer - (self.first or 0)
+        hidden = hidden if self.embed is None else self.embed(hidden)
+        entered = through(self.layers[:below], self.rotary, hidden, packing=packing)
+        hidden = through(self.layers[below:], self.rotary, entered, packing=packing)
+        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
+        logprobs = -nn.functional.cross_entropy(self.unembed(final).float(), responses[mask], reduction="none")
+        values = self.value(final).float().squeeze(-1)
+        empty = torch.zeros(mask.shape, device=final.device)
+        states = None if layer is None else packing.grid(entered)
+        return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
+
+    def reference(self) -> PolicyTop:
+        """Return a frozen copy: with what is shared below it is the reference policy."""
+        shared = (
+            {} if self.first is None else {id(self.unembed): self.unembed}
+        )  # the largest matrix, if it never trains
+        return copy.deepcopy(self, shared).requires_grad_(False).eval()

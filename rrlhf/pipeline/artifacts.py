@@ -1,0 +1,330 @@
+"""The store: immutable folders `artifacts/<stage>/<key>/`, published by one rename and checked at every use.
+
+A folder is named by its key, so finding a result needs no index. `artifact.json` in it records the key document,
+the sha256 of every file, and the content digest that names this artifact as an input of others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+from rrlhf import hardware
+from rrlhf.files import sync
+from rrlhf.locks import locked
+from rrlhf.memo import Memo
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.cards import card, last_values
+from rrlhf.pipeline.graph import DATA, EXTERNAL
+from rrlhf.pipeline.keys import Document, key_digest
+from rrlhf.pipeline.seal import opened, sealed
+from rrlhf.progress import in_words
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.signatures import Notary
+
+MANIFEST = "artifact.json"
+SIGNATURE = "model.sig"  # of the manifest and all that it lists, where there are keys (rrlhf/pipeline/signatures.py)
+HISTORY = "history.jsonl"  # the stage's log, with times
+CARD = "README.md"  # what the artifact says of itself to people
+BESIDE = frozenset({HISTORY, CARD})  # files that tell of the content: checked like all others, but not in its digest
+
+
+class TamperedError(Exception):
+    """A stored file is not what its manifest says."""
+
+
+class CopyError(TamperedError):
+    """What the registry keeps of an artifact that is not here is not what was registered."""
+
+
+class Beside(TypedDict, total=False):
+    """What a manifest tells of an artifact that is part of neither its key nor its digest."""
+
+    definitions: Mapping[str, str]  # digests of the functions in its code, for telling later which of them changed
+    dataset: Mapping[str, str]  # what is known of the data set below it (`rrlhf.pipeline.cards.about`), for its card
+    input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
+    profile: str  # for which it was made
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One published result."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The node that made it."""
+        return str(self.manifest["name"])
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it."""
+        return str(self.manifest["document"]["stage"])
+
+    @property
+    def key(self) -> str:
+        """The sha256 of its key document."""
+        return str(self.manifest["key"])
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its content."""
+        return str(self.manifest["digest"])
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Content digest of every input, by argument name."""
+        return dict(self.manifest["document"]["inputs"])
+
+    @property
+    def input_keys(self) -> dict[str, str]:
+        """The key by which each input was made, by argument name; older artifacts do not tell."""
+        return dict(self.manifest.get("input_keys", {}))
+
+    @property
+    def made_from(self) -> list[str]:
+        """The inputs that are artifacts: neither the data set nor what lies outside the project."""
+        return [argument for argument in self.inputs if argument not in {DATA, *EXTERNAL}]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of every number that the stage logged."""
+        return dict(self.manifest["metrics"])
+
+    @property
+    def product(self) -> Product:
+        """What it is in a lineage; its names in the registry are not known here."""
+        return Product(
+            digest=self.digest,
+            key=self.key,
+            node=self.name,
+            stage=self.stage,
+            inputs=self.inputs,
+            input_keys=self.input_keys,
+            profile=self.manifest.get("profile", ""),
+            document=self.manifest["document"],
+            metrics=self.metrics,
+            commit=self.manifest["git_commit"] or "",
+            created=self.manifest["created"],
+            seconds=self.manifest["seconds"],
+        )
+
+    @property
+    def made(self) -> str:
+        """Where it is and when it was made, in words."""
+        when, took = self.manifest["created"], in_words(float(self.manifest["seconds"]))
+        return f"artifacts/{self.stage}/{self.key}, made {when} in {took}"
+
+    def history(self) -> list[dict[str, float]]:
+        """Return every row that the stage logged."""
+        lines = (self.path / HISTORY).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+
+class Store:
+    """The artifacts of one project folder.
+
+    notary: signs what is published and verifies what is read, as far as there are keys; None: neither.
+    """
+
+    def __init__(self, root: Path, notary: Notary | None = None) -> None:
+        self.root, self.notary = root / "artifacts", notary
+        self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self._made = root / ".rrlhf" / "made"
+
+    @property
+    def memo(self) -> Memo:
+        """Digests of files, remembered while they are unchanged."""
+        return self._memo
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Return where the result with this key lies, published or not."""
+        return self.root / stage / key
+
+    def staging(self, stage: str, key: str) -> Path:
+        """Return the folder in which a result is prepared; what an interrupted run left in it is kept."""
+        return self.root / ".staging" / f"{stage}-{key}"
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """Return the artifact with this key, or None when there is none; files are not checked."""
+        folder = self.folder(stage, key)
+        if not folder.exists():
+            return None
+        artifact = read_artifact(folder)
+        if artifact.key != key:
+            raise TamperedError(f"{folder / MANIFEST} is that of another key, {artifact.key}{_way_out(folder)}")
+        return artifact
+
+    def checked(self, stage: str, key: str) -> Artifact | None:
+        """Like `find`, with every file's sha256 compared to the manifest, and its signature verified."""
+        artifact = self.find(stage, key)
+        if artifact:
+            self.verify(artifact)
+        return artifact
+
+    def verify(self, artifact: Artifact) -> None:
+        """Raise TamperedError naming the first file that differs, and every artifact built on it."""
+        problem = self.fault(artifact)
+        if problem:
+            raise TamperedError(f"{problem}\nbuilt on it: {self.users(artifact.key)}{_way_out(artifact.path)}")
+
+    def fault(self, artifact: Artifact, *, deep: bool = False) -> str | None:
+        """Say which file of an artifact is not what its manifest says, or None.
+
+        deep: read every byte, also of files whose size, times and inode are those of an earlier look.
+        """
+        if deep:
+            self._memo.forget(artifact.path)
+        files: dict[str, str] = artifact.manifest["files"]
+        try:
+            for name, expected in files.items():
+                path = artifact.path / name
+                found = self._memo.sha256(path, expected) if path.is_file() else "no file"
+                if found != expected:
+                    return f"{path}: expected sha256 {expected}, found {found}"
+        finally:
+            self._memo.save()
+        for path in sorted(artifact.path.rglob("*")):
+            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
+                return f"{path}: expected no such file, {MANIFEST} does not list it"
+        if artifact.digest != content_digest(files):
+            return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
+        return self.notary.fault(artifact.path, deep=deep) if self.notary else None
+
+    def all(self) -> Iterator[Artifact]:
+        """Yield every artifact whose manifest can be read."""
+        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+            with suppress(TamperedError):
+                yield read_artifact(path.parent)
+
+    def products(self) -> list[Product]:
+        """Return every such artifact as part of a lineage, the newest first."""
+        return sorted((artifact.product for artifact in self.all()), key=lambda made: made.created, reverse=True)
+
+    def users(self, name: str) -> str:
+        """Name the artifacts that were made from what has this key or, as a data set, this digest."""
+        found = Graph(self.products()).built_on(name)
+        return ", ".join(f"{made.node} {made.key[:8]}" for made in found) or "nothing yet"
+
+    def publish(
+        self, name: str, document: Document, staged: Path, *, seconds: float, **beside: Unpack[Beside]
+    ) -> Artifact:
+        """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
+        key = key_digest(document)
+        rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
+        files = self.digests(staged)
+        manifest = {
+            "name": name,
+            "key": key,
+            "digest": content_digest(files),
+            "document": document,
+            "files": files,
+            "metrics": last_values(rows),
+            "git_commit": git_commit(self.root.parent),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 1),
+            "hardware": hardware.describe(),
+            "definitions": {},
+            "dataset": {},
+            **beside,
+        }
+        if text := card(manifest, rows):
+            (staged / CARD).write_text(text, encoding="utf-8")
+            files[CARD] = self._memo.sha256(staged / CARD)
+        (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+        if self.notary and self.notary.signs:
+            self.notary.sign(staged)
+        for path in staged.rglob("*"):
+            sync(path)
+        final = self.folder(document["stage"], key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged.rename(final)
+        sync(final.parent)
+        self._memo.renamed(staged, final)
+        self._note(key)
+        return Artifact(final, manifest)
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the sha256 of every file in a folder, by its path inside, less a manifest and its signature."""
+        return {
+            path.relative_to(folder).as_posix(): self._memo.sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in {MANIFEST, SIGNATURE}
+        }
+
+    def was_here(self, key: str) -> bool:
+        """Whether this folder had the artifact of a key at some time, removed or not."""
+        return (self._made / key).exists()
+
+    def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
+        """Publish a folder that holds a complete artifact already, after checking every byte and its signature.
+
+        Raises CopyError, naming the file, when it is not the artifact with this key.
+        """
+        try:
+            artifact = read_artifact(downloaded)
+        except TamperedError as error:
+            raise CopyError(str(error).partition("\n")[0].replace(f"{downloaded}/", "")) from None
+        problem = None if artifact.key == key else f"{MANIFEST} is that of another key, {artifact.key}"
+        if problem := problem or self.fault(artifact):
+            raise CopyError(problem.replace(f"{downloaded}/", ""))
+        final = self.folder(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        downloaded.rename(final)
+        self._memo.renamed(downloaded, final)
+        self._note(key)
+        return Artifact(final, artifact.manifest)
+
+    def _note(self, key: str) -> None:
+        self._made.mkdir(parents=True, exist_ok=True)
+        (self._made / key).touch()
+
+    def locked(self, key: str) -> AbstractContextManager[None]:
+        """Hold the lock of a key, waiting for it if need be."""
+        return locked(self.root / ".locks" / key)
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Return the artifact in a folder by its manifest; files are not checked.
+
+    Raises TamperedError when the manifest is missing or not as it was written.
+    """
+    try:
+        manifest = opened((folder / MANIFEST).read_bytes())
+        if manifest["key"] != key_digest(manifest["document"]):
+            raise ValueError("its key is not that of its key document")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise TamperedError(f"{folder / MANIFEST} is missing or was changed: {reason}{_way_out(folder)}") from None
+    return Artifact(folder, manifest)
+
+
+def content_digest(files: dict[str, str]) -> str:
+    """Return the sha256 over the names and digests of an artifact's files, less those beside its content."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(files.items()) if name not in BESIDE]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def git_commit(root: Path) -> str | None:
+    """Return the checked-out commit, with "-dirty" when files differ from it, or None outside git."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _way_out(folder: Path) -> str:
+    return f"\nto have it restored or computed again: rm -r {quote(str(folder))}"

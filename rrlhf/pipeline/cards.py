@@ -1,0 +1,194 @@
+"""Model cards: what a reader who meets a model's folder, here or in the registry, has to know before using it.
+
+A card follows from the artifact's manifest and its logged rows alone, so the same artifact has the same card. It starts
+with the YAML block by which the Hugging Face hub sorts models (huggingface.co/docs/hub/model-cards).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rrlhf.config import REWARD_SETTINGS, Prepare
+from rrlhf.pipeline.graph import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of, model_name
+from rrlhf.pipeline.units import cut_shares, unit
+from rrlhf.policy.health import in_words
+from rrlhf.types import SUMMARY, Dataset, Metrics
+
+CLOCKS = ("step", "seconds")
+TITLES = {
+    "sft": "SFT model",
+    "reward": "Reward model",
+    "member": "Reward ensemble, {name}",
+    "ensemble": "Reward ensemble",
+    "ppo": "Policy {arm}, by PPO",
+    "dpo": "Policy {arm}, by DPO",
+    "best_of_n": "Policy {arm}, best of n",
+}
+WHAT = {
+    "sft": "The base model, fine-tuned on demonstrations. Every policy starts here; KL is measured from here.",
+    "reward": "A reward model with a single head, by maximum likelihood of the preferences (Bradley-Terry). Its score "
+    "is the proxy: what plain PPO maximises, and by which every policy is compared.",
+    "member": "One member of a reward ensemble; it serves its ensemble alone.",
+    "ensemble": "A reward ensemble of {heads} Gaussian heads (kind `{kind}`). A robust policy is paid by an "
+    "aggregation of them, which trusts no reward that only one head believes in.",
+    "ppo": "The SFT model after PPO on the reward {reward}.",
+    "dpo": "The SFT model after direct preference optimisation (loss `{loss}`). It saw no reward model.",
+    "best_of_n": "No trained model but a rule over one, the SFT model: sample {n} responses at temperature 1 and "
+    "answer with the one that the reward {reward} likes best. `candidates.parquet` holds {samples} responses to each "
+    "evaluation prompt.",
+}
+TAGS = {"ppo": ["ppo"], "dpo": ["dpo"], "best_of_n": ["best-of-n"], "sft": ["sft"]}
+
+
+def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
+    """Return the README.md of a model's artifact; None for a stage that makes no model.
+
+    manifest: of the artifact, before its files are listed; rows: all that the stage logged.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here, since only publishing pays for it
+
+    stage, params = manifest["document"]["stage"], manifest["document"]["params"]
+    if stage not in MODEL_NAMES:
+        return None
+    environment = Environment(  # Markdown: what others wrote goes through `code`
+        loader=PackageLoader("rrlhf"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    settings = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
+    inputs = manifest["document"]["inputs"]
+    return environment.get_template("card.md.j2").render(
+        manifest=manifest,
+        stage=stage,
+        short=manifest["key"][:12],
+        front_matter=_front_matter(manifest),
+        title=title(manifest),
+        what=what(manifest),
+        transforms=stage in GENERATES,
+        is_policy=stage in METHODS,
+        registered=_registered(manifest),
+        data=_data(manifest),
+        base=_base(manifest).get("base"),
+        parents={name: digest for name, digest in inputs.items() if name != DATA},
+        metrics={name: value for name, value in last_values(rows).items() if name not in CLOCKS},
+        unit=unit,
+        cut=cut_in_words(last_values(rows)),
+        health=in_words(rows) if "health" in params else "no detector watched it",
+        made_with={**manifest["document"].get("numerics", {}), **manifest.get("hardware", {})},
+        settings=settings,
+        fence="`" * max(3, *(1 + len(ticks) for ticks in ["", *re.findall("`+", settings)])),
+    )
+
+
+def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:
+    """Return what a card tells of a data set; `hub` where its source is on the Hugging Face hub."""
+    told = {"name": dataset.name, "digest": dataset.digest, "limit": str(prepare.limit or "")}
+    told["left_out"] = _left_out(dataset.path / SUMMARY)
+    if prepare.revision:
+        part = "".join(f", {name} {value}" for name in ("config", "split") if (value := getattr(prepare, name)))
+        return told | {"source": f"{prepare.source}@{prepare.revision}{part}", "hub": prepare.source}
+    if prepare.source == "written":
+        return told | {"source": "tasks of rrlhf/data/tasks.py"}
+    return told | {"source": Path(prepare.source).name}  # of a file, not where this machine has it
+
+
+def _left_out(summary: Path) -> str:
+    """Return how many rows of a source were bad, by the rule that they break."""
+    counts = json.loads(summary.read_bytes()).get("rejected", {}) if summary.is_file() else {}
+    return ", ".join(f"{count} {rule}" for rule, count in counts.items())
+
+
+def title(manifest: Mapping[str, Any]) -> str:
+    """Return what a model is, in a few words: "Policy robust, by PPO"."""
+    name = manifest["name"]
+    return TITLES[manifest["document"]["stage"]].format(name=name, arm=arm_of(name) or name)
+
+
+def what(manifest: Mapping[str, Any]) -> str:
+    """Return how a model was made, in a sentence or two."""
+    params = manifest["document"]["params"]
+    arm, ensemble = params.get("arm", {}), params.get("ensemble", {})
+    return WHAT[manifest["document"]["stage"]].format(
+        heads=ensemble.get("heads", "several"),
+        kind=ensemble.get("kind", "heads"),
+        loss=params.get("dpo", {}).get("loss", "sigmoid"),
+        n=arm.get("n", 1),
+        samples=params.get("best_of_n", {}).get("samples") or arm.get("n", 1),
+        reward=_reward(arm),
+    )
+
+
+def without_front_matter(text: str) -> str:
+    """Return a card for a page that does not read its YAML block."""
+    return re.sub(r"\A---\n.*?\n---\n+", "", text, flags=re.DOTALL)
+
+
+def last_values(rows: Iterable[Metrics]) -> Metrics:
+    """Return the last value of every metric."""
+    last: Metrics = {}
+    for row in rows:
+        last |= row
+    return last
+
+
+def cut_in_words(metrics: Metrics) -> str:
+    """Say how much of each kind of text a stage cut to its token limits: "2.1 % of prompts"; nothing for none."""
+    return ", ".join(f"{100 * share:.1f} % of {kind}" for kind, share in cut_shares(metrics).items() if share)
+
+
+def code(value: object) -> str:
+    """Return a text as code in Markdown: on one line, with nothing in it that ends the code or a table's cell."""
+    return f"`{' '.join(str(value).replace('`', chr(39)).replace('|', '/').split())}`"
+
+
+def _front_matter(manifest: Mapping[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    stage, data, base = manifest["document"]["stage"], _data(manifest), _base(manifest)
+    is_hub_id = base.get("revision") and re.fullmatch(r"[\w.-]+/[\w.-]+", base["base"])
+    known = ModelCardData(
+        library_name="transformers" if stage in GENERATES else "rrlhf",
+        pipeline_tag="text-generation" if stage in {*GENERATES, *METHODS} else "text-classification",
+        base_model=base["base"] if is_hub_id else None,
+        datasets=[data["hub"] or data["name"]] if data["hub"] or data["name"] else None,
+        tags=["rlhf", *TAGS.get(stage, ["reward-model"]), f"rrlhf-{stage.replace('_', '-')}"],
+    )
+    return str(known.to_yaml()).strip()
+
+
+def _base(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings that name the language model below: of a reward model, its trunk's own where it has one."""
+    params = manifest["document"]["params"]
+    own: Mapping[str, Any] = params.get("trunk") or params.get("reward") or {}
+    shared: Mapping[str, Any] = params.get("model", {})
+    return own if own.get("base") else shared
+
+
+def _reward(arm: Mapping[str, Any]) -> str:
+    """Name an arm's reward with its settings and functions."""
+    given = "".join(f", {name} {arm[name]:g}" for name in REWARD_SETTINGS if arm.get(name) is not None)
+    functions = "".join(f", {weight:+g} {path}" for path, weight in sorted(arm.get("functions", {}).items()))
+    return code(f"{arm.get('reward')}{given}{functions}")
+
+
+def _registered(manifest: Mapping[str, Any]) -> str:
+    """Return the address of a model in MLflow's registry, which gives it the number of its version later."""
+    return f"models:/{model_name(manifest['document']['stage'], manifest.get('profile', 'default'))}/VERSION"
+
+
+def _data(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of the data set: its names, where it is from, its version, and if the stage read it."""
+    read = manifest["document"]["inputs"].get(DATA)
+    known: dict[str, Any] = dict.fromkeys(("name", "source", "hub", "digest", "limit", "left_out")) | manifest.get(
+        "dataset", {}
+    )
+    return known | {"version": read or known["digest"], "read": read is not None}

@@ -1,0 +1,139 @@
+"""Whether the settings and the language models that they name fit together: told at once, before anything is computed.
+
+What is known of a base is found without reading its weights and kept under .rrlhf, so that a plan imports torch only
+for a base that it never saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rrlhf.config import Model, Params
+from rrlhf.memo import Memo, Memory
+from rrlhf.models.sources import base_digest, base_location
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.types import Message
+
+if TYPE_CHECKING:
+    from rrlhf.models.load import LanguageModel
+
+KNOWN = Path(".rrlhf", "models.json")
+QUESTION = [Message(role="user", content="A question?")]
+
+
+class Facts(NamedTuple):
+    """What a base model is, for settings that depend on it."""
+
+    problems: Sequence[str] = ()  # why it cannot be used, a line each
+    notes: Sequence[str] = ()  # what a person should know of how it is used
+    layers: int | None = None  # None: unknown
+    adapts: bool = True  # whether its layers have the maps that adapters stand beside
+
+
+def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tuple[list[str], list[str]]:
+    """Return every mistake in the settings about language models, and notes on how these are used.
+
+    fetch: whether what lies on the hub alone is downloaded for it; otherwise a note says that it was not looked at.
+    """
+    model = trunk = facts(params.model, "model", root, memo, fetch=fetch)
+    own = params.reward.language_model(params.model)
+    if own != params.model:
+        section = "reward" if params.reward.base else "model"
+        trunk = facts(own, section, root, memo, fetch=fetch)
+    mistakes = [*model.problems, *_policies(params, model), *trunk.problems, *_reward(params, trunk)]
+    return [*dict.fromkeys(mistakes)], [*dict.fromkeys([*model.notes, *trunk.notes])]
+
+
+def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) -> Facts:
+    """Return what is known of a base, looking at it if it is new; section: where the settings name it."""
+    digest = base_digest(model, memo, section)
+    if model.base.startswith("random:"):
+        return Facts(layers=int(model.base.removeprefix("random:").partition("x")[0]))
+    read = {"base": digest, "params": model.model_dump(), "of": section}
+    key = key_digest(read | {"transformers": version("transformers")})
+    memory = Memory(root / KNOWN)
+    if key not in memory.known:
+        found = _looked_at(model, section, fetch=fetch)
+        if found is None:
+            return Facts(
+                notes=[f"{section}.base {model.base}: not looked at, its files are not here; a run does first"]
+            )
+        memory.known[key], memory.grew = found._asdict(), True
+        memory.save()
+    return Facts(**memory.known[key])
+
+
+def _policies(params: Params, model: Facts) -> Iterator[str]:
+    methods = {arm.method for arm in params.arms.values()}
+    if "ppo" in methods and params.ppo.trains != "full":
+        yield from _too_many("ppo.train_layers", params.ppo.train_layers, model)
+    if "ppo" in methods and params.ppo.trains == "lora" and not model.adapts:
+        yield f"ppo.trains lora: {_no_maps(params.model.base)}; set it to layers or full"
+    if "dpo" in methods:
+        yield from _too_many("dpo.train_layers", params.dpo.train_layers, model)
+
+
+def _reward(params: Params, trunk: Facts) -> Iterator[str]:
+    reward, base = params.reward, params.reward.base or params.model.base
+    yield from _too_many("reward.layer", reward.layer, trunk)
+    if reward.trunk == "lora" and not trunk.adapts:
+        yield f"reward.trunk lora: {_no_maps(base)}; set it to frozen or full"
+    if params.ensemble.kind == "lora" and not trunk.adapts:
+        yield f"ensemble.kind lora: {_no_maps(base)}; choose another kind"
+
+
+def _too_many(setting: str, layers: int, model: Facts) -> Iterator[str]:
+    if model.layers is not None and layers > model.layers:
+        yield f"{setting} {layers}: the model has {model.layers} layers; set it to at most that"
+
+
+def _no_maps(base: str) -> str:
+    return f"adapters stand beside the maps q_proj and v_proj, which the layers of {base} do not have"
+
+
+def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
+    """Load a base without its weights and try its chat template; None when it is not here and not to be fetched."""
+    from jinja2 import TemplateError
+
+    from rrlhf.models.adapters import can_adapt
+    from rrlhf.models.load import ModelError, load_base
+    from rrlhf.models.text import Texts
+
+    try:
+        language = load_base(model, weights=False, fetch=fetch)
+    except ModelError as error:
+        return Facts(problems=[f"{section}.base {line}" for line in str(error).splitlines()])
+    except OSError as error:
+        if isinstance(base_location(model, section), str) and not fetch:
+            return None
+        return Facts(problems=[f"{section}.base {model.base}: {str(error).splitlines()[0]}"])
+    problems: list[str] = []
+    notes = [*language.notes]
+    try:
+        Texts(language, model).prompt(QUESTION)
+        notes += _unmarked(language)
+    except TemplateError as error:
+        asked = "a system turn" if model.system_prompt is not None else "a user's turn"
+        way_out = "; set model.system_prompt to null" if model.system_prompt is not None else ""
+        problems.append(f"{section}.base {model.base}: its chat template refuses {asked} ({error}){way_out}")
+    except ValueError as error:
+        problems.append(f"{section}.{error}")
+    return Facts(
+        problems,
+        [f"{section}.base {model.base}: {note}" for note in notes],
+        language.layers,
+        can_adapt(language.network),
+    )
+
+
+def _unmarked(language: LanguageModel) -> Iterator[str]:
+    """Say when a chat template does not tell the model where to begin."""
+    asked, begun = (
+        language.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=begin)
+        for begin in (False, True)
+    )
+    if asked == begun:
+        yield "its chat template writes nothing where the assistant begins (add_generation_prompt changes nothing)"

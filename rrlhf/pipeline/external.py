@@ -1,0 +1,28 @@
+"""What comes from outside the pipeline: base models and source data."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from rrlhf.config import Model, Prepare, TrunkTraining
+from rrlhf.data.sources import source_digest
+from rrlhf.memo import Memo
+from rrlhf.models.sources import base_digest
+from rrlhf.pipeline.graph import Node
+
+
+def external_digests(node: Node, memo: Memo) -> dict[str, str]:
+    """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
+    found = {}
+    if node.stage in {
+        "prepare",
+        "sft",
+        "evaluate",
+    }:  # the last: for the gold judge, which reads it (rrlhf/judging/surprise.py)
+        found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
+    trunk = node.sections.get("trunk", node.sections.get("reward"))
+    if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:
+        found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
+    if node.stage == "prepare":
+        found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
+    return found

@@ -1,0 +1,77 @@
+"""Having a stage's result: found, or computed and published; computed again and compared when that is forced."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Unpack
+
+from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, Store
+from rrlhf.pipeline.keys import Document, key_digest
+from rrlhf.progress import say
+from rrlhf.types import Log
+
+
+class DifferentError(Exception):
+    """A stage that was computed again gave another result."""
+
+
+def produce(
+    store: Store,
+    name: str,
+    document: Document,
+    compute: Callable[[Path, Log], None],
+    *,
+    recorded: Callable[[Path], AbstractContextManager[Log]],
+    force: bool = False,
+    **beside: Unpack[Beside],
+) -> tuple[Artifact, bool]:
+    """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
+
+    compute: fills a folder, in which an interrupted run may have left something. recorded: takes what is logged; opened
+    with that folder. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
+    Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
+    """
+    stage, key = document["stage"], key_digest(document)
+    with store.locked(key):
+        there = store.find(stage, key)
+        if there and not force:
+            return there, False
+        if store.notary and there is None:
+            store.notary.check_making([name])
+        staged = store.staging(f"again-{stage}" if there else stage, key)
+        say(f"{name}  begins")
+        began = time.monotonic()
+        with recorded(staged) as log:
+            compute(staged, log)
+            seconds = time.monotonic() - began
+            if there is None:
+                return store.publish(name, document, staged, seconds=seconds, **beside), True
+        compare(name, there.manifest["files"], store.digests(staged), staged, store)
+        return there, True
+
+
+def compare(name: str, stored: Mapping[str, str], again: Mapping[str, str], staged: Path, store: Store) -> None:
+    """Remove a result that was computed again, or keep it and raise DifferentError when a file of it differs.
+
+    stored, again: the digest of every file by its name.
+    """
+    names = sorted({*stored, *again} - BESIDE)
+    differing = [file for file in names if stored.get(file) != again.get(file)]
+    if not differing:
+        shutil.rmtree(staged)
+        return
+    kept = store.root / ".differing" / staged.name
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    staged.rename(kept)
+    lines = [f"  {file}: {stored.get(file, 'no file')[:16]} -> {again.get(file, 'no file')[:16]}" for file in differing]
+    raise DifferentError(
+        f"{name} was computed again, and the result is another than the stored one:\n"
+        + "\n".join(lines)
+        + f"\nThe stored one stays; the other is in {kept}. Either the stage does not repeat itself on this machine, "
+        "or it reads something that is not in its key, such as a file that a reward function opens."
+    )

@@ -1,0 +1,240 @@
+"""The door to MLflow: what the flow tells it and asks it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rrlhf.config import Params
+from rrlhf.locks import locked
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
+from rrlhf.pipeline.graph import MODEL_NAMES, Node, model_name
+from rrlhf.pipeline.tracking.kept import Kept
+from rrlhf.pipeline.tracking.models import Models
+from rrlhf.pipeline.tracking.promotions import Promotions
+from rrlhf.pipeline.tracking.records import INSIDE, MADE, commit_tags, has, model_id_of, process_tags, stage_tags
+from rrlhf.pipeline.tracking.runs import LiveRun, Runs, is_watched, write_told
+from rrlhf.pipeline.tracking.server import connect, errors, long_requests, mlflow_pages, trouble, warn
+from rrlhf.types import Dataset, Log
+
+
+class Registered(NamedTuple):
+    """A registered version, and whether this call made it."""
+
+    name: str
+    version: str
+    created: bool
+    moved: tuple[str, ...] = ()  # aliases that it was given, in words: "candidate: v2 -> v5"
+
+
+class Version(NamedTuple):
+    """A registered version as MLflow tells it; the tags hold its identity and its inputs."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    created: int = 0  # milliseconds since 1970
+    run_id: str = ""  # of the run that made it
+
+    @property
+    def digest(self) -> str:
+        """Of its content."""
+        return str(self.made["digest"])
+
+    @property
+    def key(self) -> str:
+        """Of its making."""
+        return self.tags["rrlhf.key"]
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """Its stage and digest, the digests and keys of its inputs, and the git commit."""
+        found: dict[str, Any] = json.loads(self.tags[MADE])
+        return found
+
+
+class Tracker:
+    """One experiment on one tracking server. Made by `connect`."""
+
+    def __init__(self, root: Path, uri: str, experiment_id: str) -> None:
+        from mlflow import MlflowClient
+
+        self._root, self._uri = root, uri
+        self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._experiment_id = experiment_id
+        self._runs, self._models = Runs(self._client, experiment_id), Models(self._client, experiment_id)
+
+    @classmethod
+    def connect(cls, root: Path, experiment: str) -> Tracker:
+        """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; create what is missing.
+
+        Raises TrackingError when the server does not answer, or refuses.
+        """
+        root = root.resolve()
+        return cls(root, *connect(root, experiment))
+
+    def start_flow(
+        self, profile: str, params: Params, commit: str | None, *, name: str, parent: str | None = None
+    ) -> str:
+        """Open the run that the runs of the flow's stages belong to, and return its id.
+
+        parent: the run of a group that this one belongs to.
+        """
+        with trouble(self._uri):
+            self._runs.close_dead()
+            tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
+            return self._runs.new(name, tags, params.model_dump(), parent=parent)
+
+    def finish_flow(self, run_id: str, status: str) -> None:
+        """Close a flow's run as FINISHED, FAILED or KILLED."""
+        with trouble(self._uri):
+            self._client.set_terminated(run_id, status)
+
+    @contextmanager
+    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path | None = None) -> Iterator[Log]:
+        """Open a run for a stage that computes into `folder`, and yield its log.
+
+        A server that is away costs a little time and nothing else: rows wait for it, and `register` writes anew
+        what never arrived. What a stage that failed left in its folder to tell of it is kept with the run.
+        """
+        tags = process_tags() | stage_tags(node.name, node.stage, key)
+        run_id = None
+        try:
+            run_id = self._runs.new(node.name, tags, node.settings, parent=parent)
+        except errors() as error:
+            warn(node.name, error)
+        live = LiveRun(self._client, run_id, node.name, is_watched(node.settings))
+        status = "FAILED"
+        try:
+            yield live.log
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            live.finish(status, folder)
+
+    def register(
+        self,
+        artifact: Artifact,
+        dataset: Dataset | None,
+        *,
+        profile: str,
+        aliases: Iterable[str] = (),
+        parent: str | None = None,
+    ) -> Registered | None:
+        """Make sure that the server knows an artifact: its run with every number, its version, links and aliases.
+
+        The version is under the profile's name; files that another profile registered are not kept twice. What is
+        there already stays; what a killed process left half done is finished. A stage without a model (the
+        evaluation) gets its run and files only, and the answer is None. `parent` is where a missing run is put.
+        """
+        with locked(self._root / ".rrlhf" / "registering" / artifact.key), trouble(self._uri):
+            run = self._runs.complete(artifact, parent)
+            write_told(self._client, run.info.run_id, artifact.path)
+            if artifact.stage not in MODEL_NAMES:
+                self._models.keep_files(run, artifact, dataset, profile)
+                return None
+            name = model_name(artifact.stage, profile)
+            found = self._models.version_of(artifact, name)
+            created = found is None
+            if created:
+                model_id = self._models.upload(artifact, run.info.run_id)
+                found = self._models.new_version(artifact, name, model_id, run)
+            self._models.link(run, artifact, dataset, profile, found)
+            given = sorted(set(aliases) - set(found.aliases))
+            moved = [self._models.give(name, str(found.version), alias) for alias in given]
+            return Registered(name, str(found.version), created, tuple(moved))
+
+    def add_signature(self, artifact: Artifact) -> bool:
+        """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
+        with trouble(self._uri):
+            return self.kept.add_signature(artifact)
+
+    def bring_back(self, store: Store, stage: str, key: str) -> Artifact | None:
+        """Return the artifact with this key from the store; where it is not there, from its registered copy, or None.
+
+        Raises CopyError, naming version and file, when that copy is not what was registered.
+        """
+        found = None if store.find(stage, key) else self._registered(key)
+        if found is None:
+            return store.checked(stage, key)
+        with store.locked(key):
+            if artifact := store.checked(stage, key):  # another process was faster
+                return artifact
+            downloaded = store.staging("restore", key)
+            shutil.rmtree(downloaded, ignore_errors=True)  # a killed process may have left it
+            try:
+                self._download(found, downloaded)
+                return store.adopt(stage, key, downloaded / INSIDE)
+            except CopyError as error:
+                raise CopyError(
+                    f"{found.name} v{found.version} in MLflow is not what was registered: {error}"
+                ) from None
+            finally:
+                shutil.rmtree(downloaded, ignore_errors=True)
+
+    def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
+        with trouble(self._uri):
+            return next((found for found in self._models.search(has("key", key)) if found.status == "READY"), None)
+
+    def _download(self, version: Any, to: Path) -> None:
+        """Download the files of a version into the new folder `to`. Raises CopyError when there are none."""
+        from mlflow.artifacts import download_artifacts
+
+        to.mkdir(parents=True)
+        with trouble(self._uri), long_requests():
+            if not self._client.list_logged_model_artifacts(model_id_of(version), INSIDE):
+                raise CopyError("its files are gone")
+            uri = f"models:/{version.name}/{version.version}/{INSIDE}"
+            download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._uri)
+
+    def versions(self) -> list[Version]:
+        """Return every version that this project registered, newest first."""
+        with trouble(self._uri):
+            known = [found for found in self._models.search("") if MADE in found.tags]
+            aliases = self._models.aliases()
+        return [
+            Version(
+                found.name,
+                str(found.version),
+                aliases.get((found.name, str(found.version)), ()),
+                dict(found.tags),
+                found.creation_timestamp,
+                str(found.run_id or ""),
+            )
+            for found in known
+        ]
+
+    def manifest(self, version: Version) -> bytes:
+        """Return the artifact.json that was kept with a version."""
+        from mlflow.artifacts import download_artifacts
+
+        with trouble(self._uri), tempfile.TemporaryDirectory(prefix="rrlhf-manifest-") as beside:
+            uri = f"models:/{version.name}/{version.version}/{INSIDE}/{MANIFEST}"
+            path = download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
+            return Path(path).read_bytes()
+
+    @property
+    def kept(self) -> Kept:
+        """What the server keeps of artifacts, for checking it."""
+        return Kept(self._client, self._experiment_id)
+
+    @contextmanager
+    def promotions(self) -> Iterator[Promotions]:
+        """Yield the decisions about versions that the server holds."""
+        with trouble(self._uri):
+            yield Promotions(self._client)
+
+    def log_report(self, run_id: str, html: Path) -> str | None:
+        """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
+        with trouble(self._uri), long_requests():
+            self._client.log_artifact(run_id, str(html))
+        pages = mlflow_pages(self._root)
+        return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"

@@ -1,0 +1,77 @@
+"""What a policy wrote as it trained: a few prompts' responses at the first, the middle and the last rollout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+from rrlhf.types import Message
+
+if TYPE_CHECKING:
+    from rrlhf.policy.learner import Sampled
+
+FILE = "samples.json"
+PROMPTS = 3
+
+
+class Excerpt(TypedDict):
+    """One response of a rollout; what was not finite is None."""
+
+    update: int
+    row: int  # of the ppo table
+    prompt: str
+    response: str
+    finished: bool
+    kl: float | None  # log(pi / pi_ref) of the response, nats
+    proxy: float | None
+    heads: list[float | None]
+    gold: NotRequired[float]
+
+
+def excerpts(kept: Sequence[Sampled], asked: Sequence[list[Message]]) -> list[Excerpt]:
+    """Pick from responses in order of updates, those of one prompt side by side.
+
+    Prompts are the first that come up often enough, so nothing is chosen for what it says. Where none comes up twice,
+    the first responses of three rollouts have to do, each to a prompt of its own.
+    """
+    times: dict[int, dict[int, Sampled]] = {}  # by prompt, then by update
+    for row in kept:
+        times.setdefault(row.prompt, {}).setdefault(row.update, row)
+    again = [list(of_prompt.values()) for of_prompt in times.values() if len(of_prompt) > 1]
+    if again:
+        often = sorted(again, key=lambda rows: -min(len(rows), 3))
+        chosen = [row for rows in often[:PROMPTS] for row in _first_middle_last(rows)]
+    else:
+        chosen = _first_middle_last(list({row.update: row for row in reversed(kept)}.values())[::-1])
+    return [_excerpt(row, asked[row.prompt][-1]["content"]) for row in chosen]
+
+
+def read_excerpts(folder: Path) -> list[Excerpt]:
+    """Read the excerpts of a policy's training; none where it was not trained on rollouts."""
+    path = folder / FILE
+    found: list[Excerpt] = json.loads(path.read_bytes()) if path.is_file() else []
+    return found
+
+
+def _first_middle_last(rows: Sequence[Sampled]) -> list[Sampled]:
+    return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1}) if rows]
+
+
+def _excerpt(row: Sampled, prompt: str) -> Excerpt:
+    return {
+        "update": row.update,
+        "row": row.prompt,
+        "prompt": prompt,
+        "response": row.response,
+        "finished": row.finished,
+        "kl": _finite(row.kl),
+        "proxy": _finite(row.proxy),
+        "heads": [_finite(score) for score in row.heads],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,178 @@
+"""Responses as everybody who compares policies reads them: sampled on the same prompts, scored by the same judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rrlhf.config import Evaluate, Gold, Model
+from rrlhf.data.tables import Rows, columns_of
+from rrlhf.hardware import device_kind
+from rrlhf.judging.surprise import PromptedGold
+from rrlhf.models.layers import hidden_states
+from rrlhf.models.load import LanguageModel, autocast, load_model
+from rrlhf.models.rollout import Response, response_features, sample_in_batches
+from rrlhf.models.text import Texts, decode
+from rrlhf.models.top import PolicyTop
+from rrlhf.policy.judgement import function_values
+from rrlhf.policy.reward_functions import RewardFunction
+from rrlhf.progress import track
+from rrlhf.rewards.heads import RewardHeads
+from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
+from rrlhf.robust import Scores
+from rrlhf.types import Metrics
+
+PARTS = ("relevance", "tone", "nonwords", "gibberish")  # of gold; the others are metrics of their own
+
+
+class Judges(NamedTuple):
+    """All that reads responses: the reference with its trunk, reward heads and functions, and the gold judge if any."""
+
+    language: LanguageModel
+    texts: Texts  # of the reference
+    top: PolicyTop  # the reference's layers above the trunk
+    layer: int
+    models: tuple[RewardModel, RewardModel]
+    functions: list[RewardFunction]  # of all arms
+    gold: PromptedGold | None
+
+    @property
+    def single(self) -> RewardHeads:
+        """The single head."""
+        return self.models[0].heads
+
+    @property
+    def ensemble(self) -> RewardHeads:
+        """The ensemble's heads."""
+        return self.models[1].heads
+
+    def told(self) -> Metrics:
+        """Say on the terminal what was cut of prompts; return it with what reward models cut that read text."""
+        cut = [found for model in self.models for found in model.cut.values()]
+        return self.texts.told("evaluate") | ({"cut_responses": max(cut)} if cut else {})
+
+
+class Reading(NamedTuple):
+    """What the judges say about sampled responses, one row a response."""
+
+    texts: list[str]
+    finished: list[bool]
+    kl: Tensor  # [responses] log(pi / pi_ref), nats
+    proxy: Tensor  # [responses]
+    scores: Scores  # [responses, heads]
+    functions: dict[str, Tensor]  # [responses] value of each function, by import path
+    gold: Tensor | None  # [responses]
+    gold_parts: dict[str, Tensor]  # what gold is made of, [responses] each; empty without a gold judge
+    per_prompt: int
+
+    @property
+    def prompt(self) -> Tensor:
+        """The prompt's row of every response, [responses]."""
+        return torch.arange(len(self.texts)) // self.per_prompt
+
+    @property
+    def words(self) -> Tensor:
+        """Words of every response, [responses] float64."""
+        return torch.tensor([float(len(text.split())) for text in self.texts], dtype=torch.float64)
+
+
+def load_judges(
+    model: Model,
+    gold: Gold,
+    sft: Path,
+    reward: Path,
+    ensemble: Path,
+    functions: list[RewardFunction],
+    *,
+    has_gold: bool,
+) -> Judges:
+    """Load the SFT model with the reward models, and the gold judge where the prompts have topics."""
+    language = load_model(sft)
+    language.network.to(device_kind(model.device)).requires_grad_(False)
+    models = (load_for_policy(reward, language.device), load_for_policy(ensemble, language.device))
+    layer = shared_layer(models, reward)
+    layer = language.layers if layer is None else layer
+    return Judges(
+        language,
+        Texts(language, model),
+        PolicyTop(language, layer),
+        layer,
+        models,
+        functions,
+        PromptedGold(gold, model) if has_gold else None,
+    )
+
+
+def sample_responses(
+    folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int
+) -> list[Response]:
+    """Sample `samples_per_prompt` responses of a policy to every prompt; those of one prompt lie side by side."""
+    language = load_model(folder)
+    language.network.to(device_kind(model.device))
+    texts = Texts(language, model)
+    prompts = [texts.prompt(row["prompt"]) for row in rows for _ in range(evaluate.samples_per_prompt)]
+    return sample_in_batches(
+        language, prompts, model, batch_size=evaluate.batch_size, seed=seed, label=f"evaluate: sampling {name}"
+    )
+
+
+@torch.no_grad()
+def read_responses(
+    judges: Judges, responses: list[Response], rows: Rows, model: Model, evaluate: Evaluate, name: str
+) -> Reading:
+    """Run the reference once over prompt and response: it gives the KL and the reward features."""
+    per_prompt = len(responses) // len(rows)
+    asked = [row for row in rows for _ in range(per_prompt)]
+    logprobs, features = [], []
+    for start in track(
+        range(0, len(asked), evaluate.batch_size), -(-len(asked) // evaluate.batch_size), f"evaluate: {name}"
+    ):
+        part = slice(start, start + evaluate.batch_size)
+        with autocast(model):
+            logprob, pooled = _reference_pass(judges, asked[part], responses[part])
+        logprobs.append(logprob)
+        features.append(pooled)
+    pooled = torch.cat(features)
+    texts = [decode(judges.language, response.tokens) for response in responses]
+    finished = [response.finished for response in responses]
+    own = torch.tensor([response.logprob for response in responses])
+    prompts = [row["prompt"] for row in asked]
+    single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
+    gold = judges.gold.score(asked, texts, finished) if judges.gold else None
+    tokens, columns = [response.tokens for response in responses], columns_of(asked)
+    return Reading(
+        texts=texts,
+        finished=finished,
+        kl=own - torch.cat(logprobs).cpu(),
+        proxy=single.mean[:, 0].cpu(),
+        scores=scores.each(Tensor.cpu),
+        functions=function_values(judges.functions, prompts, texts, tokens, finished, columns),
+        gold=torch.tensor(gold.total) if gold else None,
+        gold_parts={name: torch.tensor(getattr(gold, name)) for name in PARTS} if gold else {},
+        per_prompt=per_prompt,
+    )
+
+
+def repetition(text: str) -> float:
+    """Return the share of words that occurred before in the text, 0 to 1."""
+    words = text.lower().split()
+    return 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def _reference_pass(judges: Judges, rows: Rows, responses: list[Response]) -> tuple[Tensor, Tensor]:
+    """Return the reference's log-probability [batch] of each response, and the pooled trunk features."""
+    language, device = judges.language, judges.language.device
+    prompts = [judges.texts.prompt(row["prompt"]) for row in rows]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    counts = torch.tensor([len(response.tokens) for response in responses], device=device)
+    finished = torch.tensor([response.finished for response in responses], device=device)
+    width = int(counts.max())
+    padded = torch.tensor([row.tokens + [language.end] * (width - len(row.tokens)) for row in responses], device=device)
+    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
+    states = hidden_states(language.network, sequences, judges.layer)
+    mask = torch.arange(width, device=device) < counts[:, None]
+    logprobs, _ = judges.top(states, lengths, padded, mask)
+    return logprobs.sum(1), response_features(states, lengths, counts - finished.long())

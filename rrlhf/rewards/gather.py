@@ -1,0 +1,102 @@
+"""Members into one ensemble: side by side, or averaged into one reward model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rrlhf.rewards.features import FILE as FEATURES
+from rrlhf.rewards.features import PairFeatures
+from rrlhf.rewards.heads import POSTERIOR, SHAPE, Pairs, RewardHeads
+from rrlhf.rewards.heads import WEIGHTS as HEADS
+from rrlhf.rewards.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
+
+WEIGHTS = "model.safetensors"
+START = "start.json"  # what members must share before their weights may be averaged
+
+
+def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[RewardHeads, PairFeatures | None]:
+    """Stack the members' heads and write the trunks that they read.
+
+    Returns the heads, and the features [pairs, heads, width] of the members' own trunks; None where they share the
+    reward model's.
+    """
+    folders = list(members.values())
+    heads = stacked([RewardHeads.load(folder) for folder in folders])
+    if identity_of(folders[0]) == identity_of(reward):
+        link_trunk(reward, out)
+        return heads, None
+    described = json.loads((folders[0] / FILE).read_text(encoding="utf-8"))
+    described["members"] = list(members)
+    described["identity"] = sha256("".join(str(identity_of(folder)) for folder in folders).encode()).hexdigest()
+    for name, folder in members.items():
+        (out / name).mkdir()
+        link_trunk(folder, out / name)
+    (out / FILE).write_text(json.dumps(described), encoding="utf-8")
+    return heads, _beside([PairFeatures.load(folder) for folder in folders])
+
+
+def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
+    """Return one head and one trunk with the mean of the members' weights; no trunk where that was frozen.
+
+    WARM (Rame et al. 2024, arXiv 2401.12187). Raises ValueError with the names of two members that did not start at
+    the same weights, or differ in shape: the mean of such weights is no model.
+    """
+    _refuse_strangers(members)
+    folders = list(members.values())
+    heads = RewardHeads.load(folders[0]).filled(_mean([load_file(folder / HEADS) for folder in folders]))
+    if not (folders[0] / FEATURES).exists():  # they read the reward model's
+        return heads, None
+    trunk = load_trunk(folders[0], None)
+    mean: dict[str, Tensor] = {}
+    for folder in folders:  # one at a time: only the sum and one member are in memory
+        for name, tensor in load_file(folder / FOLDER / WEIGHTS).items():
+            share = tensor.float() / len(folders)
+            mean[name] = mean[name] + share if name in mean else share
+    trunk.language.network.load_state_dict(mean, strict=False)
+    return heads, trunk
+
+
+def stacked(heads: list[RewardHeads]) -> RewardHeads:
+    """Return one module with the heads of all, each with its own statistics, before its posterior is known."""
+    states = [head.state_dict() for head in heads]
+    tensors = {name: torch.cat([state[name] for state in states]) for name in states[0] if name not in POSTERIOR}
+    for name in ("feature_mean", "feature_std"):
+        rows = torch.stack([state[name] for state in states])
+        tensors[name] = rows[0] if (rows == rows[0]).all() else rows
+    shape = heads[0].shape
+    return RewardHeads(
+        int(shape["width"]), len(tensors["bias"]), int(shape["hidden"]), float(shape["sigma_floor"])
+    ).filled(tensors)
+
+
+def _beside(members: list[PairFeatures]) -> PairFeatures:
+    def side(pairs: list[Pairs]) -> Pairs:
+        return Pairs(*(torch.stack(each, dim=1) for each in zip(*pairs, strict=True)))
+
+    return PairFeatures(
+        side([member.train for member in members]),
+        side([member.heldout for member in members]),
+        members[0].heldout_prompts,
+    )
+
+
+def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+
+
+def _refuse_strangers(members: Mapping[str, Path]) -> None:
+    for (one, before), (other, after) in pairwise(members.items()):
+        for file, what in ((START, "start"), (SHAPE, "shape")):
+            if (before / file).read_bytes() != (after / file).read_bytes():
+                raise ValueError(
+                    f"{one} and {other} have not the same {what}, so their weights cannot be averaged: "
+                    "train them with the same settings, or use ensemble.kind members"
+                )

@@ -1,0 +1,183 @@
+"""The trunk below reward heads: layers of a language model that turn a response into one pooled feature vector.
+
+Either the policy's own frozen layers, whose states come with every rollout, or a trunk of the reward model's own, with
+its own tokenizer and chat template, which reads text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rrlhf.config import Model, TrunkTraining
+from rrlhf.hardware import device_kind
+from rrlhf.memo import sha256
+from rrlhf.models.adapters import WEIGHTS as ADAPTERS
+from rrlhf.models.adapters import copies_of, first_adapted, load_adapters, save_adapters
+from rrlhf.models.layers import hidden_states, run_layers
+from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
+from rrlhf.models.rollout import response_features
+from rrlhf.models.text import Texts
+from rrlhf.progress import track
+from rrlhf.types import Message
+
+FILE = "trunk.json"
+FOLDER = "trunk"  # sub-folder of a reward model's folder with a trunk of its own
+
+
+class Encoded(NamedTuple):
+    """Tokens of a prompt with its response."""
+
+    tokens: list[int]
+    prompt_length: int
+
+
+class Trunk(NamedTuple):
+    """The layers below `layer`; with adapters inside (see adapters.py) it gives one feature vector per adapter."""
+
+    language: LanguageModel
+    layer: int
+    model: Model  # token limits, system prompt, device and precision
+    texts: Texts  # as its tokenizer and chat template make tokens of them, within its limits
+
+    def encode(self, prompt: list[Message], response: str) -> Encoded:
+        """Return a prompt with its response as tokens."""
+        asked = self.texts.prompt(prompt)
+        return Encoded([*asked, *self.texts.response(response)], len(asked))
+
+    def features(self, rows: Sequence[Encoded], batch_size: int, label: str = "") -> Tensor:
+        """Return pooled features in the order of the rows, on the CPU: [rows, width], or [rows, adapters, width].
+
+        Which rows run together changes nothing but rounding.
+        """
+        order = alike(rows)
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        found: dict[int, Tensor] = {}
+        for batch in track(batches, len(batches), label) if label else batches:
+            found |= zip(batch, self._pooled([rows[i] for i in batch]).cpu(), strict=True)
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    @torch.no_grad()
+    def _pooled(self, rows: list[Encoded]) -> Tensor:
+        prompts, texts = lengths(rows, self.language.device)
+        network = self.language.network
+        copies, first = copies_of(network), first_adapted(network, self.layer)
+        with autocast(self.model):
+            states = hidden_states(network, [row.tokens for row in rows], first)
+            states = run_layers(network, expanded(states, copies), first, self.layer)
+        return by_copy(response_features(states, prompts.repeat(copies), texts.repeat(copies)), copies)
+
+
+def alike(rows: Sequence[Encoded]) -> list[int]:
+    """Return the rows' numbers with the responses to one prompt side by side: it then runs once for all of them."""
+    return sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
+
+
+def lengths(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tokens of each prompt and of each response, [rows] each."""
+    prompts = torch.tensor([row.prompt_length for row in rows], device=device)
+    return prompts, torch.tensor([len(row.tokens) for row in rows], device=device) - prompts
+
+
+def expanded(states: Tensor, copies: int) -> Tensor:
+    """Repeat rows [rows, ...] once per adapter, [adapters * rows, ...]."""
+    return states if copies == 1 else states.repeat(copies, *[1] * (states.dim() - 1))
+
+
+def by_copy(pooled: Tensor, copies: int) -> Tensor:
+    """Turn features [adapters * rows, width] into [rows, adapters, width]; one adapter or none needs no axis."""
+    return pooled if copies == 1 else pooled.unflatten(0, (copies, -1)).transpose(0, 1)
+
+
+def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
+    """Load the trunk that a reward model starts from: the SFT model's, or that of `reward.base`.
+
+    Raises ValueError when it has fewer layers than the settings ask for.
+    """
+    own = settings.language_model(model)
+    language = load_model(sft) if settings.base is None else load_base(own)
+    if settings.layer > language.layers:
+        raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
+    language.network.to(device_kind(model.device)).requires_grad_(False)
+    return Trunk(language, settings.layer, own, Texts(language, own))
+
+
+def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:
+    """Write what is needed to load the trunk again; its own weights and tokenizer go to a sub-folder.
+
+    Cuts an own trunk's language model to the layers in use, in place.
+    """
+    identity = None
+    if own:
+        if hasattr(trunk.language.network, "adapted"):
+            save_adapters(trunk.language.network, folder)
+        save_model(cut(trunk), folder / FOLDER)
+        weights = [*sorted((folder / FOLDER).glob("*.safetensors")), *folder.glob(ADAPTERS)]
+        identity = "-".join(sha256(path)[:32] for path in weights)
+    described = trunk.model.model_dump() | {"base": FOLDER, "revision": None}
+    (folder / FILE).write_text(
+        json.dumps({"layer": trunk.layer, "identity": identity, "model": described}), encoding="utf-8"
+    )
+
+
+def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = None) -> Trunk:
+    """Read what `save_trunk` wrote; `shared` is the language model's folder for a trunk that is not its own.
+
+    Raises ValueError when that is missing.
+    """
+    described = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    own = (folder / FOLDER).is_dir()
+    if not own and shared is None:
+        raise ValueError(f"{folder} has no trunk of its own: give the folder of the SFT model that it was trained on")
+    language = load_model(folder / FOLDER if own else shared or folder)
+    model = Model.model_validate(described["model"])
+    load_adapters(language.network, folder)
+    language.network.to(device or device_kind(model.device)).requires_grad_(False)
+    return Trunk(language, int(described["layer"]), model, Texts(language, model))
+
+
+def trunk_layer(folder: Path) -> int:
+    """Return the layer whose entering states a reward model's heads expect."""
+    return int(json.loads((folder / FILE).read_text(encoding="utf-8"))["layer"])
+
+
+def identity_of(folder: Path) -> str | None:
+    """Return what tells a reward model's trunk from others; None for the policy's own frozen layers."""
+    found = json.loads((folder / FILE).read_text(encoding="utf-8")).get("identity")
+    return str(found) if found else None
+
+
+def link_trunk(source: Path, folder: Path) -> None:
+    """Give a folder the trunk of another: the same files, linked where the file system can."""
+    shutil.copy(source / FILE, folder)
+    if (source / FOLDER).is_dir():
+        shutil.copytree(source / FOLDER, folder / FOLDER, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def cut(trunk: Trunk) -> LanguageModel:
+    """Drop all layers above the trunk, in place.
+
+    The output matrix is never used: tied to the input embeddings, it is not stored.
+    """
+    network, layer = trunk.language.network, trunk.layer
+    network.model.layers = network.model.layers[:layer]
+    network.config.num_hidden_layers = layer
+    if getattr(network.config, "layer_types", None):
+        network.config.layer_types = network.config.layer_types[:layer]
+    network.lm_head.weight = network.model.embed_tokens.weight
+    network.config.tie_word_embeddings = True
+    return trunk.language

@@ -1,0 +1,156 @@
+"""Stage 4: the ensemble of reward models, by default BRME (Yan et al. 2024, arXiv 2409.15360).
+
+BRME is K Gaussian heads on the trunk that the single head was trained on, each on its own bootstrap sample of the
+pairs. Other kinds are independent members, adapters beside one trunk (UP-RLHF, arXiv 2401.00243), and the average of
+members' weights (WARM, arXiv 2401.12187).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rrlhf.config import Ensemble, Model, TrunkTraining
+from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
+from rrlhf.models.adapters import adapt, diversity
+from rrlhf.models.load import accelerator
+from rrlhf.progress import track
+from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs
+from rrlhf.rewards.finetune import finetune, trainable
+from rrlhf.rewards.gather import averaged, side_by_side
+from rrlhf.rewards.heads import RewardHeads, bootstrap_weights, fit
+from rrlhf.rewards.objectives import stage2_loss
+from rrlhf.rewards.trunk import Trunk, link_trunk, load_trunk, save_trunk
+from rrlhf.robust import Scores, head_spread
+from rrlhf.types import Log, Metrics
+
+
+def run(
+    *,
+    seed: int,
+    model: Model,
+    ensemble: Ensemble,
+    reward: Path,
+    out: Path,
+    log: Log,
+    trunk: TrunkTraining | None = None,
+    data: Path | None = None,
+    sft: Path | None = None,
+    members: dict[str, Path] | None = None,
+) -> None:
+    """Train the ensemble that `ensemble.kind` names, or gather it from its members, and save it.
+
+    trunk, data, sft: given where a trunk trains or runs anew; members: their folders by name.
+    """
+    if ensemble.kind == "members" and members:
+        heads, own = side_by_side(members, reward, out)
+    elif ensemble.kind == "warm" and members and data and trunk:
+        heads, own = _averaged(members, reward, trunk, data, out)
+    else:
+        heads, own = _trained(seed, model, ensemble, reward, log, out, trunk=trunk, data=data, sft=sft)
+    features = own or PairFeatures.load(reward)
+    heads = heads.cpu().eval()
+    heads.normalise(features.reference)
+    if ensemble.sigma == "posterior":
+        heads.know(features.train, features.reference)
+    _refuse_identical(heads.score(features.reference))
+    log({"step": ensemble.epochs, **judge(heads, features)})
+    heads.save(out)
+    if own:
+        own.save(out)
+
+
+def _trained(
+    seed: int,
+    model: Model,
+    ensemble: Ensemble,
+    reward: Path,
+    log: Log,
+    out: Path,
+    *,
+    trunk: TrunkTraining | None,
+    data: Path | None,
+    sft: Path | None,
+) -> tuple[RewardHeads, PairFeatures | None]:
+    """Train K heads in one pass over the stored features, then their trunk or adapters if these train.
+
+    Writes the trunk; returns the heads, and the features of a trunk that is no longer the reward model's.
+    """
+    features = PairFeatures.load(reward)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    pairs = len(features.train.chosen)
+    heads = RewardHeads(features.train.chosen.shape[1], ensemble.heads, ensemble.hidden, ensemble.sigma_floor)
+    weights = torch.ones(pairs, ensemble.heads)
+    if ensemble.head_data == "bootstrap":
+        weights = bootstrap_weights(pairs, ensemble.heads, generator)
+    loss = stage2_loss(ensemble, RewardHeads.load(reward), features.train, generator)
+    engine = accelerator(model)
+    rows = fit(
+        heads,
+        loss,
+        features.train,
+        weights,
+        accelerator=engine,
+        generator=generator,
+        epochs=ensemble.epochs,
+        pairs_per_batch=ensemble.pairs_per_batch,
+        learning_rate=ensemble.learning_rate,
+        weight_decay=ensemble.weight_decay,
+    )
+    for row in track(rows, ensemble.epochs, "ensemble"):
+        log(row)
+    if trunk is None or data is None:
+        link_trunk(reward, out)
+        return heads, None
+    started = load_trunk(reward, sft)
+    train, heldout = read_pairs(started, data)
+    tuning, penalty = _tuning(started, ensemble, trunk)
+    with tuning:
+        steps = finetune(
+            started, heads, loss, train, weights, trunk, engine=engine, generator=generator, penalty=penalty
+        )
+        for row in steps:
+            log(row)
+    own = pair_features(started, train, heldout, trunk.batch_size, "ensemble: trained features")
+    save_trunk(started, out, own=True)
+    return heads, own
+
+
+def _tuning(
+    trunk: Trunk, ensemble: Ensemble, settings: TrunkTraining
+) -> tuple[AbstractContextManager[None], Callable[[], Tensor] | None]:
+    """Make ready what trains with the heads: an adapter for each, or the trunk that all share."""
+    if ensemble.kind != "lora":
+        return trainable(trunk, settings), None
+    network = trunk.language.network
+    adapt(network, trunk.layer - settings.train_layers, trunk.layer, ensemble.heads, settings.lora_rank)
+    return nullcontext(), (lambda: -ensemble.diversity * diversity(network)) if ensemble.diversity else None
+
+
+def _averaged(
+    members: dict[str, Path], reward: Path, settings: TrunkTraining, data: Path, out: Path
+) -> tuple[RewardHeads, PairFeatures | None]:
+    heads, trunk = averaged(members)
+    if trunk is None:
+        link_trunk(reward, out)
+        return heads, None
+    train, heldout = read_pairs(trunk, data)
+    own = pair_features(trunk, train, heldout, settings.batch_size, "ensemble: averaged features")
+    save_trunk(trunk, out, own=True)
+    return heads, own
+
+
+def judge(heads: RewardHeads, features: PairFeatures) -> Metrics:
+    """Return held-out accuracy of each way to read the ensemble, its calibration, and how much its heads agree."""
+    pairs = score_pairs(heads, features.heldout, features.heldout_prompts)
+    return heldout_metrics(judge_ensemble("ensemble", pairs))
+
+
+def _refuse_identical(scores: Scores) -> None:
+    if scores.mean.shape[1] > 1 and head_spread(scores).max() < 1e-4:
+        raise ValueError("all reward heads give the same scores; set ensemble.head_data to bootstrap")

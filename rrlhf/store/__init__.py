@@ -1,1 +1,0 @@
-"""The store of artifacts, and what else is kept in files."""

@@ -1,0 +1,139 @@
+"""What the commands share: options, exit codes, and errors as people should see them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+
+from rrlhf.environment import ROOM, free_bytes
+from rrlhf.types import Json
+
+P = ParamSpec("P")
+
+FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
+FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
+
+Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one parameter for this run; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
+    """Parse --set options and check the settings, all mistakes at once, before anything starts."""
+    from rrlhf.pipeline.params import load_params, parse_override
+
+    parsed = dict(parse_override(text) for text in texts or [])
+    load_params(Path.cwd(), profile, parsed)
+    return parsed
+
+
+def mendable(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
+
+    @wraps(command)
+    def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
+        with mending():
+            command(*arguments, **options)
+
+    return wrapped
+
+
+@contextmanager
+def mending() -> Iterator[None]:
+    """End the command with a message and an exit code for what people can mend; see `mendable`."""
+    from rrlhf import progress
+    from rrlhf.located import UsageError
+    from rrlhf.pipeline.artifacts import TamperedError
+
+    try:
+        yield
+    except UsageError as error:
+        end(USAGE, str(error))
+    except TamperedError as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _busy() as error:
+        end(BUSY, str(error))
+    except _different() as error:
+        end(VERIFICATION_FAILED, str(error))
+    except _mendable() as error:
+        end(FAILED, str(error))
+    except BrokenPipeError:  # of `rrlhf plan | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
+        raise SystemExit(SIGNALLED + signal.SIGPIPE) from None
+    except OSError as error:
+        end(FAILED, os_error(error))
+    except KeyboardInterrupt:
+        end(
+            SIGNALLED + progress.signalled,
+            "interrupted; finished stages are kept, and the same command goes on from there",
+        )
+    except Exception:
+        if free_bytes(Path.cwd()) < FULL:  # a library's error for it could be any
+            end(FAILED, full_disk(Path.cwd()))
+        raise
+
+
+def os_error(error: OSError) -> str:
+    """Say what the system refused, where, and what to do."""
+    path = Path(error.filename) if isinstance(error.filename, str) else None
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return full_disk(path or min((Path.cwd(), Path(tempfile.gettempdir())), key=free_bytes))
+    said = f"{path}: {error.strerror}" if path else f"{type(error).__name__}: {error}"
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} and path and path.is_relative_to(Path.cwd()):
+        return f"{said}. Data, results and notes are kept in the project's folder, so it has to be writable"
+    return said
+
+
+def full_disk(path: Path) -> str:
+    """Say that there is no room, where, and how much is left."""
+    free = free_bytes(path)
+    if free >= ROOM:
+        return f"no room on the disk that was written to; it is not that of {path}, where {free:,} bytes are free"
+    return (
+        f"{path}: no room on the disk, {free:,} bytes are free and a run starts with {ROOM:,} or more. Make room and "
+        "give the same command again: what is finished stays"
+    )
+
+
+# Looked up when something was raised, for their modules take time to import.
+
+
+def _busy() -> type[Exception]:
+    from rrlhf.pipeline.versioning.datasets import BusyError
+
+    return BusyError
+
+
+def _different() -> type[Exception]:
+    from rrlhf.pipeline.produce import DifferentError
+
+    return DifferentError
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    from rrlhf.pipeline.processes import LaunchError
+    from rrlhf.pipeline.tracking import TrackingError
+    from rrlhf.pipeline.versioning.datasets import PrepareError
+    from rrlhf.policy.health import DivergedError
+    from rrlhf.tools.serving import ServeError
+
+    return DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError
+
+
+def end(code: int, message: str) -> NoReturn:
+    """Say why the command ends, and end it."""
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,1 @@
+"""`rrlhf evaluate-reward`: one reward model, judged and reported."""

@@ -1,0 +1,128 @@
+"""Who saw a row: the data sets and tables that hold it, and every model that was made from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rrlhf.data.fingerprints import row_hash, tables_with
+from rrlhf.data.tables import SCHEMAS
+from rrlhf.located import UsageError
+from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.versioning.records import Record, files_of, locks, run_records
+from rrlhf.tools.lineage.text import line
+from rrlhf.types import Json
+
+PAIRS = {"preferences", "heldout"}
+READS = {  # the tables that a stage reads of the data set it is given; any other stage may read all
+    "sft": {"sft"},
+    "reward": PAIRS,
+    "member": PAIRS,
+    "ensemble": PAIRS,
+    "dpo": PAIRS,
+    "ppo": {"ppo"},
+    "best_of_n": {"evaluate"},
+    "evaluate": {"evaluate", "ppo"},
+}
+MEASURES = {"heldout", "evaluate"}  # tables that nothing is trained on
+
+
+class Seen(NamedTuple):
+    """A product that a row reached, and how: itself, or through what it was made from."""
+
+    product: Product
+    how: str
+
+
+class Sighting(NamedTuple):
+    """A row in one data set."""
+
+    row: str
+    data: Product
+    tables: list[str]
+    seen_by: list[Seen]
+
+
+def digest_start(text: str) -> str:
+    """Return the start of a row's hash, given as such or as the row itself, as JSON.
+
+    A prompt may be text, or a list of messages. Raises UsageError when it is neither.
+    """
+    if re.fullmatch("[0-9a-f]{6,64}", text):
+        return text
+    try:
+        row = json.loads(text)
+        if isinstance(row["prompt"], str):
+            row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"--row {text[:60]!r}: give 6 or more hex digits of a row's hash (`rrlhf diff` prints them), or the row as "
+            'JSON: {"prompt": ..., "chosen": ..., "rejected": ...}'
+        ) from None
+    if "chosen" in row:  # its other columns, such as scores, are no part of a pair
+        row = {name: value for name, value in row.items() if name in SCHEMAS["preferences"]}
+    return row_hash(row)
+
+
+def files_by_version(root: Path) -> dict[str, Mapping[str, Path]]:
+    """Return the files of every data set that is in the folder or in DVC's cache, by the version's digest."""
+    records: dict[str, Record] = {}
+    for record in [*locks(root), *run_records(root)]:
+        records.setdefault(record.digest, record)
+    return {digest: files for digest, record in records.items() if (files := files_of(root, record))}
+
+
+def sightings(graph: Graph, start: str, files: Mapping[str, Mapping[str, Path]]) -> list[Sighting]:
+    """Return where each row whose hash begins with `start` is, and who saw it.
+
+    files: of every data set, by the digest of its version.
+    """
+    found = []
+    for data in (product for product in graph.products if product.digest in files and product.stage == "prepare"):
+        for row, tables in sorted(tables_with(start, files[data.digest]).items()):
+            found.append(Sighting(row, data, sorted(tables), _seen(graph, data, tables)))
+    return found
+
+
+def as_text(found: Iterable[Sighting]) -> str:
+    """Return sightings for people."""
+    lines = []
+    for row, data, tables, seen_by in found:
+        lines += [f"row {row}", f"in {line(data)}, {', '.join(tables)}"]
+        lines += [f"    {line(product)}: {how}" for product, how in seen_by] or ["    nothing was made from it"]
+    return "\n".join(lines)
+
+
+def as_json(found: Iterable[Sighting]) -> Json:
+    """Return sightings for scripts."""
+    return [
+        {
+            "row": row,
+            "data": data.digest,
+            "name": data.title,
+            "tables": [*tables],
+            "seen_by": [
+                {"title": p.title, "node": p.node, "digest": p.digest, "aliases": [*p.aliases], "how": how}
+                for p, how in seen_by
+            ],
+        }
+        for row, data, tables, seen_by in found
+    ]
+
+
+def _seen(graph: Graph, data: Product, tables: set[str]) -> list[Seen]:
+    seen: dict[Product, str] = {}
+    for product in graph.down(data):
+        links = graph.sources(product)
+        read = READS.get(product.stage, tables) & tables if any(link.source is data for link in links) else set()
+        through = [link.source for link in links if link.source in seen and "measured" not in seen[link.source]]
+        if read - MEASURES:
+            seen[product] = "read it itself"
+        elif through:
+            seen[product] = f"through {', '.join(dict.fromkeys(each.title for each in through))}"
+        elif read:
+            seen[product] = "measured on it, not trained"
+    return [Seen(product, how) for product, how in seen.items()]

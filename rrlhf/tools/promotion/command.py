@@ -1,0 +1,275 @@
+"""`rrlhf promote`: the gates, the evidence, and the alias."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+
+import typer
+
+from rrlhf.located import UsageError
+from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+
+if TYPE_CHECKING:
+    from rrlhf.config import Params
+    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.pipeline.tracking import Tracker, Version
+    from rrlhf.tools.lineage.lookup import Lookup
+    from rrlhf.tools.promotion.gates import Gate
+    from rrlhf.tools.promotion.measure import Yardstick
+
+EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
+
+
+class Decision(TypedDict):
+    """A decision with its evidence, as it is kept."""
+
+    version: str
+    digest: str
+    to: str
+    against: str
+    against_digest: str
+    decision: str  # promoted, refused or overridden
+    override: str | None  # the reason that was given
+    failed: list[str]
+    gates: list[Gate]
+    means: dict[str, dict[str, float]]  # by version and quantity
+    judge: str
+    prompts: int
+    samples_per_prompt: int
+    seed: int
+    dataset: str
+    inputs: dict[str, str]  # digests of the SFT model and the reward models that measured
+    git_commit: str | None
+    when: str
+
+
+class Asked(NamedTuple):
+    """What a person asked for."""
+
+    reference: str
+    to: str
+    override: str | None
+
+
+class Registry(NamedTuple):
+    """The versions that a server holds, and the way to it."""
+
+    tracker: Tracker
+    versions: Sequence[Version]
+
+
+def promote(
+    version: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
+    to: Annotated[str, typer.Option(help="The alias to give: the current holder of it is the opponent.")] = "champion",
+    override: Annotated[
+        str | None, typer.Option(help="Promote although gates fail, for this reason, which is recorded.")
+    ] = None,
+    profile: Profile = "default",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a registered policy the champion, if it passes the gates of params.yaml; the evidence is kept with it.
+
+    The version, the current champion (the SFT model where there is none) and the SFT model answer the evaluation
+    prompts anew, and the same judges read all answers. A refusal is kept too, and ends with exit code 1.
+
+    Example: rrlhf promote rrlhf-policy@candidate
+
+    Example: rrlhf promote rrlhf-policy/3 --to champion --override "length is wanted here"
+    """
+    from rrlhf.pipeline.params import load_params
+
+    params = load_params(Path.cwd(), profile, overrides(profile, set_))
+    decision = decide(Path.cwd(), profile, params, Asked(version, to, override))
+    if as_json:
+        print(json.dumps(decision, indent=1))
+    else:
+        _show(decision)
+    if decision["decision"] == "refused":
+        print(f"refused: {', '.join(decision['failed'])}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
+    """Hold a version against the gates, keep the evidence, and move the alias when it may be moved.
+
+    Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
+    """
+    from rrlhf.locks import locked
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.pipeline.tracking import Tracker
+    from rrlhf.tools.lineage.lookup import Lookup
+
+    check(asked, list(params.arms))
+    with locked(root / ".rrlhf" / "promoting"):
+        tracker = Tracker.connect(root, params.tracking.experiment)
+        versions = tracker.versions()
+        version = named(asked.reference, profile, versions)
+        lookup = Lookup(root, profile, params)
+        decision = _weigh(lookup, Project(root, profile, params), version, Registry(tracker, versions), asked)
+        file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
+        with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
+            kept: Any = decision
+            promotions.keep(version.name, version.version, kept, file, tags_of(decision, file))
+            if decision["decision"] != "refused":
+                promotions.move(version.name, version.version, asked.to)
+    return decision
+
+
+def check(asked: Asked, arms: Sequence[str]) -> None:
+    """Raise UsageError for an alias that is not free, or an empty reason."""
+    if not re.fullmatch(r"(?!v\d+$)[a-z][a-z0-9_-]{0,39}", asked.to):
+        raise UsageError(f"--to {asked.to!r}: use lower-case letters, digits, - and _; not v1, v2 and so on")
+    if asked.to in {"latest", "candidate", *arms}:
+        raise UsageError(f"--to {asked.to!r}: every run gives this alias anew; choose another, for example champion")
+    if asked.override is not None and not asked.override.strip():
+        raise UsageError("--override needs a reason in words, which is recorded with the version")
+
+
+def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
+    """Return the version that a person means. Raises UsageError when there is none, or more than one."""
+    from rrlhf.tools.lineage.load import from_versions
+
+    found = from_versions(versions, profile).find(reference, profile)
+    known = {f"{version.name}/{version.version}": version for version in versions}
+    wanted = reference.removeprefix("models:/")  # a model may have names of several profiles
+    names = sorted(found.names, key=lambda name: not name.startswith(f"{wanted.partition('@')[0]}/"))
+    names = [name for name in (wanted, *names) if name in known]
+    if not names:
+        raise UsageError(f"{reference!r} is {found.title}, which is not registered; name a registered policy")
+    return known[names[0]]
+
+
+def faults(project: Project, version: Version, registry: Registry) -> list[str]:
+    """Say what an audit finds wrong with a version and all that it was made from."""
+    from rrlhf.tools.auditing.audit import Audit
+    from rrlhf.tools.lineage.load import load
+
+    graph = load(project.root, registry.versions, project.profile, strict=False)
+    audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
+    report = audit.run(graph.find(f"{version.name}/{version.version}"))
+    return [broken.problem for broken in report.broken]
+
+
+def tags_of(decision: Decision, file: str) -> dict[str, str]:
+    """Return the short form of a decision, for the version's tags."""
+    from rrlhf.pipeline.tracking.promotions import PREFIX
+    from rrlhf.tools.promotion.gates import in_words
+
+    tags = {PREFIX: decision["decision"] + (f": {', '.join(decision['failed'])}" if decision["failed"] else "")}
+    tags |= {f"{PREFIX}.{gate['name']}": in_words(gate)[:500] for gate in decision["gates"]}
+    told: dict[str, Any] = {name: dict(decision)[name] for name in ("to", "against", "judge", "when", "override")}
+    tags |= {f"{PREFIX}.{name}": str(value) for name, value in told.items() if value is not None}
+    return tags | {f"{PREFIX}.evidence": file}
+
+
+def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registry, asked: Asked) -> Decision:
+    """Measure a version and its opponent; nothing is kept yet."""
+    from rrlhf.pipeline.artifacts import git_commit
+    from rrlhf.tools.promotion.gates import clean
+    from rrlhf.tools.promotion.measure import measure
+
+    artifact = _policy(lookup, version)
+    opponent, against = _opponent(lookup, artifact, version, registry.versions, asked.to)
+    yardstick, inputs = _yardstick(lookup, project, artifact)
+    found = measure(yardstick, artifact.path, opponent.path, project.params)
+    gates = [*found.gates, clean(faults(project, version, registry))]
+    failed = [gate["name"] for gate in gates if not gate["passed"]]
+    outcome = "promoted" if not failed else "overridden" if asked.override else "refused"
+    return {
+        "version": f"{version.name}/{version.version}",
+        "digest": artifact.digest,
+        "to": asked.to,
+        "against": against,
+        "against_digest": opponent.digest,
+        "decision": outcome,
+        "override": asked.override if outcome == "overridden" else None,
+        "failed": failed,
+        "gates": gates,
+        "means": found.means,
+        "judge": found.judge,
+        "prompts": found.prompts,
+        "samples_per_prompt": project.params.evaluate.samples_per_prompt,
+        "seed": project.params.seed,
+        "dataset": artifact.inputs["data"],
+        "inputs": inputs,
+        "git_commit": git_commit(project.root),
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _policy(lookup: Lookup, version: Version) -> Artifact:
+    if version.made["stage"] not in {"ppo", "dpo"}:
+        raise UsageError(f"{version.name} v{version.version} is no trained policy; name a version of a policy")
+    return lookup.find(f"{version.name}/{version.version}")
+
+
+def _opponent(
+    lookup: Lookup, artifact: Artifact, version: Version, versions: Sequence[Version], to: str
+) -> tuple[Artifact, str]:
+    """Return what holds the alias now; where nothing does, the SFT model that the version came from."""
+    holder = next((each for each in versions if each.name == version.name and to in each.aliases), None)
+    if holder is None:
+        return lookup.input_of(artifact, "sft"), "the SFT model that it started from"
+    if holder.version == version.version:
+        raise ValueError(f"{version.name} v{version.version} is the {to} already")
+    return lookup.find(f"{holder.name}/{holder.version}"), f"{holder.name}/{holder.version}"
+
+
+def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> tuple[Yardstick, dict[str, str]]:
+    """Return what measures, with its digests: the models that the version was trained with.
+
+    Where it has no reward models (DPO), those of the profile, if they stand on the same SFT model. The prompts must
+    be those of the version's own data set: it may have been trained on the evaluation prompts of another.
+    """
+    from rrlhf.config import Model
+    from rrlhf.tools.promotion.measure import Yardstick
+
+    dataset = project.dataset()
+    if dataset is None or dataset.digest != artifact.inputs["data"]:
+        raise ValueError(
+            f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "
+            f"{dataset.digest if dataset else 'none here'}: name the --profile and --set that it was made with"
+        )
+    sft = lookup.input_of(artifact, "sft")
+    reward, ensemble = (_reward_model(lookup, project, artifact, name) for name in ("reward", "ensemble"))
+    model = Model.model_validate(artifact.manifest["document"]["params"]["model"])
+    digests = {"sft": sft.digest, "reward": reward.digest, "ensemble": ensemble.digest}
+    return Yardstick(dataset.path, sft.path, reward.path, ensemble.path, model), digests
+
+
+def _reward_model(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> Artifact:
+    if name in artifact.inputs:
+        return lookup.input_of(artifact, name)
+    found = project.artifact(name)
+    sft = project.artifact("sft")
+    if found is None or sft is None or sft.digest != artifact.inputs["sft"]:
+        raise ValueError(
+            f"{artifact.name} has no reward models of its own, and profile {project.profile} has none on its SFT "
+            "model: `rrlhf run` with the settings that it was made with comes first"
+        )
+    return found
+
+
+def _show(decision: Decision) -> None:
+    from rich.console import Console
+
+    from rrlhf.tools.promotion.gates import in_words
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{decision['version']} against {decision['against']}, judged by {decision['judge']}")
+    width = max(len(gate["name"]) for gate in decision["gates"])
+    for gate in decision["gates"]:
+        console.print(f"{'pass' if gate['passed'] else 'FAIL'}  {gate['name']:{width}}  {in_words(gate)}")
+    if decision["decision"] != "refused":
+        reason = (
+            f", although {', '.join(decision['failed'])} failed: {decision['override']}" if decision["failed"] else ""
+        )
+        console.print(f"{decision['version']} is now {decision['to']}{reason}")

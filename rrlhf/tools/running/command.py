@@ -1,0 +1,239 @@
+"""The commands that run the pipeline, and those that say what a run would do: run, plan, why, status, report."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rrlhf.tools.command_line import FAILED, USAGE, AsJson, Profile, Set, end, overrides
+from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.partial import Part
+    from rrlhf.pipeline.plan import Planned, Project
+
+Names = list[str] | None
+From = Annotated[
+    Names,
+    typer.Option("--from", metavar="STAGE", help="Only this stage and what is built on it; what it reads must be up to "
+                 "date. Says what may run, not what must: see --force."),
+]  # fmt: skip
+Until = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage and what it is built on.")]
+Only = Annotated[Names, typer.Option(metavar="STAGE", help="Only this stage; what it reads must be up to date.")]
+Force = Annotated[
+    Names,
+    typer.Option(metavar="STAGE", help="Compute this stage although its result is there, and compare: the same bits "
+                 "rerun nothing below it; others end the run with exit code 3, and the stored result stays."),
+]  # fmt: skip
+TakeAliases = Annotated[
+    bool,
+    typer.Option("--take-aliases", help="Give candidate and the arms' aliases to what this run makes, although --set "
+                 "changed the settings; otherwise those of the settings as they stand stay."),
+]  # fmt: skip
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
+
+
+def run(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    take_aliases: TakeAliases = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run what is not up to date, register every model, and write the report.
+
+    A STAGE is a node, such as ppo-robust, or all nodes of one kind: ppo, dpo, member. These options may be repeated;
+    --from with --until leaves what lies between them; --only goes with neither. Models that are up to date are
+    registered and shown whatever part is asked for.
+
+    When nothing is to be done, nothing is started, and MLflow gets no further run; a server that PREFECT_API_URL
+    names then shows every stage as cached.
+
+    Example: rrlhf run --set ppo.kl_weight=0.05
+
+    Example: rrlhf run --until ensemble
+    """
+    part = _part(from_, until, only, force)
+    if dry_run:
+        plan(profile, set_, from_, until, only, force, as_json)
+    else:
+        run_flow(profile, overrides(profile, set_), part, as_json, take_aliases)
+
+
+def plan(
+    profile: Profile = "default",
+    set_: Set = None,
+    from_: From = None,
+    until: Until = None,
+    only: Only = None,
+    force: Force = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a run would do, and why, without running anything.
+
+    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC's cache. upstream: an input
+    will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
+
+    Example: rrlhf plan --set ppo.kl_weight=0.05 -v
+    """
+    from rrlhf.pipeline.plan import total
+    from rrlhf.tools.running.uptodate import unregistered
+
+    changed = overrides(profile, set_)
+    project = _project(profile, changed)
+    planned = project.plan(_part(from_, until, only, force))
+    if as_json:
+        print(json.dumps([one.as_json() for one in planned], indent=1))
+        return
+    for note in project.notes:
+        print(f"note: {note}")
+    width = max(len(one.node) for one in planned)
+    for one in planned:
+        print(_line(one, width, verbose))
+    if expected := total(planned, project.usual_start_up()):
+        print(expected)
+    if waiting := unregistered(project, planned):
+        print(f"to be registered in MLflow: {', '.join(waiting)}")
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        print("the tracking server was not asked: a model that it has will be restored instead of run")
+
+
+def why(
+    stage: Annotated[str, typer.Argument(help="A node, such as ppo-robust, or all of one kind: ppo, member.")],
+    profile: Profile = "default",
+    set_: Set = None,
+) -> None:
+    """Say why a stage would run, back to its first causes, or where its result is.
+
+    Example: rrlhf why evaluate --set sft.epochs=3
+    """
+    from rrlhf.pipeline.partial import matching, unknown
+    from rrlhf.tools.running.why import explained
+
+    changed = overrides(profile, set_)
+    project = _project(profile, changed)
+    these = matching(stage, project.nodes)
+    if not these:
+        end(USAGE, unknown(stage, project.nodes))
+    planned = project.plan()
+    for node in these:
+        print("\n".join(explained(project, planned, node.name)))
+
+
+def status(as_json: AsJson = False) -> None:
+    """Show every profile's state and last run, what runs now, what was interrupted, and the disk used."""
+    from rrlhf.tools.running.status import overview, told
+
+    found = overview(Path.cwd())
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(told(found)))
+
+
+def relocate() -> None:
+    """Have MLflow's database of a folder that was moved or copied name the files that are here now.
+
+    Versions, aliases and the evidence of promotions stay as they are; the database as it was is kept beside it. A
+    database of MLFLOW_TRACKING_URI is left alone.
+    """
+    from rrlhf.pipeline.tracking.relocate import relocate as move
+
+    print(move(Path.cwd()))
+
+
+def report(profile: Profile = "default", set_: Set = None) -> None:
+    """Write the HTML report of a finished run again, and print its path."""
+    changed = overrides(profile, set_)
+    left = [one.node for one in _project(profile, changed).plan() if one.action != "reuse"]
+    if left:
+        end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")
+    run_flow(profile, changed)
+
+
+def run_flow(
+    profile: str,
+    overrides: dict[str, Json],
+    part: Part | None = None,
+    as_json: bool = False,
+    take_aliases: bool = False,
+) -> None:
+    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
+    from rrlhf.pipeline.partial import Part
+
+    part = part or Part()
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = _found_done(profile, overrides, part, take_aliases) or _run(profile, overrides, part, take_aliases)
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
+    """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
+    from rrlhf.pipeline.last_run import noted
+    from rrlhf.pipeline.plan import total
+    from rrlhf.progress import say
+    from rrlhf.tools.running.uptodate import nothing_to_do, show
+
+    project = _project(profile, overrides, take_aliases)
+    planned = project.plan(part)
+    project.check_keys(planned)
+    done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
+    if done is None:
+        say(total(planned) or "nothing to compute; what is here is registered and reported")
+        return None
+    with noted(project.root, profile, overrides, part):
+        show(project, done.artifacts)
+    print("nothing to do: every stage is up to date and registered", file=sys.stderr)
+    return done.result
+
+
+def _run(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
+    from rrlhf.pipeline.last_run import note_end
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.tools.running.starting import started
+
+    root = Path.cwd()
+    atexit.register(note_end, root, profile)  # before the services, which are then stopped earlier
+    pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
+    asked = {name: [*names] for name, names in part._asdict().items() if names}
+    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
+    return result
+
+
+def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
+    from rrlhf.pipeline.partial import Part
+
+    return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
+
+
+def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.pipeline.tracking.registry import check_place
+
+    project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
+    project.check_keys()
+    check_place(project.root, project.params.tracking.experiment)
+    project.check_sources()
+    return project
+
+
+def _line(one: Planned, width: int, verbose: bool) -> str:
+    from rrlhf.progress import in_words
+
+    took = f"  (took {in_words(one.seconds)} last time)" if one.seconds is not None else ""
+    reasons = one.reasons if verbose else one.reasons[:1]
+    more = f" and {len(one.reasons) - len(reasons)} more" if len(one.reasons) > len(reasons) else ""
+    return f"{one.node:{width}}  {one.action:8}  {'; '.join(reasons)}{more}{took}".rstrip()

@@ -1,0 +1,161 @@
+"""What is there: every profile's state and last run, what runs now, what was interrupted, and the disk used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from rrlhf.files import CHECKPOINT
+from rrlhf.located import ParamsError
+from rrlhf.locks import holder, is_alive
+from rrlhf.pipeline.artifacts import TamperedError
+from rrlhf.pipeline.last_run import last_run
+from rrlhf.pipeline.params import load_params, option, profiles
+from rrlhf.pipeline.plan import Project
+from rrlhf.progress import in_words
+
+FOLDERS = ("artifacts", "data", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
+
+
+class ProfileStatus(TypedDict):
+    """One profile."""
+
+    profile: str
+    nodes: int
+    reuse: list[str]
+    to_do: dict[str, str]  # node: what would happen, and the first reason
+    problem: str | None  # why nothing can be said of it
+    last_run: dict[str, Any] | None
+
+
+class Work(TypedDict):
+    """A result that is being made, or was left half made."""
+
+    stage: str
+    key: str
+    nodes: list[str]  # PROFILE/NODE of the present settings that it belongs to
+    holder: str | None  # the process that works on it, as it wrote into the lock
+    steps: int | None  # of the newest checkpoint, from which the next run goes on
+
+
+class Overview(TypedDict):
+    """All of it."""
+
+    profiles: list[ProfileStatus]
+    running: list[Work]
+    interrupted: list[Work]
+    differing: list[str]  # results of --force that were not those stored
+    disk_bytes: dict[str, int]
+
+
+def overview(root: Path) -> Overview:
+    """Return the state of a project's folder. Nothing is changed; a profile with mistakes is told, not raised."""
+    names: dict[str, list[str]] = {}
+    states = [_profile(root, profile, names) for profile in profiles(root)]
+    work = [*_works(root, names)]
+    differing = sorted(str(path.relative_to(root)) for path in (root / "artifacts" / ".differing").glob("*"))
+    return {
+        "profiles": states,
+        "running": [each for each in work if each["holder"]],
+        "interrupted": [each for each in work if not each["holder"] and each["steps"] is not None],
+        "differing": differing,
+        "disk_bytes": {name: size for name in FOLDERS if (size := _bytes(root / name))},
+    }
+
+
+def told(found: Overview) -> Iterator[str]:
+    """Yield an overview as lines."""
+    for state in found["profiles"]:
+        yield from _told_profile(state)
+    for work in found["running"]:
+        yield f"running: {_told_work(work)} ({work['holder']})"
+    for work in found["interrupted"]:
+        again = f"; goes on with `rrlhf run --profile {work['nodes'][0].partition('/')[0]}`" if work["nodes"] else ""
+        yield f"interrupted: {_told_work(work)}, saved after step {work['steps']}{again}"
+    for path in found["differing"]:
+        yield f"computed again with another result than the stored one: {path}"
+    sizes = ", ".join(f"{name} {_in_units(size)}" for name, size in found["disk_bytes"].items())
+    yield f"disk: {sizes}"
+
+
+def _profile(root: Path, profile: str, names: dict[str, list[str]]) -> ProfileStatus:
+    """Return a profile's state; note which keys are its nodes' in `names`, in place."""
+    state: ProfileStatus = {
+        "profile": profile,
+        "nodes": 0,
+        "reuse": [],
+        "to_do": {},
+        "problem": None,
+        "last_run": last_run(root, profile),
+    }
+    try:
+        planned = Project(root, profile, load_params(root, profile)).plan()
+    except (ParamsError, TamperedError) as error:
+        state["problem"] = str(error).partition("\n")[0]
+        return state
+    for one in planned:
+        if one.key:
+            names.setdefault(one.key, []).append(f"{profile}/{one.node}")
+    state["nodes"] = len(planned)
+    state["reuse"] = [one.node for one in planned if one.action == "reuse"]
+    state["to_do"] = {one.node: f"{one.action}: {one.reasons[0]}" for one in planned if one.action != "reuse"}
+    return state
+
+
+def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
+    """Yield what lies in the store's staging folder: a folder per result, STAGE-KEY."""
+    for staged in sorted((root / "artifacts" / ".staging").glob("*-*")):
+        stage, _, key = staged.name.rpartition("-")
+        if len(key) != 64:
+            continue
+        saved = [int(path.name[:8]) for path in (staged / CHECKPOINT).glob("[0-9]" * 8) if path.is_dir()]
+        yield {
+            "stage": stage,
+            "key": key,
+            "nodes": names.get(key, []),
+            "holder": holder(root / "artifacts" / ".locks" / key),
+            "steps": max(saved, default=None),
+        }
+
+
+def _told_profile(state: ProfileStatus) -> Iterator[str]:
+    name = state["profile"]
+    if state["problem"]:
+        yield f"{name}: {state['problem']}"
+    elif not state["to_do"]:
+        yield f"{name}: all {state['nodes']} up to date"
+    else:
+        node, what = next(iter(state["to_do"].items()))
+        yield f"{name}: {len(state['reuse'])} of {state['nodes']} up to date; first to do: {node}, {what}"
+    if run := state["last_run"]:
+        took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
+        ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
+        with_ = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
+        running = run["status"] == "running" and not is_alive(int(run["process"]))
+        yield f"  last run {run['started']}: {'killed' if running else run['status']}{took}{ran}{with_}"
+
+
+def _told_work(work: Work) -> str:
+    return f"{', '.join(work['nodes']) or work['stage'] + ' of other settings'} {work['key'][:8]}"
+
+
+def _bytes(path: Path) -> int:
+    """Return the disk that a file or folder takes; a file with two names counts once."""
+    if path.is_file():
+        return path.stat().st_size
+    sizes: dict[tuple[int, int], int] = {}
+    for folder, _, files in os.walk(path):
+        for name in files:
+            stat = Path(folder, name).lstat()
+            sizes[stat.st_dev, stat.st_ino] = 512 * stat.st_blocks
+    return sum(sizes.values())
+
+
+def _in_units(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"

@@ -1,0 +1,196 @@
+"""Prefect's server on this machine: for the length of one run, or with all that deployments need beside it.
+
+Prefect is only started here, as a process, never imported: that takes seconds in which the process already works.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+
+from rrlhf.environment import check_room, end_with_parent
+from rrlhf.locks import locked
+from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.server import PAGES
+from rrlhf.progress import check_stop, stop_between_steps
+from rrlhf.tools.automations import FILE, declare
+
+HOST = "127.0.0.1"
+POOL = "rrlhf"
+STARTING = Path(".rrlhf", "starting")  # held while a server migrates the database, which two at once break
+NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes more, for features not used here
+SECONDS_TO_START = 120.0
+SECONDS_TO_STOP = 15.0
+
+
+class ServeError(RuntimeError):
+    """Something that serving needs did not start."""
+
+
+def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> None:
+    """Start all services, print their addresses, and stop them at Ctrl-C, SIGTERM, or when one of them ends.
+
+    Deploys what prefect.yaml declares, and has the automations of automations.yaml on the server.
+    """
+    api = f"http://{HOST}:{prefect_port}/api"
+    environment = os.environ | {
+        "PREFECT_API_URL": api,
+        "PREFECT_SERVER_API_PORT": str(prefect_port),  # the pages ask this port
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; automations.yaml watches for it
+        PAGES: f"http://{HOST}:{mlflow_port}",
+        "PWD": str(root),  # prefect.yaml names it
+    }
+    check_room(root)
+    Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
+    stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
+    with ExitStack() as services:
+        with locked(root / STARTING):
+            start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
+            server = services.enter_context(start)
+            _wait_for(f"{api}/health", server, _log(root, "Prefect server"))
+        declare(api, root / FILE)
+        _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
+        _call(_prefect("deploy", "--all"), environment, root)
+        worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
+        pages = _process("MLflow", _mlflow(root, mlflow_port), NO_JOBS | environment, root)
+        with worker as at_work, pages as shown:
+            _wait_for(f"http://{HOST}:{mlflow_port}/health", shown, _log(root, "MLflow"))
+            print(_addresses(api, prefect_port, mlflow_port), flush=True)
+            while all(process.poll() is None for process in (server, at_work, shown)):
+                check_stop()
+                time.sleep(0.5)
+            raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
+
+
+def start_temporary_server(root: Path) -> Callable[[], None]:
+    """Start a Prefect server for this process, unless PREFECT_API_URL names one; return a function that waits for it.
+
+    Prefect would start one itself, but in reach of Ctrl-C: the run could then not report how it ended, and would
+    hang trying. Call this before Prefect is imported: what is registered first is stopped last, when Prefect has
+    sent its last events.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        _check_answer(os.environ["PREFECT_API_URL"])
+        return lambda: None
+    port = _free_port()
+    api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+    command = _prefect("server", "start", "--host", HOST, "--port", str(port), "--no-ui")
+    starting, services = ExitStack(), ExitStack()
+    starting.enter_context(locked(root / STARTING))
+    server = services.enter_context(_process("run", command, os.environ, root))
+    atexit.register(services.close)
+
+    def wait_until_ready() -> None:
+        with starting:
+            _wait_for(f"{api}/health", server, _log(root, "run"))
+
+    return wait_until_ready
+
+
+def _check_answer(api: str) -> None:
+    try:
+        urllib.request.urlopen(f"{api}/health", timeout=5).close()
+    except HTTPError:
+        return  # it answers; Prefect's client knows how to log in
+    except OSError as error:
+        raise ServeError(
+            f"the Prefect server of PREFECT_API_URL, {api}, does not answer ({error}): start it, or unset "
+            "PREFECT_API_URL to run without one"
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _prefect(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+
+
+def _mlflow(root: Path, port: int) -> list[str]:
+    store, artifacts = f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri()
+    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts, "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), *options]
+
+
+@contextmanager
+def _process(
+    name: str, command: list[str], environment: Mapping[str, str], root: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a service beside this process, its output in a file; stop it, and what it started, at the end."""
+    log = _log(root, name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _log(root: Path, name: str) -> Path:
+    return root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
+
+
+def _call(command: list[str], environment: Mapping[str, str], root: Path) -> None:
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ServeError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when an address answers.
+
+    Raises ServeError when it does not, or its process ends, OSError when the disk is full, and Interrupted if asked.
+    """
+    give_up = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < give_up and process.poll() is None:
+        check_stop()
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.3)
+    check_room(log.parent)  # the reason that is not in the log
+    ended = process.poll()
+    why = f"does not answer after {SECONDS_TO_START:.0f} s" if ended is None else f"ended with {ended}"
+    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    raise ServeError("\n".join([f"the service at {address} {why}; its log, {log}, ends with", *said[-3:]]))
+
+
+def _addresses(api: str, prefect_port: int, mlflow_port: int) -> str:
+    return f"""
+Prefect  http://{HOST}:{prefect_port}
+MLflow   http://{HOST}:{mlflow_port}
+
+Start a run from another shell:
+  export PREFECT_API_URL={api}
+  .venv/bin/prefect deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
+
+Ctrl-C stops everything."""

@@ -1,0 +1,169 @@
+"""The commands about signatures: `rrlhf keygen` makes the keys, `rrlhf sign` signs what was made without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rrlhf.located import UsageError
+from rrlhf.tools.command_line import Profile, Set, overrides
+
+if TYPE_CHECKING:
+    from rrlhf.config import Params
+    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.pipeline.signatures import Notary
+
+
+def keygen(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="New file for the private key; PATH.pub, the public.")],
+) -> None:
+    """Make a pair of keys (P-256) for signing artifacts and for verifying who made them.
+
+    1. Make the pair outside the project, and keep the private key to yourself; it has no password.
+
+    2. In params.yaml, signatures.private_key: PATH has every artifact that is made here signed, and
+    signatures.public_key: PATH.pub has every artifact that is read verified: by run, plan, chat, promote, audit and
+    the rest. One that is not signed by this key is refused with exit code 3.
+
+    3. `rrlhf sign` signs what was made before there was a key.
+
+    Who has PATH.pub and no private key can verify all of it, also without this package: model_signing verify key
+    FOLDER --signature FOLDER/model.sig --public_key PATH.pub
+
+    Example: rrlhf keygen ~/.config/rrlhf/key
+    """
+    private = path.expanduser()
+    for each in written_pair(private):
+        print(each)
+    print(f"params.yaml:  signatures: {{private_key: {private}, public_key: {private}.pub}}")
+
+
+def sign(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder; left out, every artifact "
+            "of the store.",
+        ),
+    ] = None,
+    profile: Profile = "default",
+    set_: Set = None,
+) -> None:
+    """Sign artifacts that were made without signatures.private_key, after reading every byte of them.
+
+    A signature vouches: look at them first (`rrlhf audit --deep`). All are checked before the first is signed. One
+    that another key has signed is refused; to change keys, verify it with the old key, then remove its model.sig.
+    MLflow's copies get the signature too.
+
+    Example: rrlhf sign
+
+    Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
+    """
+    from rrlhf.pipeline.params import load_params
+    from rrlhf.pipeline.signatures import notary_of
+
+    root = Path.cwd()
+    params = load_params(root, profile, overrides(profile, set_))
+    notary = notary_of(root, params.signatures)
+    if notary is None or not notary.signs:
+        raise UsageError(
+            "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
+        )
+    notary.prepare()
+    artifacts = _named(root, profile, params, models) if models else _all(root)
+    new = _unsigned(root, artifacts, notary)
+    for artifact in new:
+        notary.sign(artifact.path)
+        print(f"signed {artifact.name} {artifact.digest[:8]}")
+    copies = _in_mlflow(root, params, artifacts)
+    print(f"{len(new)} signed, {len(artifacts) - len(new)} had a signature; {copies} copies in MLflow have it too")
+
+
+def written_pair(private: Path) -> list[Path]:
+    """Write a private key, readable by its owner alone, and beside it PATH.pub; return both.
+
+    Raises ValueError when a file is there already or the library is missing: neither is ever overwritten.
+    """
+    from rrlhf.pipeline.signatures import INSTALL
+
+    try:
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+    except ImportError:
+        raise ValueError(f"keys are made by a library that is not installed: {INSTALL}") from None
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    public = private.with_name(f"{private.name}.pub")
+    private.parent.mkdir(parents=True, exist_ok=True)
+    _write_new(private, 0o600, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    try:
+        _write_new(public, 0o644, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    except (OSError, ValueError):
+        private.unlink()  # of no use to anybody, and half of a pair
+        raise
+    return [private, public]
+
+
+def _write_new(path: Path, mode: int, content: bytes) -> None:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        raise UsageError(f"{path}: exists already, and a key is never overwritten; name a new file") from None
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        os.fsync(handle)
+
+
+def _named(root: Path, profile: str, params: Params, models: Sequence[str]) -> list[Artifact]:
+    """Find artifacts as other commands do, but whether they are signed or not."""
+    from rrlhf.config import Signatures
+    from rrlhf.tools.lineage.lookup import Lookup
+
+    unsigned = params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
+    lookup = Lookup(root, profile, unsigned)
+    return list({found.path: found for found in map(lookup.find, models)}.values())
+
+
+def _all(root: Path) -> list[Artifact]:
+    """Return every artifact of the store. Raises TamperedError for the first whose manifest cannot be read."""
+    from rrlhf.pipeline.artifacts import Store
+
+    store = Store(root)
+    folders = [folder for folder in sorted(store.root.glob("[!.]*/*")) if folder.is_dir()]
+    return [found for folder in folders if (found := store.find(folder.parent.name, folder.name))]
+
+
+def _unsigned(root: Path, artifacts: Sequence[Artifact], notary: Notary) -> list[Artifact]:
+    """Return those without a signature. Raises TamperedError with everything that must not be signed."""
+    from rrlhf.pipeline.artifacts import SIGNATURE, Store, TamperedError
+    from rrlhf.progress import track
+
+    store = Store(root)
+    problems, found = [], []
+    for artifact in track(artifacts, len(artifacts), "reading artifacts"):
+        problem = store.fault(artifact, deep=True)
+        if problem is None and not (artifact.path / SIGNATURE).exists():
+            found.append(artifact)
+        elif problem or (problem := notary.fault_of_own(artifact.path)):
+            problems.append(problem)
+    if problems:
+        raise TamperedError("\n".join([*problems, "nothing was signed"]))
+    return found
+
+
+def _in_mlflow(root: Path, params: Params, artifacts: Sequence[Artifact]) -> int:
+    """Put signatures beside MLflow's copies, from which lost artifacts are brought back; return how many there are."""
+    from rrlhf.pipeline.tracking.registry import SQLITE, address
+
+    where = address(root)
+    if where.startswith(SQLITE) and not Path(where.removeprefix(SQLITE)).exists():
+        return 0
+    from rrlhf.pipeline.tracking import Tracker
+
+    tracker = Tracker.connect(root, params.tracking.experiment)
+    return sum(tracker.add_signature(artifact) for artifact in artifacts)

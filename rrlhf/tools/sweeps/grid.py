@@ -1,0 +1,145 @@
+"""A grid of settings: its points, what they share, and which policies it says anything about."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import yaml
+
+from rrlhf.config import Params
+from rrlhf.located import ParamsError
+from rrlhf.pipeline.graph import Node, arm_of
+from rrlhf.types import Json
+
+Grid = dict[str, list[Json]]  # values by dotted name; "arms.*.seed" is that of every arm
+EXAMPLE = "arms.robust.nominal_weight=0,0.2,0.4"
+
+
+class Point(NamedTuple):
+    """One point: the swept settings as they were named, and the overrides that they mean."""
+
+    settings: dict[str, Json]
+    overrides: dict[str, Json]
+
+    @property
+    def label(self) -> str:
+        """Name it by its settings."""
+        return " ".join(f"{path}={json.dumps(value)}" for path, value in self.settings.items())
+
+
+def parse_grid(texts: Iterable[str]) -> Grid:
+    """Read "PATH=VALUE,VALUE,...", the values as YAML. Raises ParamsError with every mistake."""
+    grid: Grid = {}
+    mistakes = []
+    for text in texts:
+        path, equals, values = text.partition("=")
+        try:
+            listed = yaml.safe_load(values if values.strip().startswith("[") else f"[{values}]")
+        except yaml.YAMLError:
+            listed = None
+        if not equals or not path.strip() or not isinstance(listed, list) or not listed:
+            mistakes.append(f"{text}: expected settings and values, for example {EXAMPLE}")
+        elif path.strip() in grid:
+            mistakes.append(f"{text}: {path.strip()} is swept twice; name all its values at once")
+        else:
+            grid[path.strip()] = listed
+    if mistakes or not grid:
+        raise ParamsError("\n".join(mistakes) or f"name what to sweep, for example {EXAMPLE}")
+    return grid
+
+
+def points(grid: Mapping[str, Sequence[Json]], params: Params) -> list[Point]:
+    """Return every combination of values, the last setting's values side by side.
+
+    Raises ParamsError when a value is given twice, or a name with * means no arm.
+    """
+    for path, values in grid.items():
+        if len({json.dumps(value) for value in values}) < len(values):
+            raise ParamsError(f"{path}: a value is given twice")
+    meant = {path: _meant(path, params) for path in grid}
+    found = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        found.append(Point(settings, {name: settings[path] for path in grid for name in meant[path]}))
+    return found
+
+
+def relevant(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> dict[str, list[str]]:
+    """Return, for the SFT model and every policy by its node's name, the swept settings that change it.
+
+    A setting does when two points that differ in nothing else make the policy differently, anywhere up to the data.
+    """
+    told = [_fingerprints(graph) for graph in graphs]
+    names = {node.name for graph in graphs for node in graph if arm_of(node.name) or node.name == "sft"}
+    found: dict[str, list[str]] = {name: [] for name in sorted(names)}
+    for path in asked[0].settings:
+        alike: dict[str, list[dict[str, str]]] = {}
+        for point, prints in zip(asked, told, strict=True):
+            others = {name: value for name, value in point.settings.items() if name != path}
+            alike.setdefault(json.dumps(others), []).append(prints)
+        for name, paths in found.items():
+            if any(len({prints.get(name) for prints in group}) > 1 for group in alike.values()):
+                paths.append(path)
+    return found
+
+
+def shares(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> list[dict[str, dict[str, Json]]]:
+    """Return for each point the policies (and the SFT model) that it is the first to have, with what changes them.
+
+    So each is made and compared once. Raises ParamsError when the grid changes no policy.
+    """
+    changes = relevant(asked, graphs)
+    if len(asked) > 1 and not any(paths for name, paths in changes.items() if arm_of(name)):
+        raise ParamsError(f"{', '.join(asked[0].settings)}: no policy depends on it, so there is nothing to compare")
+    seen: set[str] = set()
+    found = []
+    for point, graph in zip(asked, graphs, strict=True):
+        new: dict[str, dict[str, Json]] = {}
+        for name in (node.name for node in graph if node.name in changes):
+            settings = {path: point.settings[path] for path in changes[name]}
+            mark = json.dumps([name, settings])
+            if mark not in seen:
+                new[name] = settings
+            seen.add(mark)
+        found.append(new)
+    return found
+
+
+def trimmed(graph: Iterable[Node], left_out: set[str]) -> list[Node]:
+    """Return a graph without some policies, which its comparison then does not read."""
+    return [
+        node._replace(inputs={argument: name for argument, name in node.inputs.items() if name not in left_out})
+        for node in graph
+        if node.name not in left_out
+    ]
+
+
+def name_of(profile: str, grid: Mapping[str, Sequence[Json]], overrides: Mapping[str, Json]) -> str:
+    """Return a name for a sweep's files, the same for the same sweep."""
+    told = json.dumps([profile, grid, overrides], sort_keys=True)
+    return f"{profile}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def _meant(path: str, params: Params) -> list[str]:
+    """Return the settings that a name means: with * in the place of an arm, those of the arms that have it."""
+    parts = path.split(".")
+    if parts[:2] != ["arms", "*"]:
+        return [path]
+    having = [name for name, arm in params.arms.items() if len(parts) > 2 and getattr(arm, parts[2], None) is not None]
+    if not having:
+        raise ParamsError(f"{path}: no arm has such a setting")
+    return [".".join(["arms", name, *parts[2:]]) for name in having]
+
+
+def _fingerprints(graph: Iterable[Node]) -> dict[str, str]:
+    """Return a digest of every node's settings and those of all that it reads; `graph` is in order."""
+    found: dict[str, str] = {}
+    for node in graph:
+        inputs = {argument: found[name] for argument, name in sorted(node.inputs.items())}
+        told = json.dumps([node.stage, node.settings, inputs, node.functions], sort_keys=True)
+        found[node.name] = hashlib.sha256(told.encode()).hexdigest()
+    return found
