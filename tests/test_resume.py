@@ -14,8 +14,8 @@ import pytest
 from conftest import save_random_heads
 
 from rrlhf.config import Arm, Launch
-from rrlhf.memo import sha256
 from rrlhf.files import CHECKPOINT
+from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute

@@ -53,6 +53,9 @@ class Beside(TypedDict, total=False):
     dataset: Mapping[str, str]  # what is known of the data set below it (`rrlhf.pipeline.cards.about`), for its card
     input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
     profile: str  # for which it was made
+    accepted: Mapping[str, Any]  # of a result of other code: its key, and why it was taken (rrlhf/pipeline/accept.py)
+    git_commit: str | None  # these two are then of the result that was accepted
+    hardware: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.signatures import notary_of
-from rrlhf.pipeline.versioning.datasets import Place, place_of, prepared, restorable
+from rrlhf.pipeline.versioning.datasets import Place, accepted_for, place_of, prepared, restorable
 from rrlhf.progress import in_words
 from rrlhf.types import Dataset, Json
 
@@ -58,6 +58,7 @@ class Found(NamedTuple):
 
     digest: str
     restored: str = ""  # where it has to be brought back from, in words
+    accepted: str = ""  # why a result of other code stands for it
 
 
 class Project:
@@ -250,19 +251,19 @@ class Project:
             return Planned(node.name, "run", self.reasons(node, document, key), self._usual_seconds(node), key)
         if found.restored:
             return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
-        return Planned(node.name, "reuse", [], None, key)
+        return Planned(node.name, "reuse", [f"accepted: {found.accepted}"] if found.accepted else [], None, key)
 
     def _found(self, node: Node, document: Document) -> Found | None:
         """Find a node's result, here (checked) or where it can be brought back from."""
         if node.name == DATA:
             place = self.place(document)
             if dataset := prepared(self.root, place, document):
-                return Found(dataset.digest)
+                return Found(dataset.digest, accepted=(accepted_for(self.root, document) or {}).get("because", ""))
             dataset = restorable(self.root, place, document)
             return Found(dataset.digest, "in DVC's cache") if dataset else None
         key = key_digest(document)
         if artifact := self.store.checked(node.stage, key):
-            return Found(artifact.digest)
+            return Found(artifact.digest, accepted=artifact.manifest.get("accepted", {}).get("because", ""))
         return self._registered(node, key)
 
     def _registered(self, node: Node, key: str) -> Found | None:

@@ -8,11 +8,12 @@ when there is something to do: whether a data set is there and unchanged is read
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from shlex import quote
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rrlhf.files import write_if_new
+from rrlhf.files import write, write_if_new
 from rrlhf.located import ParamsError
 from rrlhf.locks import holder
 from rrlhf.memo import Memo
@@ -35,13 +36,14 @@ from rrlhf.pipeline.versioning.records import (
     declared_in,
     folder_digest,
     keep_document,
+    kept_document,
     listing,
     lock_entry,
     md5,
     run_records,
 )
 from rrlhf.progress import Interrupted, check_stop, say
-from rrlhf.types import Dataset
+from rrlhf.types import Dataset, Json
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong
 RWLOCK = Path(".dvc", "tmp", "rwlock")  # where DVC writes which process works on which files
@@ -132,6 +134,35 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     if dataset is None:
         raise PrepareError(f"DVC finished without {place.data}; `dvc repro {place.address}` may tell more")
     return dataset
+
+
+def earlier_dataset(root: Path, place: Place, fits: Callable[[Document], bool]) -> str | None:
+    """Return the version that lies here, checked, if it was made by a key document that fits."""
+    entry = lock_entry(root, place.project, place.stage, place.data)
+    document = kept_document(root, entry["deps"][0]["md5"]) if entry and place.data.exists() else None
+    if not entry or document is None or not fits(document):
+        return None
+    _check(root, place, entry["outs"][0]["md5"])
+    return f"md5:{entry['outs'][0]['md5']}"
+
+
+def accept_dataset(root: Path, place: Place, document: Document, accepted: Mapping[str, Json]) -> None:
+    """Have DVC record the version that lies here as made by this key document."""
+    with Store(root).locked(f"data-{place.name}"):
+        write_key(place.key, document)
+        write(_acceptance(root, document), json.dumps(accepted, indent=1) + "\n")
+        _when_free(root, SECONDS_TO_LOCK, lambda repository: repository.commit(place.address, force=True))
+
+
+def accepted_for(root: Path, document: Document) -> dict[str, Any] | None:
+    """Return what was written when a data set was accepted for this key document."""
+    path = _acceptance(root, document)
+    found: dict[str, Any] | None = json.loads(path.read_bytes()) if path.is_file() else None
+    return found
+
+
+def _acceptance(root: Path, document: Document) -> Path:
+    return root / "data" / "keys" / f"{md5(canonical(document).encode())}.accepted"
 
 
 def _check_cache(root: Path, document: str) -> None:

@@ -103,7 +103,7 @@ def lock_faults(root: Path, path: Path) -> Iterator[tuple[str, str]]:
         return
     is_variant = path.parent.parent.name == "variants"
     for stage, entry in stages.items():
-        if not is_variant and stage.startswith("key@"):
+        if not is_variant and stage.startswith(("key@", "pipeline@")):
             continue
         name = path.parent.name if is_variant else stage.removeprefix("prepare@")
         if stage != ("prepare" if is_variant else f"prepare@{name}"):

@@ -123,6 +123,9 @@ class Audit:
             yield f"{where}: expected stage {product.stage} and key {artifact.path.name}, found {artifact.key}"
         if problem := self.store.fault(artifact, deep=self.deep):
             yield problem
+        if accepted := artifact.manifest.get("accepted"):
+            name = f"{artifact.name} {artifact.key[:8]}"
+            self.notes.append(f"{name} was accepted from {accepted['from'][:8]}: {accepted['because']}")
         for path in artifact.path.rglob("*"):
             self._count(path)
 

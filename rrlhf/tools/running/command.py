@@ -143,6 +143,38 @@ def status(as_json: AsJson = False) -> None:
         print("\n".join(told(found)))
 
 
+def accept(
+    stages: Annotated[
+        Names, typer.Argument(metavar="STAGE", help="Nodes, such as ppo-robust, or all of one kind; left out: all.")
+    ] = None,
+    *,
+    because: Annotated[str, typer.Option(help="Why the change of the code changes no result; it stays on record.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compute each again first, and compare the bits.")] = False,
+    profile: Profile = "default",
+    set_: Set = None,
+) -> None:
+    """Take results of other code for what the present code would make, so that an upgrade computes nothing again.
+
+    Only results that differ in code alone are taken; a plan, the card and the audit say so afterwards.
+
+    Example: rrlhf accept sft --because "a message reworded"
+
+    Example: rrlhf accept --because "upgrade to 0.9, its notes say that no number changes"
+    """
+    from rrlhf.pipeline.accept import accept as accepting
+    from rrlhf.pipeline.partial import matching, unknown
+
+    project = _project(profile, overrides(profile, set_))
+    wrong = [unknown(stage, project.nodes) for stage in stages or () if not matching(stage, project.nodes)]
+    if wrong:
+        end(USAGE, "\n".join(wrong))
+    asked = [node for stage in stages or () for node in matching(stage, project.nodes)]
+    these = [node for node in project.nodes if node in asked or not stages]
+    for one in accepting(project, these, because, verify=verify):
+        again = ", computed again with the same bits" if one.verified else ""
+        print(f"{one.node}  accepted from {one.old[:12]}{again}")
+
+
 def relocate() -> None:
     """Have MLflow's database of a folder that was moved or copied name the files that are here now.
 

@@ -1,0 +1,126 @@
+"""Results of other code taken as what the present code would make: on record, with the reason.
+
+A result that differs from what is wanted in its code alone gets a second key, that of the present code. Its files are
+the same; what was accepted, and why, stands in its manifest and card.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from rrlhf.located import UsageError
+from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.pipeline.cards import about
+from rrlhf.pipeline.graph import DATA, Node
+from rrlhf.pipeline.keys import Document, changes, key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.produce import compare
+from rrlhf.pipeline.versioning.datasets import accept_dataset, digests, earlier_dataset
+from rrlhf.types import Json
+
+
+class Accepted(NamedTuple):
+    """A node whose earlier result was accepted."""
+
+    node: str
+    old: str  # key of the earlier result; of a data set its version
+    verified: bool
+
+
+def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -> Iterator[Accepted]:
+    """Accept the newest result of each of these nodes that differs in code alone; those up to date are passed over.
+
+    verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
+    DifferentError when what was computed again is another result.
+    """
+    for node in nodes:
+        known = project.known_digests()
+        if missing := sorted(set(node.inputs.values()) - set(known)):
+            raise UsageError(f"{node.name} reads {', '.join(missing)}, not up to date: accept or run that first")
+        document = project.document(node, known)
+        if node.name not in known:
+            one = _data if node.name == DATA else _model
+            yield one(project, node, document, because, verify)
+
+
+def only_code(old: Document, new: Document) -> bool:
+    """Whether two key documents differ in their code and in nothing else."""
+    return {change.path[0] for change in changes(old, new)} <= {"code"}
+
+
+def _model(project: Project, node: Node, document: Document, because: str, verify: bool) -> Accepted:
+    store, key = project.store, key_digest(document)
+    made = sorted((one for one in store.all() if one.name == node.name), key=lambda one: str(one.manifest["created"]))
+    old = next((one for one in reversed(made) if only_code(one.manifest["document"], document)), None)
+    if old is None:
+        raise _none(project, node, document)
+    store.verify(old)
+    if store.notary:
+        store.notary.check_making([node.name])
+    inputs = {argument: _folder(project, name) for argument, name in node.inputs.items()}
+    with store.locked(key):
+        if verify:
+            staged = store.staging(f"again-{node.stage}", key)
+            execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
+            compare(node.name, old.manifest["files"], store.digests(staged), staged, store)
+        staged = store.staging(f"accept-{node.stage}", key)
+        shutil.rmtree(staged, ignore_errors=True)
+        left = shutil.ignore_patterns(CARD, MANIFEST, SIGNATURE)
+        shutil.copytree(old.path, staged, copy_function=os.link, ignore=left)
+        data = project.dataset()
+        store.publish(
+            node.name,
+            document,
+            staged,
+            seconds=float(old.manifest["seconds"]),
+            definitions=project.definitions(document),
+            dataset=about(data, project.params.prepare) if data else {},
+            input_keys={arg: _artifact(project, name).key for arg, name in node.inputs.items() if name != DATA},
+            profile=project.profile,
+            git_commit=old.manifest["git_commit"],
+            hardware=old.manifest["hardware"],
+            accepted=_record(old.key, because, verify),
+        )
+    return Accepted(node.name, old.key, verify)
+
+
+def _data(project: Project, node: Node, document: Document, because: str, verify: bool) -> Accepted:
+    place = project.place(document)
+    old = earlier_dataset(project.root, place, lambda earlier: only_code(earlier, document))
+    if old is None:
+        raise UsageError(f"no data set differs in code alone: {'; '.join(project.closest(node, document)[0])}")
+    if verify:
+        staged = project.store.staging("again-prepare", key_digest(document))
+        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
+        compare(DATA, digests(project.root, place.data), digests(project.root, staged), staged, project.store)
+    accept_dataset(project.root, place, document, _record(old, because, verify))
+    return Accepted(DATA, old, verify)
+
+
+def _none(project: Project, node: Node, document: Document) -> UsageError:
+    nearest = "; ".join(project.closest(node, document)[0])
+    return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {nearest}")
+
+
+def _folder(project: Project, name: str) -> Path:
+    if name == DATA and (data := project.dataset()):
+        return data.path
+    return _artifact(project, name).path
+
+
+def _artifact(project: Project, name: str) -> Artifact:
+    found = project.artifact(name)
+    if found is None:
+        raise UsageError(f"{name} has to be brought back first: rrlhf run --only {name}")
+    return found
+
+
+def _record(old: str, because: str, verified: bool) -> dict[str, Json]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"from": old, "because": because, "verified": verified, "at": now}
