@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.pipeline import Run, Started, kind_of, prepare, start, take
+from flows.run import Run, Started, kind_of, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.pipeline.artifacts import git_commit

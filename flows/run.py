@@ -1,0 +1,362 @@
+"""One run of the pipeline: what its nodes need, make, find and register, as tasks that Prefect shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State
+from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed
+
+from flows.pages import Pages
+from rrlhf.environment import find_root, set_environment
+from rrlhf.files import write
+from rrlhf.pipeline.artifacts import Artifact, CopyError, git_commit
+from rrlhf.pipeline.cards import about, cut_in_words
+from rrlhf.pipeline.graph import DATA, METHODS, Node, arm_of
+from rrlhf.pipeline.keys import Document, key_digest
+from rrlhf.pipeline.last_run import noted
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import run_name
+from rrlhf.pipeline.partial import Chosen, Part, chosen
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.produce import compare, produce
+from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
+from rrlhf.pipeline.units import telling
+from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
+from rrlhf.policy.health import DivergedError
+from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
+from rrlhf.tools.running.numbers import write_numbers
+from rrlhf.tools.running.uptodate import (
+    note_report,
+    nothing_to_do,
+    read_evaluation,
+    report_file,
+    show,
+    trainings_of,
+)
+from rrlhf.types import Dataset, Log
+
+MOST_REASONS = 3  # of a stage that are told in Prefect's pages
+
+
+class Run:
+    """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
+
+    def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages | None = None) -> None:
+        self.project, self.wanted, self.pages = project, wanted, pages
+        self.tracking_id = ""  # of its run in MLflow, which one with nothing to do does without
+        self.dataset: Dataset | None = None
+        self.artifacts: dict[str, Artifact] = {}
+        self.made = made  # nodes that computed; all others were there already
+        self.moved: list[str] = []  # aliases, in words
+        self.versions: dict[str, str] = {}  # of models, by node: "rrlhf-policy/3"
+        self.report: str | None = None  # path of the HTML file, where there is a comparison
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """MLflow, imported and asked only when it is needed: that takes seconds."""
+        return Tracker.connect(self.project.root, self.project.params.tracking.experiment)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Content digest of every node that is done."""
+        found = {name: artifact.digest for name, artifact in self.artifacts.items()}
+        return found | ({DATA: self.dataset.digest} if self.dataset else {})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What ran, the folder of every result, and the report."""
+        root = self.project.root
+        folders = {name: str(self.folder(name).relative_to(root)) for name in self.digests}
+        return {"ran": self.made, "folders": folders, "report": self.report}
+
+    def folder(self, name: str) -> Path:
+        """Return the folder of a node that is done."""
+        return self.dataset.path if name == DATA and self.dataset else self.artifacts[name].path
+
+
+class Started(NamedTuple):
+    """A node whose task was handed to the task runner."""
+
+    node: Node
+    key: str
+    future: PrefectFuture[State[None]]
+
+
+@contextmanager
+def running(
+    profile: str, overrides: dict[str, Any] | None, part: Mapping[str, list[str]] | None, take_aliases: bool
+) -> Iterator[Run]:
+    """Open a run: everything is checked and planned before it yields; what was made is registered and told after it.
+
+    With nothing to do, MLflow gets no further run.
+    """
+    stop_between_steps(STOPPING)  # here, since Prefect's own handler of SIGTERM ends a step in its middle
+    root = find_root(Path.cwd())
+    set_environment(root)
+    project, pages = Project.opened(root, profile, overrides, take_aliases=take_aliases), Pages(profile)
+    asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
+    with noted(root, profile, overrides or {}, asked) as ran:
+        project.check_sources(fetch=True)
+        for note in project.notes:
+            say(f"note: {note}")
+        planned = project.plan(asked)  # raises when a part lacks what it is built on
+        project.check_keys(planned)
+        pages.plan(planned, project.usual_start_up())
+        done = nothing_to_do(project, planned)
+        run = Run(project, chosen(asked, project.nodes), ran, pages)
+        run.versions = done.versions if done else {}
+        with nullcontext() if done else tracked(run, run_name(profile, overrides)):
+            yield run
+            run.report = told(run, pages) if done else register_all(run, pages)
+
+
+def make(kind: str, run: Run) -> None:
+    """Have the results of all nodes of a kind, side by side where there are several: made, or found."""
+    nodes = [node for node in run.project.nodes if kind_of(node) == kind]
+    at_once = run.project.params.launch.arms_at_once
+    for together in (nodes[i : i + at_once] for i in range(0, len(nodes), at_once)):
+        mine = [node for node in together if takes_part(node, run)]
+        if kind == "prepare" and mine:
+            prepare(run.project.document(mine[0], {}), run)
+            run.project.check_columns(run.dataset)
+        elif mine:
+            finish([start(node, run, beside=len(together) - 1) for node in mine], run)
+        if run.pages:
+            run.pages.advance(run.digests)
+
+
+def kind_of(node: Node) -> str:
+    """Return what nodes have in common that may run side by side: their stage, of a policy that it is an arm."""
+    return "arm" if node.stage in METHODS else node.stage
+
+
+@contextmanager
+def tracked(run: Run, name: str) -> Iterator[None]:
+    """Open the run's run in MLflow, and close it with how the flow ended."""
+    project, tracker = run.project, run.tracker
+    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root), name=name)
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish_flow(run.tracking_id, status)
+
+
+def takes_part(node: Node, run: Run) -> bool:
+    """Whether a node belongs to this run: it may compute, or is there already, or can be brought back.
+
+    Raises FileNotFoundError when it may compute but lacks an input.
+    """
+    missing = set(node.inputs.values()) - set(run.digests)
+    if node.name in run.wanted.allowed:
+        if missing:
+            raise FileNotFoundError(f"{node.name} needs {', '.join(sorted(missing))}, which this run leaves out")
+        return True
+    if missing:
+        return False
+    document = run.project.document(node, run.digests)
+    if node.name == DATA:
+        place = run.project.place(document)
+        there = prepared(run.project.root, place, document) or restorable(run.project.root, place, document)
+        return there is not None
+    return found(node, key_digest(document), run) is not None
+
+
+@task(task_run_name=DATA, cache_policy=NO_CACHE, persist_result=False)
+def prepare(document: Document, run: Run) -> State[None]:
+    """Have the data set ready: DVC decides whether its stage runs."""
+    project = run.project
+    place, key = project.place(document), key_digest(document)
+    run.dataset = prepared(project.root, place, document)
+    why = "" if run.dataset else reasons_of(project.nodes[0], document, key, run)
+    if run.dataset and DATA in run.wanted.forced:
+        staged, why = project.store.staging("again-prepare", key), "forced; "
+        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
+        compare(DATA, digests(project.root, run.dataset.path), digests(project.root, staged), staged, project.store)
+        run.made.append(DATA)
+    elif run.dataset is None:
+        run.dataset = prepare_dataset(project.root, place, document)
+        run.made.append(DATA)
+    return ended(DATA, run, f"{why}{run.dataset.name} {run.dataset.digest}")
+
+
+def ended(name: str, run: Run, said: str) -> State[None]:
+    """Return the state that Prefect's pages and log show: Cached where a result was found, and what is said of it."""
+    return Completed(message=said) if name in run.made else Completed(name="Cached", message=said)
+
+
+def start(node: Node, run: Run, beside: int) -> Started:
+    """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
+    document = run.project.document(node, run.digests)
+    key = key_digest(document)
+    there, forced = found(node, key, run), node.name in run.wanted.forced
+    why = "forced; " if forced else "" if there else reasons_of(node, document, key, run)
+    return Started(
+        node, key, produced.with_options(task_run_name=node.name).submit(key, node, document, run, beside, why)
+    )
+
+
+def reasons_of(node: Node, document: Document, key: str, run: Run) -> str:
+    """Say why a node computes, before its result is told."""
+    return "".join(f"{reason}; " for reason in run.project.reasons(node, document, key)[:MOST_REASONS])
+
+
+def found(node: Node, key: str, run: Run) -> Artifact | None:
+    """Return a result that is in the store, unchanged, or could be brought back to it.
+
+    A registered copy that is not what was registered is warned of, and does as if it was not there.
+    """
+    try:
+        return run.project.store.checked(node.stage, key) or run.tracker.bring_back(run.project.store, node.stage, key)
+    except CopyError as error:
+        say(f"{node.name}  {error}; it is left alone")
+        return None
+
+
+def finish(started: Iterable[Started], run: Run) -> None:
+    """Wait for all, so that one failure does not lose the others' results, and then take every result."""
+    everything = list(started)
+    diverged: list[str] = []
+    wait([one.future for one in everything])
+    for node, key, future in everything:
+        try:
+            future.result()
+        except DivergedError as error:
+            diverged.append(f"{node.name} {error}")
+            continue
+        take(node, key, run)
+    if diverged:
+        raise DivergedError("\n".join(diverged))
+
+
+def take(node: Node, key: str, run: Run) -> None:
+    """Add a finished result to a run."""
+    artifact = run.project.store.find(node.stage, key)
+    if artifact is None:
+        raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
+    run.artifacts[node.name] = artifact
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def produced(key: str, node: Node, document: Document, run: Run, beside: int, why: str) -> State[None]:
+    """Run one stage and publish its artifact, unless another run just did; compare the two when that is forced."""
+    check_stop()  # an arm may start after Ctrl-C
+    project = run.project
+
+    def compute(staged: Path, log: Log) -> None:
+        inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
+        launch, limits = project.params.launch, project.params.limits
+        execute(document, inputs=inputs, out=staged, log=log, launch=launch, beside=beside, max_cut=limits.max_cut)
+
+    artifact, computed = produce(
+        project.store,
+        node.name,
+        document,
+        compute,
+        recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
+        force=node.name in run.wanted.forced,
+        definitions=project.definitions(document),
+        dataset=about(run.dataset, project.params.prepare) if run.dataset else {},
+        input_keys={argument: run.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
+        profile=project.profile,
+    )
+    if computed:
+        run.made.append(node.name)
+    manifest, numbers = artifact.manifest, telling(node.stage, artifact.metrics) or "made"
+    if computed:
+        return ended(node.name, run, f"{why}{numbers} in {in_words(manifest['seconds'])}")
+    return ended(node.name, run, f"{numbers}, made {manifest['created']}")
+
+
+def register_all(run: Run, pages: Pages) -> str | None:
+    """Make sure that MLflow knows every result; return the path of the report, if there is a comparison."""
+    for node in run.project.nodes:
+        if node.name in run.artifacts:
+            register.with_options(task_run_name=f"register-{node.name}")(node, run)
+    stay = "aliases stay with the settings as they stand; --take-aliases gives them to the models of this run"
+    for line in run.moved or ([] if run.project.takes_aliases else [stay]):
+        print(line, flush=True)
+    return report(run, pages) if "evaluate" in run.artifacts else None
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def register(node: Node, run: Run) -> State[None]:
+    """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
+    project, artifact = run.project, run.artifacts[node.name]
+    dataset = run.dataset if DATA in node.inputs.values() else None
+    aliases = project.aliases_of(node.name)
+    made = run.tracker.register(artifact, dataset, profile=project.profile, aliases=aliases, parent=run.tracking_id)
+    if made is None:
+        return Completed(message="its run and files")
+    run.moved += made.moved
+    run.versions[node.name] = f"{made.name}/{made.version}"
+    how = "registered as" if made.created else "is registered as"
+    return Completed(message="; ".join([f"{how} {made.name} v{made.version}", *made.moved]))
+
+
+@task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
+def report(run: Run, pages: Pages) -> str:
+    """Write the HTML report, tell of the comparison, and return the report's path."""
+    from rrlhf.tools.lineage.load import load
+    from rrlhf.tools.reporting.report import render
+
+    project, trained = run.project, trainings_of(run.project, run.artifacts)
+    evaluation = read_evaluation(project, run.artifacts["evaluate"])
+    ancestry = load(project.root, run.tracker.versions(), project.profile, strict=False)
+    candidate = ancestry.find(candidate_of(run).key)
+    html = report_file(project)
+    text = render(
+        evaluation,
+        params=project.params.model_dump(),
+        lineage=(ancestry, candidate),
+        facts=_facts(run),
+        trained=trained,
+    )
+    write(html, text)
+    write_numbers(project, evaluation, trained)
+    page = run.tracker.log_report(run.tracking_id, html)
+    note_report(project, run.artifacts)
+    pages.lineage(ancestry, candidate, mlflow_pages(project.root))
+    pages.report(page or html.as_uri(), html.name)
+    return told(run, pages)
+
+
+def candidate_of(run: Run) -> Artifact:
+    """Return the policy of the arm that the settings choose, which may not have the alias."""
+    chosen = run.project.params.tracking.candidate
+    return next(artifact for name, artifact in run.artifacts.items() if arm_of(name) == chosen)
+
+
+def told(run: Run, pages: Pages) -> str:
+    """Print the comparison, show it in Prefect's pages, and return the report's path."""
+    shown = show(run.project, run.artifacts)
+    address = mlflow_pages(run.project.root)
+    links = {arm_of(node) or node: version_page(address, name) for node, name in run.versions.items() if address}
+    pages.comparison(*shown, links)
+    return shown.report
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Return what a reader of the report wants to know of the run's circumstances."""
+    last = run.artifacts["evaluate"].manifest
+    times = {f"seconds for {name}": f"{item.manifest['seconds']:g}" for name, item in run.artifacts.items()}
+    return {
+        "git commit": str(last["git_commit"]),
+        "data set": run.dataset.digest if run.dataset else "",
+        "made": last["created"],
+        "hardware": ", ".join(f"{name} {value}" for name, value in last["hardware"].items()),
+        **{f"cut in {name}": told for name, item in run.artifacts.items() if (told := cut_in_words(item.metrics))},
+        **times,
+    }
