@@ -33,7 +33,8 @@ PARAMS = load_params(Path(__file__).parents[1], "tiny")
 # {0} stands for a number that edits change, {note} for what is no code.
 SOURCES = {
     "__init__": '"""{note}"""\n',
-    "prepare": '''"""{note}"""
+    "stages/__init__": '"""{note}"""\n',
+    "stages/prepare": '''"""{note}"""
 from pathlib import Path
 import json
 
@@ -48,7 +49,7 @@ def scaled(value, factor):
     """{note}"""
     return value * factor + {1}
 ''',
-    "scale": '''"""{note}"""
+    "stages/scale": '''"""{note}"""
 import json
 
 def run(factor, read, out):
@@ -60,10 +61,10 @@ def run(factor, read, out):
 LEVEL = {0}  # {note}
 ''',
     "parts/deep": '''"""{note}"""''',
-    "join": '''"""{note}"""
+    "stages/join": '''"""{note}"""
 import json
-from . import maths
-from .parts import LEVEL
+from .. import maths
+from ..parts import LEVEL
 
 class Sum:
     def of(self, folders):
@@ -73,7 +74,7 @@ def run(left, right, out):
     value = (Sum().of([left, right]) + LEVEL) // 10 + {0}
     (out / "value.json").write_text(json.dumps(value))
 ''',
-    "end": '''"""{note}"""
+    "stages/end": '''"""{note}"""
 import json
 import tiny.parts.deep
 
@@ -84,19 +85,19 @@ def run(weight, join, left, out):
     "aside": "ANSWER = {0}  # {note}: imported by no stage\n",
 }
 DEFINITIONS = {  # of every number in the sources
-    "prepare": ["run"],
+    "stages/prepare": ["run"],
     "maths": ["OFFSET", "scaled"],
-    "scale": ["run"],
+    "stages/scale": ["run"],
     "parts/__init__": ["LEVEL"],
-    "join": ["run"],
-    "end": ["run"],
+    "stages/join": ["run"],
+    "stages/end": ["run"],
     "aside": ["ANSWER"],
 }
 IMPORTED = {  # by every stage, at any depth
-    "prepare": ["prepare"],
-    "scale": ["scale", "maths"],
-    "join": ["join", "maths", "parts/__init__"],
-    "end": ["end", "parts/__init__"],
+    "prepare": ["stages/prepare"],
+    "scale": ["stages/scale", "maths"],
+    "join": ["stages/join", "maths", "parts/__init__"],
+    "end": ["stages/end", "parts/__init__"],
 }
 GRAPH = [  # node, stage, its parameters, its inputs
     ("read", "prepare", [], {}),
@@ -167,13 +168,13 @@ class World:
     def value(self, name, values):
         code, params = self.code, self.params
         if name == "read":
-            return int(self.source) + code["prepare", 0]
+            return int(self.source) + code["stages/prepare", 0]
         if name in {"left", "right"}:
-            return values["read"] * params[f"{name}.factor"] + code["maths", 1] + code["scale", 0]
+            return values["read"] * params[f"{name}.factor"] + code["maths", 1] + code["stages/scale", 0]
         if name == "join":
             total = values["left"] + values["right"] + code["maths", 0] + code["parts/__init__", 0]
-            return total // 10 + code["join", 0]
-        return values["join"] * params["end.weight"] + code["parts/__init__", 0] + code["end", 0]
+            return total // 10 + code["stages/join", 0]
+        return values["join"] * params["end.weight"] + code["parts/__init__", 0] + code["stages/end", 0]
 
     def expected_plan(self, forced):
         """Return action and possible sets of reasons by node, or None when a result that was changed is met."""
@@ -278,7 +279,7 @@ def call(root, node, inputs, out):
     invalidate_caches()
     sys.path.insert(0, str(root))
     try:
-        import_module(f"tiny.{node.stage}").run(**node.sections, **inputs, out=out)
+        import_module(f"tiny.stages.{node.stage}").run(**node.sections, **inputs, out=out)
     finally:
         sys.path.remove(str(root))
 
