@@ -92,20 +92,21 @@ def _model(project: Project, node: Node, document: Document, because: str, verif
 
 def _data(project: Project, node: Node, document: Document, because: str, verify: bool) -> Accepted:
     place = project.place(document)
-    old = earlier_dataset(project.root, place, lambda earlier: only_code(earlier, document))
+    old = earlier_dataset(project.root, lambda earlier: only_code(earlier, document))
     if old is None:
-        raise UsageError(f"no data set differs in code alone: {'; '.join(project.closest(node, document)[0])}")
+        raise _none(project, node, document)
     if verify:
         staged = project.store.staging("again-prepare", key_digest(document))
         execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
-        compare(DATA, digests(project.root, place.data), digests(project.root, staged), staged, project.store)
-    accept_dataset(project.root, place, document, _record(old, because, verify))
-    return Accepted(DATA, old, verify)
+        compare(DATA, digests(project.root, old.path), digests(project.root, staged), staged, project.store)
+    accept_dataset(project.root, place, old, document, _record(old.digest, because, verify))
+    return Accepted(DATA, old.digest, verify)
 
 
 def _none(project: Project, node: Node, document: Document) -> UsageError:
-    nearest = "; ".join(project.closest(node, document)[0])
-    return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {nearest}")
+    nearest = [reason for reason in project.closest(node, document)[0] if ".py" not in reason]
+    said = "; ".join(nearest) or "none is left here whole"
+    return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {said}")
 
 
 def _folder(project: Project, name: str) -> Path:

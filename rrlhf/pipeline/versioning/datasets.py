@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from rrlhf.files import write, write_if_new
+from rrlhf.files import clear, write, write_if_new
 from rrlhf.located import ParamsError
 from rrlhf.locks import holder
 from rrlhf.memo import Memo
@@ -39,6 +40,7 @@ from rrlhf.pipeline.versioning.records import (
     kept_document,
     listing,
     lock_entry,
+    locks,
     md5,
     run_records,
 )
@@ -124,9 +126,7 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     """Have DVC make the data set or bring it back, and return it with the digest of its version."""
     with Store(root).locked(f"data-{place.name}"):
         write_key(place.key, document)
-        if place.stage == "prepare":
-            place.project.parent.mkdir(parents=True, exist_ok=True)
-            place.project.write_text(declaration(place.name), encoding="utf-8")
+        _declare(place)
         _check_cache(root, md5(canonical(document).encode()))
         say(f"{DATA}  begins: DVC makes {place.data.relative_to(root)}, or brings it back")
         _reproduce(root, place)
@@ -136,20 +136,24 @@ def prepare_dataset(root: Path, place: Place, document: Document) -> Dataset:
     return dataset
 
 
-def earlier_dataset(root: Path, place: Place, fits: Callable[[Document], bool]) -> str | None:
-    """Return the version that lies here, checked, if it was made by a key document that fits."""
-    entry = lock_entry(root, place.project, place.stage, place.data)
-    document = kept_document(root, entry["deps"][0]["md5"]) if entry and place.data.exists() else None
-    if not entry or document is None or not fits(document):
-        return None
-    _check(root, place, entry["outs"][0]["md5"])
-    return f"md5:{entry['outs'][0]['md5']}"
+def earlier_dataset(root: Path, fits: Callable[[Document], bool]) -> Dataset | None:
+    """Return a version that lies here, checked, and was made by a key document that fits."""
+    for record in locks(root):
+        folder, document = root / "data" / record.name, kept_document(root, record.document_md5)
+        if document and fits(document) and folder.is_dir():
+            if problem := fault(root, folder, record.digest.removeprefix("md5:")):
+                raise TamperedError(problem)
+            return Dataset(record.name, folder, record.digest)
+    return None
 
 
-def accept_dataset(root: Path, place: Place, document: Document, accepted: Mapping[str, Json]) -> None:
-    """Have DVC record the version that lies here as made by this key document."""
+def accept_dataset(root: Path, place: Place, old: Dataset, document: Document, accepted: Mapping[str, Json]) -> None:
+    """Have DVC record an earlier version as made by this key document; a variant has its folder by its key."""
     with Store(root).locked(f"data-{place.name}"):
         write_key(place.key, document)
+        if old.path != place.data:
+            shutil.copytree(old.path, clear(place.data), dirs_exist_ok=True)
+            _declare(place)
         write(_acceptance(root, document), json.dumps(accepted, indent=1) + "\n")
         _when_free(root, SECONDS_TO_LOCK, lambda repository: repository.commit(place.address, force=True))
 
@@ -175,6 +179,13 @@ def _check_cache(root: Path, document: str) -> None:
     if broken:
         path = broken[0].partition(":")[0].partition(",")[0]
         raise TamperedError(f"{broken[0]}\nto have the data set made again: rm {quote(path)}")
+
+
+def _declare(place: Place) -> None:
+    """Write the dvc.yaml of a variant; those of profiles are there."""
+    if place.stage == "prepare":
+        place.project.parent.mkdir(parents=True, exist_ok=True)
+        place.project.write_text(declaration(place.name), encoding="utf-8")
 
 
 def declaration(name: str) -> str:
