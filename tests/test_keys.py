@@ -122,9 +122,10 @@ def sources(tmp_path):
 
 
 def digests_after(change, file):
-    before = Modules(file.parent).closure("rrlhf.stages.ppo")
+    package = next(folder for folder in file.parents if folder.name == "rrlhf")
+    before = Modules(package).closure("rrlhf.stages.ppo")
     file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
-    after = Modules(file.parent).closure("rrlhf.stages.ppo")
+    after = Modules(package).closure("rrlhf.stages.ppo")
     return {name for name in before | after if before.get(name) != after.get(name)}
 
 
@@ -138,11 +139,11 @@ def digests_after(change, file):
     ],
 )
 def test_comments_docstrings_and_layout_are_not_code(sources, change):
-    assert digests_after(change, sources / "ppo.py") == set()
+    assert digests_after(change, sources / "stages" / "ppo.py") == set()
 
 
 def test_a_changed_line_is_code(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "ppo.py") == {"rrlhf.stages.ppo"}
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "stages" / "ppo.py") == {"rrlhf.stages.ppo"}
 
 
 def test_a_module_that_a_stage_imports_is_its_code(sources):
@@ -150,7 +151,7 @@ def test_a_module_that_a_stage_imports_is_its_code(sources):
 
 
 def test_a_module_that_a_stage_does_not_import_is_not(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "reporting" / "report.py") == set()
+    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "tools" / "reporting" / "report.py") == set()
 
 
 def test_every_stage_sees_only_its_own_code():

@@ -336,7 +336,7 @@ def test_a_changed_byte_is_refused_by_name_with_everything_built_on_it(first, sh
 
 
 def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell):
-    source = shell.root / "rrlhf" / "ppo.py"
+    source = shell.root / "rrlhf" / "stages" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
     try:
         source.write_text("# why\n" + sound.replace('"""', '"""Why. ', 1), encoding="utf-8")

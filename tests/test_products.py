@@ -116,7 +116,7 @@ def test_a_policy_is_made_again_bit_by_bit_the_whole_way_up(shell):
 
 @pytest.mark.slow
 def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
-    source = shell.root / "rrlhf" / "ppo.py"
+    source = shell.root / "rrlhf" / "stages" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
     try:
         source.write_text(sound.replace("ppo, arm.seed, course", "ppo, arm.seed + 1, course"), encoding="utf-8")
