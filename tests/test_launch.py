@@ -24,8 +24,8 @@ HERE = Launch(processes=1, threads=0, arms_at_once=1)
 @pytest.fixture
 def stage(monkeypatch):
     """A stand-in stage, `rrlhf.standin`, whose `run` a test sets."""
-    module = types.ModuleType("rrlhf.standin")
-    monkeypatch.setitem(sys.modules, "rrlhf.standin", module)
+    module = types.ModuleType("rrlhf.stages.standin")
+    monkeypatch.setitem(sys.modules, "rrlhf.stages.standin", module)
     return module
 
 

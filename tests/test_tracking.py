@@ -684,7 +684,7 @@ def test_mlflow_shows_the_card_with_version_run_and_model(tracker, client, famil
     links = f"Made from {', '.join([*read, data])}."
     said, linked, content = version.description.split("\n\n")
     assert (
-        said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 4`."
+        said == "Policy robust, by PPO. The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 8`."
     )
     assert (linked, content) == (links, f"Content `{family[3].digest[:8]}`.")
     shown = run.data.tags["mlflow.note.content"]

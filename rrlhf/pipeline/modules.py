@@ -28,9 +28,7 @@ WITHOUT_EFFECT = {
     "rrlhf.models.sources",
     "rrlhf.located",
     "rrlhf.locks",
-    "rrlhf.pipeline.params",
     "rrlhf.progress",
-    "rrlhf.pipeline.artifacts",
     "rrlhf.types",
 }
 SHOWN = 8  # hex digits of a definition's digest
