@@ -98,7 +98,7 @@ def test_a_policy_tells_its_health_and_what_gold_and_proxy_are():
 
 
 def test_the_reward_is_named_with_its_settings_and_functions():
-    robust = "The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 4"
+    robust = "The SFT model after PPO on the reward `robust, nominal_weight 0.4, credible 8"
     assert what(manifest("ppo-robust")) == f"{robust}`."
     made = manifest("ppo-robust")
     made["document"]["params"]["arm"]["functions"] = {"rules:short": -0.5}
