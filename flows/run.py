@@ -26,7 +26,7 @@ from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.produce import compare, produce
+from rrlhf.pipeline.produce import compare_again, produce
 from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.pipeline.units import telling
 from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
@@ -49,7 +49,7 @@ MOST_REASONS = 3  # of a stage that are told in Prefect's pages
 class Run:
     """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
 
-    def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages | None = None) -> None:
+    def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages) -> None:
         self.project, self.wanted, self.pages = project, wanted, pages
         self.tracking_id = ""  # of its run in MLflow, which one with nothing to do does without
         self.dataset: Dataset | None = None
@@ -115,7 +115,7 @@ def running(
         run.versions = done.versions if done else {}
         with nullcontext() if done else tracked(run, run_name(profile, overrides)):
             yield run
-            run.report = told(run, pages) if done else register_all(run, pages)
+            run.report = told(run) if done else register_all(run)
 
 
 def make(kind: str, run: Run) -> None:
@@ -129,8 +129,7 @@ def make(kind: str, run: Run) -> None:
             run.project.check_columns(run.dataset)
         elif mine:
             finish([start(node, run, beside=len(together) - 1) for node in mine], run)
-        if run.pages:
-            run.pages.advance(run.digests)
+        run.pages.advance(run.digests)
 
 
 def kind_of(node: Node) -> str:
@@ -182,9 +181,8 @@ def prepare(document: Document, run: Run) -> State[None]:
     run.dataset = prepared(project.root, place, document)
     why = "" if run.dataset else reasons_of(project.nodes[0], document, key, run)
     if run.dataset and DATA in run.wanted.forced:
-        staged, why = project.store.staging("again-prepare", key), "forced; "
-        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
-        compare(DATA, digests(project.root, run.dataset.path), digests(project.root, staged), staged, project.store)
+        why = "forced; "
+        compare_again(project, DATA, document, {}, digests(project.root, run.dataset.path))
         run.made.append(DATA)
     elif run.dataset is None:
         run.dataset = prepare_dataset(project.root, place, document)
@@ -280,7 +278,7 @@ def produced(key: str, node: Node, document: Document, run: Run, beside: int, wh
     return ended(node.name, run, f"{numbers}, made {manifest['created']}")
 
 
-def register_all(run: Run, pages: Pages) -> str | None:
+def register_all(run: Run) -> str | None:
     """Make sure that MLflow knows every result; return the path of the report, if there is a comparison."""
     for node in run.project.nodes:
         if node.name in run.artifacts:
@@ -288,7 +286,7 @@ def register_all(run: Run, pages: Pages) -> str | None:
     stay = "aliases stay with the settings as they stand; --take-aliases gives them to the models of this run"
     for line in run.moved or ([] if run.project.takes_aliases else [stay]):
         print(line, flush=True)
-    return report(run, pages) if "evaluate" in run.artifacts else None
+    return report(run) if "evaluate" in run.artifacts else None
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -307,7 +305,7 @@ def register(node: Node, run: Run) -> State[None]:
 
 
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
-def report(run: Run, pages: Pages) -> str:
+def report(run: Run) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
     from rrlhf.tools.lineage.load import load
     from rrlhf.tools.reporting.report import render
@@ -328,9 +326,9 @@ def report(run: Run, pages: Pages) -> str:
     write_numbers(project, evaluation, trained)
     page = run.tracker.log_report(run.tracking_id, html)
     note_report(project, run.artifacts)
-    pages.lineage(ancestry, candidate, mlflow_pages(project.root))
-    pages.report(page or html.as_uri(), html.name)
-    return told(run, pages)
+    run.pages.lineage(ancestry, candidate, mlflow_pages(project.root))
+    run.pages.report(page or html.as_uri(), html.name)
+    return told(run)
 
 
 def candidate_of(run: Run) -> Artifact:
@@ -339,12 +337,12 @@ def candidate_of(run: Run) -> Artifact:
     return next(artifact for name, artifact in run.artifacts.items() if arm_of(name) == chosen)
 
 
-def told(run: Run, pages: Pages) -> str:
+def told(run: Run) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
     shown = show(run.project, run.artifacts)
     address = mlflow_pages(run.project.root)
     links = {arm_of(node) or node: version_page(address, name) for node, name in run.versions.items() if address}
-    pages.comparison(*shown, links)
+    run.pages.comparison(*shown, links)
     return shown.report
 
 

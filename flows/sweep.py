@@ -96,7 +96,7 @@ def sweep(
         }
         if baseline:
             told["evidence"] = evidence(found, baseline)
-        files = report_sweep(runs[0], parent, told, found, Pages(profile))
+        files = report_sweep(runs[0], parent, told, found)
     return {**told, "ran": [name for run in runs for name in run.made], "files": files}
 
 
@@ -131,7 +131,7 @@ def grouped(
                     profile, project.params, commit, name=run_name(profile, given | point.settings), parent=parent
                 )
             )
-        runs = [Run(share.project, chosen(Part(), share.project.nodes), []) for share in parts]
+        runs = [Run(share.project, chosen(Part(), share.project.nodes), [], Pages(profile)) for share in parts]
         for run, each in zip(runs, ids[1:], strict=True):
             run.tracker, run.tracking_id = tracker, each
         yield runs, parent
@@ -221,12 +221,12 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def report_sweep(run: Run, parent: str, told: Sweep, found: Sequence[Found], pages: Pages) -> list[str]:
+def report_sweep(run: Run, parent: str, told: Sweep, found: Sequence[Found]) -> list[str]:
     """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the tables."""
     files = write(told, found, run.project.root / "reports" / "sweeps" / told["name"])
     for file in files:
         run.tracker.log_report(parent, file)
     show(told)
     written = [str(file.relative_to(run.project.root)) for file in files]
-    pages.sweep(markdown(told), written)
+    run.pages.sweep(markdown(told), written)
     return written

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import NamedTuple
 
 from rrlhf.located import UsageError
@@ -18,9 +17,8 @@ from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import Document, changes, key_digest
-from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.produce import compare
+from rrlhf.pipeline.produce import compare_again
 from rrlhf.pipeline.versioning.datasets import accept_dataset, digests, earlier_dataset
 from rrlhf.types import Json
 
@@ -39,14 +37,20 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
     verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
     DifferentError when what was computed again is another result.
     """
-    for node in nodes:
-        known = project.known_digests()
+    known: dict[str, str] = {}
+    documents: dict[str, Document] = {}
+    for node in project.nodes:
         if missing := sorted(set(node.inputs.values()) - set(known)):
-            raise UsageError(f"{node.name} reads {', '.join(missing)}, not up to date: accept or run that first")
-        document = project.document(node, known)
-        if node.name not in known:
+            if node in nodes:
+                raise UsageError(f"{node.name} reads {', '.join(missing)}, not up to date: accept or run that first")
+            continue
+        documents[node.name] = document = project.document(node, known)
+        found = project.found(node, document)
+        if found is None and node in nodes:
             one = _data if node.name == DATA else _model
-            yield one(project, node, document, because, verify)
+            yield one(project, node, documents, because, verify)
+            found = project.found(node, document)
+        known |= {node.name: found.digest} if found else {}
 
 
 def only_code(old: Document, new: Document) -> bool:
@@ -54,26 +58,31 @@ def only_code(old: Document, new: Document) -> bool:
     return {change.path[0] for change in changes(old, new)} <= {"code"}
 
 
-def _model(project: Project, node: Node, document: Document, because: str, verify: bool) -> Accepted:
-    store, key = project.store, key_digest(document)
-    made = sorted((one for one in store.all() if one.name == node.name), key=lambda one: str(one.manifest["created"]))
-    old = next((one for one in reversed(made) if only_code(one.manifest["document"], document)), None)
+def _model(project: Project, node: Node, documents: Mapping[str, Document], because: str, verify: bool) -> Accepted:
+    store, document = project.store, documents[node.name]
+    key = key_digest(document)
+    made = (one for one in project.earlier if one.name == node.name)
+    old = next((one for one in made if only_code(one.manifest["document"], document)), None)
     if old is None:
         raise _none(project, node, document)
     store.verify(old)
     if store.notary:
         store.notary.check_making([node.name])
-    inputs = {argument: _folder(project, name) for argument, name in node.inputs.items()}
+    data = project.dataset()
+    read = {arg: _artifact(project, name, documents[name]) for arg, name in node.inputs.items() if name != DATA}
+    folders = {arg: artifact.path for arg, artifact in read.items()}
+    if DATA in node.inputs.values():
+        if data is None:
+            raise _away(DATA)
+        folders[DATA] = data.path
     with store.locked(key):
         if verify:
-            staged = store.staging(f"again-{node.stage}", key)
-            execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
-            compare(node.name, old.manifest["files"], store.digests(staged), staged, store)
+            compare_again(project, node.name, document, folders, old.manifest["files"])
         staged = store.staging(f"accept-{node.stage}", key)
         shutil.rmtree(staged, ignore_errors=True)
-        left = shutil.ignore_patterns(CARD, MANIFEST, SIGNATURE)
-        shutil.copytree(old.path, staged, copy_function=os.link, ignore=left)
-        data = project.dataset()
+        shutil.copytree(old.path, staged, copy_function=os.link)
+        for name in (CARD, MANIFEST, SIGNATURE):  # written anew
+            (staged / name).unlink(missing_ok=True)
         store.publish(
             node.name,
             document,
@@ -81,7 +90,7 @@ def _model(project: Project, node: Node, document: Document, because: str, verif
             seconds=float(old.manifest["seconds"]),
             definitions=project.definitions(document),
             dataset=about(data, project.params.prepare) if data else {},
-            input_keys={arg: _artifact(project, name).key for arg, name in node.inputs.items() if name != DATA},
+            input_keys={arg: artifact.key for arg, artifact in read.items()},
             profile=project.profile,
             git_commit=old.manifest["git_commit"],
             hardware=old.manifest["hardware"],
@@ -90,15 +99,14 @@ def _model(project: Project, node: Node, document: Document, because: str, verif
     return Accepted(node.name, old.key, verify)
 
 
-def _data(project: Project, node: Node, document: Document, because: str, verify: bool) -> Accepted:
+def _data(project: Project, node: Node, documents: Mapping[str, Document], because: str, verify: bool) -> Accepted:
+    document = documents[DATA]
     place = project.place(document)
     old = earlier_dataset(project.root, lambda earlier: only_code(earlier, document))
     if old is None:
         raise _none(project, node, document)
     if verify:
-        staged = project.store.staging("again-prepare", key_digest(document))
-        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
-        compare(DATA, digests(project.root, old.path), digests(project.root, staged), staged, project.store)
+        compare_again(project, DATA, document, {}, digests(project.root, old.path))
     accept_dataset(project.root, place, old, document, _record(old.digest, because, verify))
     return Accepted(DATA, old.digest, verify)
 
@@ -109,17 +117,15 @@ def _none(project: Project, node: Node, document: Document) -> UsageError:
     return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {said}")
 
 
-def _folder(project: Project, name: str) -> Path:
-    if name == DATA and (data := project.dataset()):
-        return data.path
-    return _artifact(project, name).path
-
-
-def _artifact(project: Project, name: str) -> Artifact:
-    found = project.artifact(name)
+def _artifact(project: Project, name: str, document: Document) -> Artifact:
+    found = project.store.checked(document["stage"], key_digest(document))
     if found is None:
-        raise UsageError(f"{name} has to be brought back first: rrlhf run --only {name}")
+        raise _away(name)
     return found
+
+
+def _away(name: str) -> UsageError:
+    return UsageError(f"{name} has to be brought back first: rrlhf run --only {name}")
 
 
 def _record(old: str, because: str, verified: bool) -> dict[str, Json]:

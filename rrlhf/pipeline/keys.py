@@ -136,6 +136,15 @@ def code_digests(module: str) -> dict[str, str]:
     return our_modules().closure(module)
 
 
+def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every setting by its dotted name, as text."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", str(value)
+
+
 def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in document.items():
         if isinstance(value, dict) and value:

@@ -217,7 +217,7 @@ class Project:
         digests: dict[str, str] = {}
         for node in self.nodes:
             if set(node.inputs.values()) <= set(digests):
-                found = self._found(node, self.document(node, digests))
+                found = self.found(node, self.document(node, digests))
                 digests |= {node.name: found.digest} if found else {}
         return digests
 
@@ -237,12 +237,12 @@ class Project:
             then: dict[str, str] = old.manifest.get("definitions", {})
             return differences(old.manifest["document"], document, then=then, now=now)
 
-        earlier = [(reasons(old), old) for old in self._earlier if old.name == node.name]
+        earlier = [(reasons(old), old) for old in self.earlier if old.name == node.name]
         return min(earlier, key=lambda item: len(item[0]), default=(["never made here"], None))
 
     def _planned(self, node: Node, document: Document, forced: bool, digests: dict[str, str]) -> Planned:
         """Plan a node whose inputs are known; note the digest of its result in `digests`, in place, if it is known."""
-        key, found = key_digest(document), self._found(node, document)
+        key, found = key_digest(document), self.found(node, document)
         if found:
             digests[node.name] = found.digest
         if forced:
@@ -253,7 +253,7 @@ class Project:
             return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
         return Planned(node.name, "reuse", [f"accepted: {found.accepted}"] if found.accepted else [], None, key)
 
-    def _found(self, node: Node, document: Document) -> Found | None:
+    def found(self, node: Node, document: Document) -> Found | None:
         """Find a node's result, here (checked) or where it can be brought back from."""
         if node.name == DATA:
             place = self.place(document)
@@ -301,14 +301,14 @@ class Project:
         return found
 
     @cached_property
-    def _earlier(self) -> list[Artifact]:
+    def earlier(self) -> list[Artifact]:
         """All results, newest first."""
         return sorted(self.store.all(), key=lambda artifact: str(artifact.manifest["created"]), reverse=True)
 
     def _usual_seconds(self, node: Node) -> float | None:
         """Return what a node took the last time, or another of its stage, if that was of the same size."""
         size = size_of(node, self.params.prepare)
-        like = [old for old in self._earlier if old.stage == node.stage and size_of_made(old) == size]
+        like = [old for old in self.earlier if old.stage == node.stage and size_of_made(old) == size]
         like.sort(key=lambda old: old.name != node.name)
         return float(like[0].manifest["seconds"]) if like else None
 

@@ -7,12 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, Store
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import Document, key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.versioning.datasets import digests
 from rrlhf.progress import say
 from rrlhf.types import Log
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.plan import Project
 
 
 class DifferentError(Exception):
@@ -52,6 +58,20 @@ def produce(
                 return store.publish(name, document, staged, seconds=seconds, **beside), True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
         return there, True
+
+
+def compare_again(
+    project: Project, name: str, document: Document, inputs: Mapping[str, Path], stored: Mapping[str, str]
+) -> None:
+    """Compute a stage once more, beside the stored result, and compare the two; see `compare`.
+
+    stored: the digest of every file by its name, of a data set as DVC has it.
+    """
+    store = project.store
+    staged = store.staging(f"again-{document['stage']}", key_digest(document))
+    execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
+    again = digests(project.root, staged) if name == DATA else store.digests(staged)
+    compare(name, stored, again, staged, store)
 
 
 def compare(name: str, stored: Mapping[str, str], again: Mapping[str, str], staged: Path, store: Store) -> None:

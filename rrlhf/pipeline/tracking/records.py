@@ -20,6 +20,7 @@ from rrlhf.pipeline.ancestry import short
 from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import code, title, what, without_front_matter
 from rrlhf.pipeline.graph import DATA, GENERATES
+from rrlhf.pipeline.keys import dotted
 from rrlhf.pipeline.tracking.server import version_page
 from rrlhf.types import Dataset
 
@@ -106,14 +107,6 @@ def note(artifact: Artifact, links: str) -> dict[str, str]:
     return {"mlflow.note.content": text}
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", str(value)
-
-
 def to_metrics(row: Mapping[str, float], when: float) -> list[Any]:
     """Return a row as MLflow's metrics; `seconds` is what `when` says already."""
     from mlflow.entities import Metric
@@ -144,7 +137,7 @@ def write_params(client: Any, run_id: str, settings: Mapping[str, Any]) -> None:
     """Write nested settings by their dotted names."""
     from mlflow.entities import Param
 
-    params = [Param(name, value) for name, value in _flat(settings)]
+    params = [Param(name, value) for name, value in dotted(settings)]
     for start in range(0, len(params), PARAMS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
 

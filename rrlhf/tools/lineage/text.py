@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rrlhf.pipeline.ancestry import Graph, Link, Product
 from rrlhf.pipeline.graph import DATA, EXTERNAL
-from rrlhf.tools import pages
+from rrlhf.pipeline.keys import dotted
 from rrlhf.types import Json
 
 SPECIAL = str.maketrans({character: f"#{ord(character)};" for character in '"#&<>`[]{}()|\\;'})
@@ -56,6 +55,8 @@ def tree(graph: Graph, start: Product, *, down: bool = False) -> str:
 
 def page(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a page with the branches, which open to digest, settings and numbers. It needs no network."""
+    from rrlhf.tools import pages  # here, so that no tree in a terminal waits for it
+
     title = f"{'Made from' if down else 'Lineage of'} {start.title}"
     shown = branches(graph, start, down=down)
     return pages.page("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
@@ -161,19 +162,9 @@ def details(product: Product) -> dict[str, str]:
     params = (product.document or {}).get("params", {})
     return (
         {name: value for name, value in known.items() if value}
-        | dict(_flat(params))
+        | dict(dotted(params))
         | {name: f"{value:.6g}" for name, value in product.metrics.items()}
     )
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    return [
-        pair
-        for name, value in settings.items()
-        for pair in (
-            _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else [(f"{above}{name}", str(value))]
-        )
-    ]
 
 
 def _box(product: Product) -> list[str]:
