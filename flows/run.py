@@ -19,7 +19,7 @@ from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
 from rrlhf.pipeline.artifacts import Artifact, CopyError, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
-from rrlhf.pipeline.graph import DATA, METHODS, Node, arm_of
+from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.launch import execute
@@ -27,8 +27,8 @@ from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import compare_again, produce
+from rrlhf.pipeline.stages import kind_of, telling
 from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
-from rrlhf.pipeline.units import telling
 from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.policy.health import DivergedError
 from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
@@ -120,7 +120,7 @@ def running(
 
 def make(kind: str, run: Run) -> None:
     """Have the results of all nodes of a kind, side by side where there are several: made, or found."""
-    nodes = [node for node in run.project.nodes if kind_of(node) == kind]
+    nodes = [node for node in run.project.nodes if kind_of(node.stage) == kind]
     at_once = run.project.params.launch.arms_at_once
     for together in (nodes[i : i + at_once] for i in range(0, len(nodes), at_once)):
         mine = [node for node in together if takes_part(node, run)]
@@ -130,11 +130,6 @@ def make(kind: str, run: Run) -> None:
         elif mine:
             finish([start(node, run, beside=len(together) - 1) for node in mine], run)
         run.pages.advance(run.digests)
-
-
-def kind_of(node: Node) -> str:
-    """Return what nodes have in common that may run side by side: their stage, of a policy that it is an arm."""
-    return "arm" if node.stage in METHODS else node.stage
 
 
 @contextmanager
@@ -294,7 +289,7 @@ def register(node: Node, run: Run) -> State[None]:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
     project, artifact = run.project, run.artifacts[node.name]
     dataset = run.dataset if DATA in node.inputs.values() else None
-    aliases = project.aliases_of(node.name)
+    aliases = project.aliases_of(node)
     made = run.tracker.register(artifact, dataset, profile=project.profile, aliases=aliases, parent=run.tracking_id)
     if made is None:
         return Completed(message="its run and files")
@@ -334,14 +329,15 @@ def report(run: Run) -> str:
 def candidate_of(run: Run) -> Artifact:
     """Return the policy of the arm that the settings choose, which may not have the alias."""
     chosen = run.project.params.tracking.candidate
-    return next(artifact for name, artifact in run.artifacts.items() if arm_of(name) == chosen)
+    return next(run.artifacts[node.name] for node in run.project.nodes if node.arm == chosen)
 
 
 def told(run: Run) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
     shown = show(run.project, run.artifacts)
     address = mlflow_pages(run.project.root)
-    links = {arm_of(node) or node: version_page(address, name) for node, name in run.versions.items() if address}
+    arms = {node.name: node.arm or node.name for node in run.project.nodes}
+    links = {arms[node]: version_page(address, name) for node, name in run.versions.items() if address}
     run.pages.comparison(*shown, links)
     return shown.report
 

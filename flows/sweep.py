@@ -15,15 +15,16 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.run import Run, Started, kind_of, prepare, start, take
+from flows.run import Run, Started, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.pipeline.artifacts import git_commit
-from rrlhf.pipeline.graph import DATA, Node, arm_of
+from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, run_name
 from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.policy.health import SUSPECTED, DivergedError
 from rrlhf.progress import STOPPING, stop_between_steps
@@ -36,7 +37,7 @@ from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
 from rrlhf.tools.sweeps.show import Sweep, markdown, show, write
 from rrlhf.types import Json
 
-ORDER = ("sft", "reward", "member", "ensemble", "arm", "evaluate")
+ORDER = tuple(dict.fromkeys(kind_of(stage) for stage in STAGES if stage != "prepare"))
 User = tuple[Run, Node]
 
 
@@ -108,8 +109,8 @@ def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Po
     projects = [Project(root, profile, load_params(root, profile, given | point.overrides)) for point in asked]
     found = []
     for point, project, new in zip(asked, projects, shares(asked, [each.nodes for each in projects]), strict=True):
-        project.nodes = trimmed(project.nodes, {each.name for each in project.nodes if arm_of(each.name)} - set(new))
-        if any(arm_of(name) for name in new):
+        project.nodes = trimmed(project.nodes, {each.name for each in project.nodes if each.arm} - set(new))
+        if set(new) - {"sft"}:
             found.append(Share(point, project, new))
     return found
 
@@ -149,7 +150,7 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
     users: dict[str, list[User]] = {}
     for run in runs:
         for node in run.project.nodes:
-            if kind_of(node) == kind and (readable := reading_what_is_there(node, run)):
+            if kind_of(node.stage) == kind and (readable := reading_what_is_there(node, run)):
                 key = key_digest(run.project.document(readable, run.digests))
                 users.setdefault(key, []).append((run, readable))
     keys = list(users)
@@ -176,7 +177,8 @@ def reading_what_is_there(node: Node, run: Run) -> Node | None:
     inputs = {argument: name for argument, name in node.inputs.items() if name in run.digests}
     if len(inputs) == len(node.inputs):
         return node
-    return node._replace(inputs=inputs) if any(arm_of(name) for name in inputs) else None
+    policies = {each.name for each in run.project.nodes if each.arm}
+    return node._replace(inputs=inputs) if policies & set(inputs) else None
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -201,8 +203,9 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
         evaluation = read_evaluation(part.project, evaluated) if evaluated else None
         judged = {each["name"]: each for each in evaluation["policies"]} if evaluation else {}
         curves = courses(evaluation["curves"]) if evaluation else {}
+        arms = {node.name: node.arm for node in part.project.nodes}
         for name, settings in part.new.items():
-            artifact, policy = run.artifacts.get(name), arm_of(name) or name
+            artifact, policy = run.artifacts.get(name), arms[name] or name
             version = versions[artifact.key] if artifact else None
             if policy not in judged:
                 yield Found(settings, policy, version, None)

@@ -7,11 +7,12 @@ import pytest
 from rrlhf.environment import set_environment
 from rrlhf.files import clear
 from rrlhf.pipeline.cards import about
-from rrlhf.pipeline.graph import DATA, aliases_of
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.stages import aliases_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.pipeline.versioning.datasets import prepare_dataset
 
@@ -40,7 +41,7 @@ class Finished:
         for node in models:
             self._make(project, node)
             dataset = self.data if DATA in node.inputs.values() else None
-            aliases = aliases_of(node.name, project.params.tracking.candidate)
+            aliases = aliases_of(node.arm, project.params.tracking.candidate)
             self.tracker.register(self.artifacts[node.name], dataset, profile="tiny", aliases=aliases)
 
     def _make(self, project, node):

@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 
 from rrlhf.pipeline.artifacts import CARD, HISTORY, Store, content_digest
 from rrlhf.pipeline.cards import about, card, code, what, without_front_matter
-from rrlhf.pipeline.graph import GENERATES, MODEL_NAMES, nodes
+from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.units import UNITS, unit
+from rrlhf.pipeline.stages import STAGES, spec_of, unit
 from rrlhf.types import Dataset
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ PARAMS = load_params(
     MEMBERS | {"arms.choosy": CHOOSY, "prepare.limit": 448},
 )
 DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
-MODELS = {node.name: node for node in nodes(PARAMS) if node.stage in MODEL_NAMES}
+MODELS = {node.name: node for node in nodes(PARAMS) if spec_of(node.stage).model}
 ROWS = [
     {"step": 1, "kl": 0.5, "proxy": 0.1, "seconds": 1.0},
     {"step": 2, "kl": 12.34567, "health_hacking_suspected": 1, "seconds": 2.0},
@@ -51,7 +51,7 @@ def sections(text):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_has_a_card_that_the_hub_can_read(name):
     stage, read = MODELS[name].stage, ModelCard(card(manifest(name), ROWS), ignore_metadata_errors=False).data
-    assert read.library_name == ("transformers" if stage in GENERATES else "rrlhf")
+    assert read.library_name == ("transformers" if spec_of(stage).makes == "language model" else "rrlhf")
     assert read.datasets == ["default"]
     assert f"rrlhf-{stage.replace('_', '-')}" in read.tags
     assert "license" not in read.to_dict()
@@ -120,7 +120,7 @@ def test_hub_models_and_data_sets_are_named_as_the_hub_does():
 @pytest.mark.parametrize("name", MODELS)
 def test_what_a_card_tells_to_import_is_there(name):
     found = re.findall(r"^from (rrlhf\S*) import (\w+)$", card(manifest(name), ROWS), re.MULTILINE)
-    assert found or MODELS[name].stage in GENERATES
+    assert found or spec_of(MODELS[name].stage).makes == "language model"
     assert all(hasattr(import_module(module), wanted) for module, wanted in found)
 
 
@@ -163,15 +163,15 @@ def test_the_same_manifest_has_the_same_card():
     assert without_front_matter(card(manifest("sft"), ROWS)).startswith("# SFT model\n")
 
 
-@pytest.mark.parametrize("stage", UNITS)
+@pytest.mark.parametrize("stage", [stage for stage, spec in STAGES.items() if spec.model])
 def test_units_are_those_of_the_glossary(stage):
-    heading = "reward, ensemble and its members" if UNITS[stage] is UNITS["reward"] else stage
+    heading = "reward, ensemble and its members" if STAGES[stage].makes == "reward model" else stage
     rows = re.findall(
         r"^\| (`[^|]+)\| ([^|]+) \|", GLOSSARY.split(f"\n## {heading}\n")[1].split("\n## ")[0], re.MULTILINE
     )
     units = {name: written for names, written in rows for name in re.findall("`([^`]+)`", names)}
     assert {name: unit(stage, name) for name in units} == units
-    assert set(UNITS[stage]) <= set(units)
+    assert set(STAGES[stage].units) <= set(units)
 
 
 def test_the_units_of_one_head_function_reading_or_detector_are_those_of_all():

@@ -13,7 +13,7 @@ from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_document
 from rrlhf.pipeline.launch import call
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.units import CUT
+from rrlhf.pipeline.stages import CUT
 from rrlhf.policy.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
 from rrlhf.robust import READINGS
 from rrlhf.tools.reporting.report import METRICS

@@ -13,8 +13,9 @@ from itertools import islice, takewhile
 from typing import NamedTuple
 
 from rrlhf.located import UsageError
-from rrlhf.pipeline.graph import DATA, profile_of
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import Document
+from rrlhf.pipeline.stages import profile_of
 
 SHOWN = 8  # hex digits of a digest that a person reads
 

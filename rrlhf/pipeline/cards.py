@@ -15,35 +15,12 @@ from typing import Any
 import yaml
 
 from rrlhf.config import REWARD_SETTINGS, Prepare
-from rrlhf.pipeline.graph import DATA, GENERATES, METHODS, MODEL_NAMES, arm_of, model_name
-from rrlhf.pipeline.units import cut_shares, unit
+from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.stages import arm_of, cut_shares, model_name, spec_of, unit
 from rrlhf.policy.health import in_words
 from rrlhf.types import SUMMARY, Dataset, Metrics
 
 CLOCKS = ("step", "seconds")
-TITLES = {
-    "sft": "SFT model",
-    "reward": "Reward model",
-    "member": "Reward ensemble, {name}",
-    "ensemble": "Reward ensemble",
-    "ppo": "Policy {arm}, by PPO",
-    "dpo": "Policy {arm}, by DPO",
-    "best_of_n": "Policy {arm}, best of n",
-}
-WHAT = {
-    "sft": "The base model, fine-tuned on demonstrations. Every policy starts here; KL is measured from here.",
-    "reward": "A reward model with a single head, by maximum likelihood of the preferences (Bradley-Terry). Its score "
-    "is the proxy: what plain PPO maximises, and by which every policy is compared.",
-    "member": "One member of a reward ensemble; it serves its ensemble alone.",
-    "ensemble": "A reward ensemble of {heads} Gaussian heads (kind `{kind}`). A robust policy is paid by an "
-    "aggregation of them, which trusts no reward that only one head believes in.",
-    "ppo": "The SFT model after PPO on the reward {reward}.",
-    "dpo": "The SFT model after direct preference optimisation (loss `{loss}`). It saw no reward model.",
-    "best_of_n": "No trained model but a rule over one, the SFT model: sample {n} responses at temperature 1 and "
-    "answer with the one that the reward {reward} likes best. `candidates.parquet` holds {samples} responses to each "
-    "evaluation prompt.",
-}
-TAGS = {"ppo": ["ppo"], "dpo": ["dpo"], "best_of_n": ["best-of-n"], "sft": ["sft"]}
 
 
 def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
@@ -54,7 +31,8 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # here, since only publishing pays for it
 
     stage, params = manifest["document"]["stage"], manifest["document"]["params"]
-    if stage not in MODEL_NAMES:
+    spec = spec_of(stage)
+    if not spec.model:
         return None
     environment = Environment(  # Markdown: what others wrote goes through `code`
         loader=PackageLoader("rrlhf"),
@@ -73,8 +51,8 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
         front_matter=_front_matter(manifest),
         title=title(manifest),
         what=what(manifest),
-        transforms=stage in GENERATES,
-        is_policy=stage in METHODS,
+        makes=spec.makes,
+        is_policy=spec.is_policy,
         registered=_registered(manifest),
         data=_data(manifest),
         base=_base(manifest).get("base"),
@@ -110,14 +88,14 @@ def _left_out(summary: Path) -> str:
 def title(manifest: Mapping[str, Any]) -> str:
     """Return what a model is, in a few words: "Policy robust, by PPO"."""
     name = manifest["name"]
-    return TITLES[manifest["document"]["stage"]].format(name=name, arm=arm_of(name) or name)
+    return spec_of(manifest["document"]["stage"]).title.format(name=name, arm=arm_of(name) or name)
 
 
 def what(manifest: Mapping[str, Any]) -> str:
     """Return how a model was made, in a sentence or two."""
     params = manifest["document"]["params"]
     arm, ensemble = params.get("arm", {}), params.get("ensemble", {})
-    return WHAT[manifest["document"]["stage"]].format(
+    return spec_of(manifest["document"]["stage"]).about.format(
         heads=ensemble.get("heads", "several"),
         kind=ensemble.get("kind", "heads"),
         loss=params.get("dpo", {}).get("loss", "sigmoid"),
@@ -154,13 +132,14 @@ def _front_matter(manifest: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     stage, data, base = manifest["document"]["stage"], _data(manifest), _base(manifest)
+    spec = spec_of(stage)
     is_hub_id = base.get("revision") and re.fullmatch(r"[\w.-]+/[\w.-]+", base["base"])
     known = ModelCardData(
-        library_name="transformers" if stage in GENERATES else "rrlhf",
-        pipeline_tag="text-generation" if stage in {*GENERATES, *METHODS} else "text-classification",
+        library_name="transformers" if spec.makes == "language model" else "rrlhf",
+        pipeline_tag="text-classification" if spec.makes == "reward model" else "text-generation",
         base_model=base["base"] if is_hub_id else None,
         datasets=[data["hub"] or data["name"]] if data["hub"] or data["name"] else None,
-        tags=["rlhf", *TAGS.get(stage, ["reward-model"]), f"rrlhf-{stage.replace('_', '-')}"],
+        tags=["rlhf", spec.tag, f"rrlhf-{stage.replace('_', '-')}"],
     )
     return str(known.to_yaml()).strip()
 

@@ -9,15 +9,16 @@ from rrlhf.data.sources import source_digest
 from rrlhf.memo import Memo
 from rrlhf.models.sources import base_digest
 from rrlhf.pipeline.graph import Node
+from rrlhf.pipeline.stages import spec_of
 
 
 def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
-    found = {}
-    if node.stage in {"prepare", "sft", "evaluate"}:  # the last: for the gold judge (rrlhf/judging/surprise.py)
+    found, reads = {}, spec_of(node.stage).base
+    if reads == "model":
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
     trunk = node.sections.get("trunk", node.sections.get("reward"))
-    if isinstance(trunk, TrunkTraining) and trunk.base is not None and node.stage in {"reward", "member"}:
+    if reads == "trunk" and isinstance(trunk, TrunkTraining) and trunk.base is not None:
         found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
     if node.stage == "prepare":
         found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)

@@ -19,14 +19,11 @@ from rrlhf.config import Arm, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.environment import release_memory
 from rrlhf.files import CHECKPOINT
 from rrlhf.pipeline.artifacts import HISTORY
-from rrlhf.pipeline.graph import arm_of
 from rrlhf.pipeline.keys import Document
 from rrlhf.pipeline.processes import call_in_processes
-from rrlhf.pipeline.units import cut_shares
+from rrlhf.pipeline.stages import arm_of, cut_shares, spec_of
 from rrlhf.progress import check_stop
 from rrlhf.types import Log
-
-TRAINING = {"sft", "ppo", "dpo"}  # the stages that several processes share
 
 
 def execute(
@@ -46,7 +43,7 @@ def execute(
     """
     _keep_checkpoint(out)
     recorded = _recorder(out / HISTORY, document["stage"], log, max_cut)
-    processes = launch.processes if document["stage"] in TRAINING else 1
+    processes = launch.processes if spec_of(document["stage"]).processes else 1
     if processes > 1 or beside:
         threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
         call_in_processes(document, inputs=inputs, out=out, log=recorded, processes=processes, threads=threads)
@@ -77,17 +74,23 @@ def typed_sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
     }
 
 
-def _arguments(inputs: Mapping[str, Path]) -> dict[str, Path | dict[str, Path]]:
+def _arguments(inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Name the input folders as a stage's arguments.
 
     The policies of all arms are one argument, by the arm's name; so are the members of an ensemble, in their order.
     """
-    policies = {arm: folder for name, folder in inputs.items() if (arm := arm_of(name))}
-    alone = (name for name in inputs if not arm_of(name) and not name.startswith("member-"))
-    arguments: dict[str, Path | dict[str, Path]] = {name: inputs[name] for name in alone}
-    numbers = sorted(int(name.removeprefix("member-")) for name in inputs if name.startswith("member-"))
-    members = {f"member-{number}": inputs[f"member-{number}"] for number in numbers}
-    return arguments | ({"policies": policies} if policies else {}) | ({"members": members} if members else {})
+    arguments: dict[str, Any] = {}
+    for name in sorted(inputs, key=_number):
+        if many := spec_of(name.partition("-")[0]).many:
+            arguments.setdefault(many, {})[arm_of(name) or name] = inputs[name]
+        else:
+            arguments[name] = inputs[name]
+    return arguments
+
+
+def _number(name: str) -> int:
+    """Return the number of a member, by which they are sorted; nothing else has one."""
+    return int(name.removeprefix("member-")) if name.startswith("member-") else 0
 
 
 def _keep_checkpoint(out: Path) -> None:

@@ -16,13 +16,14 @@ from rrlhf.located import ParamsError
 from rrlhf.pipeline.artifacts import Artifact, Store
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.external import external_digests
-from rrlhf.pipeline.graph import DATA, EXTERNAL, Node, aliases_of, nodes, profile_of
+from rrlhf.pipeline.graph import DATA, EXTERNAL, Node, nodes
 from rrlhf.pipeline.keys import Document, differences, key_digest, key_document, our_modules, settings_here
 from rrlhf.pipeline.last_run import last_run
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.signatures import notary_of
+from rrlhf.pipeline.stages import aliases_of, profile_of
 from rrlhf.pipeline.versioning.datasets import Place, accepted_for, place_of, prepared, restorable
 from rrlhf.progress import in_words
 from rrlhf.types import Dataset, Json
@@ -91,9 +92,9 @@ class Project:
         params = load_params(root, profile, overrides)
         return cls(root, profile, params, takes_aliases=take_aliases or not overrides)
 
-    def aliases_of(self, name: str) -> list[str]:
+    def aliases_of(self, node: Node) -> list[str]:
         """Return the aliases that a run gives to a node's model."""
-        return aliases_of(name, self.params.tracking.candidate) if self.takes_aliases else []
+        return aliases_of(node.arm, self.params.tracking.candidate) if self.takes_aliases else []
 
     def document(self, node: Node, digests: Mapping[str, str]) -> Document:
         """Return a node's key document, given the digest of every node that it reads."""

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rrlhf.pipeline.artifacts import SIGNATURE, Artifact
-from rrlhf.pipeline.graph import MODEL_NAMES
+from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.tracking.models import same
 from rrlhf.pipeline.tracking.records import INSIDE, MLMODEL, has, version_tags
 
@@ -40,7 +40,7 @@ class Kept:
             yield None
             return
         with _local(place) as folder:
-            model = artifact.stage in MODEL_NAMES
+            model = spec_of(artifact.stage).model
             yield (folder / INSIDE, folder / "MLmodel") if model else (folder, None)
 
     def mlmodel_digest(self, artifact: Artifact) -> str | None:
@@ -61,7 +61,7 @@ class Kept:
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside every copy of its files, over one that is there; False without a copy."""
         with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as beside:
-            if artifact.stage in MODEL_NAMES:
+            if spec_of(artifact.stage).model:
                 link = Path(beside) / INSIDE / SIGNATURE
                 link.parent.mkdir()
                 link.symlink_to((artifact.path / SIGNATURE).resolve())
@@ -83,7 +83,7 @@ class Kept:
         return [model for model in found if model.status == "READY"]
 
     def _place(self, artifact: Artifact) -> str | None:
-        if artifact.stage in MODEL_NAMES:
+        if spec_of(artifact.stage).model:
             return next((str(model.artifact_location) for model in self._models(artifact)), None)
         kept = self._runs(artifact)
         return str(kept[0].info.artifact_uri) if kept else None

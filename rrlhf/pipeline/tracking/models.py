@@ -9,7 +9,7 @@ from typing import Any
 
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.pipeline.graph import profile_of
+from rrlhf.pipeline.stages import profile_of
 from rrlhf.pipeline.tracking.records import (
     INSIDE,
     MADE,

@@ -19,8 +19,9 @@ import yaml
 from rrlhf.pipeline.ancestry import short
 from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import code, title, what, without_front_matter
-from rrlhf.pipeline.graph import DATA, GENERATES
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import dotted
+from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.tracking.server import version_page
 from rrlhf.types import Dataset
 
@@ -191,7 +192,7 @@ def write_mlmodel(folder: Path, model_id: str, run_id: str, stage: str) -> None:
     flavor = {"loader_module": "rrlhf.loader", "data": INSIDE, "python_version": platform.python_version()}
     description = {
         "artifact_path": INSIDE,
-        "flavors": {"python_function": flavor} if stage in GENERATES else {},
+        "flavors": {"python_function": flavor} if spec_of(stage).makes == "language model" else {},
         "mlflow_version": version("mlflow"),
         "model_id": model_id,
         "model_uuid": model_id,

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
-from rrlhf.pipeline.graph import MODEL_NAMES, Node, model_name
+from rrlhf.pipeline.graph import Node
+from rrlhf.pipeline.stages import model_name, spec_of
 from rrlhf.pipeline.tracking.kept import Kept
 from rrlhf.pipeline.tracking.models import Models
 from rrlhf.pipeline.tracking.promotions import Promotions
@@ -138,7 +139,7 @@ class Tracker:
         with locked(self._root / ".rrlhf" / "registering" / artifact.key), trouble(self._uri):
             run = self._runs.complete(artifact, parent)
             write_told(self._client, run.info.run_id, artifact.path)
-            if artifact.stage not in MODEL_NAMES:
+            if not spec_of(artifact.stage).model:
                 self._models.keep_files(run, artifact, dataset, profile)
                 return None
             name = model_name(artifact.stage, profile)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rrlhf.memo import sha256
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact
-from rrlhf.pipeline.graph import DATA, EXTERNAL, MODEL_NAMES, aliases_of, arm_of, profile_of
+from rrlhf.pipeline.graph import DATA, EXTERNAL
+from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
 from rrlhf.pipeline.tracking import Tracker, Version, tag_fault
 from rrlhf.tools.auditing.data import data_faults, record_faults
 from rrlhf.tools.lineage.text import line
@@ -114,7 +115,7 @@ class Audit:
             yield f"{folder}: expected an artifact, found nothing"
         for version in versions:
             yield from self._version_faults(version, artifact)
-        if self.deep and artifact and (versions or artifact.stage not in MODEL_NAMES):
+        if self.deep and artifact and (versions or not spec_of(artifact.stage).model):
             yield from self._copy_faults(artifact)
 
     def _folder_faults(self, artifact: Artifact, product: Product) -> Iterator[str]:
@@ -145,7 +146,8 @@ class Audit:
 
     def _alias_faults(self, version: Version, artifact: Artifact) -> Iterator[str]:
         """Hold aliases against gates; those of its arm and of the candidate are given by every run."""
-        given = aliases_of(artifact.name, arm_of(artifact.name) or "")
+        arm = arm_of(artifact.name)
+        given = aliases_of(arm, candidate=arm)
         with self.tracker.promotions() as promotions:
             for alias in sorted({*version.aliases} - {*given}):
                 if problem := promotions.fault(version.run_id, version.tags, alias):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.artifacts import Artifact, Store, TamperedError
-from rrlhf.pipeline.graph import DATA, profile_of
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.seal import opened
+from rrlhf.pipeline.stages import profile_of
 from rrlhf.pipeline.tracking import Tracker, Version
 from rrlhf.pipeline.versioning.records import Record, cached, kept_document, locks, run_records
 

@@ -12,21 +12,11 @@ from rrlhf.data.fingerprints import row_hash, tables_with
 from rrlhf.data.tables import SCHEMAS
 from rrlhf.located import UsageError
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.versioning.records import Record, files_of, locks, run_records
 from rrlhf.tools.lineage.text import line
 from rrlhf.types import Json
 
-PAIRS = {"preferences", "heldout"}
-READS = {  # the tables that a stage reads of the data set it is given; any other stage may read all
-    "sft": {"sft"},
-    "reward": PAIRS,
-    "member": PAIRS,
-    "ensemble": PAIRS,
-    "dpo": PAIRS,
-    "ppo": {"ppo"},
-    "best_of_n": {"evaluate"},
-    "evaluate": {"evaluate", "ppo"},
-}
 MEASURES = {"heldout", "evaluate"}  # tables that nothing is trained on
 
 
@@ -117,7 +107,10 @@ def _seen(graph: Graph, data: Product, tables: set[str]) -> list[Seen]:
     seen: dict[Product, str] = {}
     for product in graph.down(data):
         links = graph.sources(product)
-        read = READS.get(product.stage, tables) & tables if any(link.source is data for link in links) else set()
+        looked_into = spec_of(product.stage).tables
+        read = tables.intersection(tables if looked_into is None else looked_into)
+        if not any(link.source is data for link in links):
+            read = set()
         through = [link.source for link in links if link.source in seen and "measured" not in seen[link.source]]
         if read - MEASURES:
             seen[product] = "read it itself"

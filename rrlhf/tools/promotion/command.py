@@ -206,7 +206,10 @@ def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registr
 
 
 def _policy(lookup: Lookup, version: Version) -> Artifact:
-    if version.made["stage"] not in {"ppo", "dpo"}:
+    from rrlhf.pipeline.stages import spec_of
+
+    spec = spec_of(version.made["stage"])
+    if not spec.is_policy or spec.makes != "language model":
         raise UsageError(f"{version.name} v{version.version} is no trained policy; name a version of a policy")
     return lookup.find(f"{version.name}/{version.version}")
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, cast
 from rrlhf.files import write
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.pipeline.graph import DATA, METHODS, arm_of, model_name
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.plan import Planned, Project
+from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.tools.reporting.evaluation import Evaluation
 from rrlhf.tools.reporting.trainings import Training, health, training
@@ -76,8 +77,8 @@ def report_file(project: Project) -> Path:
 
 def trainings_of(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Training]:
     """Return what is told of every arm's training, by arm."""
-    told = {arm_of(node.name): training(artifacts[node.name]) for node in project.nodes if node.stage in METHODS}
-    return {arm: seen for arm, seen in told.items() if arm and seen}
+    told = {node.arm: training(artifacts[node.name]) for node in project.nodes if node.arm}
+    return {arm: seen for arm, seen in told.items() if seen}
 
 
 def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
@@ -120,7 +121,9 @@ def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str
     """Return how every artifact is registered; None when something is left to do there, or cannot be told."""
     known = _known(project, artifacts)
     found = {name: one for name, one in (known or {}).items() if one}
-    aliased = all({*project.aliases_of(name)} <= one.aliases for name, one in found.items())
+    aliased = all(
+        {*project.aliases_of(node)} <= found[node.name].aliases for node in project.nodes if node.name in found
+    )
     return found if len(found) == len(artifacts) and aliased else None
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from rrlhf.config import Params
 from rrlhf.located import ParamsError
-from rrlhf.pipeline.graph import Node, arm_of
+from rrlhf.pipeline.graph import Node
 from rrlhf.types import Json
 
 Grid = dict[str, list[Json]]  # values by dotted name; "arms.*.seed" is that of every arm
@@ -74,7 +74,7 @@ def relevant(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> dict[s
     A setting does when two points that differ in nothing else make the policy differently, anywhere up to the data.
     """
     told = [_fingerprints(graph) for graph in graphs]
-    names = {node.name for graph in graphs for node in graph if arm_of(node.name) or node.name == "sft"}
+    names = {node.name for graph in graphs for node in graph if node.arm or node.name == "sft"}
     found: dict[str, list[str]] = {name: [] for name in sorted(names)}
     for path in asked[0].settings:
         alike: dict[str, list[dict[str, str]]] = {}
@@ -93,7 +93,7 @@ def shares(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> list[dic
     So each is made and compared once. Raises ParamsError when the grid changes no policy.
     """
     changes = relevant(asked, graphs)
-    if len(asked) > 1 and not any(paths for name, paths in changes.items() if arm_of(name)):
+    if len(asked) > 1 and not any(paths for name, paths in changes.items() if name != "sft"):
         raise ParamsError(f"{', '.join(asked[0].settings)}: no policy depends on it, so there is nothing to compare")
     seen: set[str] = set()
     found = []
