@@ -5,9 +5,8 @@
 
 Lineage: a made-up registry of 10,000 products in memory (experiments of ten: one of twenty data sets, an SFT model, a
 reward model, an ensemble, six policies, an evaluation; half of the experiments start from an earlier SFT model). What a
-query costs, in CPU time on one core, is finding the product by its name and answering; the first query also builds the
-index of names. Making the graph from the registry's answers is timed apart. Asking MLflow for its versions is not
-timed: that depends on its database.
+query costs, in CPU time on one core, is finding the product by its name and answering. Making the graph from the
+registry's answers is timed apart. Asking MLflow for its versions is not timed: that depends on its database.
 
 Audit: `rrlhf audit --deep` over artifacts of many megabytes against hashlib.sha256 over the very same files, in turns
 in one process with the files in the page cache; the ratio is that of the medians.

@@ -1,8 +1,10 @@
 """What differs between two products, and where it begins; products are written by hand."""
 
+from pathlib import Path
+
 from rrlhf.data.fingerprints import Changed, RowChanges
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.tools.lineage.diff import Diff, as_json, as_text, metrics, stages
+from rrlhf.tools.lineage.diff import as_json, as_text, compared
 
 CODE = {"rrlhf.stages.sft": "1", "rrlhf.stages.ppo": "2"}
 
@@ -15,11 +17,9 @@ def product(node, digest, inputs, params, code=CODE, numbers=None, known=True):
     )
 
 
-def compared(old, new):
-    """Compare the last products of two families."""
-    graph = Graph([*old, *new])
-    found = stages(graph, old[-1], new[-1], {})
-    return Diff(old[-1], new[-1], found, {}, metrics(old[-1], new[-1]), {}, [])
+def between(old, new):
+    """Compare the last products of two families; both have one data set, or none that is here."""
+    return compared(Graph([*old, *new]), old[-1], new[-1], Path("nowhere"))
 
 
 def family(mark, limit=100, lr=0.1, code=CODE, known=True, result=""):
@@ -32,48 +32,48 @@ def family(mark, limit=100, lr=0.1, code=CODE, known=True, result=""):
 
 
 def test_a_changed_setting_is_named_and_what_follows_from_it_is_not_blamed():
-    found = compared(family(1), family(2, lr=0.2))
-    assert found.first.node == "sft"
-    assert [(stage.node, stage.differs, stage.begins) for stage in found.stages] == [
-        ("data", False, False),
-        ("sft", True, True),
-        ("ppo-a", True, False),
+    found = between(family(1), family(2, lr=0.2))
+    assert found.first.name == "sft"
+    assert [(node.name, node.same, node.reasons) for node in found.nodes] == [
+        ("data", True, []),
+        ("sft", False, ["sft.lr 0.1 -> 0.2"]),
+        ("ppo-a", False, []),
     ]
-    assert "first difference: sft (parameter sft.lr 0.1 -> 0.2)" in as_text(found)
-    assert as_json(found)["stages"][1]["changes"] == [{"kind": "parameter", "name": "sft.lr", "old": 0.1, "new": 0.2}]
+    assert "first difference: sft (sft.lr 0.1 -> 0.2)" in as_text(found)
+    assert as_json(found)["nodes"][1]["changes"] == [{"name": "params.sft.lr", "old": 0.1, "new": 0.2}]
 
 
 def test_the_first_of_several_differences_is_the_one_furthest_up():
-    assert compared(family(1), family(2, limit=50, lr=0.2)).first.node == "data"
+    assert between(family(1), family(2, limit=50, lr=0.2)).first.name == "data"
 
 
 def test_changed_code_is_named_by_its_file():
-    assert "code rrlhf/stages/sft.py changed" in as_text(
-        compared(family(1), family(2, code=CODE | {"rrlhf.stages.sft": "9"}))
+    assert "rrlhf/stages/sft.py changed" in as_text(
+        between(family(1), family(2, code=CODE | {"rrlhf.stages.sft": "9"}))
     )
 
 
 def test_equal_settings_with_another_result_are_told():
-    found = compared(family(1), family(1, result="!"))
-    assert found.first.node == "sft"
+    found = between(family(1), family(1, result="!"))
+    assert found.first.name == "sft"
     assert "the same settings, code and inputs, and another result" in as_text(found)
 
 
 def test_settings_that_were_not_kept_are_told_as_unknown():
-    found = compared(family(1, known=False), family(2, limit=50))
-    assert (found.first.node, found.first.unexplained) == ("data", "unknown: its settings were not kept")
+    found = between(family(1, known=False), family(2, limit=50))
+    assert (found.first.name, found.first.reasons) == ("data", ["unknown: its settings were not kept"])
 
 
 def test_the_same_product_has_no_difference():
     mine = family(1)
-    found = compared(mine, mine)
+    found = between(mine, mine)
     assert found.first is None
     assert as_text(found).endswith("the same content, made in the same way")
 
 
 def test_rows_and_numbers_are_listed():
     rows = {"preferences": RowChanges(["a" * 64], [], [Changed("b" * 64, "c" * 64, "label turned")] * 7, 3)}
-    found = compared(family(1), family(2, lr=0.2))._replace(rows=rows, metrics={"kl": (1.0, 2.5), "same": (1.0, 1.0)})
+    found = between(family(1), family(2, lr=0.2))._replace(rows=rows, metrics={"kl": (1.0, 2.5), "same": (1.0, 1.0)})
     text = as_text(found)
     assert "preferences  1 added, 0 removed, 7 changed, 3 kept" in text
     assert "  and 2 more; --json lists all" in text

@@ -437,7 +437,7 @@ def test_the_lineage_has_every_product_with_its_settings() -> None:
     assert {branch.product for branch in there} == {*graph.up(made)}
     assert all(line(branch.product) in listed for branch in there)
     assert listed.count("<details>") == sum(not branch.again for branch in there)
-    assert '<th scope="row">ppo.updates</th><td>8</td>' in listed
+    assert '<th scope="row">params.ppo.updates</th><td>8</td>' in listed
 
 
 def test_exact_parameters_can_be_opened() -> None:

@@ -13,10 +13,8 @@ from rrlhf.files import write
 from rrlhf.tools.command_line import VERIFICATION_FAILED, AsJson
 
 if TYPE_CHECKING:
-    from rrlhf.data.fingerprints import RowChanges
-    from rrlhf.pipeline.ancestry import Graph, Product
+    from rrlhf.pipeline.ancestry import Graph
     from rrlhf.pipeline.tracking import Tracker, Version
-    from rrlhf.tools.lineage.diff import Diff
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
 Profile = Annotated[str, typer.Option(help="Profile whose nodes are named, and whose tracking.experiment is asked.")]
@@ -55,12 +53,16 @@ def lineage(
     if (node is None) == (row is None):
         raise typer.BadParameter(f"name one of {Reference}; or a row of data with --row")
     format = Format.JSON if as_json else format
-    graph, versions, tracker = _graph(profile)
+    graph, tracker, versions = _graph(profile)
     if row is not None:
         text = _row(graph, row, format)
     else:
+        from rrlhf.tools.lineage.load import described
+
         start = graph.find(str(node), profile)
-        text = _written(*_told(graph, start, down, (versions, tracker), format), down, format)
+        if format in {Format.JSON, Format.HTML, Format.OPENLINEAGE}:
+            graph = described(graph, graph.down(start) if down else graph.up(start), tracker, versions)
+        text = _written(graph, str(node), profile, down, format)
     if out is None:
         print(text)
     else:
@@ -79,9 +81,12 @@ def diff(
     Example: rrlhf diff rrlhf-policy/1 rrlhf-policy@candidate
     """
     from rrlhf.tools.lineage import diff as differences
+    from rrlhf.tools.lineage.load import described
 
-    graph, versions, tracker = _graph(profile)
-    found = compared(graph, graph.find(a, profile), graph.find(b, profile), Path.cwd(), (versions, tracker))
+    graph, tracker, versions = _graph(profile)
+    above = {product for each in (a, b) for product in graph.up(graph.find(each, profile))}
+    graph = described(graph, above, tracker, versions)
+    found = differences.compared(graph, graph.find(a, profile), graph.find(b, profile), Path.cwd())
     print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
 
 
@@ -107,7 +112,7 @@ def audit(
 
     root = Path.cwd()
     notary = notary_of(root, load_params(root, profile).signatures)
-    graph, versions, tracker = _graph(profile, strict=False)
+    graph, tracker, versions = _graph(profile, strict=False)
     start = graph.find(model, profile) if model else None
     report = auditing.Audit(root, graph, versions, tracker, deep=deep, notary=notary).run(start)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
@@ -115,19 +120,7 @@ def audit(
         raise SystemExit(VERIFICATION_FAILED)
 
 
-def compared(graph: Graph, old: Product, new: Product, root: Path, registry: tuple[list[Version], Tracker]) -> Diff:
-    """Compare two products with everything that they were made from."""
-    from rrlhf.tools.lineage import diff as differences
-    from rrlhf.tools.lineage.load import described
-
-    told = described({*graph.up(old), *graph.up(new)}, *registry)
-    rows, texts, unknown = _rows_between(graph, old, new, root)
-    stages = differences.stages(graph, old, new, told)
-    numbers = differences.metrics(told[old], told[new])
-    return differences.Diff(told[old], told[new], stages, rows, numbers, texts, unknown)
-
-
-def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], Tracker]:
+def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, Tracker, list[Version]]:
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.tracking import Tracker
     from rrlhf.tools.lineage.load import load
@@ -135,26 +128,13 @@ def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, list[Version], 
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions, profile, strict=strict), versions, tracker
+    return load(root, versions, profile, strict=strict), tracker, versions
 
 
-def _told(
-    graph: Graph, start: Product, down: bool, registry: tuple[list[Version], Tracker], format: Format
-) -> tuple[Graph, Product]:
-    """Return the part of the graph that is shown; with settings and numbers where the format shows them."""
-    from rrlhf.pipeline.ancestry import Graph
-    from rrlhf.tools.lineage.load import described
-
-    if format in {Format.TREE, Format.MERMAID, Format.DOT}:
-        return graph, start
-    told = described(graph.down(start) if down else graph.up(start), *registry)
-    everything = [told.get(product, product) for product in graph.products]
-    return Graph(everything), told[start] if start.stage else start
-
-
-def _written(graph: Graph, start: Product, down: bool, format: Format) -> str:
+def _written(graph: Graph, node: str, profile: str, down: bool, format: Format) -> str:
     from rrlhf.tools.lineage import openlineage, text
 
+    start = graph.find(node, profile)
     if format is Format.OPENLINEAGE:
         return openlineage.as_lines(openlineage.events(graph, graph.down(start) if down else graph.up(start)))
     if format is Format.JSON:
@@ -174,25 +154,3 @@ def _row(graph: Graph, row: str, format: Format) -> str:
     away = [each for each in graph.products if each.stage == "prepare" and each.digest not in files]
     notes = [f"not searched, for its files are not here: {each.title} {each.short}" for each in away]
     return "\n".join([rows.as_text(found) or f"no data set that is here has the row {start}", *notes])
-
-
-def _rows_between(
-    graph: Graph, old: Product, new: Product, root: Path
-) -> tuple[dict[str, RowChanges], dict[str, str], list[str]]:
-    """Compare the data sets above two products; return also what shown rows say, and what cannot be compared."""
-    from rrlhf.data.fingerprints import beginnings, row_changes
-    from rrlhf.tools.lineage.diff import shown
-    from rrlhf.tools.lineage.rows import files_by_version
-
-    before, after = ([each for each in graph.up(product) if each.stage == "prepare"] for product in (old, new))
-    if {each.digest for each in before} == {each.digest for each in after}:
-        return {}, {}, []
-    if len(before) != 1 or len(after) != 1:
-        return {}, {}, [f"rows: A has {len(before)} data sets above it, B {len(after)}"]
-    files = files_by_version(root)
-    missing = [each for each in (*before, *after) if each.digest not in files]
-    if missing:
-        return {}, {}, [f"rows of {each.title} {each.short}: its files are not here" for each in missing]
-    both = files[before[0].digest], files[after[0].digest]
-    found = row_changes(*both)
-    return found, beginnings(both[0], shown(found)) | beginnings(both[1], shown(found)), []

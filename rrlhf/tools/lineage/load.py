@@ -6,7 +6,7 @@ the settings and numbers of what it holds. Both tell a product by the digest of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,13 +23,12 @@ from rrlhf.pipeline.versioning.records import Record, cached, kept_document, loc
 Identity = tuple[str, str]  # digest of the content, key
 
 
-def from_versions(versions: Iterable[Version], profile: str = "default") -> Graph:
+def from_versions(versions: Sequence[Version], profile: str = "default") -> Graph:
     """Return the graph of registered versions alone; they come newest first.
 
     profile: whose names stand first, where a model has those of several.
     """
-    found = list(versions)
-    return Graph([*_registered(found, profile).values(), *_named_data_sets(found)])
+    return Graph([*_registered(versions, profile).values(), *_named_data_sets(versions)])
 
 
 def load(root: Path, versions: Sequence[Version], profile: str = "default", *, strict: bool = True) -> Graph:
@@ -40,14 +39,27 @@ def load(root: Path, versions: Sequence[Version], profile: str = "default", *, s
     """
     products = _registered(versions, profile)
     for product in Store(root).products():
-        registered = products.get((product.digest, product.key))
-        if registered:
-            product = replace(product, names=registered.names, aliases=registered.aliases)
-        products[product.digest, product.key] = product
+        identity = product.digest, product.key
+        known = products.get(identity, product)
+        products[identity] = replace(product, names=known.names, aliases=known.aliases)
     datasets = data_sets(root, profile, strict=strict)
     here = {product.digest for product in datasets}
     elsewhere = [product for product in _named_data_sets(versions) if product.digest not in here]
     return Graph([*products.values(), *datasets, *elsewhere])
+
+
+def described(graph: Graph, wanted: Collection[Product], tracker: Tracker, versions: Iterable[Version]) -> Graph:
+    """Return the graph with the settings and numbers of what is wanted and not in the folder: MLflow is asked."""
+    kept = {(version.digest, version.key): version for version in versions}
+
+    def asked(product: Product) -> Product:
+        version = kept.get((product.digest, product.key))
+        if product.document or version is None or product not in wanted:
+            return product
+        told = Artifact(Path(), opened(tracker.manifest(version))).product
+        return replace(told, names=product.names, aliases=product.aliases)
+
+    return Graph(map(asked, graph.products))
 
 
 def data_sets(root: Path, profile: str = "default", *, strict: bool = True) -> list[Product]:
@@ -61,58 +73,38 @@ def data_sets(root: Path, profile: str = "default", *, strict: bool = True) -> l
     return [_data_set(root, same, profile, strict=strict) for same in versions.values()]
 
 
-def described(products: Iterable[Product], versions: Sequence[Version], tracker: Tracker) -> dict[Product, Product]:
-    """Return products with their settings and numbers; of those that are not in the folder, MLflow is asked."""
-    kept = {(version.digest, version.key): version for version in versions}
-    found = {}
-    for product in products:
-        version = kept.get((product.digest, product.key))
-        if product.document is None and version:
-            manifest = opened(tracker.manifest(version))
-            told = Artifact(Path(), manifest).product
-            found[product] = replace(told, names=product.names, aliases=product.aliases)
-        else:
-            found[product] = product
-    return found
-
-
 def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Product]:
     """Return one product for all versions of one content and key, as their tags tell it."""
-    products: dict[Identity, Product] = {}
+    same: dict[Identity, list[Version]] = {}
     for version in versions:
-        name, made = f"{version.name}/{version.version}", version.made
-        aliases = tuple(f"{version.name}@{alias}" for alias in version.aliases)
-        identity = made["digest"], version.key
-        if known := products.get(identity):
-            names = sorted((*known.names, name), key=lambda each: _other(each.partition("/")[0], known.stage, profile))
-            products[identity] = replace(known, names=tuple(names), aliases=(*known.aliases, *aliases))
-            continue
-        products[identity] = Product(
-            digest=made["digest"],
-            key=version.key,
-            node=version.tags["rrlhf.node"],
-            stage=made["stage"],
-            inputs=made["inputs"],
-            input_keys=made["input_keys"],
-            names=(name,),
-            aliases=aliases,
-            commit=made["git_commit"] or "",
-            created=datetime.fromtimestamp(version.created / 1000, UTC).isoformat() if version.created else "",
-        )
-    return products
+        same.setdefault((version.digest, version.key), []).append(version)
+    return {identity: _product(each, profile) for identity, each in same.items()}
 
 
-def _other(name: str, stage: str, profile: str) -> bool:
-    return profile_of(name, stage) != profile
+def _product(versions: Sequence[Version], profile: str) -> Product:
+    """Return what several versions are, the newest first."""
+    version, made = versions[0], versions[0].made
+    ours_first = sorted(versions, key=lambda each: profile_of(each.name, made["stage"]) != profile)
+    return Product(
+        digest=version.digest,
+        key=version.key,
+        node=version.tags["rrlhf.node"],
+        stage=made["stage"],
+        inputs=made["inputs"],
+        input_keys=made["input_keys"],
+        names=tuple(f"{each.name}/{each.version}" for each in ours_first),
+        aliases=tuple(f"{each.name}@{alias}" for each in versions for alias in each.aliases),
+        commit=made["git_commit"] or "",
+        created=datetime.fromtimestamp(version.created / 1000, UTC).isoformat() if version.created else "",
+    )
 
 
 def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
     """Return the data sets that versions name as their inputs, the newest first."""
     named: dict[str, str] = {}
     for version in versions:
-        digest = version.made["inputs"].get(DATA)
-        if digest and (digest not in named or not named[digest]):
-            named[digest] = version.tags.get("rrlhf.data", "")
+        if digest := version.made["inputs"].get(DATA):
+            named[digest] = named.get(digest) or version.tags.get("rrlhf.data", "")
     return [Product(digest, DATA, "prepare", names=(name,) if name else ()) for digest, name in named.items()]
 
 
@@ -128,7 +120,6 @@ def _data_set(root: Path, records: Sequence[Record], profile: str, *, strict: bo
         digest=record.digest,
         node=DATA,
         stage="prepare",
-        key="",
         inputs=document["inputs"] if document else {},
         names=tuple(names),
         document=document,

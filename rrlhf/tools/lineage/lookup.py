@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from rrlhf.config import Params
 from rrlhf.located import UsageError
+from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact
 from rrlhf.pipeline.signatures import notary_of
 
@@ -24,31 +24,27 @@ class Lookup:
         Every file is checked, and the signature where there is a key. Raises UsageError with the closest names when
         there is none, or more than one, and TamperedError when a file is not what its manifest says.
         """
-        if Path(reference).is_dir():
-            return self._verified(_in_folder(Path(reference)))
-        if re.fullmatch("[0-9a-f]{6,64}", reference) and (here := self._beginning_with(reference)):
-            return self._verified(here)
-        return self._registered(reference)
+        folder = Path(reference)
+        if folder.is_dir():
+            if not (folder / MANIFEST).is_file():
+                raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
+            return self._verified(read_artifact(folder))
+        try:
+            made = Graph(self.store.products()).find(reference, self._profile)
+        except UsageError:
+            return self._registered(reference)
+        here = self.store.find(made.stage, made.key) if made.stage else None
+        return self._verified(here) if here else self._registered(reference)
 
     def input_of(self, artifact: Artifact, argument: str) -> Artifact:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""
-        digest, key = artifact.inputs[argument], artifact.input_keys.get(argument)
-        made = (found for found in self.store.all() if found.digest == digest and key in {None, found.key})
-        here = next(made, None)
         try:
-            return self._verified(here) if here else self._registered(key or digest)
+            return self.find(artifact.input_keys.get(argument) or artifact.inputs[argument])
         except UsageError:
+            digest = artifact.inputs[argument]
             raise ValueError(
                 f"the {argument} that {artifact.name} was made from, {digest[:12]}, is neither here nor in MLflow"
             ) from None
-
-    def _beginning_with(self, start: str) -> Artifact | None:
-        everything = sorted(self.store.all(), key=lambda item: str(item.manifest["created"]))  # of twins, the newest
-        found = {item.digest: item for item in everything if item.digest.startswith(start)}
-        found = found or {item.key: item for item in everything if item.key.startswith(start)}
-        if len(found) > 1:
-            raise UsageError(f"{start!r} begins several digests: {', '.join(digest[:12] for digest in found)}")
-        return next(iter(found.values()), None)
 
     def _registered(self, reference: str) -> Artifact:
         """Find a version in MLflow, and bring its files back when they are not here."""
@@ -70,9 +66,3 @@ class Lookup:
     def _verified(self, artifact: Artifact) -> Artifact:
         self.store.verify(artifact)
         return artifact
-
-
-def _in_folder(folder: Path) -> Artifact:
-    if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
-    return read_artifact(folder)

@@ -1,4 +1,4 @@
-"""Who saw a row: the data sets and tables that hold it, and every model that was made from them."""
+"""Rows of data: who saw one, and which differ between two data sets."""
 
 from __future__ import annotations
 
@@ -18,22 +18,16 @@ from rrlhf.tools.lineage.text import line
 from rrlhf.types import Json
 
 MEASURES = {"heldout", "evaluate"}  # tables that nothing is trained on
-
-
-class Seen(NamedTuple):
-    """A product that a row reached, and how: itself, or through what it was made from."""
-
-    product: Product
-    how: str
+MEASURED = "measured on it, not trained"
 
 
 class Sighting(NamedTuple):
-    """A row in one data set."""
+    """A row in one data set, and the products that it reached: itself, or through what they were made from."""
 
     row: str
     data: Product
     tables: list[str]
-    seen_by: list[Seen]
+    seen_by: dict[Product, str]  # how
 
 
 def digest_start(text: str) -> str:
@@ -70,11 +64,12 @@ def sightings(graph: Graph, start: str, files: Mapping[str, Mapping[str, Path]])
 
     files: of every data set, by the digest of its version.
     """
-    found = []
-    for data in (product for product in graph.products if product.digest in files and product.stage == "prepare"):
-        for row, tables in sorted(tables_with(start, files[data.digest]).items()):
-            found.append(Sighting(row, data, sorted(tables), _seen(graph, data, tables)))
-    return found
+    return [
+        Sighting(row, data, sorted(tables), _seen(graph, data, tables))
+        for data in graph.products
+        if data.stage == "prepare" and data.digest in files
+        for row, tables in sorted(tables_with(start, files[data.digest]).items())
+    ]
 
 
 def as_text(found: Iterable[Sighting]) -> str:
@@ -82,7 +77,7 @@ def as_text(found: Iterable[Sighting]) -> str:
     lines = []
     for row, data, tables, seen_by in found:
         lines += [f"row {row}", f"in {line(data)}, {', '.join(tables)}"]
-        lines += [f"    {line(product)}: {how}" for product, how in seen_by] or ["    nothing was made from it"]
+        lines += [f"    {line(product)}: {how}" for product, how in seen_by.items()] or ["    made from it: nothing"]
     return "\n".join(lines)
 
 
@@ -96,26 +91,24 @@ def as_json(found: Iterable[Sighting]) -> Json:
             "tables": [*tables],
             "seen_by": [
                 {"title": p.title, "node": p.node, "digest": p.digest, "aliases": [*p.aliases], "how": how}
-                for p, how in seen_by
+                for p, how in seen_by.items()
             ],
         }
         for row, data, tables, seen_by in found
     ]
 
 
-def _seen(graph: Graph, data: Product, tables: set[str]) -> list[Seen]:
+def _seen(graph: Graph, data: Product, tables: set[str]) -> dict[Product, str]:
     seen: dict[Product, str] = {}
-    for product in graph.down(data):
-        links = graph.sources(product)
+    for product in graph.down(data)[1:]:
+        sources = dict.fromkeys(link.source for link in graph.sources(product))
         looked_into = spec_of(product.stage).tables
-        read = tables.intersection(tables if looked_into is None else looked_into)
-        if not any(link.source is data for link in links):
-            read = set()
-        through = [link.source for link in links if link.source in seen and "measured" not in seen[link.source]]
+        read = tables.intersection(tables if looked_into is None else looked_into) if data in sources else set()
+        through = [each.title for each in sources if seen.get(each, MEASURED) != MEASURED]
         if read - MEASURES:
             seen[product] = "read it itself"
         elif through:
-            seen[product] = f"through {', '.join(dict.fromkeys(each.title for each in through))}"
+            seen[product] = f"through {', '.join(through)}"
         elif read:
-            seen[product] = "measured on it, not trained"
-    return [Seen(product, how) for product, how in seen.items()]
+            seen[product] = MEASURED
+    return seen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from rrlhf.pipeline.ancestry import Graph, Link, Product
+from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import dotted
 from rrlhf.types import Json
@@ -37,7 +37,7 @@ def branches(graph: Graph, start: Product, *, down: bool = False) -> list[Branch
         found.append(Branch(product, depth, again))
         seen.add(product)
         if not again:
-            waiting += [(link.made if down else link.source, depth + 1) for link in reversed(below)]
+            waiting += [(each, depth + 1) for each in reversed(below)]
     return found
 
 
@@ -64,24 +64,18 @@ def page(graph: Graph, start: Product, *, down: bool = False) -> str:
 
 def as_json(graph: Graph, start: Product, *, down: bool = False) -> Json:
     """Return a product's ancestry, or what was made from it: products in order, and the links between them."""
-    products = graph.down(start) if down else graph.up(start)
-    numbers = {product: number for number, product in enumerate(products)}
-    links: list[Json] = [
-        {"from": numbers[link.source], "argument": link.argument, "to": numbers[link.made]}
-        for link in graph.links(products)
-    ]
+    products, arrows = _picture(graph, start, down)
+    links: list[Json] = [{"from": source, "argument": argument, "to": made} for source, argument, made in arrows]
     return {
-        "of": numbers[start],
+        "of": products.index(start),
         "direction": "down" if down else "up",
         "products": [as_object(product) for product in products],
         "links": links,
     }
 
 
-def as_object(product: Product) -> Json:
+def as_object(product: Product) -> dict[str, Json]:
     """Return what is known of one product."""
-    inputs: dict[str, Json] = dict(product.inputs)
-    metrics: dict[str, Json] = dict(product.metrics)
     return {
         "title": product.title,
         "node": product.node,
@@ -90,100 +84,66 @@ def as_object(product: Product) -> Json:
         "key": product.key or None,
         "names": [*product.names],
         "aliases": [*product.aliases],
-        "inputs": inputs,
-        "params": (product.document or {}).get("params"),
-        "metrics": metrics,
+        "inputs": dict[str, Json](product.inputs),
         "git_commit": product.commit or None,
         "created": product.created or None,
+        "seconds": product.seconds or None,
+        "params": (product.document or {}).get("params"),
+        "metrics": dict[str, Json](product.metrics),
     }
+
+
+def details(product: Product) -> dict[str, str]:
+    """Return what is known of one product by its dotted names, as text."""
+    known = as_object(product) | {"names": ", ".join(product.names), "aliases": ", ".join(product.aliases)}
+    return dict(dotted({name: value for name, value in known.items() if value and name != "title"}))
 
 
 def mermaid(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a Mermaid flowchart, which GitHub, GitLab and many editors draw."""
-    products = graph.down(start) if down else graph.up(start)
-    numbers = {product: f"n{number}" for number, product in enumerate(products)}
-    lines = ["flowchart LR", *(f"    {numbers[product]}{_mermaid_box(product)}" for product in products)]
-    lines += [_mermaid_arrow(numbers, link) for link in graph.links(products)]
-    lines.append(f"    style {numbers[start]} stroke-width:3px")
-    return "\n".join(lines)
+    products, arrows = _picture(graph, start, down)
+    texts = [line(product).translate(SPECIAL).replace(" · ", "<br/>") for product in products]
+    lines = [f'    n{number}["{text}"]' for number, text in enumerate(texts)]
+    lines += [f'    n{source} -->|"{argument.translate(SPECIAL)}"| n{made}' for source, argument, made in arrows]
+    return "\n".join(["flowchart LR", *lines, f"    style n{products.index(start)} stroke-width:3px"])
 
 
 def dot(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a graph in the DOT language, which Graphviz draws."""
-    products = graph.down(start) if down else graph.up(start)
-    numbers = {product: f"n{number}" for number, product in enumerate(products)}
-    boxes = [f"    {numbers[product]} [label={_quoted(chr(10).join(_box(product)))}]" for product in products]
-    arrows = [
-        f"    {numbers[link.source]} -> {numbers[link.made]} [label={_quoted(link.argument)}]"
-        for link in graph.links(products)
-    ]
-    return "\n".join(["digraph {", "    rankdir=LR", "    node [shape=box]", *boxes, *arrows, "}"])
+    products, arrows = _picture(graph, start, down)
+    texts = [line(product).replace(" · ", "\n") for product in products]
+    lines = [f"    n{number} [label={_quoted(text)}]" for number, text in enumerate(texts)]
+    lines += [f"    n{source} -> n{made} [label={_quoted(argument)}]" for source, argument, made in arrows]
+    return "\n".join(["digraph {", "    rankdir=LR", "    node [shape=box]", *lines, "}"])
 
 
 def line(product: Product) -> str:
     """Return a product on one line: its name, aliases, node and digest."""
-    if product.node == DATA:
+    if product.node == DATA or product.node in EXTERNAL:
         return f"{product.title} {product.short}"
     if not product.stage:
-        unknown = "" if product.node in EXTERNAL else " (not registered)"
-        separator = " " if product.node in EXTERNAL else " · "
-        return f"{product.node}{separator}{product.short}{unknown}"
-    aliases = f" ({', '.join(product.called)})" if product.aliases else ""
+        return f"{product.node} · {product.short} (not registered)"
+    aliases = f" ({', '.join(alias.partition('@')[2] for alias in product.aliases)})" if product.aliases else ""
     node = f" · {product.node}" if product.names else ""
     return f"{product.title}{aliases}{node} · {product.short}"
 
 
-def _below(graph: Graph, product: Product, down: bool) -> list[Link]:
-    """Return the links to the next products; one that reads another under two names is there once."""
+def _picture(graph: Graph, start: Product, down: bool) -> tuple[list[Product], list[tuple[int, str, int]]]:
+    """Return the products that are drawn, and the links between them by their numbers."""
+    products = graph.down(start) if down else graph.up(start)
+    numbers = {product: number for number, product in enumerate(products)}
+    links = [link for product in products for link in graph.sources(product) if link.source in numbers]
+    return products, [(numbers[link.source], link.argument, numbers[link.made]) for link in links]
+
+
+def _below(graph: Graph, product: Product, down: bool) -> list[Product]:
+    """Return the next products; one that reads another under two names is there once."""
     if not down:
-        return list({link.source: link for link in reversed(graph.sources(product))}.values())[::-1]
-    direct = {link.made: link for link in graph.readers(product)}
-    further = {link.made for reader in direct for link in graph.readers(reader)}
-    waiting = list(further)
-    while waiting:
-        new = {link.made for link in graph.readers(waiting.pop())} - further
-        further |= new
-        waiting += new
-    return [link for made, link in direct.items() if made not in further]
-
-
-def details(product: Product) -> dict[str, str]:
-    """Return what is known of a product as lines for people: identity first, then settings and numbers."""
-    known = {
-        "names": ", ".join((*product.names, *product.aliases)),
-        "node": product.node,
-        "digest": product.digest,
-        "key": product.key,
-        "git commit": product.commit,
-        "made": product.created,
-        "seconds": f"{product.seconds:g}" if product.seconds else "",
-        **{f"read as {argument}": digest for argument, digest in product.inputs.items()},
-    }
-    params = (product.document or {}).get("params", {})
-    return (
-        {name: value for name, value in known.items() if value}
-        | dict(dotted(params))
-        | {name: f"{value:.6g}" for name, value in product.metrics.items()}
-    )
-
-
-def _box(product: Product) -> list[str]:
-    """Return what stands in a product's box, without repetition."""
-    rows = [product.title, ", ".join(product.called), product.node if product.names else "", product.short]
-    if not product.stage:
-        rows = [product.node, product.short]
-    return [row for row in dict.fromkeys(rows) if row and row != DATA]
+        return list(dict.fromkeys(link.source for link in graph.sources(product)))
+    direct = dict.fromkeys(link.made for link in graph.readers(product))
+    further = set(graph.down(*(link.made for made in direct for link in graph.readers(made))))
+    return [made for made in direct if made not in further]
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _mermaid_box(product: Product) -> str:
-    text = "<br/>".join(row.translate(SPECIAL) for row in _box(product))
-    left, right = ('[("', '")]') if product.node == DATA or not product.stage else ('["', '"]')
-    return f"{left}{text}{right}"
-
-
-def _mermaid_arrow(numbers: dict[Product, str], link: Link) -> str:
-    return f'    {numbers[link.source]} -->|"{link.argument.translate(SPECIAL)}"| {numbers[link.made]}'
