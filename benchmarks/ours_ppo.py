@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.judgement import arm_reward
-from rrlhf.policy.learner import Course, Learner, prepare_learner
+from rrlhf.policy.judgement import arm_reward, load_reward_models
+from rrlhf.policy.learner import Learner, prepare_learner
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import FILE
 from rrlhf.stages import ppo
@@ -63,17 +63,14 @@ def train(job: Job) -> Job:
     model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
     torch.manual_seed(job["seed"])
     engine = accelerator(model)
-    learner = _learner(engine, language, settings, job)
+    learner = _learner(engine, language, model, settings, job)
     watch = Watch(job["device"])
     clocks = {name: watch.timed(name, getattr(ppo, name)) for name in ("collect", "optimise")}
     vars(learner)["sample"] = watch.timed("sample", learner.sample)
     updates: list[Metrics] = []
     with _replaced(clocks):
         began = watch.now()
-        rows = ppo.train(
-            learner, job["prompts"], arm_reward(arm, engine), model, settings, job["seed"], Course(), (), None
-        )
-        for row in rows:
+        for row, _ in ppo.train(learner, ppo.Prompts(job["prompts"]), arm_reward(arm, engine)):
             ended = watch.now()
             updates.append({"update_s": ended - began, "steps": row["optimizer_steps"]} | watch.seconds)
             began = ended
@@ -161,14 +158,15 @@ def _settings(job: Job) -> Ppo:
     return load_params(ROOT).ppo.model_copy(update=wanted)
 
 
-def _learner(engine: Accelerator, language: LanguageModel, settings: Ppo, job: Job) -> Learner:
+def _learner(engine: Accelerator, language: LanguageModel, model: Model, settings: Ppo, job: Job) -> Learner:
     """Return a learner whose single head and ensemble are random and read the middle layer, as by default."""
     with tempfile.TemporaryDirectory() as name:
         for folder, heads in (Path(name, "reward"), 1), (Path(name, "ensemble"), job["heads"]):
             folder.mkdir()
             RewardHeads(language.network.config.hidden_size, heads, hidden=0, sigma_floor=0.05).save(folder)
             (folder / FILE).write_text(json.dumps({"layer": language.layers // 2}), encoding="utf-8")
-        return prepare_learner(engine, language, settings, job["seed"], Path(name, "reward"), Path(name, "ensemble"))
+        rewards = load_reward_models(Path(name, "reward"), Path(name, "ensemble"), engine.device)
+        return prepare_learner(engine, language, rewards, model=model, ppo=settings, seed=job["seed"])
 
 
 def _operations(learner: Learner, settings: Ppo, job: Job) -> Job:

@@ -31,7 +31,8 @@ from rrlhf.pipeline.stages import kind_of, telling
 from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.policy.health import DivergedError
-from rrlhf.progress import STOPPING, check_stop, in_words, say, stop_between_steps
+from rrlhf.progress import in_words, say
+from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 from rrlhf.tools.running.numbers import write_numbers
 from rrlhf.tools.running.uptodate import (
     note_report,

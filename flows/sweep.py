@@ -27,7 +27,7 @@ from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.policy.health import SUSPECTED, DivergedError
-from rrlhf.progress import STOPPING, stop_between_steps
+from rrlhf.stopping import STOPPING, stop_between_steps
 from rrlhf.tools.reporting.plots import courses
 from rrlhf.tools.reporting.trainings import training
 from rrlhf.tools.running.uptodate import read_evaluation

@@ -1,12 +1,8 @@
-"""How far a loop is: a bar with the time left on a terminal, a line now and then elsewhere.
-
-The loops are also where a run stops: after Ctrl-C the next step raises `Interrupted`, so no step is cut in two.
-"""
+"""How far a loop is: a bar with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
@@ -21,9 +17,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 1.0, 10.0
-STOPPING = "\nstopping after this step; once more stops at once"
-
-stop = threading.Event()
 
 relay: Callable[[str, int, int], None] | None = None  # where set: told label, total and done, and nothing is shown here
 
@@ -32,42 +25,9 @@ _shown: Progress | None = None  # the display, while some loop uses it
 _users = 0
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and did between two steps."""
-
-
-signalled = signal.SIGINT  # what asked it to
-
-
 def say(text: str) -> None:
     """Tell on stderr, at once, what begins: whatever reads it through a pipe would else wait for minutes."""
     print(text, file=sys.stderr, flush=True)
-
-
-def check_stop() -> None:
-    """Raise Interrupted when the run was asked to stop."""
-    if stop.is_set():
-        raise Interrupted
-
-
-def stop_between_steps(message: str = "") -> None:
-    """Let the first Ctrl-C or SIGTERM end the run after this step, saying `message`, and a second one at once.
-
-    Does nothing in other threads than the main one, which Python hands its signals to.
-    """
-
-    def ask(number: int, frame: object) -> None:
-        global signalled
-        signalled = signal.Signals(number)
-        if stop.is_set():
-            os._exit(128 + number)  # nothing to tidy up: results appear by one rename, or not at all
-        stop.set()
-        if message:
-            print(message, file=sys.stderr, flush=True)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, ask)
 
 
 def is_main_process() -> bool:
@@ -81,7 +41,6 @@ def track(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
         for done, item in enumerate(iterable, 1):
             yield item
             show(done)
-            check_stop()
 
 
 @contextmanager

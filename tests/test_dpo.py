@@ -16,6 +16,7 @@ from rrlhf.models.text import Texts
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.arm_record import read_arm
+from rrlhf.policy.learner import top_layers, with_optimizer
 from rrlhf.stages import dpo as stage
 
 ROOT = Path(__file__).parents[1]
@@ -47,11 +48,15 @@ def trained(start, model, settings, tmp_path_factory):
     return run(start, model, settings, tmp_path_factory.mktemp("dpo") / "out")
 
 
-def learner_and_pairs(start, model, settings):
-    language = load_model(start / "sft")
-    answers = stage.encoded(Texts(language, model), preferences(start / "data", "preferences"))
-    learner = stage.prepare_learner(Accelerator(cpu=True), language, settings, 8)
-    return learner, stage.Pairs(learner, answers, model, settings, "test"), answers
+def prepared(start, settings):
+    """The policy before its first step."""
+    language, engine = load_model(start / "sft"), Accelerator(cpu=True)
+    top = top_layers(engine, language, settings.train_layers, "dpo.train_layers")
+    return with_optimizer(engine, language, top, settings.learning_rate, 8)
+
+
+def encoded(start, trained, model):
+    return stage.encoded(Texts(trained.language, model), preferences(start / "data", "preferences"))
 
 
 def test_the_policy_learns_to_tell_pairs_apart_and_what_it_learns_holds_for_others(trained):
@@ -92,27 +97,27 @@ def test_parts_and_kept_states_change_nothing_but_rounding(trained, start, model
 
 
 def test_log_probabilities_are_those_of_the_whole_network_without_padding(start, model, settings):
-    learner, pairs, answers = learner_and_pairs(start, model, settings)
+    policy = prepared(start, settings)
+    answers = encoded(start, policy, model)
+    pairs = stage.prepare_pairs(policy, answers, model, settings)
     for pair in (0, 7):
         for side in (0, 1):
             tokens, prompt = answers[pair][side]
             with torch.no_grad():
-                logprobs = learner.language.network(torch.tensor([tokens])).logits[0].log_softmax(-1)
+                logprobs = policy.language.network(torch.tensor([tokens])).logits[0].log_softmax(-1)
             slow = sum(logprobs[i - 1, tokens[i]].item() for i in range(prompt, len(tokens)))
             assert pairs.reference[pair, side].item() == pytest.approx(slow, abs=1e-4)
 
 
 def test_a_response_of_several_pairs_is_read_once(start, model, settings):
-    language = load_model(start / "sft")
-    answers = stage.encoded(Texts(language, model), preferences(start / "data", "preferences")[:3])
-    (a, b), (c, d), _ = answers
-    learner = stage.prepare_learner(Accelerator(cpu=True), language, settings, 8)
+    policy = prepared(start, settings)
+    (a, b), (c, d), *_ = answers = encoded(start, policy, model)
     alone, shared = (
-        stage.Pairs(learner, pairs, model, settings, "test") for pairs in (answers, [(a, b), (b, a), (c, d)])
+        stage.prepare_pairs(policy, pairs, model, settings) for pairs in (answers, [(a, b), (b, a), (c, d)])
     )
     torch.testing.assert_close(shared.reference[0], alone.reference[0], atol=1e-4, rtol=0)
     assert shared.reference[1].tolist() == shared.reference[0].tolist()[::-1]
-    assert len(shared._kept) == 4
+    assert len(shared.answers) == 4
 
 
 def test_a_response_ends_where_the_policy_would_end_it(model):
@@ -133,14 +138,15 @@ def preferences_of(chosen, rejected):
 
 def test_the_gradient_is_the_published_one(start, model, settings):
     """grad = -beta * sigmoid(-margin) * (grad log pi(chosen) - grad log pi(rejected)), eq. 7 of the paper."""
-    learner, pairs, _ = learner_and_pairs(start, model, settings)
-    weight = learner.top.layers[-1].mlp.up_proj.weight
+    policy = prepared(start, settings)
+    pairs = stage.prepare_pairs(policy, encoded(start, policy, model), model, settings)
+    weight = policy.top.layers[-1].mlp.up_proj.weight
     shifted = pairs.reference[:3] + torch.tensor([[0.7, -0.4]])
-    log_ratio = pairs.read(learner.policy, [0, 1, 2]) - shifted
+    log_ratio = pairs.logprobs(policy.policy, [0, 1, 2]) - shifted
     stage._losses(log_ratio, settings).mean().backward()
     found, weight.grad = weight.grad.clone(), None
     wrong = torch.sigmoid(-settings.beta * (log_ratio[:, 0] - log_ratio[:, 1])).detach()
-    logprobs = pairs.read(learner.policy, [0, 1, 2])
+    logprobs = pairs.logprobs(policy.policy, [0, 1, 2])
     (-settings.beta * wrong * (logprobs[:, 0] - logprobs[:, 1])).mean().backward()
     torch.testing.assert_close(found, weight.grad, atol=1e-7, rtol=1e-4)
 

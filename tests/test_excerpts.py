@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.policy.excerpts import FILE, PROMPTS, excerpts, read_excerpts
-from rrlhf.policy.learner import Sampled
+from rrlhf.policy.excerpts import FILE, PROMPTS, RolloutResponse, excerpts, read_excerpts
 
 ASKED = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Say {n}."}] for n in range(50)]
 
@@ -16,7 +15,7 @@ ASKED = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content":
 def kept(*asked):
     """Responses of rollouts that asked the prompts of these rows."""
     return [
-        Sampled(update, row, f"{update}:{i}", True, 0.5, 1.0, [0.1, 0.2], 0.3)
+        RolloutResponse(update, row, f"{update}:{i}", True, 0.5, 1.0, [0.1, 0.2], 0.3)
         for update, rows in enumerate(asked)
         for i, row in enumerate(rows)
     ]
@@ -60,7 +59,7 @@ def test_excerpts_are_few_and_were_all_written(asked):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_none_so_that_any_reader_reads_it(tmp_path, value):
-    found = excerpts([Sampled(0, 1, "a", False, value, value, [value, 0.5], 0.3)], ASKED)
+    found = excerpts([RolloutResponse(0, 1, "a", False, value, value, [value, 0.5], 0.3)], ASKED)
     (tmp_path / FILE).write_text(json.dumps(found, allow_nan=False))
     [row] = read_excerpts(tmp_path)
     assert (row["kl"], row["proxy"], row["heads"]) == (None, None, [None, 0.5])

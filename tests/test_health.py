@@ -1,7 +1,7 @@
 """Every detector fires on a training that goes wrong in its way, and is silent in healthy ones."""
 
-import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,17 +10,17 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.files import CHECKPOINT
 from rrlhf.models.load import load_base
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.checkpoint import Checkpoints
-from rrlhf.policy.guard import Guard
-from rrlhf.policy.health import WINDOW, DivergedError, findings, hacking_suspected, is_healthy
-from rrlhf.policy.learner import Course, prepare_learner
-from rrlhf.stages.ppo import train
+from rrlhf.policy.health import WINDOW, findings, hacking_suspected, is_healthy
+from rrlhf.policy.judgement import load_reward_models
+from rrlhf.policy.learner import prepare_learner
+from rrlhf.policy.supervision import resumed, supervised
+from rrlhf.stages.ppo import Prompts, train
 
 PARAMS = load_params(Path(__file__).parents[1])
-PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
+PROMPTS = Prompts([[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]])
 HEALTHY = {"score": 0.1, "score_std": 0.5, "kl": 3.0, "response_tokens": 10.0, "entropy": 2.0, "finished": 0.8}
 EXTRA = {"sigma": 0.3, "repetition": 0.02, "optimizer_steps": 8, "skipped_steps": 0}
 
@@ -132,7 +132,7 @@ def model(model):
 
 
 class Trained:
-    """One training with its guard, on a reward of the test's own."""
+    """One supervised training, on a reward of the test's own."""
 
     def __init__(self, model, rewards, reward, folder, *, health=None, seed=0, harm=None, start=None, **changed):
         settings = {
@@ -146,23 +146,20 @@ class Trained:
         self.health = PARAMS.health.model_copy(update={"checkpoint_every": 2} | (health or {}))
         torch.manual_seed(seed)
         engine = Accelerator(cpu=True)
-        self.learner = prepare_learner(engine, load_base(model), ppo, seed, *rewards)
+        models = load_reward_models(*rewards, engine.device)
+        self.learner = prepare_learner(engine, load_base(model), models, model=model, ppo=ppo, seed=seed)
         if start:
             start(self.learner)
-        self.course, self.rows, self.error = Course(), [], None
-        with Checkpoints(folder / CHECKPOINT, engine, {}) as checkpoints:
-            guard = Guard(self.learner, self.course, checkpoints, self.health, "ppo (test)")
-            try:
-                for row in train(self.learner, PROMPTS, reward, model, ppo, seed, self.course, guard=guard):
-                    self.rows.append(row)
-                    if harm:
-                        harm(self.learner, row)
-            except DivergedError as error:
-                self.error = str(error)
-
-    @property
-    def events(self):
-        return [event.name for event in self.course.events]
+        self.rows = []
+        with Checkpoints(folder, engine) as checkpoints:
+            history = resumed(self.learner, checkpoints, "ppo (test)")
+            training = partial(train, self.learner, PROMPTS, reward)
+            for row in supervised(training, self.learner, history, checkpoints, self.health):
+                self.rows.append(row)
+                if harm:
+                    harm(self.learner, row)
+        self.events = [event.name for event in history.events]
+        self.rollbacks, self.error = history.rollbacks, history.diverged
 
 
 def random_reward(judgement):
@@ -202,7 +199,7 @@ def test_one_bad_gradient_is_left_out_and_training_goes_on(model, rewards, tmp_p
     done = Trained(model, rewards, random_reward, tmp_path, minibatch_size=8, updates=4)
     assert [row["skipped_steps"] for row in done.rows] == [0, 1, 0, 0]
     assert [row["optimizer_steps"] for row in done.rows] == [2, 1, 2, 2]
-    assert done.error is None
+    assert not done.error
     assert done.events == []
     assert all(weight.isfinite().all() for weight in done.learner.top.parameters())
 
@@ -229,8 +226,8 @@ def test_a_rollback_returns_to_the_good_weights_with_a_smaller_learning_rate(mod
         start=likes_to_end,
     )
     assert done.events == ["kl_blowup"]
-    assert done.course.rollbacks == [4]
-    assert done.error is None
+    assert done.rollbacks == [4]
+    assert not done.error
     assert [row["step"] for row in done.rows] == list(range(8))  # two of eight rollouts were taken back
     rates = [row["learning_rate"] for row in done.rows]
     assert rates[4] == pytest.approx(rates[2] / 2)
@@ -288,6 +285,5 @@ def test_a_healthy_training_has_no_findings(model, rewards, tmp_path, seed):
         updates=20,
         missing_eos_score=0.0,
     )
-    assert done.error is None
+    assert not done.error
     assert done.events == []
-    assert json.dumps(done.course.events) == "[]"

@@ -15,7 +15,6 @@ from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.processes import LaunchError
 from rrlhf.policy.health import DivergedError
-from rrlhf.progress import Interrupted, stop
 
 ROOT = Path(__file__).parents[1]
 HERE = Launch(processes=1, threads=0, arms_at_once=1)
@@ -101,21 +100,6 @@ def test_a_number_that_is_none_stops_the_stage(tmp_path, stage, value):
     stage.run = lambda log, **_: log({"step": 7, "loss": value})
     with pytest.raises(ValueError, match=r"standin: loss = (nan|inf) at step 7"):
         run(tmp_path / "out")
-
-
-def test_a_run_that_is_asked_to_stop_stops_after_the_step(tmp_path, stage):
-    def train(log, **_):
-        for step in range(1, 10):
-            stop.set()
-            log({"step": step})
-
-    stage.run = train
-    try:
-        with pytest.raises(Interrupted):
-            run(tmp_path / "out")
-    finally:
-        stop.clear()
-    assert [row["step"] for row in rows_of(tmp_path / "out")] == [1]
 
 
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):

@@ -8,25 +8,31 @@ from rrlhf.config import Arm
 from rrlhf.kl import adapted_weight
 from rrlhf.models.adapters import merge_adapters
 from rrlhf.models.load import load_base
-from rrlhf.policy.judgement import Judgement, arm_reward
-from rrlhf.policy.learner import Course, prepare_learner
+from rrlhf.policy.judgement import Judgement, arm_reward, load_reward_models
+from rrlhf.policy.learner import prepare_learner
 from rrlhf.robust import AGGREGATIONS, Scores
-from rrlhf.stages.ppo import collect, optimise, train
+from rrlhf.stages.ppo import Prompts, collect, optimise, train
 
 WAYS = [{"trains": "layers"}, {"trains": "layers", "train_layers": 3}, {"trains": "lora"}, {"trains": "full"}]
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]
+EIGHT = [0, 1, 2, 0, 1, 2, 0, 1]  # rows of prompts
 
 
 def learner(model, ppo, rewards, seed=0):
     torch.manual_seed(seed)
-    return prepare_learner(Accelerator(cpu=True), load_base(model), ppo, seed, *rewards)
+    models = load_reward_models(*rewards, torch.device("cpu"))
+    return prepare_learner(Accelerator(cpu=True), load_base(model), models, model=model, ppo=ppo, seed=seed)
+
+
+def rollout_of(found, asked=(0, 1, 2)):
+    """What `collect` returns for some of the prompts, paid by the single head."""
+    return collect(found, Prompts(PROMPTS), asked, single)
 
 
 def trained(model, ppo, rewards, reward, seed=0):
     found = learner(model, ppo, rewards, seed)
-    course = Course()
-    rows = list(train(found, PROMPTS, reward, model, ppo, seed, course))
-    return found, rows, course.kept
+    rows, responses = zip(*train(found, Prompts(PROMPTS), reward), strict=True)
+    return found, rows, [response for some in responses for response in some]
 
 
 def single(judgement):
@@ -58,7 +64,7 @@ def test_the_single_reward_reads_no_ensemble():
 def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo, rewards, trains):
     ppo = ppo.model_copy(update=trains)
     found = learner(model, ppo, rewards)
-    rollout, _, _, metrics = collect(found, PROMPTS, single, model, ppo)
+    rollout, _, metrics = rollout_of(found)
     logprobs, values = found.policy(rollout.entering, rollout.prompt_lengths, rollout.responses, rollout.mask)
     assert (((logprobs - rollout.logprobs) * rollout.mask).exp() - 1).abs().max() < 1e-4
     torch.testing.assert_close(values * rollout.mask, rollout.values, atol=1e-5, rtol=1e-4)
@@ -69,8 +75,8 @@ def test_the_first_minibatch_has_ratio_one_and_no_kl_to_the_reference(model, ppo
 def test_optimizer_steps_are_epochs_times_minibatches(model, ppo, rewards, epochs, minibatch):
     ppo = ppo.model_copy(update={"epochs": epochs, "minibatch_size": minibatch})
     found = learner(model, ppo, rewards)
-    rollout, *_ = collect(found, (PROMPTS * 3)[:8], single, model, ppo)
-    assert optimise(found, rollout, model, ppo)["optimizer_steps"] == epochs * 8 // minibatch
+    rollout, *_ = rollout_of(found, EIGHT)
+    assert optimise(found, rollout)["optimizer_steps"] == epochs * 8 // minibatch
 
 
 @pytest.mark.parametrize("trains", WAYS)
@@ -87,8 +93,8 @@ def test_accumulated_gradients_train_the_same_policy(model, ppo, rewards, trains
 def test_a_far_step_ends_the_epochs_of_an_update(model, ppo, rewards):
     ppo = ppo.model_copy(update={"epochs": 5, "max_step_kl": 1e-9})
     found = learner(model, ppo, rewards)
-    rollout, *_ = collect(found, (PROMPTS * 3)[:8], single, model, ppo)
-    assert optimise(found, rollout, model, ppo)["optimizer_steps"] == 2
+    rollout, *_ = rollout_of(found, EIGHT)
+    assert optimise(found, rollout)["optimizer_steps"] == 2
 
 
 @pytest.mark.parametrize("trains", WAYS)
@@ -107,15 +113,15 @@ def test_the_same_seed_trains_the_same_weights_and_another_seed_others(model, pp
 @pytest.mark.parametrize("trains", WAYS)
 def test_every_way_of_training_pays_the_same_reward_for_the_same_response(model, ppo, rewards, trains):
     """The reward heads read the SFT model's states, wherever these come from, and never the trained policy's."""
-    plain = collect(learner(model, ppo, rewards), PROMPTS, single, model, ppo)[1]
+    plain = rollout_of(learner(model, ppo, rewards))[1]
     settings = ppo.model_copy(update=trains)
     found = learner(model, settings, rewards)
     with torch.no_grad():
         for weight in found.top.layers.parameters():
             if weight.requires_grad:
                 weight.mul_(1.0 + 1e-4)
-    judged = collect(found, PROMPTS, single, model, settings)[1]
-    torch.testing.assert_close(judged.ensemble.mean, plain.ensemble.mean, atol=1e-5, rtol=1e-4)
+    for response, expected in zip(rollout_of(found)[1], plain, strict=True):
+        assert response.heads == pytest.approx(expected.heads, abs=1e-5, rel=1e-4)
 
 
 def test_everything_trains_in_full_and_only_adapters_in_lora(model, ppo, rewards):
@@ -144,7 +150,7 @@ def test_merged_adapters_give_the_trained_policy(model, ppo, rewards):
 
 
 def test_packing_by_tokens_covers_every_row_once_within_the_limit(model, ppo, rewards):
-    rollout, *_ = collect(learner(model, ppo, rewards), (PROMPTS * 3)[:8], single, model, ppo)
+    rollout, *_ = rollout_of(learner(model, ppo, rewards), EIGHT)
     groups = rollout.packed(20)
     assert sorted(torch.cat(groups).tolist()) == list(range(8))
     assert len(groups) > 2
@@ -176,11 +182,10 @@ def test_every_response_is_kept_with_its_scores(model, ppo, rewards):
 
 def test_a_response_without_an_end_gets_the_penalty_instead_of_its_score(model, ppo, rewards):
     found = learner(model, ppo.model_copy(update={"kl_weight": 0.0, "gae_lambda": 1.0}), rewards)
-    rollout, judgement, samples, _ = collect(
-        found, PROMPTS * 10, single, model, ppo.model_copy(update={"kl_weight": 0.0, "gae_lambda": 1.0})
-    )
-    expected = torch.where(samples.finished, judgement.single, -1.0)
-    torch.testing.assert_close(rollout.returns[:, 0], expected, atol=1e-5, rtol=1e-4)
+    rollout, responses, _ = rollout_of(found, [0, 1, 2] * 10)
+    assert {response.finished for response in responses} == {True, False}
+    expected = [response.proxy if response.finished else -1.0 for response in responses]
+    assert rollout.returns[:, 0].tolist() == pytest.approx(expected, abs=1e-5, rel=1e-4)
 
 
 GROUPS = {"prompts_per_update": 8, "responses_per_prompt": 8}
@@ -221,8 +226,7 @@ def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, r
     ppo = ppo.model_copy(update=settings | estimator)
     found = sure(learner(model, ppo, rewards, seed))
     assert ending(found, PROMPTS[0]) < 0.1
-    rows = train(found, PROMPTS, one_for_all, model, ppo, seed, Course())
-    assert any(row["finished"] > 0.95 for row in rows)
+    assert any(row["finished"] > 0.95 for row, _ in train(found, Prompts(PROMPTS), one_for_all))
     assert all(ending(found, prompt) > 0.85 for prompt in PROMPTS)
 
 
@@ -235,7 +239,7 @@ def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, re
     found = sure(learner(model, ppo, rewards))
     start = ending(found, PROMPTS[1])
     good, bad = start * math.exp(1 / 0.4), (1 - start) * math.exp(-1 / 0.4)
-    list(train(found, PROMPTS[1:2], one_for_all, model, ppo, 0, Course()))
+    list(train(found, Prompts(PROMPTS[1:2]), one_for_all))
     assert start < 0.05
     assert ending(found, PROMPTS[1]) == pytest.approx(good / (good + bad), abs=0.15)
 
@@ -253,12 +257,10 @@ def test_the_responses_to_a_prompt_stand_together(model, ppo, rewards):
 
 def test_rloo_compares_each_score_with_the_prompts_other_responses(model, ppo, rewards):
     ppo = ppo.model_copy(update={"estimator": "rloo", "responses_per_prompt": 2, "kl_weight": 0.0})
-    rollout, judgement, samples, _ = collect(
-        learner(model, ppo, rewards), [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], single, model, ppo
-    )
-    score = torch.where(samples.finished, judgement.single, -1.0)
+    rollout, responses, _ = rollout_of(learner(model, ppo, rewards), [0, 0, 1, 1])
+    score = torch.tensor([response.proxy if response.finished else -1.0 for response in responses])
     difference = score[0::2] - score[1::2]
-    expected = torch.stack([difference, -difference], dim=1).flatten()[:, None] * samples.mask
+    expected = torch.stack([difference, -difference], dim=1).flatten()[:, None] * rollout.mask
     torch.testing.assert_close(rollout.advantages, expected, atol=1e-6, rtol=0)
 
 
@@ -276,7 +278,7 @@ def test_the_kl_loss_is_the_mean_over_tokens_of_its_estimate(model, ppo, rewards
     found = learner(model, ppo, rewards)
     with torch.no_grad():
         found.top.norm.weight.add_(0.3)
-    rollout, _, _, metrics = collect(found, (PROMPTS * 3)[:8], single, model, ppo)
+    rollout, _, metrics = rollout_of(found, EIGHT)
     terms = [
         math.exp(old - new) - 1 + new - old
         for new, old, kept in zip(
@@ -287,7 +289,7 @@ def test_the_kl_loss_is_the_mean_over_tokens_of_its_estimate(model, ppo, rewards
         )
         if kept
     ]
-    step = optimise(found, rollout, model, ppo)
+    step = optimise(found, rollout)
     assert step["kl_loss"] == pytest.approx(sum(terms) / len(terms), abs=1e-6)
     assert metrics["kl_k3"] == pytest.approx(sum(terms) / 8, abs=1e-5)
     assert step["kl_loss"] > 1e-4
@@ -299,7 +301,7 @@ def test_a_kl_term_in_the_loss_leaves_the_rewards_alone(model, ppo, rewards):
         found = learner(model, settings, rewards)
         with torch.no_grad():
             found.top.norm.weight.add_(0.3)
-        return collect(found, PROMPTS, single, model, settings)[0].advantages
+        return rollout_of(found)[0].advantages
 
     free = advantages(kl_weight=0.0)
     torch.testing.assert_close(advantages(kl_in="loss", kl_estimator="k2", kl_weight=0.5), free, atol=1e-6, rtol=0)

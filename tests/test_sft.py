@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from rrlhf.config import Sft
 from rrlhf.data.tables import write_table
-from rrlhf.models.load import load_base
+from rrlhf.models.load import accelerator, load_base
 from rrlhf.models.text import Texts
-from rrlhf.models.top import PolicyTop
+from rrlhf.policy.answers import Answers, answer
+from rrlhf.policy.learner import top_layers, with_optimizer
 from rrlhf.stages import sft as stage
-from rrlhf.types import Demonstration
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,27 +45,35 @@ def data(tmp_path):
     return folder
 
 
+def said(language, model, *texts):
+    """Responses as answers."""
+    return [answer(Texts(language, model), [{"role": "user", "content": text}], text) for text in texts]
+
+
+def loss(language, model, rows, train_layers=None):
+    """The summed loss of answers."""
+    engine = accelerator(model)
+    top = top_layers(engine, language, train_layers, "sft.train_layers")
+    answers = Answers(with_optimizer(engine, language, top, 1e-3, 1), rows, model)
+    return -answers.logprobs(top, range(len(rows))).sum().item()
+
+
 def test_the_loss_counts_the_completion_and_its_end_only(model):
     language = load_base(model)
-    example = stage._example(Texts(language, model), Demonstration([{"role": "user", "content": "Say 1"}], "one"))
+    [example] = said(language, model, "one")
     assert example.tokens[-1] == language.end
-    loss = stage._summed_loss(PolicyTop(language, None), [example], torch.device("cpu"))
     with torch.no_grad():
         logprobs = language.network(torch.tensor([example.tokens])).logits[0].log_softmax(-1)
     counted = range(example.prompt_length, len(example.tokens))
-    assert loss.item() == pytest.approx(-sum(logprobs[i - 1, example.tokens[i]].item() for i in counted), rel=1e-5)
+    expected = -sum(logprobs[i - 1, example.tokens[i]].item() for i in counted)
+    assert loss(language, model, [example]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_padding_never_matters(model):
     language = load_base(model)
-    texts = Texts(language, model)
-    short, long = (
-        stage._example(texts, Demonstration([{"role": "user", "content": text}], text)) for text in ("a", "bcdefgh")
-    )
-    device = torch.device("cpu")
-    policy = PolicyTop(language, None)
-    alone = sum(stage._summed_loss(policy, [one], device).item() for one in (short, long))
-    assert stage._summed_loss(policy, [short, long], device).item() == pytest.approx(alone, rel=1e-5)
+    both = said(language, model, "a", "bcdefgh")
+    alone = sum(loss(language, model, [one]) for one in both)
+    assert loss(language, model, both) == pytest.approx(alone, rel=1e-5)
 
 
 def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
@@ -78,8 +86,7 @@ def test_the_demonstrations_become_likelier(model, settings, data, tmp_path):
 
 def test_a_demonstration_that_is_cut_teaches_no_end(model):
     language = load_base(model)
-    said = Demonstration([{"role": "user", "content": "Say"}], "x" * model.response_tokens)
-    example = stage._example(Texts(language, model), said)
+    [example] = said(language, model, "x" * model.response_tokens)
     assert language.end not in example.tokens[example.prompt_length :]
     assert len(example.tokens) - example.prompt_length == model.response_tokens
 
@@ -94,11 +101,8 @@ def test_a_sharpened_model_says_at_temperature_1_what_it_said_at_another(model):
 
 def test_frozen_layers_read_once_give_the_loss_of_the_whole_model(model):
     language = load_base(model)
-    example = stage._example(Texts(language, model), Demonstration([{"role": "user", "content": "Say 1"}], "one"))
-    device = torch.device("cpu")
-    whole = stage._summed_loss(PolicyTop(language, None), [example], device)
-    split = stage._summed_loss(PolicyTop(language, 1), stage._read_below(language, [example], 1, model, 4), device)
-    assert split.item() == pytest.approx(whole.item(), rel=1e-5)
+    examples = said(language, model, "one", "three")
+    assert loss(language, model, examples, train_layers=1) == pytest.approx(loss(language, model, examples), rel=1e-5)
 
 
 def test_layers_below_those_that_train_stay_as_they_were(model, settings, data, tmp_path):

@@ -18,6 +18,7 @@ from rrlhf.models.load import LanguageModel, autocast, load_base
 from rrlhf.models.text import Texts, encode
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.progress import track
+from rrlhf.stopping import check_stop
 from rrlhf.types import Message
 
 ROWS_PER_BATCH = 64
@@ -50,6 +51,7 @@ class Surprise:
         read = track(map(self._read, parts), len(parts), "gold: fluency")
         for part, some in zip(parts, read, strict=True):
             self._known |= zip(part, some, strict=True)
+            check_stop()
         return [self._known.get(row, 0.0) for row in rows]
 
     @torch.no_grad()

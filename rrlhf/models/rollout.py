@@ -21,6 +21,7 @@ from rrlhf.models.layers import ages, grow, prefill
 from rrlhf.models.load import LanguageModel, autocast
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
+from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics
 
 
@@ -232,5 +233,6 @@ def sample_in_batches(
         for batch, drawn in zip(batches, track(pool.map(draw, range(len(batches))), len(batches), label), strict=True):
             rows = zip(drawn.lists(), drawn.finished.tolist(), drawn.logprobs.sum(1).tolist(), strict=True)
             responses |= {i: Response(*row) for i, row in zip(batch, rows, strict=True)}
+            check_stop()
     give_back_memory()
     return [responses[i] for i in range(len(prompts))]

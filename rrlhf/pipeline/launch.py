@@ -22,7 +22,6 @@ from rrlhf.pipeline.artifacts import HISTORY
 from rrlhf.pipeline.keys import Document
 from rrlhf.pipeline.processes import call_in_processes
 from rrlhf.pipeline.stages import arm_of, cut_shares, spec_of
-from rrlhf.progress import check_stop
 from rrlhf.types import Log
 
 
@@ -133,7 +132,6 @@ def _recorder(history: Path, stage: str, log: Log, max_cut: float) -> Log:
         with history.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row | {"seconds": seconds}) + "\n")
         log(row)
-        check_stop()
 
     return record
 

@@ -29,6 +29,7 @@ WITHOUT_EFFECT = {
     "rrlhf.located",
     "rrlhf.locks",
     "rrlhf.progress",
+    "rrlhf.stopping",
     "rrlhf.types",
 }
 SHOWN = 8  # hex digits of a definition's digest

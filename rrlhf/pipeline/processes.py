@@ -17,6 +17,7 @@ from rrlhf.environment import end_with_parent
 from rrlhf.pipeline.keys import Document
 from rrlhf.policy.health import DivergedError
 from rrlhf.sourcecode import changed_since
+from rrlhf.stopping import check_stop, stop_between_steps
 from rrlhf.types import Log
 
 MESSAGE = "@rrlhf "  # starts a message to the end of the line: JSON with `row`, `progress`, `diverged` or `error`
@@ -57,7 +58,7 @@ def call_in_processes(
                 raise
     finally:
         job.unlink()
-    progress.check_stop()
+    check_stop()
     if told.diverged:
         raise DivergedError(told.diverged)
     if process.returncode:
@@ -127,7 +128,7 @@ def main(path: Path) -> int:
     from rrlhf.pipeline.launch import call
 
     end_with_parent()
-    progress.stop_between_steps()
+    stop_between_steps()
     progress.relay = lambda label, total, done: _tell(progress=[label, total, done])
     job = json.loads(path.read_bytes())
     inputs = {name: Path(folder) for name, folder in job["inputs"].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,9 +59,9 @@ def choose(reward: Tensor, n: int) -> Tensor:
 
 
 def write_candidates(
-    folder: Path, responses: list[Response], texts: list[str], judgement: Judgement, reward: Tensor, mask: Tensor
+    folder: Path, responses: Sequence[Response], texts: Sequence[str], scores: Judgement, reward: Tensor, n: int
 ) -> None:
-    """Write the table; reward and mask are [prompts, samples], all else has one row a response in the same order."""
+    """Write the table, with the best of every n; reward: [prompts, samples], as all else has it by response."""
     columns = {
         "prompt": (torch.arange(reward.numel()) // reward.shape[1]).tolist(),
         "text": texts,
@@ -68,10 +69,10 @@ def write_candidates(
         "finished": [response.finished for response in responses],
         "logprob": [response.logprob for response in responses],
         "reward": reward.flatten().tolist(),
-        "proxy": judgement.single.tolist(),
-        "heads": judgement.ensemble.mean.tolist(),
-        "sigmas": judgement.ensemble.std.tolist(),
-        "chosen": mask.flatten().tolist(),
+        "proxy": scores.single.tolist(),
+        "heads": scores.ensemble.mean.tolist(),
+        "sigmas": scores.ensemble.std.tolist(),
+        "chosen": choose(reward, n).flatten().tolist(),
     }
     pq.write_table(pa.table(columns, schema=SCHEMA), folder / FILE)
 

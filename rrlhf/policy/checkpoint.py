@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from rrlhf.files import sync
+from rrlhf.config import Section
+from rrlhf.files import CHECKPOINT, sync
 from rrlhf.locks import locked
 from rrlhf.memo import sha256
 
@@ -42,16 +43,17 @@ class State(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context, in which no other run writes into the same folder.
+    """The checkpoints of a run in its folder `out`; a context, in which no other run writes them.
 
     Two stay: the newest, and the newest good one, to which a run can roll back. made_for: settings that a checkpoint
-    must share to be used, as JSON; the number of processes is added. Where weights are spread over processes (FSDP,
-    DeepSpeed) nothing is kept.
+    must share to be used, as well as the number of processes. Where weights are spread over processes (FSDP, DeepSpeed)
+    nothing is kept.
     """
 
-    def __init__(self, folder: Path, engine: Accelerator, made_for: Mapping[str, Any]) -> None:
-        self._folder, self._engine = folder, engine
-        self._made_for = {**made_for, "processes": engine.num_processes}
+    def __init__(self, out: Path, engine: Accelerator, **made_for: Section | int) -> None:
+        self._folder, self._engine = out / CHECKPOINT, engine
+        settings = {name: each.model_dump() if isinstance(each, Section) else each for name, each in made_for.items()}
+        self._made_for = settings | {"processes": engine.num_processes}
         self._works = engine.distributed_type in WHOLE
         self._held = ExitStack()
 
@@ -123,58 +125,6 @@ class Checkpoints:
         rank = self._engine.process_index
         notes = json.loads((folder / f"own-{rank}.json").read_bytes())
         return State(load_file(folder / SHARED), load_file(folder / f"own-{rank}.safetensors"), notes)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors by name; every value in it must be a tensor, as Adam's are."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": value for i, values in state.items() for name, value in values.items()}
-
-
-def optimizer_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the optimizer's groups (learning rates, settings, numbers of parameters) as JSON."""
-    groups: list[dict[str, Any]] = optimizer.state_dict()["param_groups"]
-    return groups
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Iterable[dict[str, Any]]
-) -> None:
-    """Put back what `optimizer_tensors` and `optimizer_groups` returned, in place."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for path, value in tensors.items():
-        if path.startswith("optimizer."):
-            _, i, name = path.split(".")
-            state.setdefault(int(i), {})[name] = value
-    tuples = [{name: tuple(v) if name == "betas" else v for name, v in group.items()} for group in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": tuples})
-
-
-class Trained(NamedTuple):
-    """What optimizer steps change."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights that train and the optimizer's state."""
-        return self._weights() | optimizer_tensors(self.optimizer)
-
-    def notes(self) -> dict[str, Any]:
-        """Return what else there is to know, as JSON."""
-        return {"groups": optimizer_groups(self.optimizer), "schedule": self.schedule.state_dict()}
-
-    @torch.no_grad()
-    def put_back(self, state: State) -> None:
-        """Put back what `tensors` and `notes` returned, in place."""
-        for name, weight in self._weights().items():
-            weight.copy_(state.shared[name])
-        load_optimizer(self.optimizer, state.shared, state.notes["groups"])
-        self.schedule.load_state_dict(state.notes["schedule"])
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"weights.{name}": weight for name, weight in self.module.named_parameters() if weight.requires_grad}
 
 
 def random_states(**generators: torch.Generator) -> dict[str, Tensor]:

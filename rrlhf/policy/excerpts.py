@@ -6,15 +6,25 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 from rrlhf.types import Message
 
-if TYPE_CHECKING:
-    from rrlhf.policy.learner import Sampled
-
 FILE = "samples.json"
 PROMPTS = 3
+
+
+class RolloutResponse(NamedTuple):
+    """One response of a rollout, kept so that other judges can read it later."""
+
+    update: int
+    prompt: int  # row of the ppo table
+    response: str
+    finished: bool
+    kl: float  # log(pi / pi_ref) of the response, nats
+    proxy: float
+    heads: list[float]
+    sigma: float  # mean standard deviation of the heads' scores
 
 
 class Excerpt(TypedDict):
@@ -31,13 +41,13 @@ class Excerpt(TypedDict):
     gold: NotRequired[float]
 
 
-def excerpts(kept: Sequence[Sampled], asked: Sequence[list[Message]]) -> list[Excerpt]:
+def excerpts(kept: Sequence[RolloutResponse], asked: Sequence[list[Message]]) -> list[Excerpt]:
     """Pick from responses in order of updates, those of one prompt side by side.
 
     Prompts are the first that come up often enough, so nothing is chosen for what it says. Where none comes up twice,
     the first responses of three rollouts have to do, each to a prompt of its own.
     """
-    times: dict[int, dict[int, Sampled]] = {}  # by prompt, then by update
+    times: dict[int, dict[int, RolloutResponse]] = {}  # by prompt, then by update
     for row in kept:
         times.setdefault(row.prompt, {}).setdefault(row.update, row)
     again = [list(of_prompt.values()) for of_prompt in times.values() if len(of_prompt) > 1]
@@ -56,11 +66,11 @@ def read_excerpts(folder: Path) -> list[Excerpt]:
     return found
 
 
-def _first_middle_last(rows: Sequence[Sampled]) -> list[Sampled]:
+def _first_middle_last(rows: Sequence[RolloutResponse]) -> list[RolloutResponse]:
     return [rows[i] for i in sorted({0, len(rows) // 2, len(rows) - 1}) if rows]
 
 
-def _excerpt(row: Sampled, prompt: str) -> Excerpt:
+def _excerpt(row: RolloutResponse, prompt: str) -> Excerpt:
     return {
         "update": row.update,
         "row": row.prompt,

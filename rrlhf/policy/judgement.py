@@ -12,14 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rrlhf.config import Arm
-from rrlhf.models.load import LanguageModel
-from rrlhf.models.rollout import Samples, response_features, text_lengths
-from rrlhf.models.text import decode
 from rrlhf.policy.arm_record import NO_SCALE, Scale
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.rewards.features import folder_of, reference
 from rrlhf.rewards.heads import RewardHeads
-from rrlhf.rewards.scoring import RewardModel, read_by
+from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.types import Message, Metrics
 
@@ -32,6 +29,51 @@ class Judgement(NamedTuple):
     single: Tensor  # [batch] normalised score of the single head: the proxy
     ensemble: Scores  # [batch, heads] normalised
     functions: Mapping[str, Tensor] = MappingProxyType({})  # [batch] value of each function, by import path
+
+
+class Said(NamedTuple):
+    """Responses with all that reward models and functions read of them, an entry a response."""
+
+    prompts: list[list[Message]]
+    texts: list[str]
+    tokens: list[list[int]]
+    finished: list[bool]
+    columns: Columns = NO_COLUMNS  # of the data
+
+
+class RewardModels(NamedTuple):
+    """All that scores responses: the single head, the ensemble, and the reward functions."""
+
+    single: RewardModel
+    ensemble: RewardModel
+    layer: int | None  # of the policy's own network, whose entering states some of them read; None: none does
+    functions: Sequence[RewardFunction] = ()
+
+    def score(self, said: Said, pooled: Tensor | None, batch_size: int, label: str = "") -> Judgement:
+        """Score responses, in a distributed launch this process's only; with a label, show how far it is.
+
+        pooled: features [responses, width] of the SFT model's states, for the heads that read those; the others read
+        the text.
+        """
+        models = (self.single, self.ensemble)
+        single, ensemble = read_by(models, pooled, said.prompts, said.texts, batch_size, label)
+        proxy = single.mean[:, 0]
+        values = {each.path: torch.tensor(each.values(*said), device=proxy.device) for each in self.functions}
+        return Judgement(proxy, ensemble, values)
+
+    @property
+    def cut(self) -> Metrics:
+        """The largest share of responses so far that a model, which reads text, cut; nothing where none reads it."""
+        cut = [share for model in (self.single, self.ensemble) for share in model.cut.values()]
+        return {"cut_responses": max(cut)} if cut else {}
+
+
+def load_reward_models(
+    reward: Path, ensemble: Path, device: torch.device, functions: Sequence[RewardFunction] = ()
+) -> RewardModels:
+    """Load what scores a policy's responses."""
+    single, several = (load_for_policy(folder, device) for folder in (reward, ensemble))
+    return RewardModels(single, several, shared_layer((single, several), reward), functions)
 
 
 def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
@@ -73,48 +115,6 @@ def paid(arm: Arm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Ten
     for path, weight in sorted(arm.functions.items()):
         reward = reward + weight * functions[path]
     return reward
-
-
-def function_values(
-    functions: Sequence[RewardFunction],
-    prompts: Sequence[list[Message]],
-    responses: Sequence[str],
-    tokens: Sequence[list[int]],
-    finished: Sequence[bool],
-    columns: Columns,
-) -> dict[str, Tensor]:
-    """Return every function's value [responses] for each response, on the CPU, by import path."""
-    return {each.path: torch.tensor(each.values(prompts, responses, tokens, finished, columns)) for each in functions}
-
-
-def judge(
-    samples: Samples,
-    single: RewardModel,
-    ensemble: RewardModel,
-    *,
-    states: Tensor | None,
-    language: LanguageModel,
-    asked: Sequence[list[Message]],
-    microbatch_size: int,
-    functions: Sequence[RewardFunction] = (),
-    columns: Columns = NO_COLUMNS,
-) -> Judgement:
-    """Score the responses, from a pass of the SFT model's layers where reward heads read those, else from their text.
-
-    states: [batch, tokens, width] at the reward heads' layer, padded on the right; None: no model reads them.
-    columns: of the data, a value per response. In a distributed launch the functions see this process's responses only.
-    """
-    pooled = None
-    if states is not None:
-        pooled = response_features(states, samples.prompt_lengths, text_lengths(samples))
-    models = (single, ensemble)
-    reads_text = bool(functions) or any(model.trunks for model in models)
-    tokens = samples.lists() if reads_text else []
-    texts = [decode(language, row) for row in tokens]
-    alone, several = read_by(models, pooled, asked, texts, microbatch_size)
-    values = function_values(functions, asked, texts, tokens, samples.finished.tolist(), columns)
-    proxy = alone.mean[:, 0]
-    return Judgement(proxy, several, {path: value.to(proxy.device) for path, value in values.items()})
 
 
 def reward_metrics(judgement: Judgement) -> Metrics:

@@ -1,87 +1,93 @@
 """A policy while it trains: which weights move, the reference that it is compared with, and its whole state.
 
-Three ways to train, `ppo.trains`. `layers`: the top layers; below them policy and reference are one, so a rollout's
-pass through the frozen layers serves both. `lora`: low-rank adapters in the top layers; without them the same modules
-are the reference. `full`: everything, embeddings included, with a reference of its own.
+PPO trains in one of three ways, `ppo.trains`. `layers`: the top layers; below them policy and reference are one, so a
+rollout's pass through the frozen layers serves both. `lora`: low-rank adapters in the top layers; without them the same
+modules are the reference. `full`: everything, embeddings included, with a reference of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from rrlhf.advantages import has_critic
-from rrlhf.config import Ppo
+from rrlhf.config import Model, Ppo
 from rrlhf.models.adapters import adapt, without_adapters
 from rrlhf.models.load import LanguageModel
-from rrlhf.models.rollout import Samples, sample
+from rrlhf.models.rollout import Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
-from rrlhf.policy.checkpoint import State, Trained, random_states, set_random_states
-from rrlhf.policy.health import Event
+from rrlhf.policy.checkpoint import State, random_states, set_random_states
+from rrlhf.policy.judgement import RewardModels
 from rrlhf.policy.reference import frozen
-from rrlhf.policy.reward_functions import RewardFunction
-from rrlhf.rewards.scoring import RewardModel, load_for_policy, shared_layer
-from rrlhf.types import Metrics
 
-
-class Sampled(NamedTuple):
-    """One rollout response, kept so that other judges can read it later."""
-
-    update: int
-    prompt: int  # row of the ppo table
-    response: str
-    finished: bool
-    kl: float  # log(pi / pi_ref) of the response, nats
-    proxy: float
-    heads: list[float]
-    sigma: float  # mean standard deviation of the heads' scores
+Place = tuple[Tensor, Tensor, Tensor, Tensor]  # what enters the layers that train, prompt lengths, responses, mask
 
 
 @dataclass
-class Course:
-    """How far a training has come, and all that it has told."""
-
-    update: int = 0  # updates that count; a rollback takes some of them back
-    rows: list[Metrics] = field(default_factory=list)  # one for each rollout, those taken back included
-    kept: list[Sampled] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    rollbacks: list[int] = field(default_factory=list)  # the rows after which there was one
-
-    @property
-    def step(self) -> int:
-        """Rollouts so far."""
-        return len(self.rows)
-
-
-@dataclass
-class Learner:
-    """All that changes while a policy trains, and the frozen models that it is compared with."""
+class Trained:
+    """A policy with all that its optimizer steps change."""
 
     engine: Accelerator
     language: LanguageModel
     top: PolicyTop
-    reference: Callable[..., Read]  # as `PolicyTop.read`
     policy: nn.Module  # `top`, wrapped for data parallelism
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    single: RewardModel
-    ensemble: RewardModel
-    reward_layer: int | None  # whose states the reward heads read; None: no reward model reads the policy's pass
+
+    def step(self, max_norm: float) -> float:
+        """Take an optimizer step on gradients of norm `max_norm` at most; return the norm that they had."""
+        norm = self.engine.clip_grad_norm_(self.policy.parameters(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return float(norm)
+
+    def state(self, **notes: Any) -> State:
+        """Return what a checkpoint must hold, with further notes as JSON."""
+        optimizer = self.optimizer.state_dict()
+        tensors = self._weights()
+        for i, values in optimizer["state"].items():  # of Adam, all of which are tensors
+            tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
+        told = {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
+        return State(shared=tensors, own={}, notes=told | notes)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Put back the weights, the optimizer and its schedule, in place."""
+        for name, weight in self._weights().items():
+            weight.copy_(state.shared[name])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for path, value in state.shared.items():
+            if path.startswith("optimizer."):
+                _, i, name = path.split(".")
+                moments.setdefault(int(i), {})[name] = value
+        groups = [group | {"betas": tuple(group["betas"])} for group in state.notes["groups"]]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.schedule.load_state_dict(state.notes["schedule"])
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weights.{name}": weight for name, weight in self.top.named_parameters() if weight.requires_grad}
+
+
+@dataclass
+class Learner(Trained):
+    """All that changes while a policy trains by PPO, and the frozen models that it is compared with."""
+
+    model: Model
+    ppo: Ppo
+    seed: int
+    reference: Callable[..., Read]  # as `PolicyTop.read`
+    rewards: RewardModels
     kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
     generator: torch.Generator  # sampling
     shuffle: torch.Generator  # order of minibatches
-    functions: Sequence[RewardFunction]  # of the arm
-
-    @property
-    def trained(self) -> Trained:
-        """What its optimizer steps change."""
-        return Trained(self.top, self.optimizer, self.schedule)
+    update: int = 0  # updates that count; a rollback takes some of them back
+    rollouts: int = 0  # in all
 
     @property
     def boundary(self) -> int | None:
@@ -89,79 +95,124 @@ class Learner:
         return self.top.first
 
     @property
-    def kept_layers(self) -> tuple[int, ...]:
-        """Frozen layers whose entering states sampling leaves: the boundary and, below it, the reward heads' layer."""
-        wanted = {self.boundary, self.reward_layer if self.shares_trunk else None}
-        return tuple(layer for layer in wanted if layer is not None)
-
-    @property
     def shares_trunk(self) -> bool:
         """Whether the reward heads' layer lies in the frozen part; else the reference's pass gives its states."""
-        return self.reward_layer is not None and self.boundary is not None and self.reward_layer <= self.boundary
+        layer = self.rewards.layer
+        return layer is not None and self.boundary is not None and layer <= self.boundary
 
-    def sample(self, prompts: list[list[int]], response_tokens: int) -> Samples:
-        """Sample from the policy as it is."""
-        return sample(self.language, prompts, response_tokens, self.generator, self.kept_layers)
+    def sample(self, prompts: list[list[int]]) -> Samples:
+        """Sample from the policy as it is, and keep the states that enter the boundary and the reward heads' layer."""
+        wanted = (self.boundary, self.rewards.layer if self.shares_trunk else None)
+        layers = tuple(layer for layer in wanted if layer is not None)
+        return sample(self.language, prompts, self.model.response_tokens, self.generator, layers)
+
+    def read(self, prompts: list[list[int]], samples: Samples) -> tuple[Place, Read, Read]:
+        """Return where the policy's top layers read samples, and what it and the reference say of them.
+
+        One of the two has the states that the reward heads read, if these read any.
+        """
+        layer = self.rewards.layer
+        longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
+        boundary = self.boundary
+        entering = tokens_of(prompts, samples) if boundary is None else samples.states[boundary][:, :longest]
+        place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
+        tokens = min(self.ppo.microbatch_tokens, self.ppo.minibatch_size * longest)  # as much memory as a step takes
+        reference = self.reference(*place, layer=None if self.shares_trunk else layer, tokens=tokens)
+        policy = Read(samples.logprobs, self.top.value(samples.top).float().squeeze(-1), None)
+        if torch.is_autocast_enabled(self.engine.device.type):  # bfloat16: one row alone rounds differently
+            policy = self.top.read(*place, tokens=tokens)
+        return place, policy._replace(states=samples.states[layer] if self.shares_trunk and layer else None), reference
+
+    def clip_gradients(self) -> float:
+        """Have the next step use gradients of norm `ppo.max_grad_norm` at most; return the norm that they have.
+
+        In one process the fused optimizer divides them as it goes, which spares a walk through all of them.
+        """
+        if self.engine.num_processes > 1:
+            return float(self.engine.clip_grad_norm_(self.policy.parameters(), self.ppo.max_grad_norm))
+        gradients = [weight.grad for weight in self.top.parameters() if weight.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        inner: Any = self.optimizer
+        inner.optimizer.grad_scale = (norm / self.ppo.max_grad_norm).clamp(min=1.0)
+        return float(norm)
+
+    def state(self, **notes: Any) -> State:
+        """Return what a checkpoint must hold, with further notes as JSON."""
+        told = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
+        own = random_states(generator=self.generator, shuffle=self.shuffle)
+        return super().state(**told, **notes)._replace(own=own)
+
+    def restore(self, state: State) -> None:
+        """Put the policy where it was; the order of prompts and all other randomness go on as they are."""
+        super().restore(state)
+        self.kl_weight, self.update = state.notes["kl_weight"], state.notes["update"]
+
+    def resume(self, state: State) -> None:
+        """Put everything where it was, randomness included."""
+        self.restore(state)
+        self.rollouts = state.notes["rollouts"]
+        set_random_states(state.own, generator=self.generator, shuffle=self.shuffle)
 
 
 def prepare_learner(
-    engine: Accelerator,
-    language: LanguageModel,
-    ppo: Ppo,
-    seed: int,
-    reward: Path,
-    ensemble: Path,
-    functions: Sequence[RewardFunction] = (),
+    engine: Accelerator, language: LanguageModel, rewards: RewardModels, *, model: Model, ppo: Ppo, seed: int
 ) -> Learner:
-    """Freeze what does not train and build the optimizer."""
-    single, several = (load_for_policy(folder, engine.device) for folder in (reward, ensemble))
+    """Freeze what does not train and build PPO's optimizer."""
     language.network.requires_grad_(False).to(engine.device)
     top, reference = _trainable(language, ppo)
     top.value.requires_grad_(has_critic(ppo))
-    trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=ppo.learning_rate, eps=1e-5, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=ppo.updates)
-    policy, optimizer = engine.prepare(top, optimizer)
     own = seed * 1000 + engine.process_index
     return Learner(
-        engine=engine,
-        language=language,
-        top=top,
+        **vars(with_optimizer(engine, language, top, ppo.learning_rate, ppo.updates)),
+        model=model,
+        ppo=ppo,
+        seed=seed,
         reference=reference,
-        policy=policy,
-        optimizer=optimizer,
-        schedule=schedule,
-        single=single,
-        ensemble=several,
-        reward_layer=shared_layer((single, several), reward),
+        rewards=rewards,
         kl_weight=ppo.kl_weight,
         generator=torch.Generator(engine.device).manual_seed(own),
         shuffle=torch.Generator().manual_seed(own),
-        functions=functions,
     )
 
 
+def top_layers(engine: Accelerator, language: LanguageModel, train_layers: int | None, setting: str) -> PolicyTop:
+    """Let the top layers and the last norm train, and no value head; None: everything.
+
+    Raises ValueError, which names the setting, when the model has fewer layers.
+    """
+    first = None if train_layers is None else first_trained(language, train_layers, setting)
+    language.network.requires_grad_(first is None).to(engine.device)
+    top = PolicyTop(language, first)
+    top.value.requires_grad_(False)
+    for part in (top.layers, top.norm):
+        part.requires_grad_(True)
+    return top
+
+
+def with_optimizer(
+    engine: Accelerator, language: LanguageModel, top: PolicyTop, learning_rate: float, steps: int, **adam: Any
+) -> Trained:
+    """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule."""
+    weights = [parameter for parameter in top.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    policy, optimizer = engine.prepare(top, optimizer)
+    return Trained(engine, language, top, policy, optimizer, schedule)
+
+
 def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[PolicyTop, Callable[..., Read]]:
-    """Let the weights of `ppo.trains` move; return what trains and its reference."""
-    if ppo.trains == "full":
-        top = PolicyTop(language, None)
-        return top, _reference(top, language)
-    first = first_trained(language, ppo.train_layers, "ppo.train_layers")
+    """Let the weights of `ppo.trains` move; return what trains, and its reference: the policy before the first step."""
+    first = None if ppo.trains == "full" else first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
-        adapt(language.network, first, language.layers, copies=1, rank=ppo.lora_rank)
+        adapt(language.network, first or 0, language.layers, copies=1, rank=ppo.lora_rank)
         top = PolicyTop(language, first)
         return top, _without_adapters(top, language)
     top = PolicyTop(language, first)
-    reference = _reference(top, language)
-    top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
-    return top, reference
-
-
-def _reference(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
-    """Return the policy as it is before the first step, and let its weights move."""
-    read = frozen(top, language)
+    reference = frozen(top, language)
     top.requires_grad_(True)
-    return read
+    if first is not None:
+        top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
+    return top, reference
 
 
 def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
@@ -172,43 +223,3 @@ def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., 
             return top.read(*arguments, **options)
 
     return read
-
-
-def clip_gradients(learner: Learner, max_norm: float) -> float:
-    """Have the next step use gradients whose norm is at most `max_norm`; return the norm that they have.
-
-    In one process the fused optimizer divides them as it goes, which spares a walk through all of them.
-    """
-    if learner.engine.num_processes > 1:
-        return float(learner.engine.clip_grad_norm_(learner.policy.parameters(), max_norm))
-    gradients = [weight.grad for weight in learner.top.parameters() if weight.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    inner: Any = learner.optimizer
-    inner.optimizer.grad_scale = (norm / max_norm).clamp(min=1.0)
-    return float(norm)
-
-
-def snapshot(learner: Learner, course: Course) -> State:
-    """Return all that a learner needs to go on."""
-    return State(
-        shared=learner.trained.tensors(),
-        own=random_states(generator=learner.generator, shuffle=learner.shuffle),
-        notes={**learner.trained.notes(), "kl_weight": learner.kl_weight, "course": vars(course)},
-    )
-
-
-def restore(learner: Learner, state: State) -> None:
-    """Put the weights, the optimizer, its schedule and the KL weight where they were; randomness goes on as it is."""
-    learner.trained.put_back(state)
-    learner.kl_weight = state.notes["kl_weight"]
-
-
-def resume(learner: Learner, state: State | None) -> Course:
-    """Put the learner where a state was, randomness included; return how far that was."""
-    if state is None:
-        return Course()
-    restore(learner, state)
-    set_random_states(state.own, generator=learner.generator, shuffle=learner.shuffle)
-    told = state.notes["course"]
-    kept, events = [Sampled(*row) for row in told["kept"]], [Event(*row) for row in told["events"]]
-    return Course(**told | {"kept": kept, "events": events})

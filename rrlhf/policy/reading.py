@@ -17,12 +17,12 @@ from rrlhf.models.load import LanguageModel, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.models.top import PolicyTop
-from rrlhf.policy.judgement import function_values
+from rrlhf.policy.judgement import RewardModels, Said, load_reward_models
 from rrlhf.policy.reward_functions import RewardFunction
 from rrlhf.progress import track
 from rrlhf.rewards.heads import RewardHeads
-from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import Scores
+from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics
 
 PARTS = ("relevance", "tone", "nonwords", "gibberish")  # of gold; the others are metrics of their own
@@ -34,25 +34,22 @@ class Judges(NamedTuple):
     language: LanguageModel
     texts: Texts  # of the reference
     top: PolicyTop  # the reference's layers above the trunk
-    layer: int
-    models: tuple[RewardModel, RewardModel]
-    functions: list[RewardFunction]  # of all arms
+    rewards: RewardModels  # with the reward functions of all arms
     gold: PromptedGold | None
 
     @property
     def single(self) -> RewardHeads:
         """The single head."""
-        return self.models[0].heads
+        return self.rewards.single.heads
 
     @property
     def ensemble(self) -> RewardHeads:
         """The ensemble's heads."""
-        return self.models[1].heads
+        return self.rewards.ensemble.heads
 
     def told(self) -> Metrics:
         """Say on the terminal what was cut of prompts; return it with what reward models cut that read text."""
-        cut = [found for model in self.models for found in model.cut.values()]
-        return self.texts.told("evaluate") | ({"cut_responses": max(cut)} if cut else {})
+        return self.texts.told("evaluate") | self.rewards.cut
 
 
 class Reading(NamedTuple):
@@ -92,18 +89,9 @@ def load_judges(
     """Load the SFT model with the reward models, and the gold judge where the prompts have topics."""
     language = load_model(sft)
     language.network.to(device_kind(model.device)).requires_grad_(False)
-    models = (load_for_policy(reward, language.device), load_for_policy(ensemble, language.device))
-    layer = shared_layer(models, reward)
-    layer = language.layers if layer is None else layer
-    return Judges(
-        language,
-        Texts(language, model),
-        PolicyTop(language, layer),
-        layer,
-        models,
-        functions,
-        PromptedGold(gold, model) if has_gold else None,
-    )
+    rewards = load_reward_models(reward, ensemble, language.device, functions)
+    top = PolicyTop(language, language.layers if rewards.layer is None else rewards.layer)
+    return Judges(language, Texts(language, model), top, rewards, PromptedGold(gold, model) if has_gold else None)
 
 
 def sample_responses(
@@ -135,21 +123,24 @@ def read_responses(
             logprob, pooled = _reference_pass(judges, asked[part], responses[part])
         logprobs.append(logprob)
         features.append(pooled)
-    pooled = torch.cat(features)
-    texts = [decode(judges.language, response.tokens) for response in responses]
-    finished = [response.finished for response in responses]
+        check_stop()
+    said = Said(
+        prompts=[row["prompt"] for row in asked],
+        texts=[decode(judges.language, response.tokens) for response in responses],
+        tokens=[response.tokens for response in responses],
+        finished=[response.finished for response in responses],
+        columns=columns_of(asked),
+    )
     own = torch.tensor([response.logprob for response in responses])
-    prompts = [row["prompt"] for row in asked]
-    single, scores = read_by(judges.models, pooled, prompts, texts, evaluate.batch_size)
-    gold = judges.gold.score(asked, texts, finished) if judges.gold else None
-    tokens, columns = [response.tokens for response in responses], columns_of(asked)
+    scores = judges.rewards.score(said, torch.cat(features), evaluate.batch_size)
+    gold = judges.gold.score(asked, said.texts, said.finished) if judges.gold else None
     return Reading(
-        texts=texts,
-        finished=finished,
+        texts=said.texts,
+        finished=said.finished,
         kl=own - torch.cat(logprobs).cpu(),
-        proxy=single.mean[:, 0].cpu(),
-        scores=scores.each(Tensor.cpu),
-        functions=function_values(judges.functions, prompts, texts, tokens, finished, columns),
+        proxy=scores.single.cpu(),
+        scores=scores.ensemble.each(Tensor.cpu),
+        functions={path: values.cpu() for path, values in scores.functions.items()},
         gold=torch.tensor(gold.total) if gold else None,
         gold_parts={name: torch.tensor(getattr(gold, name)) for name in PARTS} if gold else {},
         per_prompt=per_prompt,
@@ -172,7 +163,7 @@ def _reference_pass(judges: Judges, rows: Rows, responses: list[Response]) -> tu
     width = int(counts.max())
     padded = torch.tensor([row.tokens + [language.end] * (width - len(row.tokens)) for row in responses], device=device)
     sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    states = hidden_states(language.network, sequences, judges.layer)
+    states = hidden_states(language.network, sequences, judges.top.first or 0)
     mask = torch.arange(width, device=device) < counts[:, None]
     logprobs, _ = judges.top(states, lengths, padded, mask)
     return logprobs.sum(1), response_features(states, lengths, counts - finished.long())

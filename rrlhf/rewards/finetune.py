@@ -28,6 +28,7 @@ from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
 from rrlhf.rewards.trunk import Encoded, Trunk, alike, by_copy, expanded, lengths
 from rrlhf.robust import Scores, joined
+from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
 
 ROWS_TOGETHER = 8  # responses in one pass on a CPU: more only adds padding there
@@ -156,6 +157,7 @@ def finetune(
             step += 1
             row = {"step": step, "trunk_loss": total.item(), "trunk_gradient_norm": float(norm)}
             yield row | ({} if extra is None else {"penalty": extra.item()})
+            check_stop()
 
 
 class PairedResponses:

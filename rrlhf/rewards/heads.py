@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rrlhf.rewards.posterior import fit as fit_posterior
 from rrlhf.rewards.posterior import whiten
 from rrlhf.robust import Scores
+from rrlhf.stopping import check_stop
 
 WEIGHTS = "heads.safetensors"
 SHAPE = "heads.json"
@@ -190,6 +191,7 @@ def fit(
             optimizer.step()
             total += mean.detach().mean() * len(index)
         yield {"step": epoch + 1, "loss": total.item() / len(weights)}
+        check_stop()
 
 
 def bootstrap_weights(pairs: int, heads: int, generator: torch.Generator) -> Tensor:

@@ -81,8 +81,9 @@ def read_by(
     prompts: Sequence[list[Message]],
     responses: Sequence[str],
     batch_size: int,
+    label: str = "",
 ) -> list[Scores]:
-    """Return each model's normalised scores [responses, heads] of one batch.
+    """Return each model's normalised scores [responses, heads]; with a label, show how far it is.
 
     pooled: features [responses, width] from the policy's pass, for the models without a trunk of their own. Models
     with the same trunk share one pass.
@@ -90,5 +91,5 @@ def read_by(
     features: dict[str | None, Tensor] = {} if pooled is None else {None: pooled}
     for model in models:
         if model.identity not in features:
-            features[model.identity] = model.features(prompts, responses, batch_size)
+            features[model.identity] = model.features(prompts, responses, batch_size, label)
     return [model.heads.score(features[model.identity]) for model in models]

@@ -26,6 +26,7 @@ from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, sa
 from rrlhf.models.rollout import response_features
 from rrlhf.models.text import Texts
 from rrlhf.progress import track
+from rrlhf.stopping import check_stop
 from rrlhf.types import Message
 
 FILE = "trunk.json"
@@ -62,6 +63,7 @@ class Trunk(NamedTuple):
         found: dict[int, Tensor] = {}
         for batch in track(batches, len(batches), label) if label else batches:
             found |= zip(batch, self._pooled([rows[i] for i in batch]).cpu(), strict=True)
+            check_stop()
         return torch.stack([found[i] for i in range(len(rows))])
 
     @torch.no_grad()

@@ -19,14 +19,13 @@ from rrlhf.models.load import LanguageModel, accelerator, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.policy.arm_record import write_arm
-from rrlhf.policy.candidates import choose, write_candidates
-from rrlhf.policy.judgement import Judgement, arm_reward, function_values, reference_scale
+from rrlhf.policy.candidates import write_candidates
+from rrlhf.policy.judgement import Said, arm_reward, load_reward_models, reference_scale
 from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points
 from rrlhf.progress import track
-from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
-from rrlhf.robust import joined
-from rrlhf.types import Log, Message
+from rrlhf.stopping import check_stop
+from rrlhf.types import Log
 
 
 def run(
@@ -44,29 +43,38 @@ def run(
     """Sample responses to the evaluation prompts, score them, choose, and save all of it; nothing is trained."""
     n = arm.n or 1
     samples = best_of_n.samples or n
-    questions = read_table(data, "evaluate")
     functions = load_functions(arm.functions, further_columns(data))
     engine, language = accelerator(model), load_model(sft)
     language.network.to(engine.device).requires_grad_(False)
-    rows = [question for question in questions for _ in range(samples)]
-    asked = [row["prompt"] for row in rows]
-    read = Texts(language, model)
-    encoded = [read.prompt(question) for question in asked]
-    log({"step": 0, **read.told("best of n")})
+    rewards = load_reward_models(reward, ensemble, engine.device, functions)
+    rows = [row for row in read_table(data, "evaluate") for _ in range(samples)]
+    asked, texts = [row["prompt"] for row in rows], Texts(language, model)
+    encoded = [texts.prompt(prompt) for prompt in asked]
+    log({"step": 0, **texts.told("best of n")})
+    batch_size = best_of_n.batch_size
     responses = sample_in_batches(
-        language, encoded, model, batch_size=best_of_n.batch_size, seed=arm.seed, label="best of n: sampling"
+        language, encoded, model, batch_size=batch_size, seed=arm.seed, label="best of n: sampling"
     )
-    texts = [decode(language, response.tokens) for response in responses]
-    models = [load_for_policy(folder, engine.device) for folder in (reward, ensemble)]
-    layer = shared_layer(models, reward)
-    judgement = judged(language, models, layer, encoded, responses, asked, texts, model, best_of_n.batch_size)
-    tokens, ended = [response.tokens for response in responses], [response.finished for response in responses]
-    values = function_values(functions, asked, texts, tokens, ended, columns_of(rows))
-    judgement, finished = judgement._replace(functions=values), torch.tensor(ended)
+    said = Said(
+        prompts=asked,
+        texts=[decode(language, response.tokens) for response in responses],
+        tokens=[response.tokens for response in responses],
+        finished=[response.finished for response in responses],
+        columns=columns_of(rows),
+    )
+    pooled = None
+    if rewards.layer is not None:
+        parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
+        read = []
+        for part in track(parts, len(parts), "best of n: reading"):
+            read.append(pooled_states(language, rewards.layer, encoded[part], responses[part], model))
+            check_stop()
+        pooled = torch.cat(read)
+    scores = rewards.score(said, pooled, batch_size, "best of n: scoring")
     scale = reference_scale(arm, reward, ensemble)
-    score = torch.where(finished, arm_reward(arm, engine, scale)(judgement).cpu(), best_of_n.missing_eos_score)
-    score = score.double().view(len(questions), samples)
-    write_candidates(out, responses, texts, judgement, score, choose(score, n))
+    paid = arm_reward(arm, engine, scale)(scores).cpu()
+    score = torch.where(torch.tensor(said.finished), paid, best_of_n.missing_eos_score).double().view(-1, samples)
+    write_candidates(out, responses, said.texts, scores, score, n)
     write_arm(out, arm, scale)
     curve = best_of_n_curve(score, score, n).mean(0)
     for number in curve_points(n):
@@ -74,34 +82,13 @@ def run(
 
 
 @torch.no_grad()
-def judged(
-    language: LanguageModel,
-    models: Sequence[RewardModel],
-    layer: int | None,
-    encoded: list[list[int]],
-    responses: list[Response],
-    asked: list[list[Message]],
-    texts: list[str],
-    model: Model,
-    batch_size: int,
-) -> Judgement:
-    """Score responses by the single head and the ensemble, `models`, on the CPU.
-
-    layer: whose entering states the reward heads without a trunk of their own read; None: every one has its own.
-    """
-    singles, several = [], []
-    batches = range(0, len(responses), batch_size)
-    for start in track(batches, len(batches), "best of n: scoring"):
-        part = slice(start, start + batch_size)
-        pooled = None
-        if layer is not None:
-            sequences = [prompt + said.tokens for prompt, said in zip(encoded[part], responses[part], strict=True)]
-            lengths = torch.tensor([len(prompt) for prompt in encoded[part]], device=language.device)
-            spoken = [len(said.tokens) - said.finished for said in responses[part]]
-            with autocast(model):
-                states = hidden_states(language.network, sequences, layer)
-            pooled = response_features(states, lengths, torch.tensor(spoken, device=language.device))
-        single, scores = read_by(models, pooled, asked[part], texts[part], batch_size)
-        singles.append(single.mean[:, 0].cpu())
-        several.append(scores.each(Tensor.cpu))
-    return Judgement(torch.cat(singles), joined(several))
+def pooled_states(
+    language: LanguageModel, layer: int, prompts: list[list[int]], responses: Sequence[Response], model: Model
+) -> Tensor:
+    """Return the features [responses, width] that reward heads on a layer of this model read."""
+    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=language.device)
+    spoken = torch.tensor([len(each.tokens) - each.finished for each in responses], device=language.device)
+    with autocast(model):
+        states = hidden_states(language.network, sequences, layer)
+    return response_features(states, lengths, spoken)

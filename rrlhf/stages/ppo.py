@@ -1,7 +1,7 @@
 """Stage 5: proximal policy optimisation against one reward head or the robust ensemble (Schulman et al. 2017).
 
 An update samples a rollout, scores it, and takes a few optimizer steps on it. What trains and what is frozen stands
-in rrlhf/policy/learner.py; what is done when training goes wrong, in rrlhf/policy/guard.py.
+in rrlhf/policy/learner.py; what is done when training is interrupted or goes wrong, in rrlhf/policy/supervision.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,25 +26,40 @@ from rrlhf.advantages import estimate, has_critic
 from rrlhf.config import Arm, Health, Model, Ppo
 from rrlhf.data.tables import columns_of, further_columns, read_table
 from rrlhf.environment import give_back_memory
-from rrlhf.files import CHECKPOINT
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models.adapters import merge_adapters
 from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
-from rrlhf.models.rollout import Rollout, Samples, explained_variance, rollout_metrics, tokens_of
+from rrlhf.models.rollout import (
+    Rollout,
+    explained_variance,
+    response_features,
+    rollout_metrics,
+    text_lengths,
+)
 from rrlhf.models.text import Texts, decode
-from rrlhf.policy.arm_record import Scale, write_arm
+from rrlhf.policy.arm_record import write_arm
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import excerpts
-from rrlhf.policy.guard import Guard
+from rrlhf.policy.excerpts import RolloutResponse, excerpts
 from rrlhf.policy.health import EVENTS, DivergedError
-from rrlhf.policy.judgement import Judgement, arm_reward, judge, reference_scale, reward_metrics
-from rrlhf.policy.learner import Course, Learner, Sampled, clip_gradients, prepare_learner, resume
+from rrlhf.policy.judgement import Judgement, Said, arm_reward, load_reward_models, reference_scale, reward_metrics
+from rrlhf.policy.learner import Learner, prepare_learner
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, load_functions
-from rrlhf.progress import Interrupted, track
+from rrlhf.policy.supervision import History, resumed, supervised
+from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.types import Log, Message, Metrics
+
+Reward = Callable[[Judgement], Tensor]  # what an arm's policy is paid for a batch of responses, [batch]
+
+
+class Prompts(NamedTuple):
+    """The prompts of the data, with all that is read of them."""
+
+    tokens: list[list[int]]
+    messages: Sequence[list[Message]] = ()  # for reward models with a trunk of their own
+    columns: Columns = NO_COLUMNS  # for reward functions
 
 
 def run(
@@ -64,199 +81,137 @@ def run(
     when the training went wrong and rolling back did not help; then only what tells of it is left in `out`.
     """
     torch.manual_seed(arm.seed)
-    engine = accelerator(model)
-    rows = read_table(data, "ppo")
-    asked, columns = [row["prompt"] for row in rows], columns_of(rows)
     functions = load_functions(arm.functions, further_columns(data))
+    engine, language = accelerator(model), load_model(sft)
     scale = reference_scale(arm, reward, ensemble)
-    learner = prepare_learner(engine, load_model(sft), ppo, arm.seed, reward, ensemble, functions)
-    texts = Texts(learner.language, model)
-    encoded = [texts.prompt(prompt) for prompt in asked]
+    rewards = load_reward_models(reward, ensemble, engine.device, functions)
+    learner = prepare_learner(engine, language, rewards, model=model, ppo=ppo, seed=arm.seed)
+    rows, texts = read_table(data, "ppo"), Texts(language, model)
+    messages = [row["prompt"] for row in rows]
+    prompts = Prompts([texts.prompt(prompt) for prompt in messages], messages, columns_of(rows))
     cut = texts.told("ppo")
-    made_for = {
-        name: part.model_dump() for name, part in {"model": model, "ppo": ppo, "health": health, "arm": arm}.items()
-    }
-    label = f"ppo ({arm.reward})"
-    with Checkpoints(out / CHECKPOINT, engine, made_for) as checkpoints:
-        course = resume(learner, checkpoints.newest())
-        guard = Guard(learner, course, checkpoints, health, label)
-        before = list(course.rows)
-        paid = arm_reward(arm, engine, scale)
-        steps = train(learner, encoded, paid, model, ppo, arm.seed, course, asked, guard, columns)
-        try:
-            for row in track(chain(before, steps), ppo.updates, label):
-                log(cut | row)
-        except Interrupted:
-            guard.interrupted()
-            raise
-        except DivergedError:
-            _tell(engine, course, asked, out)
-            raise
-        kept = _tell(engine, course, asked, out)
-        _save(learner, kept, arm, scale, out)
-
-
-def _tell(engine: Accelerator, course: Course, asked: Sequence[list[Message]], out: Path) -> list[Sampled]:
-    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
-    kept = sorted(gather_object(course.kept), key=lambda row: row.update)
+    training = partial(train, learner, prompts, arm_reward(arm, engine, scale))
+    with Checkpoints(out, engine, model=model, ppo=ppo, health=health, arm=arm) as checkpoints:
+        history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
+        for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
+            log(cut | row)
+    responses = _told(engine, history, messages, out)
+    if history.diverged:
+        raise DivergedError(history.diverged)
     if engine.is_main_process:
-        events = [event._asdict() for event in course.events]
-        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(kept, asked))):
-            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
-    return kept
-
-
-def _save(learner: Learner, kept: list[Sampled], arm: Arm, scale: Scale, out: Path) -> None:
-    if learner.engine.is_main_process:
-        merge_adapters(learner.language.network)
-        save_model(learner.language, out)
-        pq.write_table(pa.Table.from_pylist([row._asdict() for row in kept]), out / "rollouts.parquet")
+        merge_adapters(language.network)
+        save_model(language, out)
+        pq.write_table(pa.Table.from_pylist([row._asdict() for row in responses]), out / "rollouts.parquet")
         write_arm(out, arm, scale)
-    learner.engine.wait_for_everyone()
+    engine.wait_for_everyone()
 
 
-def train(
-    learner: Learner,
-    encoded: list[list[int]],
-    reward: Callable[[Judgement], Tensor],
-    model: Model,
-    ppo: Ppo,
-    seed: int,
-    course: Course,
-    asked: Sequence[list[Message]] = (),
-    guard: Guard | None = None,
-    columns: Columns = NO_COLUMNS,
-) -> Iterator[Metrics]:
-    """Alternate rollouts and optimisation; yield one row of metrics per rollout.
+def _told(engine: Accelerator, history: History, messages: Sequence[list[Message]], out: Path) -> list[RolloutResponse]:
+    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
+    responses = sorted(gather_object(history.responses), key=lambda row: row.update)
+    if engine.is_main_process:
+        events = [event._asdict() for event in history.events]
+        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(responses, messages))):
+            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    return responses
 
-    encoded: the prompts' tokens; asked: the same prompts as text, for reward models with a trunk of their own. course:
-    what lies behind the learner, to which its rows and responses are added. columns: of the data, a value a prompt, for
-    reward functions. Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not
-    train on it. Raises DivergedError as `guard` says.
+
+def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[Metrics, list[RolloutResponse]]]:
+    """Alternate rollouts and optimisation from where the learner is; yield each rollout's metrics and responses.
+
+    Ends before `ppo.updates` with the first rollout whose KL is above `ppo.max_kl`, and does not train on it.
     """
-    cursor = islice(_endless(len(encoded), seed), course.step * ppo.prompts_per_update, None)
-    rank, processes = learner.engine.process_index, learner.engine.num_processes
-    if guard:
-        guard.begin()
-    while course.update < ppo.updates and not (course.rows and course.rows[-1].get("kl_budget_exceeded")):
+    engine, ppo, step = learner.engine, learner.ppo, learner.rollouts
+    order = islice(_endless(len(prompts.tokens), learner.seed), step * ppo.prompts_per_update, None)
+    while learner.update < ppo.updates:
         began = time.perf_counter()
-        batch = [next(cursor) for _ in range(ppo.prompts_per_update)][rank::processes]
-        batch = [i for i in batch for _ in range(ppo.responses_per_prompt)]
-        texts = [asked[i] for i in batch] if asked else []
-        told = {name: [values[i] for i in batch] for name, values in columns.items()}
-        tokens = [encoded[i] for i in batch]
-        rollout, judgement, sampled, metrics = collect(learner, tokens, reward, model, ppo, texts, told)
-        course.kept += _kept(learner, course.step, batch, rollout, judgement, sampled)
-        metrics = mean_over_processes(learner.engine, metrics)
+        batch = list(islice(order, ppo.prompts_per_update))[engine.process_index :: engine.num_processes]
+        asked = [i for i in batch for _ in range(ppo.responses_per_prompt)]
+        rollout, responses, metrics = collect(learner, prompts, asked, reward)
+        metrics = mean_over_processes(engine, metrics)
+        is_too_far = ppo.max_kl is not None and metrics["kl"] > ppo.max_kl
         if ppo.max_kl is not None:
-            metrics["kl_budget_exceeded"] = float(metrics["kl"] > ppo.max_kl)
-        if not metrics.get("kl_budget_exceeded"):
-            metrics |= optimise(learner, rollout, model, ppo)
+            metrics["kl_budget_exceeded"] = float(is_too_far)
+        if not is_too_far:
+            metrics |= optimise(learner, rollout)
             if metrics["optimizer_steps"]:
                 learner.schedule.step()
             learner.kl_weight = _adapted(learner.kl_weight, metrics["kl"], ppo)
-        metrics["tokens_per_second"] = rollout.mask.sum().item() * processes / (time.perf_counter() - began)
-        course.rows.append({"step": course.step, **metrics})
-        course.update += 1
-        row, diverged = course.rows[-1], guard.look() if guard else None
-        yield row
-        if diverged:
-            raise DivergedError(diverged)
-
-
-def _kept(
-    learner: Learner, step: int, batch: list[int], rollout: Rollout, judgement: Judgement, sampled: Samples
-) -> list[Sampled]:
-    """Return the rollout's responses as they are kept."""
-    columns = (
-        batch,
-        [decode(learner.language, row) for row in sampled.lists()],
-        sampled.finished.tolist(),
-        (rollout.logprobs - rollout.reference_logprobs).sum(1).tolist(),
-        judgement.single.tolist(),
-        judgement.ensemble.mean.tolist(),
-        judgement.ensemble.std.mean(1).tolist(),
-    )
-    return [Sampled(step, *row) for row in zip(*columns, strict=True)]
+        tokens = rollout.mask.sum().item() * engine.num_processes
+        metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
+        learner.update = ppo.updates if is_too_far else learner.update + 1
+        learner.rollouts += 1
+        yield {"step": learner.rollouts - 1, **metrics}, responses
 
 
 @torch.no_grad()
 def collect(
-    learner: Learner,
-    batch: list[list[int]],
-    reward: Callable[[Judgement], Tensor],
-    model: Model,
-    ppo: Ppo,
-    asked: Sequence[list[Message]] = (),
-    columns: Columns = NO_COLUMNS,
-) -> tuple[Rollout, Judgement, Samples, Metrics]:
-    """Sample responses, judge them, and turn scores into advantages."""
-    boundary, layer = learner.boundary, learner.reward_layer
-    elsewhere = None if learner.shares_trunk else layer  # the reference's pass gives the reward heads' states
+    learner: Learner, prompts: Prompts, asked: Sequence[int], reward: Reward
+) -> tuple[Rollout, list[RolloutResponse], Metrics]:
+    """Sample responses, score them, and turn scores into advantages; asked: the prompt's row of each response."""
+    model, ppo, rewards = learner.model, learner.ppo, learner.rewards
+    tokens = [prompts.tokens[i] for i in asked]
     with autocast(model):
-        samples = learner.sample(batch, model.response_tokens)
-        longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
-        entering = tokens_of(batch, samples) if boundary is None else samples.states[boundary][:, :longest]
-        place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
-        old_logprobs, values = samples.logprobs, learner.top.value(samples.top).float().squeeze(-1)
-        tokens = min(ppo.microbatch_tokens, ppo.minibatch_size * longest)  # takes no more memory than an update's step
-        reference = learner.reference(*place, layer=elsewhere, tokens=tokens)
-        if torch.is_autocast_enabled(learner.engine.device.type):  # bfloat16: one row alone rounds differently
-            old_logprobs, values, _ = learner.top.read(*place, tokens=tokens)
-    judgement = judge(
-        samples,
-        learner.single,
-        learner.ensemble,
-        states=samples.states[layer] if layer is not None and learner.shares_trunk else reference.states,
-        language=learner.language,
-        asked=asked,
-        functions=learner.functions,
-        columns=columns,
-        microbatch_size=max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1),
+        samples = learner.sample(tokens)
+        place, policy, reference = learner.read(tokens, samples)
+    said = Said(
+        prompts=[prompts.messages[i] for i in asked] if prompts.messages else [],
+        texts=[decode(learner.language, row) for row in samples.lists()],
+        tokens=samples.lists(),
+        finished=samples.finished.tolist(),
+        columns={name: [values[i] for i in asked] for name, values in prompts.columns.items()},
     )
-    score = torch.where(samples.finished, reward(judgement), ppo.missing_eos_score)
+    states = reference.states if policy.states is None else policy.states
+    pooled = None if states is None else response_features(states, samples.prompt_lengths, text_lengths(samples))
+    at_once = max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1)
+    scores = rewards.score(said, pooled, at_once)
+
     mask = samples.mask
-    log_ratio = (old_logprobs - reference.logprobs) * mask
-    values = values * mask if has_critic(ppo) else torch.zeros_like(values)
+    score = torch.where(samples.finished, reward(scores), ppo.missing_eos_score)
+    log_ratio = (policy.logprobs - reference.logprobs) * mask
+    values = policy.values * mask if has_critic(ppo) else torch.zeros_like(policy.values)
     kl_cost = learner.kl_weight if ppo.kl_in == "reward" else 0.0
-    rewards = token_rewards(score, ESTIMATORS[ppo.kl_estimator](log_ratio), mask, kl_cost)
-    advantages, returns = estimate(learner.engine, ppo, rewards, values, mask)
+    paid = token_rewards(score, ESTIMATORS[ppo.kl_estimator](log_ratio), mask, kl_cost)
+    advantages, returns = estimate(learner.engine, ppo, paid, values, mask)
     rollout = Rollout(
-        entering=entering,
-        prompt_lengths=samples.prompt_lengths,
-        responses=samples.responses,
-        mask=mask,
-        logprobs=old_logprobs * mask,
+        *place,
+        logprobs=policy.logprobs * mask,
         reference_logprobs=reference.logprobs * mask,
         values=values,
         advantages=advantages,
         returns=returns,
     )
-    cut = [found for reward_model in (learner.single, learner.ensemble) for found in reward_model.cut.values()]
     metrics = {
-        **({"cut_responses": max(cut)} if cut else {}),
+        **rewards.cut,
         "score": score.mean().item(),
         "score_std": score.std(correction=0).item(),
         "kl_weight": learner.kl_weight,
-        **reward_metrics(judgement),
+        **reward_metrics(scores),
         **rollout_metrics(rollout, samples),
+        **({"explained_variance": explained_variance(rollout)} if has_critic(ppo) else {}),
     }
-    if has_critic(ppo):
-        metrics["explained_variance"] = explained_variance(rollout)
-    return rollout, judgement, samples, metrics
+    columns = (
+        (rollout.logprobs - rollout.reference_logprobs).sum(1),
+        scores.single,
+        scores.ensemble.mean,
+        scores.ensemble.std.mean(1),
+    )
+    rows = zip(asked, said.texts, said.finished, *(column.tolist() for column in columns), strict=True)
+    return rollout, [RolloutResponse(learner.rollouts, *row) for row in rows], metrics
 
 
-def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics:
+def optimise(learner: Learner, rollout: Rollout) -> Metrics:
     """Take the update's optimizer steps on one rollout; return the means over them.
 
     A step whose gradient is not finite is left out and counted in `skipped_steps`.
     """
+    ppo = learner.ppo
     size = ppo.minibatch_size // learner.engine.num_processes
     rows: list[Metrics] = []
     skipped = 0
     for _ in range(ppo.epochs):
         order = torch.randperm(len(rollout.mask), generator=learner.shuffle).to(rollout.mask.device)
-        steps = [_step(learner, rollout.rows(index), model, ppo) for index in order.split(size)]
+        steps = [_step(learner, rollout.rows(index)) for index in order.split(size)]
         taken = [step for step in steps if step is not None]
         rows += taken
         skipped += len(steps) - len(taken)
@@ -269,15 +224,15 @@ def optimise(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metr
     return mean_over_processes(learner.engine, means) | counts | {"learning_rate": rate}
 
 
-def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics | None:
+def _step(learner: Learner, rollout: Rollout) -> Metrics | None:
     """Take one optimizer step; None if its gradient was not finite and nothing was done."""
     shares: list[dict[str, Tensor]] = []
-    tokens = rollout.mask.sum()
-    parts = rollout.packed(ppo.microbatch_tokens)
+    tokens = learner.engine.reduce(rollout.mask.sum().float(), reduction="mean")  # over processes, as gradients are
+    parts = rollout.packed(learner.ppo.microbatch_tokens)
     for index, synchronised in accumulated(learner.engine, learner.policy, parts):
         with synchronised:
-            shares.append(_accumulate(learner, rollout.rows(index), tokens, model, ppo))
-    norm = clip_gradients(learner, ppo.max_grad_norm)
+            shares.append(_accumulate(learner, rollout.rows(index), tokens))
+    norm = learner.clip_gradients()
     is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
     if is_finite:
         learner.optimizer.step()
@@ -288,10 +243,10 @@ def _step(learner: Learner, rollout: Rollout, model: Model, ppo: Ppo) -> Metrics
     return dict(zip(shares[0], totals, strict=True)) | {"gradient_norm": norm}
 
 
-def _accumulate(learner: Learner, part: Rollout, tokens: Tensor, model: Model, ppo: Ppo) -> dict[str, Tensor]:
+def _accumulate(learner: Learner, part: Rollout, tokens: Tensor) -> dict[str, Tensor]:
     """Add a part's share of the minibatch's gradient; return its share of the minibatch's means over `tokens`."""
-    share = part.mask.sum() / tokens
-    with autocast(model):
+    ppo, share = learner.ppo, part.mask.sum() / tokens
+    with autocast(learner.model):
         logprobs, values = learner.policy(part.entering, part.prompt_lengths, part.responses, part.mask)
     log_ratio = (logprobs - part.logprobs) * part.mask
     policy_loss = clipped_policy_loss(log_ratio, part.advantages, part.mask, ppo.clip_ratio)

@@ -54,7 +54,7 @@ def mendable(command: Callable[P, None]) -> Callable[P, None]:
 @contextmanager
 def mending() -> Iterator[None]:
     """End the command with a message and an exit code for what people can mend; see `mendable`."""
-    from rrlhf import progress
+    from rrlhf import stopping
     from rrlhf.located import UsageError
     from rrlhf.pipeline.artifacts import TamperedError
 
@@ -77,7 +77,7 @@ def mending() -> Iterator[None]:
         end(FAILED, os_error(error))
     except KeyboardInterrupt:
         end(
-            SIGNALLED + progress.signalled,
+            SIGNALLED + stopping.signalled,
             "interrupted; finished stages are kept, and the same command goes on from there",
         )
     except Exception:

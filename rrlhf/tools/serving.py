@@ -21,7 +21,7 @@ from rrlhf.environment import check_room, end_with_parent
 from rrlhf.locks import locked
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.pipeline.tracking.server import PAGES
-from rrlhf.progress import check_stop, stop_between_steps
+from rrlhf.stopping import check_stop, stop_between_steps
 from rrlhf.tools.automations import FILE, declare
 
 HOST = "127.0.0.1"

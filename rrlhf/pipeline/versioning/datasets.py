@@ -44,7 +44,8 @@ from rrlhf.pipeline.versioning.records import (
     md5,
     run_records,
 )
-from rrlhf.progress import Interrupted, check_stop, say
+from rrlhf.progress import say
+from rrlhf.stopping import Interrupted, check_stop
 from rrlhf.types import Dataset, Json
 
 SECONDS_TO_LOCK = 60.0  # DVC locks its records for moments only, so a longer wait means that something is wrong

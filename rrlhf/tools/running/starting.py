@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.environment import check_room
-from rrlhf.progress import STOPPING, in_words, say, stop_between_steps
+from rrlhf.progress import in_words, say
+from rrlhf.stopping import STOPPING, stop_between_steps
 
 
 def started(root: Path, experiment: str, module: str) -> Any:
