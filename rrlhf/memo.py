@@ -18,25 +18,15 @@ from rrlhf.files import write
 
 TICK = 10_000_000  # ns; the longest step of the clock that file systems stamp times with (Linux: 1 to 10 ms)
 
-LARGE = 1 << 20  # bytes; what is smaller is soon read again
-
 Mark = list[int]  # size, mtime and ctime in ns, inode
 
 
 def mark_of(path: Path) -> Mark | None:
-    """Return what changes with a file; None while it is so new that another change might leave the same times.
-
-    Waits a tick for a large file that was just written: remembering it pays.
-    """
-    for may_wait in (True, False):
-        stat = path.stat()
-        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > TICK:
-            return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        if stat.st_size < LARGE:
-            break
-        if may_wait:
-            time.sleep(1.5 * TICK / 1e9)
-    return None  # small, written to at this moment, or stamped by another machine's clock
+    """Return what changes with a file; None while it is so new that another change might leave the same times."""
+    stat = path.stat()
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > TICK:
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return None  # written to at this moment, or stamped by another machine's clock
 
 
 class Memory:

@@ -168,7 +168,7 @@ def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
         assert way_out in rrlhf(*PROFILE, "--data", str(tmp_path / name), code=2).output
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert "the file is empty" in rrlhf(*PROFILE, "--data", str(empty), code=1).output
+    assert "there is no row" in rrlhf(*PROFILE, "--data", str(empty), code=1).output
     assert (
         "no column 'score_chosen'" in rrlhf(*PROFILE, "--data", str(file), "--format", "ultrafeedback", code=1).output
     )

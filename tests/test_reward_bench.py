@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rrlhf.data.rows import FIXES
 from rrlhf.judging.calibration import correct
 from rrlhf.judging.labelled import accuracy_by_subset, load_pairs, prompt_numbers, question_wins
 
@@ -51,7 +52,7 @@ def test_all_mistakes_are_told_at_once_with_file_line_and_rule(tmp_path):
     said = str(caught.value)
     for line, rule in ((7, "empty"), (8, "chosen_equals_rejected"), (9, "wrong_type"), (10, "duplicate")):
         assert f"{path}:{line}: {rule}: " in said
-        assert f"  {rule}: " in said
+        assert f" 1 {rule}: {FIXES[rule]}" in said
     tolerant = read(path, max_rejected=0.5)
     assert len(tolerant.pairs) == 6
     assert [row.line for row in tolerant.rejected] == [7, 8, 9, 10]

@@ -18,10 +18,9 @@ from typer.testing import CliRunner
 
 from rrlhf.cli import app
 from rrlhf.config import Prepare
-from rrlhf.data.files import hub_rows, is_hub_id, source_files
+from rrlhf.data.files import hub_rows, is_hub_id, source_digest, source_files
 from rrlhf.data.load import load_preferences
 from rrlhf.data.rows import FORMATS
-from rrlhf.data.sources import source_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.models.sources import pinned_commit

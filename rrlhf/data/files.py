@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import io
 import itertools
 import json
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
+from rrlhf.config import Prepare
 from rrlhf.data.rows import SCORES, Format, Row, RowError
+from rrlhf.located import ParamsError
+from rrlhf.memo import Memo
+from rrlhf.models.sources import files_digest, path_digest, pinned_commit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
 Rows = Iterator[tuple[int, Row | RowError]]  # with the line (.jsonl, .csv, .tsv) or the row (others), from 1
 
 TEXT = (".jsonl", ".json", ".csv", ".tsv")
-COMPRESSED = (".gz", ".zst")  # behind these endings
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # behind these endings
 BINARY = (".parquet", ".arrow")
 ENDINGS = f"{', '.join(TEXT)} (also with {' or '.join(COMPRESSED)}), {' or '.join(BINARY)}"
 
@@ -61,6 +65,28 @@ def source_files(source: str) -> list[Path]:
     if unknown := [str(each) for each in found if _kind(each) is None]:
         raise ValueError(f"{', '.join(unknown[:3])}: name files that end with {ENDINGS}")
     return _of_one_kind(source, found)
+
+
+def source_digest(prepare: Prepare, memo: Memo) -> str:
+    """Return what identifies the source data's content. Raises ParamsError when it cannot be had."""
+    source = prepare.source
+    if source == "written":
+        return "written"
+    if is_hub_id(source):
+        return f"hub:{source}@{pinned_commit(source, prepare.revision, setting='prepare.revision', kind='dataset')}"
+    try:
+        files = source_files(source)
+    except ValueError as error:
+        raise ParamsError(f"prepare.source {error}") from None
+    of_the_hub = [name for name in ("revision", "config", "split") if getattr(prepare, name) is not None]
+    if of_the_hub:
+        told = [
+            f"prepare.{name} belongs to a hub data set, and {source} lies here: set it to null" for name in of_the_hub
+        ]
+        raise ParamsError("\n".join(told))
+    if len(files) == 1 and Path(source).expanduser().is_file():
+        return path_digest(files[0], memo)
+    return files_digest(files, Path(os.path.commonpath([path.parent for path in files])), memo)
 
 
 def rows_of(files: Iterable[Path], layout: Format) -> Iterator[tuple[str, int, Row | RowError]]:
@@ -147,7 +173,7 @@ def _file_rows(path: Path, layout: Format) -> Rows:
     try:
         for line, row in _READERS[str(_kind(path))](path, layout):
             yield line, row
-    except (EOFError, zlib.error, OSError) as error:
+    except OSError as error:
         if getattr(error, "errno", None):
             raise  # it could not be read at all
         raise ValueError(f"{path}: broken {path.suffix} after line {line} ({error}); fetch the file again") from error
@@ -156,13 +182,10 @@ def _file_rows(path: Path, layout: Format) -> Rows:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file that may be compressed."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as unzipped:
-            yield cast(BinaryIO, unzipped)
-    elif path.suffix.lower() == ".zst":
+    if path.suffix.lower() in COMPRESSED:
         import pyarrow as pa
 
-        with pa.input_stream(str(path), compression="zstd") as stream:
+        with pa.input_stream(str(path), compression=COMPRESSED[path.suffix.lower()]) as stream:
             yield io.BufferedReader(stream)
     else:
         with path.open("rb") as file:
@@ -205,15 +228,7 @@ def _json_rows(path: Path, layout: Format) -> Rows:
         yield row, _object(value)
 
 
-def _csv_rows(path: Path, layout: Format) -> Rows:
-    yield from _cell_rows(path, layout, ",")
-
-
-def _tsv_rows(path: Path, layout: Format) -> Rows:
-    yield from _cell_rows(path, layout, "\t")
-
-
-def _cell_rows(path: Path, layout: Format, delimiter: str) -> Rows:
+def _cell_rows(path: Path, layout: Format, *, delimiter: str) -> Rows:
     csv.field_size_limit(2**31 - 1)  # for the whole process; the default would stop before too_long can say why
     with _opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -249,67 +264,50 @@ def _number(cell: str) -> float | str | None:
         return cell
 
 
-def _parquet_rows(path: Path, layout: Format) -> Rows:
+def _columnar_rows(path: Path, layout: Format) -> Rows:
+    """Yield the rows of a file in parquet or in Arrow's IPC format."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            require_columns(str(path), file.schema_arrow.names, layout)
-            yield from _arrow_rows(file.iter_batches(_ROWS_PER_BATCH))
+        with _batches(path) as (columns, batches):
+            require_columns(str(path), columns, layout)
+            yield from _arrow_rows(batches)
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise
-        raise ValueError(f"{path}: not a whole parquet file ({error}); fetch it again") from error
+        raise ValueError(f"{path}: not a whole {path.suffix[1:].lower()} file ({error}); fetch it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: a text in it is not UTF-8 ({error}); write the file again") from error
 
 
-def _arrow_file_rows(path: Path, layout: Format) -> Rows:
-    """Yield the rows of a file in Arrow's IPC format: as a stream, which the hub's library writes, or as a file."""
+@contextmanager
+def _batches(path: Path) -> Iterator[tuple[list[str], Iterable[pa.RecordBatch]]]:
+    """Open a file; yield its columns and its rows in parts. Arrow's are files, or the hub's streams."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    try:
+    if _kind(path) == ".parquet":
+        with pq.ParquetFile(path) as file:
+            yield file.schema_arrow.names, file.iter_batches(_ROWS_PER_BATCH)
+    else:
         with pa.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
             file.seek(0)
             reader = pa.ipc.open_stream(file) if is_stream else pa.ipc.open_file(file)
-            require_columns(str(path), reader.schema.names, layout)
-            batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-            yield from _arrow_rows(part for batch in batches for part in _parts(batch))
-    except (pa.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):
-            raise
-        raise ValueError(f"{path}: not a whole arrow file ({error}); fetch it again") from error
-
-
-def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    return (batch.slice(start, _ROWS_PER_BATCH) for start in range(0, batch.num_rows, _ROWS_PER_BATCH))
+            yield reader.schema.names, reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _arrow_rows(batches: Iterable[pa.Table | pa.RecordBatch]) -> Rows:
-    yield from enumerate(itertools.chain.from_iterable(map(_batch_rows, batches)), start=1)
-
-
-def _batch_rows(batch: pa.Table | pa.RecordBatch) -> Iterable[Row | RowError]:
-    try:
-        rows: list[Row] = batch.to_pylist()
-    except UnicodeDecodeError:
-        return [_arrow_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-    return rows
-
-
-def _arrow_row(single: pa.Table | pa.RecordBatch) -> Row | RowError:
-    try:
-        row: Row = single.to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return RowError("not_utf8", str(error))
-    return row
+    starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS_PER_BATCH))
+    parts = (batch.slice(start, _ROWS_PER_BATCH).to_pylist() for batch, start in starts)
+    yield from enumerate(itertools.chain.from_iterable(parts), start=1)
 
 
 _READERS: dict[str, Callable[[Path, Format], Rows]] = {
     ".jsonl": _jsonl_rows,
     ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".tsv": _tsv_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_file_rows,
+    ".csv": partial(_cell_rows, delimiter=","),
+    ".tsv": partial(_cell_rows, delimiter="\t"),
+    ".parquet": _columnar_rows,
+    ".arrow": _columnar_rows,
 }

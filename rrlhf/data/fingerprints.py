@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,11 @@ from rrlhf.data.tables import SCHEMAS, Rows
 FILE = "rows.parquet"  # of a prepared data set: the hash of every row
 LEFT_OUT = {"flipped"}
 LETTERS = 50  # of a prompt, for people
+
+_Row = tuple[str, dict[str, Any]]  # with its hash
+_Side = tuple[Mapping[str, Path], Counter[str]]  # files of a data set by name, and how often it has a row
 _SCHEMA = pa.schema([("row", pa.binary(32)), ("prompt", pa.binary(32)), ("table", pa.string())])
-_ROWS_PER_GROUP = 1024  # sorted by hash, so one group is all that a look-up reads
-_MOST_COMPARED = 10_000  # pairs of rows with one prompt; beyond, rows are paired as they come
+_ROWS_PER_GROUP = 1024
 
 
 class Changed(NamedTuple):
@@ -95,29 +96,11 @@ def hashes(files: Mapping[str, Path]) -> dict[str, list[str]]:
 def tables_with(start: str, files: Mapping[str, Path]) -> dict[str, set[str]]:
     """Return the tables that hold each row whose hash begins with `start` (hex), given the files of a data set."""
     found: dict[str, set[str]] = defaultdict(set)
-    if FILE in files:
-        low, high = (bytes.fromhex(start.ljust(64, end)) for end in "0f")
-        for digest, table in _between(files[FILE], low, high):
-            found[digest.hex()].add(table)
-        return found
     for name, rows in hashes(files).items():
         for row in rows:
             if row.startswith(start):
                 found[row].add(name)
     return found
-
-
-def _between(path: Path, low: bytes, high: bytes) -> Iterator[tuple[bytes, str]]:
-    """Yield the hashes from `low` to `high`, with their tables, out of the groups of rows that can have some."""
-    with pq.ParquetFile(path) as file:
-        for number in range(file.metadata.num_row_groups):
-            bounds = file.metadata.row_group(number).column(0).statistics
-            if bounds.min > high or bounds.max < low:
-                continue
-            group = file.read_row_group(number, columns=["row", "table"])
-            rows = group["row"].to_pylist()
-            first, end = bisect_left(rows, low), bisect_right(rows, high)
-            yield from zip(rows[first:end], group["table"][first:end].to_pylist(), strict=True)
 
 
 def row_changes(old: Mapping[str, Path], new: Mapping[str, Path]) -> dict[str, RowChanges]:
@@ -144,68 +127,56 @@ def beginnings(files: Mapping[str, Path], wanted: Mapping[str, set[str]]) -> dic
     }
 
 
-_Side = tuple[Mapping[str, Path], "Counter[str]"]
-
-
 def _table_changes(name: str, old: _Side, new: _Side) -> RowChanges:
     removed, added = old[1] - new[1], new[1] - old[1]
     kept = (old[1] & new[1]).total()
     if not (removed and added):
         return RowChanges(sorted(added.elements()), sorted(removed.elements()), [], kept)
-    changed = list(_pairs(_by_prompt(old[0], name, removed), _by_prompt(new[0], name, added)))
+    changed = list(_pairs(_rows(old[0], name, removed), _rows(new[0], name, added)))
     removed.subtract(pair.old for pair in changed)
     added.subtract(pair.new for pair in changed)
     return RowChanges(sorted(added.elements()), sorted(removed.elements()), changed, kept)
 
 
-def _by_prompt(
-    files: Mapping[str, Path], name: str, wanted: Counter[str]
-) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Return the wanted rows of a table, with their hashes, by what counts as the same prompt."""
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    left = wanted.copy()
+def _rows(files: Mapping[str, Path], name: str, wanted: Counter[str]) -> list[_Row]:
+    """Return the wanted rows of a table with their hashes, as often as they are wanted."""
+    left, found = wanted.copy(), []
     for row in _read(files, name):
         digest = row_hash(row)
         if left[digest] > 0:
             left[digest] -= 1
-            found[prompt_hash(row["prompt"])].append((digest, row))
+            found.append((digest, row))
     return found
 
 
-def _pairs(
-    old: Mapping[str, list[tuple[str, dict[str, Any]]]], new: Mapping[str, list[tuple[str, dict[str, Any]]]]
-) -> Iterator[Changed]:
-    """Pair removed with added rows of the same prompt, those first that have most in common."""
-    for prompt in sorted(old.keys() & new.keys()):
-        if len(old[prompt]) * len(new[prompt]) > _MOST_COMPARED:
-            both = zip(old[prompt], new[prompt], strict=False)
-            yield from (Changed(a, b, _what(one, other)) for (a, one), (b, other) in both)
-            continue
-        free_old, free_new = dict(enumerate(old[prompt])), dict(enumerate(new[prompt]))
-        likeness = sorted(
-            (-_likeness(one, other), digest, digest_of_other, i, j)
-            for i, (digest, one) in free_old.items()
-            for j, (digest_of_other, other) in free_new.items()
-        )
-        for _, digest, digest_of_other, i, j in likeness:
-            if i in free_old and j in free_new:
-                one, other = free_old.pop(i)[1], free_new.pop(j)[1]
-                yield Changed(digest, digest_of_other, _what(one, other))
+def _pairs(old: list[_Row], new: list[_Row]) -> Iterator[Changed]:
+    """Pair removed with added rows of the same prompt: with the label turned, else with a field in common, else any."""
+    fields = [name for name in old[0][1] if name not in {"prompt", *LEFT_OUT}]
+    turned = [(("rejected", "chosen"), ("chosen", "rejected"))] if "chosen" in fields else []
+    for before, after in [*turned, *(((name,), (name,)) for name in fields), ((), ())]:
+        left: list[_Row] = []
+        free: dict[tuple[str, ...], deque[_Row]] = defaultdict(deque)
+        for row in new:
+            free[_mark(row, after)].append(row)
+        for row in old:
+            if found := free[_mark(row, before)]:
+                digest, other = found.popleft()
+                yield Changed(row[0], digest, _what(row[1], other))
+            else:
+                left.append(row)
+        old, new = left, [row for rows in free.values() for row in rows]
 
 
-def _likeness(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
-    return 3 if _turned(one, other) else sum(one[name] == other.get(name) for name in one)
+def _mark(row: _Row, fields: Iterable[str]) -> tuple[str, ...]:
+    """Return the prompt and some fields of a row as what two rows may have in common."""
+    return (prompt_hash(row[1]["prompt"]), *(str(row[1].get(name)) for name in fields))
 
 
 def _what(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Say what differs between two rows."""
-    if _turned(one, other):
+    if "chosen" in one and (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"]):
         return "label turned"
     return ", ".join(name for name in one if name not in LEFT_OUT and one[name] != other.get(name))
-
-
-def _turned(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return "chosen" in one and (one["chosen"], one["rejected"]) == (other["rejected"], other["chosen"])
 
 
 def _read(files: Mapping[str, Path], name: str) -> Rows:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from rrlhf.data.files import close_match, hub_rows, require_columns, rows_of, source_files
+from rrlhf.data.files import hub_rows, require_columns, rows_of, source_files
 from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, normalised
 from rrlhf.types import Json, Message, Preference
 
 Place = tuple[str, int]  # file and line, or row
+EXAMPLES = 10  # of bad rows in an error
 
 
 class Rejected(NamedTuple):
@@ -59,7 +60,7 @@ def load_preferences(
     the source cannot be read, lacks a column, holds no good row, or when more than the share `max_rejected` of the rows
     read is bad.
     """
-    layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
+    layout, loaded, names = FORMATS[format], Loaded([], [], []), dict[str, None]()
     if revision is None:
         rows = rows_of(source_files(source), layout)
     else:
@@ -67,7 +68,7 @@ def load_preferences(
     for _ in _reading(rows, layout, loaded, names, check):
         if len(loaded.preferences) == limit:
             break
-    _refuse_bad_data(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
+    _refuse_bad(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
     return loaded
 
 
@@ -77,12 +78,12 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
 
     digest: of the content, so that a run that looks twice reads once. Raises ValueError when there is no good row.
     """
-    layout, loaded, names = _layout(format), Loaded([], [], []), dict[str, None]()
+    layout, loaded, names = FORMATS[format], Loaded([], [], []), dict[str, None]()
     rows = rows_of(source_files(source), layout)
     for _ in _reading(rows, layout, loaded, names):
         if loaded.preferences:
             break
-    _refuse_bad_data(source, loaded, names, layout, 1.0)
+    _refuse_bad(source, loaded, names, layout, 1.0)
     found = set(loaded.columns[0])
     while not wanted <= found and (one := next(rows, None)):
         found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
@@ -111,12 +112,6 @@ def split_by_prompt(prompts: Sequence[list[Message]], shares: Mapping[str, float
 def _position(key: str) -> float:
     """Return a number in [0, 1) from the leading 53 bits of a digest: all that a float can hold without rounding."""
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11) / 2**53
-
-
-def _layout(format: str) -> Format:
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}{close_match(format, FORMATS)}; there are {', '.join(FORMATS)}")
-    return FORMATS[format]
 
 
 def _reading(
@@ -177,28 +172,36 @@ def _told(place: Place, seen_from: Place) -> str:
     return f"line {place[1]}" if place[0] == seen_from[0] else f"{place[0]}:{place[1]}"
 
 
-def _refuse_bad_data(
-    source: str, loaded: Loaded, names: Mapping[str, None], layout: Format, max_rejected: float
+def _refuse_bad(source: str, loaded: Loaded, names: dict[str, None], layout: Format, max_rejected: float) -> None:
+    if names:
+        no_prompt = not loaded.preferences and "conversations" not in names
+        lacks_prompt = no_prompt and any(row.rule == "no_prompt" for row in loaded.rejected)
+        require_columns(source, [*names], layout, prompt=lacks_prompt)
+    refuse_bad_rows(source, loaded.rejected, len(loaded.preferences), max_rejected)
+
+
+def refuse_bad_rows(
+    source: str, rejected: Sequence[Rejected], good: int, max_rejected: float, *, setting: str = "max_rejected"
 ) -> None:
-    bad = len(loaded.rejected)
-    total = bad + len(loaded.preferences)
+    """Raise ValueError with rules, examples and what to do, when more than a share of the rows is bad or none is good.
+
+    setting: by which the share is set.
+    """
+    bad, total = len(rejected), len(rejected) + good
     if not total:
         raise ValueError(f"{source}: there is no row; name another file, or fill this one")
-    counts = Counter(row.rule for row in loaded.rejected).most_common()
-    if names:
-        lacks_prompt = not loaded.preferences and "no_prompt" in dict(counts) and "conversations" not in names
-        require_columns(source, [*names], layout, prompt=lacks_prompt)
-    if loaded.preferences and bad / total <= max_rejected:
+    if good and bad / total <= max_rejected:
         return
-    share = f"{bad} of {total} rows are bad ({bad / total:.1%}; max_rejected allows {max_rejected:.1%})"
-    raise ValueError(
-        f"{source}: {share if loaded.preferences else f'none of {total} rows is good'}\n"
-        + "".join(f"  {count} {rule}: {FIXES[rule]}\n" for rule, count in counts)
-        + "for example\n"
-        + "".join(f"  {row.file}:{row.line}: {row.rule}: {row.detail}\n" for row in loaded.rejected[:3])
-        + f"mend the rows{',' if loaded.preferences else ' or'} check that the format fits"
-        + (", or raise max_rejected" if loaded.preferences else "")
-    )
+    share = f"{bad} of {total} rows are bad ({bad / total:.1%}; {setting} allows {max_rejected:.1%})"
+    counts = Counter(row.rule for row in rejected).most_common()
+    lines = [
+        f"{source}: {share if good else f'none of {total} rows is good'}",
+        *(f"  {count} {rule}: {FIXES[rule]}" for rule, count in counts),
+        "for example",
+        *(f"  {row.file}:{row.line}: {row.rule}: {row.detail}" for row in rejected[:EXAMPLES]),
+        f"mend the rows, check that the format fits{f', or raise {setting}' if good else ''}",
+    ]
+    raise ValueError("\n".join(lines))
 
 
 def _sha256(value: object) -> str:

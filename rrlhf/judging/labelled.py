@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rrlhf.data.files import require_columns, rows_of, source_files
-from rrlhf.data.load import Place, Rejected, refuse_repetition
-from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, plain_row, subset_of
+from rrlhf.data.load import Place, Rejected, refuse_bad_rows, refuse_repetition
+from rrlhf.data.rows import FORMATS, Format, Row, RowError, plain_row, subset_of
 from rrlhf.located import UsageError, did_you_mean
 from rrlhf.types import Preference
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 BENCH = "rewardbench"
 PAIR_FORMATS = FORMATS | {BENCH: Format(("prompt", "chosen", "rejected", "subset"), (), plain_row, "filtered")}
-MISTAKES_SHOWN = 50
 
 
 class LabelledPairs(NamedTuple):
@@ -41,7 +40,7 @@ def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | Non
     """Read the first `limit` good rows of a file, a folder or the files that match a pattern.
 
     Raises UsageError when there is no such file. Raises ValueError when one cannot be read, lacks a column or holds no
-    row, and with all mistakes at once (file, line, rule) when more than the share `max_rejected` of the rows is bad.
+    row, and with rules and examples (file, line) when more than the share `max_rejected` of the rows is bad.
     """
     if format not in PAIR_FORMATS:
         raise UsageError(f"unknown format {format!r}{did_you_mean(format, PAIR_FORMATS)}")
@@ -74,7 +73,7 @@ def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | Non
             break
     if columns:
         require_columns(str(data), [*columns], layout)
-    _refuse_bad_rows(loaded, rows, max_rejected)
+    refuse_bad_rows(str(data), loaded.rejected, rows, max_rejected, setting="--max-rejected")
     return loaded
 
 
@@ -136,27 +135,3 @@ def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) ->
         "macro": {"mean": mean, "stderr": stderr, "n": len(parts)},
         "micro": measured_share(wins, prompts),
     }
-
-
-def _refuse_bad_rows(loaded: LabelledPairs, rows: int, max_rejected: float) -> None:
-    file = loaded.source
-    bad, total = loaded.rejected, len(loaded.rejected) + rows
-    if not total:
-        raise ValueError(f"{file}: the file is empty: there is no row")
-    if rows and len(bad) / total <= max_rejected:
-        return
-    shown = [f"{row.file}:{row.line}: {row.rule}: {row.detail}" for row in bad[:MISTAKES_SHOWN]]
-    if len(bad) > len(shown):
-        shown.append(f"and {len(bad) - len(shown)} more")
-    fixes = [f"  {rule}: {FIXES[rule]}" for rule in dict.fromkeys(row.rule for row in bad)]
-    raise ValueError(
-        "\n".join(
-            [
-                f"{file}: {len(bad)} of {total} rows are bad ({len(bad) / total:.1%}, allowed {max_rejected:.1%})",
-                *shown,
-                "what to do:",
-                *fixes,
-                "or leave the bad rows out with a higher --max-rejected",
-            ]
-        )
-    )

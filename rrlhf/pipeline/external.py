@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from rrlhf.config import Model, Prepare, TrunkTraining
-from rrlhf.data.sources import source_digest
+from rrlhf.data.files import source_digest
 from rrlhf.memo import Memo
 from rrlhf.models.sources import base_digest
 from rrlhf.pipeline.graph import Node
