@@ -138,7 +138,6 @@ def fill(overrides: dict[str, str]) -> None:
             document,
             compute,
             recorded=lambda staged: nullcontext(lambda row: None),
-            definitions=project.definitions(document),
         )
         digests[node.name] = artifact.digest
     assert all(one.action == "reuse" for one in project.plan())

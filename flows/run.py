@@ -261,7 +261,6 @@ def produced(key: str, node: Node, document: Document, run: Run, beside: int, wh
         compute,
         recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
         force=node.name in run.wanted.forced,
-        definitions=project.definitions(document),
         dataset=about(run.dataset, project.params.prepare) if run.dataset else {},
         input_keys={argument: run.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
         profile=project.profile,

@@ -16,6 +16,7 @@ from pathlib import Path
 from pkgutil import get_importer, iter_modules
 from typing import NamedTuple
 
+from rrlhf.canonical import Names, canonical, imported, names_bound, names_of_imports
 from rrlhf.located import ParamsError, did_you_mean
 
 OURS = "rrlhf"
@@ -59,7 +60,7 @@ def code_behind(module: str, root: Path) -> Code:
             versions |= _versions(top)
         elif path.suffix == ".py":
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += [*packages(name), *imports(parsed(path), package)]
+            waiting += [*packages(name), *(each for node in ast.walk(parsed(path)) for each in imported(node, package))]
     return Code(dict(sorted(sources.items())), versions, tuple(sorted(ours)))
 
 
@@ -113,8 +114,11 @@ def file_digest(path: Path) -> str:
 
 
 def tree_digest(tree: ast.Module) -> str:
-    """Return a digest of a syntax tree; comments, docstrings and formatting are not part of it."""
-    return hashlib.sha256(ast.dump(without_docstrings(tree)).encode()).hexdigest()[:16]
+    """Return a digest of what a whole module says."""
+    names: Names = {name: {f".{name}"} for statement in tree.body for name in names_bound(statement)}
+    names |= {name: {target} for node in ast.walk(tree) for name, target in names_of_imports(node, "")}
+    texts = [canonical(statement, names, "")[0] for statement in tree.body]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def parsed(path: Path) -> ast.Module:
@@ -123,16 +127,6 @@ def parsed(path: Path) -> ast.Module:
         return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise ParamsError(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}") from None
-
-
-def without_docstrings(tree: ast.Module) -> ast.Module:
-    """Take the docstrings out of a syntax tree, in place."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:]
-    return tree
 
 
 def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
@@ -145,19 +139,6 @@ def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
             return spec
         bare = bare or spec
     return bare
-
-
-def imports(tree: ast.Module, package: str) -> Iterator[str]:
-    """Yield every name in a module's import statements that may be a module; `package`: where relative ones start."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")
-            start = filter(None, above[: len(above) - node.level + 1]) if node.level else ()
-            base = ".".join([*start, *([node.module] if node.module else [])])
-            if base:
-                yield from (base, *(f"{base}.{alias.name}" for alias in node.names if alias.name != "*"))
 
 
 def _folders_of_packages() -> list[str]:

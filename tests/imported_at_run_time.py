@@ -1,5 +1,6 @@
-"""Run every stage of a small pipeline, and write which of our modules each loaded or executed: see test_closure.py."""
+"""Run every stage of a small pipeline, and write which of our functions each executed: see test_closure.py."""
 
+import inspect
 import json
 import sys
 from importlib import import_module
@@ -22,25 +23,26 @@ SMALL = {
 }
 
 
-def loaded():
-    return {name for name in sys.modules if name.partition(".")[0] == "rrlhf"}
-
-
 def run(document, inputs, out):
-    """Run a stage with every module of ours imported anew; return those that were loaded or executed for it."""
-    for name in loaded():
+    """Run a stage with every module of ours imported anew; return module and name of what was called for it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rrlhf"]:
         del sys.modules[name]
     launch = import_module("rrlhf.pipeline.launch")
-    before, executed = loaded(), set()
+    executed = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a class
+            executed.add((str(frame.f_globals.get("__name__")), frame.f_code.co_qualname.partition(".")[0]))
+
     out.mkdir()
     sections, arguments = launch.typed_sections(document["params"]), launch._arguments(inputs)
     stage = import_module(f"rrlhf.stages.{document['stage']}")
-    sys.setprofile(lambda frame, event, _: executed.add(frame.f_globals.get("__name__")))
+    sys.setprofile(note)
     try:
         stage.run(**sections, **arguments, out=out, log=lambda row: None)
     finally:
         sys.setprofile(None)
-    return (loaded() - before) | {name for name in executed if str(name).partition(".")[0] == "rrlhf"}
+    return {each for each in executed if each[0].partition(".")[0] == "rrlhf"}
 
 
 def main(root):
@@ -59,9 +61,7 @@ def main(root):
     for node in graph:
         inputs = {argument: root / name for argument, name in node.inputs.items()}
         used.setdefault(node.stage, set()).update(run(documents[node.name], inputs, root / node.name))
-    code = {node.stage: documents[node.name]["code"] for node in graph}
-    found = {stage: {"used": sorted(modules), "code": sorted(code[stage])} for stage, modules in used.items()}
-    (root / "found.json").write_text(json.dumps(found))
+    (root / "found.json").write_text(json.dumps({stage: sorted(called) for stage, called in used.items()}))
 
 
 if __name__ == "__main__":

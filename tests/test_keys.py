@@ -1,5 +1,6 @@
 """Identity: what is part of a key, and what is not."""
 
+import ast
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.graph import nodes
-from rrlhf.pipeline.keys import canonical, code_digests, differences, key_digest, key_document
+from rrlhf.pipeline.keys import canonical, differences, key_digest, key_document
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
 from rrlhf.sourcecode import changed_since, code_behind
@@ -109,8 +110,8 @@ def test_differences_are_told_in_words():
     params, changed = load_params(ROOT, "tiny"), load_params(ROOT, "tiny", {"sft.epochs": 3})
     old = key_document(nodes(params)[1], {"data": "a"})
     new = key_document(nodes(changed)[1], {"data": "b"})
-    new["code"] = new["code"] | {"rrlhf.stages.sft": "0"}
-    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "rrlhf/stages/sft.py changed"]
+    new["code"] = new["code"] | {"run": "0", "encode": "0"}
+    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "code: encode, run changed"]
 
 
 @pytest.fixture
@@ -121,42 +122,35 @@ def sources(tmp_path):
     return package
 
 
-def digests_after(change, file):
-    package = next(folder for folder in file.parents if folder.name == "rrlhf")
-    before = Modules(package).closure("rrlhf.stages.ppo")
-    file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
-    after = Modules(package).closure("rrlhf.stages.ppo")
-    return {name for name in before | after if before.get(name) != after.get(name)}
+STAGES = ("prepare", "sft", "ppo")
+
+
+def closures(package):
+    modules = Modules(package)
+    return {stage: modules.closure(f"rrlhf.stages.{stage}.run") for stage in STAGES}
+
+
+def test_all_of_this_package_may_be_reformatted_and_a_module_renamed(sources):
+    before = closures(sources)
+    for path in sources.rglob("*.py"):
+        path.write_text(ast.unparse(ast.parse(path.read_text())).replace("rrlhf.robust", "rrlhf.credible"))
+    (sources / "robust.py").rename(sources / "credible.py")
+    assert closures(sources) == before
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("file", "old", "new", "stages"),
     [
-        lambda text: "# a comment\n" + text,
-        lambda text: text + "\n\n# a comment at the end\n",
-        lambda text: text.replace('"""', '"""Another docstring. ', 1),
-        lambda text: text.replace("\n\n\n", "\n\n\n\n\n"),
+        ("returns.py", "", "ANSWER = 42\n", set()),
+        ("returns.py", "", "print('imported')\n", {*STAGES}),
+        ("stages/ppo.py", "ppo.updates", "ppo.updates + 1", {"ppo"}),
+        ("data/tasks.py", "one cheerful", "a cheerful", {"prepare"}),
     ],
 )
-def test_comments_docstrings_and_layout_are_not_code(sources, change):
-    assert digests_after(change, sources / "stages" / "ppo.py") == set()
-
-
-def test_a_changed_line_is_code(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "stages" / "ppo.py") == {"rrlhf.stages.ppo"}
-
-
-def test_a_module_that_a_stage_imports_is_its_code(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "returns.py") == {"rrlhf.returns"}
-
-
-def test_a_module_that_a_stage_does_not_import_is_not(sources):
-    assert digests_after(lambda text: text + "\nANSWER = 42\n", sources / "tools" / "reporting" / "report.py") == set()
-
-
-def test_every_stage_sees_only_its_own_code():
-    assert "rrlhf.stages.ppo" not in code_digests("rrlhf.stages.sft")
-    assert not {"rrlhf.pipeline.tracking", "rrlhf.cli", "rrlhf.config"} & code_digests("rrlhf.stages.evaluate").keys()
+def test_only_what_a_stage_uses_is_its_code(sources, file, old, new, stages):
+    before, text = closures(sources), (sources / file).read_text()
+    (sources / file).write_text(text.replace(old, new) if old else text + new)
+    assert {name for name, code in closures(sources).items() if code != before[name]} == stages
 
 
 RULES = {
@@ -174,7 +168,7 @@ def rules(tmp_path, monkeypatch):
     for name, text in RULES.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("raise SystemExit('imported')\n" + text)
+        path.write_text("raise SystemExit('is imported')\n" + text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield tmp_path
@@ -199,7 +193,7 @@ def test_the_code_of_a_reward_function_is_in_the_keys_of_what_calls_it(rules):
     assert {name for name in found if "functions" in found[name]} == {"ppo-robust", "evaluate"}
     for name in ("ppo-robust", "evaluate"):
         assert set(found[name]["functions"]) == {"my_rules", "checks.__init__", "checks.deep.size", "checks.words"}
-        assert "rrlhf.judging.gold" in found[name]["code"]
+        assert "GoldJudge" in found[name]["code"]
         assert set(found[name]["numerics"]) == {*NUMERICS, *GOLD, "hypothesis"}
     assert found["ppo-single"] == key_document(nodes(load_params(ROOT, "tiny"))[4], {})
 
@@ -215,6 +209,7 @@ def test_a_changed_line_of_a_reward_function_reruns_its_arm_and_the_comparison(r
     ("file", "change"),
     [
         ("my_rules.py", lambda text: "# why\n" + text),
+        ("my_rules.py", lambda text: text.replace("is imported", "was imported")),
         ("checks/deep/size.py", lambda text: text.replace("\n", "\n\n\n") + "# end\n"),
         ("checks/others.py", lambda text: "another = 1\n"),
     ],

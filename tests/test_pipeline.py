@@ -335,18 +335,18 @@ def test_a_changed_byte_is_refused_by_name_with_everything_built_on_it(first, sh
     assert actions(shell.planned()) == {}
 
 
-def test_a_comment_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell):
+def test_a_comment_or_an_unused_value_in_a_stage_changes_nothing_and_a_line_reruns_it(first, shell):
     source = shell.root / "rrlhf" / "stages" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
     try:
-        source.write_text("# why\n" + sound.replace('"""', '"""Why. ', 1), encoding="utf-8")
+        source.write_text("# why\n" + sound.replace('"""', '"""Why. ', 1) + "\nANSWER = 42\n", encoding="utf-8")
         assert actions(shell.planned()) == {}
-        source.write_text(sound + "\nANSWER = 42\n", encoding="utf-8")
+        source.write_text(sound.replace("seed=arm.seed)", "seed=arm.seed + 1)"), encoding="utf-8")
         planned = shell.planned()
     finally:
         source.write_text(sound, encoding="utf-8")
     assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
-    assert planned["ppo-single"]["reasons"] == ["rrlhf/stages/ppo.py: ANSWER added"]
+    assert planned["ppo-single"]["reasons"] == ["code: run changed"]
 
 
 @pytest.fixture

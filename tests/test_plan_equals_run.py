@@ -93,11 +93,11 @@ DEFINITIONS = {  # of every number in the sources
     "stages/end": ["run"],
     "aside": ["ANSWER"],
 }
-IMPORTED = {  # by every stage, at any depth
-    "prepare": ["stages/prepare"],
-    "scale": ["stages/scale", "maths"],
-    "join": ["stages/join", "maths", "parts/__init__"],
-    "end": ["stages/end", "parts/__init__"],
+USED = {  # by every stage, at any depth: module and number in it
+    "prepare": [("stages/prepare", 0)],
+    "scale": [("stages/scale", 0), ("maths", 1)],
+    "join": [("stages/join", 0), ("maths", 0), ("parts/__init__", 0)],
+    "end": [("stages/end", 0), ("parts/__init__", 0)],
 }
 GRAPH = [  # node, stage, its parameters, its inputs
     ("read", "prepare", [], {}),
@@ -161,8 +161,8 @@ class World:
         parts |= {("input", argument): values[source] for argument, source in inputs.items()}
         if stage == "prepare":
             parts["input", "source"] = self.source
-        for module in IMPORTED[stage]:
-            parts["code", module] = tuple(self.code[module, i] for i in range(len(DEFINITIONS[module])))
+        for module, i in USED[stage]:
+            parts["code", DEFINITIONS[module][i]] = self.code[module, i]
         return (stage, frozenset(parts.items()))
 
     def value(self, name, values):
@@ -229,8 +229,8 @@ class World:
 
 
 def in_words(old, new):
-    reasons = set()
-    for (kind, name), state in new.items():
+    reasons, code = set(), []
+    for (kind, name), state in sorted(new.items(), key=lambda item: item[0]):
         before = old[kind, name]
         if before == state:
             continue
@@ -239,9 +239,8 @@ def in_words(old, new):
         elif kind == "input":
             reasons.add(f"input {name} changed")
         else:
-            changed = [each for each, a, b in zip(DEFINITIONS[name], before, state, strict=True) if a != b]
-            reasons.add(f"tiny/{name}.py: {', '.join(changed)} changed")
-    return reasons
+            code.append(name)
+    return reasons | ({f"code: {', '.join(code)} changed"} if code else set())
 
 
 def run(world, forced):
@@ -263,7 +262,6 @@ def run(world, forced):
             document,
             compute,
             recorded=lambda staged: nullcontext(lambda row: None),
-            definitions=project.definitions(document),
             force=node.name in forced,
         )
         digests[node.name], folders[node.name] = artifact.digest, artifact.path

@@ -23,7 +23,7 @@ def have(tmp_path):
             (staged / HISTORY).write_text("")
 
         recorded = nullcontext(lambda row: None)
-        return produce(store, "sft", DOCUMENT, compute, recorded=lambda staged: recorded, definitions={}, force=force)
+        return produce(store, "sft", DOCUMENT, compute, recorded=lambda staged: recorded, force=force)
 
     return call
 

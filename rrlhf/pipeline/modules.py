@@ -1,54 +1,133 @@
-"""The modules of a package as identity: what each is by its syntax tree, and which others it imports.
+"""The code behind a result: definitions of a package, by what they say and use and not by where they lie.
 
-Nothing is imported and, while files are unchanged, nothing is parsed: what was found is remembered by file.
+From a stage's `run`, every name is followed to the function, class or value that it stands for. What a module does when
+it is imported, beside defining, counts as well. Nothing is imported for it. Names are followed as written; code that
+finds its way by a name that it makes up (`globals()["f"]`) is not understood, and no stage does that.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import sys
-from collections.abc import Iterator, Mapping
-from copy import copy
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from rrlhf.memo import Memory, mark_of
-from rrlhf.sourcecode import imports, packages, parsed, tree_digest, without_docstrings
+from rrlhf.canonical import FUNCTIONS, SCOPES, Names, canonical, imported, names_bound, names_of_imports, walk
+from rrlhf.memo import Memory
+from rrlhf.sourcecode import packages, parsed
 
 # Of this package: modules whose every effect on a result is already in the key (as settings), or that only show or
 # store things.
 WITHOUT_EFFECT = {
+    "rrlhf.canonical",
     "rrlhf.checks",
     "rrlhf.config",
     "rrlhf.environment",
     "rrlhf.files",
     "rrlhf.hardware",
-    "rrlhf.memo",
-    "rrlhf.sourcecode",
-    "rrlhf.models.sources",
     "rrlhf.located",
     "rrlhf.locks",
+    "rrlhf.memo",
+    "rrlhf.models.sources",
     "rrlhf.progress",
+    "rrlhf.sourcecode",
     "rrlhf.stopping",
     "rrlhf.types",
 }
+WHOLE = "(whole)"  # in a closure: the digest of all definitions and of how they refer to each other
+OTHER_LINES = "(other lines)"  # of a module: what it does on import beside defining
+# What may be called on import and does nothing but return a value; all other calls count wherever they are imported.
+PURE = {"classmethod", "dict", "frozenset", "len", "property", "staticmethod", "tuple"} | {
+    "contextlib.contextmanager",
+    "dataclasses.dataclass",
+    "functools.cache",
+    "functools.lru_cache",
+    "re.compile",
+    "torch.no_grad",
+    "typing.TypeVar",
+}
+SKIPPED = {"TYPE_CHECKING", "__name__ == '__main__'"}  # conditions that no import meets
 SHOWN = 8  # hex digits of a definition's digest
-REST = "*"  # what stands at the top of a module and defines no single name
 
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"  # syntax trees differ between versions
+Place = tuple[str, str]  # a module and a name in it
+Used = tuple[str, list[Place]]  # a name as written, less where it lies in the package, and what it may stand for
 
 
-class Module(NamedTuple):
-    """What a source file comes down to."""
+class Statement(NamedTuple):
+    """A statement at the top of a module."""
 
-    digest: str
-    imports: list[str]  # every name in its import statements that may be a module
-    definitions: str  # "name digest name digest ...", in order
-    is_package: bool  # an __init__.py
+    text: str  # what it does, whatever it is called in the package
+    uses: list[str]  # what its names stand for, dotted, in the order in which they are written
+    imports: set[str]  # what may be a module in import statements inside
+
+
+class Module:
+    """A source file, or a folder without one: what it defines, imports and does on import."""
+
+    def __init__(self, path: Path, name: str, top: str) -> None:
+        self.name = name
+        self._top, self._package = top, name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
+        body = parsed(path).body if path.is_file() else []
+        used = {node.id for each in body for node in ast.walk(each) if isinstance(node, ast.Name)}
+        statements = [one for one in body if not _is_skipped(one)]
+        self.imports = {each for one in walk(statements, FUNCTIONS) for each in imported(one, self._package)}
+        self.bindings: Names = defaultdict(set)
+        for one in walk(statements, SCOPES):
+            for bound, target in names_of_imports(one, self._package):
+                self.bindings[bound].add(target)
+        self.defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name, all statements that bind it
+        for statement in statements:
+            for bound in names_bound(statement):
+                self.defined[bound].append(statement)
+                self.bindings[bound].add(f"{name}.{bound}")
+        if effects := [one for one in statements if self._has_effect(one, used)]:
+            self.defined[OTHER_LINES] = effects
+        self._known: dict[ast.stmt, Statement] = {}
+
+    def statements(self, name: str) -> list[Statement]:
+        """Return what binds a name."""
+        return [self._statement(each) for each in self.defined[name]]
+
+    def _statement(self, statement: ast.stmt) -> Statement:
+        if statement not in self._known:
+            nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Import | ast.ImportFrom)]
+            modules = {each for node in nodes for each in imported(node, self._package)}
+            names = {bound: {*targets} for bound, targets in self.bindings.items()} if nodes else self.bindings
+            for node in nodes:
+                for bound, target in names_of_imports(node, self._package):
+                    names.setdefault(bound, set()).add(target)
+            self._known[statement] = Statement(*canonical(statement, names, self._top), modules)
+        return self._known[statement]
+
+    def _has_effect(self, statement: ast.stmt, used: set[str]) -> bool:
+        """Whether a statement does more on import than to bind names to values; `used`: all that the module writes."""
+        match statement:
+            case ast.Import() | ast.ImportFrom():
+                bound = {name for name, _ in names_of_imports(statement, self._package)}
+                return not bound & used and getattr(statement, "module", "") != "__future__"
+            case ast.Expr(value=ast.Constant()):
+                return False
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Assign() | ast.AnnAssign():
+                return _changes_objects(statement) or not all(map(self._is_pure, _called(statement)))
+        return True
+
+    def _is_pure(self, function: ast.expr) -> bool:
+        first, _, rest = ast.unparse(function).partition(".")
+        targets = self.bindings.get(first, {first})
+        return isinstance(getattr(function, "value", None), ast.Constant) or all(
+            ".".join(filter(None, (target, rest))) in PURE for target in targets
+        )
 
 
 class Modules:
-    """The modules of one package. A file is read once: one process imports a module once, too."""
+    """The modules of one package. A file is read once: one process imports a module once, too.
+
+    memory: a file that remembers closures from one process to the next, while no file of the package changes.
+    """
 
     def __init__(self, package: Path, memory: Path | None = None) -> None:
         self.package = package
@@ -56,82 +135,133 @@ class Modules:
         self._read: dict[str, Module | None] = {}
         self._closures: dict[str, dict[str, str]] = {}
 
-    def closure(self, module: str) -> dict[str, str]:
-        """Return, per module that `module` imports at any depth (itself included), a digest of its syntax tree.
+    def closure(self, *roots: str) -> dict[str, str]:
+        """Return the digest of every definition that the roots use at any depth, by name, and one of the whole.
 
-        Comments, docstrings and formatting are not part of a syntax tree, so editing them changes nothing. A module
-        with nothing else in it is left out.
+        roots: dotted names of definitions, or of modules, which stand for all that they define. Where definitions of
+        several modules have one name, their digests stand side by side.
         """
-        if module not in self._closures:
-            self._closures[module] = self._closure(module)
-        return {**self._closures[module]}
+        key = " ".join(roots)
+        if key not in self._closures:
+            self._closures = self._remembered()
+            if key not in self._closures:
+                self._closures[key] = self._closure(roots)
+                self._remember()
+        return {**self._closures[key]}
 
-    def _closure(self, module: str) -> dict[str, str]:
-        found: dict[str, str] = {}
-        seen: set[str] = set()
-        waiting = [module]
+    def reached(self, *roots: str) -> dict[Place, list[Used]]:
+        """Return every definition that the roots use at any depth, and what each of them uses itself."""
+        found: dict[Place, list[Used]] = {}
+        executed: set[str] = set()
+        waiting = [place for root in roots for place in self._behind(root)[1]]
         while waiting:
-            name = waiting.pop()
-            if name in seen or name in WITHOUT_EFFECT:
+            place = waiting.pop()
+            if place in found:
                 continue
-            seen.add(name)
-            read = self._module(name)
-            if read is None:
-                continue
-            if read.definitions:
-                found[f"{name}.__init__" if read.is_package else name] = read.digest
-            waiting += [each for each in (*read.imports, *packages(name)) if each.split(".")[0] == self.package.name]
-        if self._memory:
-            self._memory.save()
-        return dict(sorted(found.items()))
-
-    def definitions(self, modules: Mapping[str, str]) -> dict[str, str]:
-        """Return the digests of the definitions in modules, given as `closure` returns them."""
-        known = {name: self._module(name.removesuffix(".__init__")) for name in modules}
-        return {name: read.definitions for name, read in known.items() if read and read.digest == modules[name]}
+            statements = self._statements(place)
+            found[place] = [self._behind(use) for statement in statements for use in statement.uses]
+            waiting += [target for _, targets in found[place] for target in targets]
+            waiting += self._effects({place[0], *(each for one in statements for each in one.imports)}, executed)
+        return found
 
     def exists(self, module: str) -> bool:
         """Whether the package has a module of this name."""
         return self._module(module) is not None
 
+    def _closure(self, roots: Iterable[str]) -> dict[str, str]:
+        reached = self.reached(*roots)
+        own = {
+            place: _sha256(*(one.text for one in self._statements(place)), *(name for name, _ in uses))
+            for place, uses in reached.items()
+        }
+        # How definitions refer to each other: digests that take in those of what is used, one step further each time,
+        # until no more definitions are told apart (colour refinement; equal ones do the same at any depth).
+        deep, classes = own, 0
+        while len({*deep.values()}) > classes:
+            classes = len({*deep.values()})
+            deep = {
+                place: _sha256(own[place], *(" ".join(deep[target] for target in targets) for _, targets in uses))
+                for place, uses in reached.items()
+            }
+        first = [deep[place] for root in roots for place in self._behind(root)[1]]
+        by_name: dict[str, list[str]] = defaultdict(list)
+        for (_, name), digest in own.items():
+            by_name[name].append(digest[:SHOWN])
+        found = {name: " ".join(sorted(digests)) for name, digests in sorted(by_name.items())}
+        return found | {WHOLE: _sha256(*first, "", *sorted({*deep.values()}))[:32]}
+
+    def _statements(self, place: Place) -> list[Statement]:
+        module = self._module(place[0])
+        return module.statements(place[1]) if module else []
+
+    def _behind(self, dotted: str) -> Used:
+        """Return what a dotted name is called apart from where it lies, and the definitions that it may stand for."""
+        top, *parts = dotted.split(".")
+        module = self._module(top) if top == self.package.name else None
+        if module is None:
+            return dotted, []  # of another package
+        while parts and parts[0] not in module.defined and (below := self._module(f"{module.name}.{parts[0]}")):
+            module, parts = below, parts[1:]
+        if module.name in WITHOUT_EFFECT:
+            return ".".join(parts), []
+        name = parts[0] if parts else ""
+        elsewhere = sorted(module.bindings.get(name, set()) - {f"{module.name}.{name}"})
+        if name not in module.defined and len(elsewhere) == 1:
+            return self._behind(".".join([*elsewhere, *parts[1:]]))
+        here = [name] if name in module.defined else [] if elsewhere else sorted(module.defined)
+        imported = [place for each in elsewhere for place in self._behind(each)[1]]
+        return ".".join(parts), [*((module.name, each) for each in here), *imported]
+
+    def _effects(self, names: Iterable[str], executed: set[str]) -> Iterator[Place]:
+        """Yield what happens when modules are imported and has not yet; notes the modules in `executed`."""
+        waiting = [*names]
+        while waiting:
+            name = waiting.pop()
+            module = self._module(name)
+            if module is None or name in executed or name in WITHOUT_EFFECT:
+                continue
+            executed.add(name)
+            waiting += [*packages(name), *module.imports]
+            if OTHER_LINES in module.defined:
+                yield name, OTHER_LINES
+
     def _module(self, name: str) -> Module | None:
         if name not in self._read:
-            base = self.package.joinpath(*name.split(".")[1:])
-            files = (base / "__init__.py", base.with_suffix(".py")) if base != self.package else (base / "__init__.py",)
-            path = next((path for path in files if path.is_file()), None)
-            self._read[name] = self._remembered(path, name) if path else None
+            top, *parts = name.split(".")
+            base = self.package.joinpath(*parts)
+            files = [path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()]
+            path = next(iter([*files, *([base] if base.is_dir() else [])]), None) if top == self.package.name else None
+            self._read[name] = Module(path, name, top) if path else None
         return self._read[name]
 
-    def _remembered(self, path: Path, name: str) -> Module:
-        mark = [*(mark_of(path) or []), PYTHON] if self._memory else []
-        known = self._memory.known.get(str(path)) if self._memory else None
-        if known and len(mark) > 1 and known[0] == mark:
-            return Module(*known[1:])
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        module = read_module(path, package)
-        if self._memory and len(mark) > 1:
-            self._memory.known[str(path)] = [mark, *module]
+    def _remembered(self) -> dict[str, dict[str, str]]:
+        if self._memory is None or self._memory.known.get("of") != self._sources:
+            return self._closures
+        return {**self._memory.known["closures"], **self._closures}
+
+    def _remember(self) -> None:
+        if self._memory:
+            self._memory.known = {"of": self._sources, "closures": self._closures}
             self._memory.grew = True
-        return module
+            self._memory.save()
+
+    @cached_property
+    def _sources(self) -> str:
+        """A digest of all files of the package, and of this Python, whose syntax trees may be others."""
+        files = sorted(self.package.rglob("*.py"))
+        return _sha256(sys.version, *(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files))
 
 
-def read_module(path: Path, package: str) -> Module:
-    """Parse a source file; `package`: where its relative imports start. Raises ParamsError for no valid Python."""
-    tree = without_docstrings(parsed(path))
-    digests = [f"{name} {digest}" for name, digest in _definitions(tree).items()]
-    return Module(tree_digest(tree), sorted(set(imports(tree, package))), " ".join(digests), path.name == "__init__.py")
-
-
-def changed_definitions(old: str, new: str) -> str:
-    """Say which definitions differ between two texts of `Module.definitions`."""
-    before, after = _by_name(old), _by_name(new)
-    both = [name for name in after if name in before and before[name] != after[name]]
+def changed_definitions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """Say which definitions differ between two closures."""
+    if (WHOLE in old) != (WHOLE in new):
+        return "identified in another way by another rrlhf"
     told = {
-        "changed": ["its other lines" if name == REST else name for name in both],
-        "added": [name for name in after if name not in before],
-        "removed": [name for name in before if name not in after],
+        "changed": [name for name in new if name in old and name != WHOLE and old[name] != new[name]],
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
     }
-    return ", ".join(f"{_listed(names)} {verb}" for verb, names in told.items() if names) or "order changed"
+    return "; ".join(f"{_listed(names)} {verb}" for verb, names in told.items() if names) or "put together otherwise"
 
 
 def _listed(names: list[str]) -> str:
@@ -139,36 +269,24 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{more}"
 
 
-def _by_name(definitions: str) -> dict[str, str]:
-    words = definitions.split()
-    return dict(zip(words[::2], words[1::2], strict=True))
+def _is_skipped(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED
 
 
-def _definitions(tree: ast.Module) -> dict[str, str]:
-    """Return a digest per function, method, class and named value of a module, and one for all other lines."""
-    parts: dict[str, list[ast.stmt]] = {}
-    for statement in tree.body:
-        for name, part in _named(statement):
-            parts.setdefault(name, []).append(part)
-    return {
-        name: tree_digest(ast.Module(body=[*statements], type_ignores=[]))[:SHOWN] for name, statements in parts.items()
-    }
+def _changes_objects(statement: ast.stmt) -> bool:
+    """Whether a statement sets an attribute or an item."""
+    nodes = (node for node in walk([statement], FUNCTIONS) if isinstance(node, ast.Attribute | ast.Subscript))
+    return any(not isinstance(node.ctx, ast.Load) for node in nodes)
 
 
-def _named(statement: ast.stmt) -> Iterator[tuple[str, ast.stmt]]:
-    """Yield the definitions that a statement holds, by name; a class's methods by themselves."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-        yield statement.name, statement
-    elif isinstance(statement, ast.ClassDef):
-        methods = [part for part in statement.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
-        rest = [part for part in statement.body if part not in methods]
-        head = copy(statement)
-        head.body = rest
-        yield statement.name, head
-        yield from ((f"{statement.name}.{method.name}", method) for method in methods)
-    elif isinstance(statement, ast.Assign | ast.AnnAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
-        yield names[0] if len(names) == 1 == len(targets) else REST, statement
-    else:
-        yield REST, statement
+def _called(statement: ast.stmt) -> Iterator[ast.expr]:
+    """Yield what a statement calls when it is executed, decorators included."""
+    for node in walk([statement], FUNCTIONS):
+        if isinstance(node, ast.Call):
+            yield node.func
+        for decorator in getattr(node, "decorator_list", []):
+            yield decorator.func if isinstance(decorator, ast.Call) else decorator
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from rrlhf.config import Params, Prepare
-from rrlhf.data.files import is_hub_id
-from rrlhf.data.sources import source_digest
+from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
 from rrlhf.pipeline.artifacts import Artifact, Store
 from rrlhf.pipeline.cards import about
@@ -100,10 +99,6 @@ class Project:
         """Return a node's key document, given the digest of every node that it reads."""
         inputs = {argument: digests[name] for argument, name in node.inputs.items()}
         return key_document(node, inputs | external_digests(node, self.store.memo), self.modules)
-
-    def definitions(self, document: Document) -> dict[str, str]:
-        """Return digests of the definitions in a document's code, to be kept with its result."""
-        return self.modules.definitions(document["code"])
 
     def check_sources(self, *, fetch: bool = False) -> None:
         """Raise ParamsError when a base model, source data, a reward function or a key cannot be had or cannot be used.
@@ -232,13 +227,9 @@ class Project:
         if node.name == DATA:
             known = [json.loads(path.read_bytes()) for path in (self.root / "data").glob(f"{self.profile}*.key.json")]
             return min((differences(old, document) for old in known), key=len, default=["never made here"]), None
-        now = self.definitions(document)
-
-        def reasons(old: Artifact) -> list[str]:
-            then: dict[str, str] = old.manifest.get("definitions", {})
-            return differences(old.manifest["document"], document, then=then, now=now)
-
-        earlier = [(reasons(old), old) for old in self.earlier if old.name == node.name]
+        earlier = [
+            (differences(old.manifest["document"], document), old) for old in self.earlier if old.name == node.name
+        ]
         return min(earlier, key=lambda item: len(item[0]), default=(["never made here"], None))
 
     def _planned(self, node: Node, document: Document, forced: bool, digests: dict[str, str]) -> Planned:

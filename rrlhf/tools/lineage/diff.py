@@ -137,7 +137,7 @@ def _node(name: str, old: Product | None, new: Product | None) -> NodeDiff:
     elif not found and old.digest != new.digest:
         reasons = ["the same settings, code and inputs, and another result"]
     else:
-        reasons = [in_words(change, {}, {}) for change in own]
+        reasons = in_words(own)
     return NodeDiff(name, old, new, own, reasons)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -168,7 +166,7 @@ def _report_of(
 def _report_code(project: Project) -> dict[str, str]:
     """Return the digests of the modules that make the report and the numbers beside it."""
     made_by = ("rrlhf.tools.reporting.report", "rrlhf.tools.reporting.numbers", "rrlhf.tools.lineage.load")
-    return reduce(or_, map(project.modules.closure, made_by))
+    return project.modules.closure(*made_by)
 
 
 def _noted_report(project: Project) -> dict[str, str] | None:
