@@ -11,7 +11,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import RewardModel
 from rrlhf.rewards.trunk import Trunk
-from rrlhf.tools.chatting.chat import Chat, answers, open_chat
+from rrlhf.tools.chatting.chat import Chat
 from rrlhf.tools.chatting.command import in_words, prompts
 from rrlhf.tools.chatting.named import find_models
 
@@ -23,15 +23,15 @@ def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
     models, judge = find_models(project, "tiny", params, [str(start / "sft")], None)
     assert judge is None
-    opened = open_chat(models, judge, params)
-    [speaker] = opened.speakers
-    trunk = Trunk(speaker.language, 1, speaker.model, Texts(speaker.language, speaker.model))
-    ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)
-    return Chat([speaker, speaker], ensemble, "ensemble")
+    opened = Chat([*models, *models], judge, "cpu")
+    named, language = opened.speakers[0]
+    trunk = Trunk(language, 1, named.model, Texts(language, named.model))
+    opened.ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)
+    return opened
 
 
 def test_every_model_answers_the_same_prompt_with_every_heads_score(chat):
-    found = answers(chat, "Say a.")
+    found = chat.answers("Say a.")
     (score, other) = (answer.pop("score") for answer in found)
     assert found[0] == found[1]
     assert len(found[0]["text"]) <= 12  # characters are its tokens
@@ -44,7 +44,7 @@ def test_every_model_answers_the_same_prompt_with_every_heads_score(chat):
 
 def test_the_likeliest_answer_is_always_the_same_and_a_seed_decides_a_sample(chat):
     def said(seed):
-        return answers(chat, "Say a.", seed)[0]["text"]
+        return chat.answers("Say a.", seed)[0]["text"]
 
     assert said(None) == said(None)
     assert said(3) == said(3)
@@ -52,14 +52,15 @@ def test_the_likeliest_answer_is_always_the_same_and_a_seed_decides_a_sample(cha
 
 
 def test_without_an_ensemble_there_are_no_scores(chat):
-    found = answers(chat._replace(ensemble=None), "Say a.")
+    chat.ensemble = None
+    found = chat.answers("Say a.")
     assert found[0]["score"] is None
     assert in_words(found[0]) == ""
     json.dumps(found)
 
 
 def test_a_folder_that_is_no_model_is_named(project, tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match="not the folder of an artifact"):
         find_models(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
 
 

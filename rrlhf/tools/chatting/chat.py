@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 
-from rrlhf.config import Model, Params
 from rrlhf.hardware import device_kind
 from rrlhf.models.load import LanguageModel, load_model, most_likely
 from rrlhf.models.rollout import Response, sample_in_batches
@@ -36,67 +35,43 @@ class Answer(TypedDict):
     score: Score | None  # None: no ensemble is at hand
 
 
-class Speaker(NamedTuple):
-    """A model that answers, under the name that it was asked for by."""
+class Chat:
+    """The models of one conversation, and the reward model that judges them."""
 
-    name: str
-    language: LanguageModel
-    model: Model
+    def __init__(self, models: Sequence[Named], judge: Judge | None, device: str) -> None:
+        kind = torch.device(device_kind(device))
+        self.speakers = [(each, load_model(each.folder)) for each in models]
+        for _, language in self.speakers:
+            language.network.to(kind).requires_grad_(False)
+        self.ensemble = load_reward_model(judge.artifact.path, judge.sft, kind) if judge else None
 
+    def answers(self, prompt: str, seed: int | None = None) -> list[Answer]:
+        """Return every model's answer to a prompt, with its score.
 
-class Chat(NamedTuple):
-    """The models of one conversation."""
-
-    speakers: list[Speaker]
-    ensemble: RewardModel | None
-    judge: str | None  # the ensemble's name
-
-
-def open_chat(models: Sequence[Named], judge: Judge | None, params: Params) -> Chat:
-    """Load the models, and the reward model that judges them."""
-    device = torch.device(device_kind(params.model.device))
-    speakers = [_speaker(each, device) for each in models]
-    if judge is None:
-        return Chat(speakers, None, None)
-    return Chat(speakers, load_reward_model(judge.artifact.path, judge.sft, device), judge.name)
-
-
-def answers(chat: Chat, prompt: str, seed: int | None = None) -> list[Answer]:
-    """Return every model's answer to a prompt, with its score.
-
-    The most likely tokens; with a seed, a sample at temperature 1, as in training.
-    """
-    asked = [Message(role="user", content=prompt)]
-    spoken = [_response(speaker, asked, seed) for speaker in chat.speakers]
-    texts = [decode(speaker.language, said.tokens) for speaker, said in zip(chat.speakers, spoken, strict=True)]
-    scores = _scores(chat.ensemble, asked, texts)
-    return [
-        {"model": speaker.name, "text": text, "finished": said.finished, "score": score}
-        for speaker, text, said, score in zip(chat.speakers, texts, spoken, scores, strict=True)
-    ]
+        The most likely tokens; with a seed, a sample at temperature 1, as in training.
+        """
+        asked = [Message(role="user", content=prompt)]
+        said = [_response(named, language, asked, seed) for named, language in self.speakers]
+        texts = [decode(language, each.tokens) for (_, language), each in zip(self.speakers, said, strict=True)]
+        scores = _scores(self.ensemble, asked, texts) if self.ensemble else [None for _ in texts]
+        return [
+            {"model": named.name, "text": text, "finished": each.finished, "score": score}
+            for (named, _), text, each, score in zip(self.speakers, texts, said, scores, strict=True)
+        ]
 
 
-def _speaker(named: Named, device: torch.device) -> Speaker:
-    language = load_model(named.folder)
-    language.network.to(device).requires_grad_(False)
-    return Speaker(named.name, language, named.model)
-
-
-def _response(speaker: Speaker, asked: list[Message], seed: int | None) -> Response:
-    language, model = speaker.language, speaker.model
-    texts = Texts(language, model)
+def _response(named: Named, language: LanguageModel, asked: list[Message], seed: int | None) -> Response:
+    texts = Texts(language, named.model)
     tokens = texts.prompt(asked)
-    texts.told(speaker.name)
+    texts.told(named.name)
     if seed is not None:
-        [sampled] = sample_in_batches(language, [tokens], model, batch_size=1, seed=seed, label="sampling")
+        [sampled] = sample_in_batches(language, [tokens], named.model, batch_size=1, seed=seed, label="sampling")
         return sampled
-    said = most_likely(language, tokens, model.response_tokens)
+    said = most_likely(language, tokens, named.model.response_tokens)
     return Response(said, finished=said[-1] in language.ends, logprob=0.0)
 
 
-def _scores(ensemble: RewardModel | None, asked: list[Message], texts: Sequence[str]) -> list[Score | None]:
-    if ensemble is None:
-        return [None for _ in texts]
+def _scores(ensemble: RewardModel, asked: list[Message], texts: Sequence[str]) -> list[Score]:
     scores = ensemble.score([asked for _ in texts], texts)
     columns = zip(mean_reward(scores), worst_reward(scores), head_spread(scores), scores.mean, strict=True)
     return [

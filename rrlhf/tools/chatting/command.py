@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,19 +51,20 @@ def chat(
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     asked = prompts(prompt)
     models, judge = find_models(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
-    from rrlhf.tools.chatting.chat import answers, open_chat
+    from rrlhf.tools.chatting.chat import Chat
 
-    opened = open_chat(models, judge, params)
+    conversation = Chat(models, judge, params.model.device)
+    scored_by = f"{judge.artifact.name} {judge.artifact.digest[:8]}" if judge else None
     for text in asked:
-        found = answers(opened, text, seed)
+        found = conversation.answers(text, seed)
         if as_json:
-            print(json.dumps({"prompt": text, "ensemble": opened.judge, "answers": found}), flush=True)
+            print(json.dumps({"prompt": text, "ensemble": scored_by, "answers": found}), flush=True)
         else:
-            _show(found, opened.judge)
+            _show(found, scored_by)
 
 
 def prompts(given: str | None) -> Iterator[str]:
-    """Return the prompt that was given, all of stdin as one, or, on a terminal, one line after another.
+    """Return the prompt that was given, all of stdin as one, or, on a terminal, one line after another until Ctrl-D.
 
     Raises UsageError at once when there is none.
     """
@@ -75,15 +77,11 @@ def prompts(given: str | None) -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Yield lines until Ctrl-D."""
-    while True:
-        try:
-            text = input("› ").strip()
-        except EOFError:
-            print()
-            return
-        if text:
-            yield text
+    with suppress(EOFError):
+        while True:
+            if text := input("› ").strip():
+                yield text
+    print()
 
 
 def _show(found: Sequence[Answer], judge: str | None) -> None:

@@ -10,10 +10,9 @@ from rrlhf.config import Model, Params
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.stages import STAGES
 from rrlhf.tools.lineage.lookup import Lookup
 
-ANSWERS = [stage for stage, spec in STAGES.items() if spec.makes == "language model"]
+ANSWERS = ("sft", "ppo", "dpo")  # stages whose artifact is a model that answers
 
 
 class Named(NamedTuple):
@@ -31,11 +30,6 @@ class Judge(NamedTuple):
     artifact: Artifact
     sft: Path  # whose layers its heads may read
 
-    @property
-    def name(self) -> str:
-        """Name it as a person sees it."""
-        return f"{self.artifact.name} {self.artifact.digest[:8]}"
-
 
 def find_models(
     root: Path, profile: str, params: Params, models: Sequence[str], ensemble: str | None
@@ -47,8 +41,18 @@ def find_models(
     """
     lookup = Lookup(root, profile, params)
     found = [_model(lookup, reference, params.model) for reference in models]
-    judge = _ensemble(lookup, Project(root, profile, params), found, ensemble)
-    if judge is None:
+    own = (each.artifact for each in found if each.artifact and "ensemble" in each.artifact.inputs)
+    if ensemble:
+        judge = lookup.find(ensemble)
+        if judge.stage not in {"ensemble", "reward"}:
+            raise UsageError(
+                f"--ensemble {ensemble!r} is made by stage {judge.stage}; name an ensemble or reward model"
+            )
+    elif policy := next(own, None):
+        judge = lookup.input_of(policy, "ensemble")
+    elif default := Project(root, profile, params).artifact("ensemble"):
+        judge = default
+    else:
         return found, None
     reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
     return found, Judge(judge, lookup.input_of(reward, "sft").path)
@@ -56,11 +60,7 @@ def find_models(
 
 def _model(lookup: Lookup, reference: str, usual: Model) -> Named:
     folder = Path(reference)
-    if folder.is_dir() and not (folder / MANIFEST).is_file():
-        if not (folder / "config.json").is_file():
-            raise UsageError(
-                f"{reference}: neither an artifact's folder nor one of transformers (it has no config.json)"
-            )
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
         return Named(reference, folder, usual, None)
     artifact = lookup.find(reference)
     if artifact.stage not in ANSWERS:
@@ -69,15 +69,3 @@ def _model(lookup: Lookup, reference: str, usual: Model) -> Named:
         )
     own = Model.model_validate(artifact.manifest["document"]["params"]["model"])
     return Named(reference, artifact.path, own.model_copy(update={"device": usual.device}), artifact)
-
-
-def _ensemble(lookup: Lookup, project: Project, models: Sequence[Named], named: str | None) -> Artifact | None:
-    if named:
-        found = lookup.find(named)
-        if found.stage not in {"ensemble", "reward"}:
-            raise UsageError(f"--ensemble {named!r} is made by stage {found.stage}; name an ensemble or a reward model")
-        return found
-    for model in models:
-        if model.artifact and "ensemble" in model.artifact.inputs:
-            return lookup.input_of(model.artifact, "ensemble")
-    return project.artifact("ensemble")
