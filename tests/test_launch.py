@@ -15,6 +15,7 @@ from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.processes import LaunchError
 from rrlhf.policy.health import DivergedError
+from rrlhf.stopping import Interrupted, stop
 
 ROOT = Path(__file__).parents[1]
 HERE = Launch(processes=1, threads=0, arms_at_once=1)
@@ -121,6 +122,18 @@ def test_messages_are_found_among_what_user_code_prints(tmp_path, monkeypatch, c
         execute(document, inputs={}, out=tmp_path / "out", log=rows.append, launch=two)
     assert rows == [{"step": 1}]
     assert capsys.readouterr().err == "hello\nhalf a line\nbye\n"
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_other_processes(tmp_path, monkeypatch):
+    says = "import sys, time; print(sys.argv[1], flush=True); time.sleep(600)"
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", says, '@rrlhf {"row": {"step": 1}}'])
+    document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
+    two = Launch(processes=2, threads=1, arms_at_once=1)
+    try:
+        with pytest.raises(Interrupted):
+            execute(document, inputs={}, out=tmp_path / "out", log=lambda row: stop.set(), launch=two)
+    finally:
+        stop.clear()
 
 
 def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, monkeypatch):

@@ -94,6 +94,7 @@ class _Told:
                 else:
                     self.error = message.get("error", self.error)
                     self.diverged = message.get("diverged", self.diverged)
+                check_stop()
 
     def hear_out(self, lines: Iterable[str]) -> None:
         """Hand on what is no message until the processes have ended."""
