@@ -35,7 +35,7 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.tracking import Tracker, Version
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.load import from_versions, load
-from rrlhf.tools.lineage.openlineage import as_lines, events
+from rrlhf.tools.lineage.openlineage import as_lines
 from rrlhf.tools.lineage.rows import sightings
 from rrlhf.tools.lineage.text import as_json, mermaid, page, tree
 
@@ -122,7 +122,7 @@ def measure_lineage() -> dict[str, dict[str, float]]:
         "up, JSON": lambda: as_json(graph, graph.find(newest)),
         "up, Mermaid": lambda: mermaid(graph, graph.find(newest)),
         "up, HTML": lambda: page(graph, graph.find(newest)),
-        "up, OpenLineage": lambda: as_lines(events(graph, graph.up(graph.find(newest)))),
+        "up, OpenLineage": lambda: as_lines(graph, graph.find(newest)),
         "down from the oldest model": lambda: graph.down(graph.find(oldest)),
         "down from the largest data set": lambda: graph.down(graph.find(data.digest)),
         "down from the largest data set, JSON": lambda: as_json(graph, graph.find(data.digest), down=True),

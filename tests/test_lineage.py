@@ -143,7 +143,7 @@ def test_an_empty_server_says_so():
 
 
 def test_json_holds_the_whole_ancestry_inputs_first(graph, policy):
-    told = as_json(graph, policy)
+    told = json.loads(as_json(graph, policy))
     assert [product["digest"][:5] for product in told["products"]] == ["md5:d", "rando", "aaaaa", "bbbbb", "ccccc"]
     links = {(each["from"], each["argument"], each["to"]) for each in told["links"]}
     assert links == {

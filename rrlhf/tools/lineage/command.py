@@ -55,18 +55,27 @@ def lineage(
     format = Format.JSON if as_json else format
     graph, tracker, versions = _graph(profile)
     if row is not None:
-        text = _row(graph, row, format)
+        told = _row(graph, row, format)
     else:
+        from rrlhf.tools.lineage import openlineage, text
         from rrlhf.tools.lineage.load import described
 
         start = graph.find(str(node), profile)
         if format in {Format.JSON, Format.HTML, Format.OPENLINEAGE}:
             graph = described(graph, graph.down(start) if down else graph.up(start), tracker, versions)
-        text = _written(graph, str(node), profile, down, format)
+        written = {
+            Format.TREE: text.tree,
+            Format.JSON: text.as_json,
+            Format.MERMAID: text.mermaid,
+            Format.DOT: text.dot,
+            Format.HTML: text.page,
+            Format.OPENLINEAGE: openlineage.as_lines,
+        }[format]
+        told = written(graph, graph.find(str(node), profile), down=down)
     if out is None:
-        print(text)
+        print(told)
     else:
-        write(out, text.rstrip("\n") + "\n")
+        write(out, told.rstrip("\n") + "\n")
         print(out)
 
 
@@ -129,18 +138,6 @@ def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, Tracker, list[V
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
     return load(root, versions, profile, strict=strict), tracker, versions
-
-
-def _written(graph: Graph, node: str, profile: str, down: bool, format: Format) -> str:
-    from rrlhf.tools.lineage import openlineage, text
-
-    start = graph.find(node, profile)
-    if format is Format.OPENLINEAGE:
-        return openlineage.as_lines(openlineage.events(graph, graph.down(start) if down else graph.up(start)))
-    if format is Format.JSON:
-        return json.dumps(text.as_json(graph, start, down=down), indent=1)
-    draw = {Format.TREE: text.tree, Format.MERMAID: text.mermaid, Format.DOT: text.dot, Format.HTML: text.page}[format]
-    return draw(graph, start, down=down)
 
 
 def _row(graph: Graph, row: str, format: Format) -> str:

@@ -7,7 +7,7 @@ evaluation a dataset in OpenLineage's sense, with the digest of its content as i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
@@ -24,15 +24,10 @@ PRODUCER = f"urn:rrlhf:{version('rrlhf')}"
 Object = dict[str, Any]  # as JSON
 
 
-def events(graph: Graph, products: Iterable[Product]) -> Iterator[Object]:
-    """Yield the events of all stages that made these products, in the order in which they come."""
-    for product in products:
-        if product.stage:
-            yield from _run(graph, product)
-
-
-def as_lines(found: Iterable[Object]) -> str:
+def as_lines(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return events as JSON, one a line, as OpenLineage's file transport writes them."""
+    products = graph.down(start) if down else graph.up(start)
+    found = (event for product in products if product.stage for event in _run(graph, product))
     return "\n".join(json.dumps(event, ensure_ascii=False) for event in found)
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import dotted
-from rrlhf.types import Json
 
 SPECIAL = str.maketrans({character: f"#{ord(character)};" for character in '"#&<>`[]{}()|\\;'})
 
@@ -62,19 +61,19 @@ def page(graph: Graph, start: Product, *, down: bool = False) -> str:
     return pages.page("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
 
 
-def as_json(graph: Graph, start: Product, *, down: bool = False) -> Json:
+def as_json(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a product's ancestry, or what was made from it: products in order, and the links between them."""
     products, arrows = _picture(graph, start, down)
-    links: list[Json] = [{"from": source, "argument": argument, "to": made} for source, argument, made in arrows]
-    return {
+    told = {
         "of": products.index(start),
         "direction": "down" if down else "up",
         "products": [as_object(product) for product in products],
-        "links": links,
+        "links": [{"from": source, "argument": argument, "to": made} for source, argument, made in arrows],
     }
+    return json.dumps(told, indent=1)
 
 
-def as_object(product: Product) -> dict[str, Json]:
+def as_object(product: Product) -> dict[str, object]:
     """Return what is known of one product."""
     return {
         "title": product.title,
@@ -84,12 +83,12 @@ def as_object(product: Product) -> dict[str, Json]:
         "key": product.key or None,
         "names": [*product.names],
         "aliases": [*product.aliases],
-        "inputs": dict[str, Json](product.inputs),
+        "inputs": dict(product.inputs),
         "git_commit": product.commit or None,
         "created": product.created or None,
         "seconds": product.seconds or None,
         "params": (product.document or {}).get("params"),
-        "metrics": dict[str, Json](product.metrics),
+        "metrics": dict(product.metrics),
     }
 
 
