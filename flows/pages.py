@@ -35,24 +35,23 @@ class Pages:
         self._profile = re.sub("[^a-z0-9]+", "-", profile.lower()).strip("-")
         self._planned: Sequence[Planned] = ()
         self._progress: UUID | None = None
-        self._percent = 0.0
         self._away = False
 
     def plan(self, planned: Sequence[Planned], start_up: float | None = None) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
-        self._planned, self._percent = planned, percent_done(planned, ())
+        self._planned = planned
         rows, expected = plan_rows(planned), total(planned, start_up) or "Nothing is to be done."
         self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
         self._progress = self._tell(
-            lambda: create_progress_artifact(self._percent, self._key("progress"), "Done, by expected time.")
+            lambda: create_progress_artifact(
+                percent_done(planned, ()), self._key("progress"), "Done, by expected time."
+            )
         )
 
     def advance(self, done: Collection[str]) -> None:
         """Show that these nodes are done."""
-        percent, progress = percent_done(self._planned, done), self._progress
-        if progress and percent > self._percent:
-            self._percent = percent
-            self._tell(lambda: update_progress_artifact(progress, percent))
+        if progress := self._progress:
+            self._tell(lambda: update_progress_artifact(progress, percent_done(self._planned, done)))
 
     def comparison(
         self, evaluation: Evaluation, conclusions: Sequence[str], report: str, links: Mapping[str, str]
