@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from rrlhf.config import Model
-from rrlhf.files import sync, write
+from rrlhf.files import sync
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
-from rrlhf.models.attention import PACKED, register
+from rrlhf.models.layers import PACKED, register
 from rrlhf.models.sources import base_location
 from rrlhf.models.trial import LONG, refusal
 
@@ -35,7 +35,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-CONVERTED = "converted.json"  # beside the weights of a GGUF file as plain tensors: their digests
 
 
 class LanguageModel(NamedTuple):
@@ -45,6 +44,7 @@ class LanguageModel(NamedTuple):
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     dtype: torch.dtype = torch.float32  # of its weights when they are saved
     notes: tuple[str, ...] = ()  # what a person should know of how it is used
+    adapters: Any = None  # peft.PeftModel around the network, where adapters stand beside its maps
 
     @property
     def layers(self) -> int:
@@ -130,22 +130,6 @@ def save_model(language: LanguageModel, folder: Path) -> None:
     language.tokenizer.save_pretrained(folder)
 
 
-@torch.no_grad()
-def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
-    """Return the tokens of the response that takes the most likely token at every step, its end included."""
-    entering = torch.tensor([prompt], device=language.device)
-    output = language.network.generate(
-        entering,
-        attention_mask=torch.ones_like(entering),
-        max_new_tokens=response_tokens,
-        do_sample=False,
-        eos_token_id=language.ends,
-        pad_token_id=language.end,
-    )
-    said: list[int] = output[0, len(prompt) :].tolist()
-    return said
-
-
 def _loaded(
     place: Path | str, name: str, model: Model | None = None, *, weights: bool = True, fetch: bool = False
 ) -> LanguageModel:
@@ -164,10 +148,9 @@ def _loaded(
         )
     stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
     where = {} if weights else {"device_map": "meta"}
-    with _quiet():  # what transformers would report is refused below
-        network, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
-        )
+    network, report = AutoModelForCausalLM.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
+    )
     kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
     language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
     return _ready(language, name, model, [*_weight_problems(report)])
@@ -185,18 +168,6 @@ def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             yield f"weights {shown} {what}"
     yield from (str(error) for error in report.get("error_msgs", ()))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _ready(
@@ -281,18 +252,11 @@ def _converted(gguf: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             staged = Path(beside) / "model"
             save_model(LanguageModel(network, tokenizer), staged)
-            write(staged / CONVERTED, json.dumps(_digests(staged), indent=1))
             for path in staged.iterdir():
                 sync(path)
             with contextlib.suppress(OSError):  # another process was first
                 staged.rename(folder)
-    if json.loads((folder / CONVERTED).read_bytes()) != _digests(folder):
-        raise ModelError(f"{folder}: not what was made of {gguf.name}; to have it made again: rm -r {folder}")
     return folder
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CONVERTED}
 
 
 def _random_model(base: str) -> LanguageModel:

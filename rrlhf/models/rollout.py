@@ -16,13 +16,14 @@ from torch.nn.functional import cross_entropy, pad
 from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
-from rrlhf.models.attention import Cache, groups
-from rrlhf.models.layers import ages, grow, prefill
+from rrlhf.models.layers import ages, groups, grow, prefill
 from rrlhf.models.load import LanguageModel, autocast
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics
+
+LIKELIEST = 1e-6  # a temperature so low that only the most likely token is drawn
 
 
 class Samples(NamedTuple):
@@ -118,6 +119,8 @@ def sample(
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
     Log-probabilities are those of the model itself, at temperature 1, at whatever temperature it is sampled.
     """
+    from transformers import DynamicCache
+
     network, device = language.network, language.device
     ends = torch.tensor(language.ends, device=device)
     batch, width = len(prompts), max(map(len, prompts))
@@ -128,7 +131,7 @@ def sample(
     entropy = torch.zeros_like(logprobs)
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
 
-    cache = Cache(language.layers, width + response_tokens)
+    cache = DynamicCache()
     packing, entered, below = prefill(network, prompts, language.layers, cache, keep)
     hidden = entered[0, packing.flat(torch.arange(batch, device=device), lengths - 1)]
     room = (0, 0, 0, response_tokens)
@@ -154,7 +157,7 @@ def sample(
             break
         alive = running[rows]
         if alive.float().mean() <= 0.75:
-            cache.keep(alive.nonzero()[:, 0])
+            cache.batch_select_indices(alive.nonzero()[:, 0])
             rows = rows[alive]
         # The last tokens enter too: reward features look at them.
         ago = age[rows, : width + step + 1] + step
@@ -162,6 +165,13 @@ def sample(
         for layer, entering in below.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
+
+
+def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
+    """Return the tokens of the response that takes the most likely token at every step, its end included."""
+    generator = torch.Generator(language.device)
+    [said] = sample(language, [prompt], response_tokens, generator, temperature=LIKELIEST).lists()
+    return said
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,10 +11,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rrlhf.models.attention import PACKED, Cache, register
-from rrlhf.models.layers import ages, grow, prefill
+from rrlhf.models.layers import PACKED, ages, grow, prefill, register
 
 TOLERANCE = 1e-4  # share of the norm; rounding makes 1e-6, another computation 1e-2
 MOST_LAYERS = 8
@@ -28,20 +26,16 @@ def refusal(config: Any, tokens: int) -> str | None:
     if limit is not None and tokens > limit:
         return f"it was made for {limit} tokens (max_position_embeddings), and prompt and response take {tokens}"
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kind, unchanged = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings", limit)
+    kind, unchanged = rope.get("rope_type"), rope.get("original_max_position_embeddings", limit)
     if kind in NOT_BATCHED and unchanged is not None and tokens > unchanged:
         return (
             f"its rotary embedding ({kind}) changes for a whole batch when one row is longer than {unchanged} tokens, "
             f"and prompt and response take {tokens}"
         )
-    kind_of: Any = type(config)
-    return _tried(kind_of, json.dumps(config.to_dict(), sort_keys=True, default=str), _length(config, tokens))
-
-
-def _length(config: Any, tokens: int) -> int:
-    """Return how long a row must be to show all that depends on its length."""
-    window = getattr(config, "sliding_window", None)
-    return min(tokens, max(LONG, (window or 0) + SHORT))
+    make: Any = type(config)
+    window = getattr(config, "sliding_window", None) or 0
+    described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _tried(make, described, min(tokens, max(LONG, window + SHORT)))
 
 
 @cache
@@ -84,6 +78,8 @@ def _twins(kind: Any, described: dict[str, Any]) -> tuple[Any, Any]:
 @torch.no_grad()
 def _say_the_same(own: Any, ours: Any, tokens: int) -> bool:
     """Whether rows run together by layers, at once and the last token by itself, give what each gives alone."""
+    from transformers import DynamicCache
+
     draw = torch.Generator().manual_seed(0)
     lengths = torch.tensor([tokens, min(SHORT, tokens)])
     rows = [torch.randint(0, 64, (length,), generator=draw).tolist() for length in lengths.tolist()]
@@ -92,14 +88,10 @@ def _say_the_same(own: Any, ours: Any, tokens: int) -> bool:
     logits = ours.lm_head(ours.model.norm(whole.packing.grid(whole.last)))
     expected = [own(torch.tensor([row])).logits[0] for row in rows]
     together = [grid[: len(row)] for grid, row in zip(logits, rows, strict=True)]
-    cache, width = Cache(layers, tokens), max(map(len, rows)) - 1
+    cache, width = DynamicCache(), max(map(len, rows)) - 1
     prefill(ours, [row[:-1] for row in rows], layers, cache)
     last = torch.tensor([row[-1] for row in rows])
     grown, _ = grow(ours, last, lengths - 1, ages(lengths - 1, width, 1), cache)
     after = list(ours.lm_head(ours.model.norm(grown)))
     pairs = [*zip(together, expected, strict=True), *zip(after, [each[-1] for each in expected], strict=True)]
-    return all(_close(one, other) for one, other in pairs)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool((one - other).norm() <= TOLERANCE * other.norm())
+    return all(bool((one - other).norm() <= TOLERANCE * other.norm()) for one, other in pairs)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,25 +29,21 @@ class PairFeatures(NamedTuple):
     @property
     def reference(self) -> Tensor:
         """Responses on which scores are normalised: every held-out one, [responses, ..., width]."""
-        return _once(*self.heldout)
+        distinct: Tensor = torch.unique(torch.cat(self.heldout), dim=0)
+        return distinct
 
     def save(self, folder: Path) -> None:
         """Write the features."""
-        tensors = {
-            "train.chosen": self.train.chosen,
-            "train.rejected": self.train.rejected,
-            "heldout.chosen": self.heldout.chosen,
-            "heldout.rejected": self.heldout.rejected,
-            "heldout.prompts": self.heldout_prompts,
-        }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
+        tensors = {"heldout.prompts": self.heldout_prompts}
+        for name, pairs in (("train", self.train), ("heldout", self.heldout)):
+            tensors |= {f"{name}.{side}": tensor.contiguous() for side, tensor in pairs._asdict().items()}
+        save_file(tensors, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> PairFeatures:
         """Read what `save` wrote."""
         stored = load_file(folder / FILE)
-        train = Pairs(stored["train.chosen"], stored["train.rejected"])
-        heldout = Pairs(stored["heldout.chosen"], stored["heldout.rejected"])
+        train, heldout = (Pairs(*(stored[f"{name}.{side}"] for side in Pairs._fields)) for name in ("train", "heldout"))
         return cls(train, heldout, stored["heldout.prompts"])
 
 
@@ -60,17 +55,6 @@ def started(reward: Path) -> PairFeatures:
 def folder_of(ensemble: Path, reward: Path) -> Path:
     """Return where the features are that an ensemble's heads read: its own, or the reward model's that it stands on."""
     return ensemble if (ensemble / FILE).exists() else reward
-
-
-def reference(folder: Path) -> Tensor:
-    """Return `PairFeatures.reference` of a folder without reading the training pairs, of which there are many more."""
-    with safe_open(folder / FILE, framework="pt") as stored:
-        return _once(stored.get_tensor("heldout.chosen"), stored.get_tensor("heldout.rejected"))
-
-
-def _once(chosen: Tensor, rejected: Tensor) -> Tensor:
-    distinct: Tensor = torch.unique(torch.cat([chosen, rejected]), dim=0)
-    return distinct
 
 
 def read_pairs(trunk: Trunk, data: Path) -> tuple[list[Preference], list[Preference]]:
