@@ -123,7 +123,7 @@ class Project:
                 load_functions(paths, columns)
         with collected(mistakes):
             if self.store.notary:
-                self.store.notary.prepare()
+                self.store.notary.check()
         with collected(mistakes):
             found, self.notes = check_models(self.params, self.root, self.store.memo, fetch=fetch)
             mistakes += found
@@ -261,7 +261,7 @@ class Project:
     def _registered(self, node: Node, key: str) -> Found | None:
         from rrlhf.pipeline.tracking.registry import registrations
 
-        known = registrations(self.root, self.params.tracking.experiment, [key]) or {}
+        known = registrations(self.root, self.params.tracking.experiment, [key])
         named = [(name, found) for (_, name), found in known.items() if name]
         if not named:
             return None
