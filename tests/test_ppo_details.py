@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from rrlhf.models.load import load_base, load_model, save_model
-from rrlhf.policy.judgement import load_reward_models
 from rrlhf.policy.learner import prepare_learner
-from rrlhf.stages.ppo import Prompts, collect, optimise, train
+from rrlhf.policy.reward import Prompts, load_reward_models
+from rrlhf.stages.ppo import collect, optimise, train
 
 PROMPTS = Prompts([[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]])
 EIGHT = [0, 1, 2, 0, 1, 2, 0, 1]  # rows of them
@@ -20,8 +20,8 @@ def learner(language, model, ppo, rewards):
     return prepare_learner(Accelerator(cpu=True), language, models, model=model, ppo=ppo, seed=0)
 
 
-def single(judgement):
-    return judgement.single
+def single(scores):
+    return scores.single
 
 
 def trainable(found):

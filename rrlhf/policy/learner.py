@@ -21,9 +21,10 @@ from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
-from rrlhf.policy.checkpoint import State, random_states, set_random_states
-from rrlhf.policy.judgement import RewardModels
+from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
+from rrlhf.policy.reward import RewardModels
+from rrlhf.types import Metrics
 
 Place = tuple[Tensor, Tensor, Tensor, Tensor]  # what enters the layers that train, prompt lengths, responses, mask
 
@@ -47,31 +48,21 @@ class Trained:
         self.schedule.step()
         return float(norm)
 
-    def state(self, **notes: Any) -> State:
-        """Return what a checkpoint must hold, with further notes as JSON."""
-        optimizer = self.optimizer.state_dict()
-        tensors = self._weights()
-        for i, values in optimizer["state"].items():  # of Adam, all of which are tensors
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
-        told = {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
-        return State(shared=tensors, own={}, notes=told | notes)
+    def state(self, **own: Any) -> State:
+        """Return what a checkpoint must hold; own: what else there is of this process."""
+        states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return State({"weights": self._weights(), **states}, own)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put back the weights, the optimizer and its schedule, in place."""
         for name, weight in self._weights().items():
-            weight.copy_(state.shared[name])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for path, value in state.shared.items():
-            if path.startswith("optimizer."):
-                _, i, name = path.split(".")
-                moments.setdefault(int(i), {})[name] = value
-        groups = [group | {"betas": tuple(group["betas"])} for group in state.notes["groups"]]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.schedule.load_state_dict(state.notes["schedule"])
+            weight.copy_(state.shared["weights"][name])
+        self.optimizer.load_state_dict(state.shared["optimizer"])
+        self.schedule.load_state_dict(state.shared["schedule"])
 
     def _weights(self) -> dict[str, Tensor]:
-        return {f"weights.{name}": weight for name, weight in self.top.named_parameters() if weight.requires_grad}
+        return {name: weight.detach() for name, weight in self.top.named_parameters() if weight.requires_grad}
 
 
 @dataclass
@@ -90,19 +81,14 @@ class Learner(Trained):
     rollouts: int = 0  # in all
 
     @property
-    def boundary(self) -> int | None:
-        """Layers below it are frozen; None: everything trains."""
-        return self.top.first
-
-    @property
     def shares_trunk(self) -> bool:
         """Whether the reward heads' layer lies in the frozen part; else the reference's pass gives its states."""
-        layer = self.rewards.layer
-        return layer is not None and self.boundary is not None and layer <= self.boundary
+        layer, first = self.rewards.layer, self.top.first
+        return layer is not None and first is not None and layer <= first
 
     def sample(self, prompts: list[list[int]]) -> Samples:
-        """Sample from the policy as it is, and keep the states that enter the boundary and the reward heads' layer."""
-        wanted = (self.boundary, self.rewards.layer if self.shares_trunk else None)
+        """Sample from the policy, and keep the states that enter the trained layers and the reward heads' layer."""
+        wanted = (self.top.first, self.rewards.layer if self.shares_trunk else None)
         layers = tuple(layer for layer in wanted if layer is not None)
         return sample(self.language, prompts, self.model.response_tokens, self.generator, layers)
 
@@ -111,10 +97,9 @@ class Learner(Trained):
 
         One of the two has the states that the reward heads read, if these read any.
         """
-        layer = self.rewards.layer
+        first, layer = self.top.first, self.rewards.layer
         longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
-        boundary = self.boundary
-        entering = tokens_of(prompts, samples) if boundary is None else samples.states[boundary][:, :longest]
+        entering = tokens_of(prompts, samples) if first is None else samples.states[first][:, :longest]
         place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
         tokens = min(self.ppo.microbatch_tokens, self.ppo.minibatch_size * longest)  # as much memory as a step takes
         reference = self.reference(*place, layer=None if self.shares_trunk else layer, tokens=tokens)
@@ -122,6 +107,13 @@ class Learner(Trained):
         if torch.is_autocast_enabled(self.engine.device.type):  # bfloat16: one row alone rounds differently
             policy = self.top.read(*place, tokens=tokens)
         return place, policy._replace(states=samples.states[layer] if self.shares_trunk and layer else None), reference
+
+    def mean_over_processes(self, metrics: Metrics) -> Metrics:
+        """Return the mean over processes of numbers that each of them has."""
+        if self.engine.num_processes == 1 or not metrics:
+            return metrics
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.engine.device)
+        return dict(zip(metrics, self.engine.reduce(values, reduction="mean").tolist(), strict=True))
 
     def clip_gradients(self) -> float:
         """Have the next step use gradients of norm `ppo.max_grad_norm` at most; return the norm that they have.
@@ -136,22 +128,27 @@ class Learner(Trained):
         inner.optimizer.grad_scale = (norm / self.ppo.max_grad_norm).clamp(min=1.0)
         return float(norm)
 
-    def state(self, **notes: Any) -> State:
-        """Return what a checkpoint must hold, with further notes as JSON."""
-        told = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
-        own = random_states(generator=self.generator, shuffle=self.shuffle)
-        return super().state(**told, **notes)._replace(own=own)
+    def state(self, **own: Any) -> State:
+        """Return what a checkpoint must hold; own: what else there is of this process."""
+        shared, own = super().state(**own)
+        counted = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
+        return State(shared | counted, own | {"random": [each.get_state() for each in self._generators]})
 
     def restore(self, state: State) -> None:
         """Put the policy where it was; the order of prompts and all other randomness go on as they are."""
         super().restore(state)
-        self.kl_weight, self.update = state.notes["kl_weight"], state.notes["update"]
+        self.kl_weight, self.update = state.shared["kl_weight"], state.shared["update"]
 
     def resume(self, state: State) -> None:
         """Put everything where it was, randomness included."""
         self.restore(state)
-        self.rollouts = state.notes["rollouts"]
-        set_random_states(state.own, generator=self.generator, shuffle=self.shuffle)
+        self.rollouts = state.shared["rollouts"]
+        for generator, random in zip(self._generators, state.own["random"], strict=True):
+            generator.set_state(random)
+
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return self.generator, self.shuffle, torch.default_generator
 
 
 def prepare_learner(

@@ -6,20 +6,16 @@ in rrlhf/policy/learner.py; what is done when training is interrupted or goes wr
 
 from __future__ import annotations
 
-import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
@@ -30,36 +26,26 @@ from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models.adapters import merged
 from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
-from rrlhf.models.rollout import (
-    Rollout,
-    explained_variance,
-    response_features,
-    rollout_metrics,
-    text_lengths,
-)
-from rrlhf.models.text import Texts, decode
-from rrlhf.policy.arm_record import write_arm
+from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
+from rrlhf.models.text import Texts
 from rrlhf.policy.checkpoint import Checkpoints
-from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import RolloutResponse, excerpts
-from rrlhf.policy.health import EVENTS, DivergedError
-from rrlhf.policy.judgement import Judgement, Said, arm_reward, load_reward_models, reference_scale, reward_metrics
+from rrlhf.policy.excerpts import RolloutResponse
+from rrlhf.policy.health import DivergedError
 from rrlhf.policy.learner import Learner, prepare_learner
-from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, load_functions
-from rrlhf.policy.supervision import History, resumed, supervised
+from rrlhf.policy.reward import (
+    Prompts,
+    Reward,
+    arm_reward,
+    load_reward_models,
+    reference_scale,
+    reward_metrics,
+    write_arm,
+)
+from rrlhf.policy.reward_functions import load_functions
+from rrlhf.policy.supervision import resumed, supervised, write_history
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
-from rrlhf.types import Log, Message, Metrics
-
-Reward = Callable[[Judgement], Tensor]  # what an arm's policy is paid for a batch of responses, [batch]
-
-
-class Prompts(NamedTuple):
-    """The prompts of the data, with all that is read of them."""
-
-    tokens: list[list[int]]
-    messages: Sequence[list[Message]] = ()  # for reward models with a trunk of their own
-    columns: Columns = NO_COLUMNS  # for reward functions
+from rrlhf.types import Log, Metrics
 
 
 def run(
@@ -95,7 +81,7 @@ def run(
         history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
         for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
             log(cut | row)
-    responses = _told(engine, history, messages, out)
+    responses = write_history(history, engine, messages, out)
     if history.diverged:
         raise DivergedError(history.diverged)
     if engine.is_main_process:
@@ -103,16 +89,6 @@ def run(
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in responses]), out / "rollouts.parquet")
         write_arm(out, arm, scale)
     engine.wait_for_everyone()
-
-
-def _told(engine: Accelerator, history: History, messages: Sequence[list[Message]], out: Path) -> list[RolloutResponse]:
-    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
-    responses = sorted(gather_object(history.responses), key=lambda row: row.update)
-    if engine.is_main_process:
-        events = [event._asdict() for event in history.events]
-        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(responses, messages))):
-            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
-    return responses
 
 
 def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[Metrics, list[RolloutResponse]]]:
@@ -127,7 +103,7 @@ def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[
         batch = list(islice(order, ppo.prompts_per_update))[engine.process_index :: engine.num_processes]
         asked = [i for i in batch for _ in range(ppo.responses_per_prompt)]
         rollout, responses, metrics = collect(learner, prompts, asked, reward)
-        metrics = mean_over_processes(engine, metrics)
+        metrics = learner.mean_over_processes(metrics)
         is_too_far = ppo.max_kl is not None and metrics["kl"] > ppo.max_kl
         if ppo.max_kl is not None:
             metrics["kl_budget_exceeded"] = float(is_too_far)
@@ -135,7 +111,14 @@ def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[
             metrics |= optimise(learner, rollout)
             if metrics["optimizer_steps"]:
                 learner.schedule.step()
-            learner.kl_weight = _adapted(learner.kl_weight, metrics["kl"], ppo)
+            if ppo.kl_target is not None:
+                learner.kl_weight = adapted_weight(
+                    learner.kl_weight,
+                    metrics["kl"],
+                    target=ppo.kl_target,
+                    responses=ppo.responses_per_update,
+                    horizon=ppo.kl_horizon,
+                )
         tokens = rollout.mask.sum().item() * engine.num_processes
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
         learner.update = ppo.updates if is_too_far else learner.update + 1
@@ -153,13 +136,7 @@ def collect(
     with autocast(model):
         samples = learner.sample(tokens)
         place, policy, reference = learner.read(tokens, samples)
-    said = Said(
-        prompts=[prompts.messages[i] for i in asked] if prompts.messages else [],
-        texts=[decode(learner.language, row) for row in samples.lists()],
-        tokens=samples.lists(),
-        finished=samples.finished.tolist(),
-        columns={name: [values[i] for i in asked] for name, values in prompts.columns.items()},
-    )
+    said = prompts.answered(asked, samples, learner.language)
     states = reference.states if policy.states is None else policy.states
     pooled = None if states is None else response_features(states, samples.prompt_lengths, text_lengths(samples))
     at_once = max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1)
@@ -214,13 +191,13 @@ def optimise(learner: Learner, rollout: Rollout) -> Metrics:
         taken = [step for step in steps if step is not None]
         rows += taken
         skipped += len(steps) - len(taken)
-        if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
+        if taken and learner.mean_over_processes(taken[-1])["step_kl"] > ppo.max_step_kl:
             break
     give_back_memory()
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
     rate = float(learner.optimizer.param_groups[0]["lr"])
-    return mean_over_processes(learner.engine, means) | counts | {"learning_rate": rate}
+    return learner.mean_over_processes(means) | counts | {"learning_rate": rate}
 
 
 def _step(learner: Learner, rollout: Rollout) -> Metrics | None:
@@ -266,23 +243,6 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor) -> dict[str, Te
         loss = loss + learner.kl_weight * means["kl_loss"]
     learner.engine.backward(share * loss)
     return {name: share * mean.detach() for name, mean in means.items()}
-
-
-def _adapted(kl_weight: float, kl: float, ppo: Ppo) -> float:
-    """Move the KL weight towards where a response's KL, in nats, is `ppo.kl_target`."""
-    if ppo.kl_target is None:
-        return kl_weight
-    return adapted_weight(
-        kl_weight, kl, target=ppo.kl_target, responses=ppo.responses_per_update, horizon=ppo.kl_horizon
-    )
-
-
-def mean_over_processes(engine: Accelerator, metrics: Metrics) -> Metrics:
-    """Return the mean over processes of numbers that each of them has."""
-    if engine.num_processes == 1 or not metrics:
-        return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=engine.device)
-    return dict(zip(metrics, engine.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def _endless(rows: int, seed: int) -> Iterator[int]:
