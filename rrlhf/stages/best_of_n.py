@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import Arm, BestOfN, Model
-from rrlhf.data.tables import columns_of, further_columns, read_table
+from rrlhf.data.load import further_columns
+from rrlhf.data.tables import columns_of, read_table
 from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import LanguageModel, accelerator, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
