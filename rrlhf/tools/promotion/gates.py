@@ -9,8 +9,7 @@ from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
-from rrlhf.judging.calibration import correct, estimate, share_interval
-from rrlhf.tools.reporting.intervals import mean_interval
+from rrlhf.judging.calibration import correct, estimate, mean_interval, share_interval
 
 
 class Gate(TypedDict):
