@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 
 import pytest
@@ -70,3 +71,14 @@ def test_the_same_results_give_the_same_bytes(evaluation, trainings, tmp_path):
     again = read_evaluation(tmp_path)
     assert numbers.texts(again, dict(reversed(trainings.items()))) == numbers.texts(evaluation, trainings)
     assert set(numbers.texts(evaluation, trainings)) == set(numbers.FILES)
+
+
+def test_an_evaluation_of_an_earlier_version_is_read(tmp_path):
+    gold = {"mean": 1.0, "stderr": math.nan, "n": 1}
+    start = {"name": "sft", "reward": "none", "settings": {}, "metrics": {"gold": gold}}
+    point = {"policy": "robust", "update": 0, "kl": 0.0, "proxy": 1.0, "words": 9.0, "heads": [1.0], "spread": 0.5}
+    old = {"policies": [start], "curves": [point], "samples": [], "reward_models": []}
+    (tmp_path / "evaluation.json").write_text(json.dumps(old))
+    found = read_evaluation(tmp_path)
+    assert (found.start, found.measured("gold")["sft"].mean, found.curves[0].sigma) == ("sft", 1.0, None)
+    assert math.isnan(found.policies[0].metrics["gold"].stderr)
