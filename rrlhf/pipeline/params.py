@@ -125,17 +125,16 @@ def _complete_arms(merged: dict[str, Any]) -> None:
 def _explain(detail: ErrorDetails, merged: Mapping[str, Any], where: Where) -> str:
     """Say what a setting that pydantic refused should be."""
     kind, value, context, loc = detail["type"], detail["input"], detail.get("ctx", {}), detail["loc"]
-    if kind.startswith(
-        "union_tag"
-    ):  # by which a union's member is chosen: an arm's method or reward, an ensemble's kind
+    if kind.startswith("union_tag"):  # it lacks what its class is chosen by: a method, a reward or a kind
         loc = (*loc, context["discriminator"].strip("'()"))
     path, tags = _path(loc, merged)
     of = f" (for {', '.join(tags)})" if tags else ""
     if kind == "extra_forbidden":
         known = _fields(Params, path[:-1])
+        elsewhere = path[-1] in known
         text = (
             f"not a setting{of}: leave it out, or null"
-            if path[-1] in known
+            if elsewhere
             else f"unknown setting{did_you_mean(path[-1], known)}"
         )
     elif kind in {"missing", "union_tag_not_found"}:
