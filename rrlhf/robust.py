@@ -165,25 +165,20 @@ READINGS: dict[str, Callable[[Scores], Tensor]] = {
     "worst": worst_reward,
 }
 
-# Every reward that an arm may name, besides "single", which reads no ensemble: "robust" is `robust_reward`. The
-# arguments after the scores are the arm's settings of the same names.
+# Every reward that an arm may name, besides "single", which reads no ensemble. The arguments after the scores are the
+# arm's settings of the same names (rrlhf/config.py).
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
-    function.__name__.removesuffix("_reward"): function
-    for function in (
-        mean_reward,
-        nominal_reward,
-        worst_reward,
-        batch_robust_reward,
-        constant_reward,
-        ellipsoid_reward,
-        entropic_reward,
-        gaussian_entropic_reward,
-        lower_bound_reward,
-        mean_minus_std_reward,
-        median_reward,
-        robust_reward,
-        uwo_reward,
-    )
+    **READINGS,
+    "batch_robust": batch_robust_reward,
+    "constant": constant_reward,
+    "ellipsoid": ellipsoid_reward,
+    "entropic": entropic_reward,
+    "gaussian_entropic": gaussian_entropic_reward,
+    "lower_bound": lower_bound_reward,
+    "mean_minus_std": mean_minus_std_reward,
+    "median": median_reward,
+    "robust": robust_reward,
+    "uwo": uwo_reward,
 }
 
 
