@@ -177,19 +177,13 @@ class Member(HeadTraining):
     sigma_floor: PositiveFloat
 
 
-def _not_of_this_kind(value: float) -> float:
-    if value:
-        raise ValueError("it is of kind lora alone: set it to 0")
-    return value
-
-
 class Ensemble(Member):
     """The ensemble of reward models, of one of four kinds."""
 
     kind: str
     heads: PositiveInt
     freeze_backbone: Literal[True]
-    diversity: Annotated[float, AfterValidator(_not_of_this_kind)]
+    diversity: Annotated[float, Field(ge=0, le=0)]  # of kind lora alone
 
 
 class HeadEnsemble(Ensemble):

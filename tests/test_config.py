@@ -158,7 +158,7 @@ def test_a_weight_is_a_finite_number(value):
             {"ensemble__freeze_backbone": False, "ensemble__kind": "members"},
             "input should be True, found False (for members)",
         ),
-        ({"ensemble__diversity": 0.1}, "it is of kind lora alone: set it to 0"),
+        ({"ensemble__diversity": 0.1}, "input should be less than or equal to 0, found 0.1 (for heads)"),
         ({"ensemble__kind": "warm", "ensemble__hidden": 8}, "averages linear heads"),
         ({"ppo__estimator": "rloo"}, "ppo.estimator rloo compares responses to one prompt"),
         ({"ppo__responses_per_prompt": 3, "ppo__minibatch_size": 64}, "prompts_per_update 24 * responses_per_prompt 3"),
