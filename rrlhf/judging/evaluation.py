@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter
 
@@ -25,7 +24,7 @@ class Policy:
     settings: dict[str, float]  # of the reward
     metrics: dict[str, Measured]
     functions: dict[str, float] = field(default_factory=dict)  # weight of each reward function, by import path
-    method: Literal["ppo", "dpo", "best_of_n"] | None = None
+    method: str | None = None
     n: int | None = None  # of best_of_n
     gold_by_prompt: Sequence[float] = ()  # of the evaluation prompts in order: what policies are paired by
 
