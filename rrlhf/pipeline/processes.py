@@ -114,7 +114,7 @@ def _launcher(processes: int) -> list[str]:
     """Return the call of accelerate's launcher.
 
     On CPU, too, it is `--multi_gpu` that starts several processes; `--cpu` alone runs one unless MPI is installed.
-    A file from `accelerate config` (FSDP, DeepSpeed) takes the place of these options.
+    A file from `accelerate config` takes the place of these options.
     """
     config = os.environ.get("ACCELERATE_CONFIG_FILE")
     command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
