@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.judgement import arm_reward, load_reward_models
 from rrlhf.policy.learner import Learner, prepare_learner
+from rrlhf.policy.reward import arm_reward, load_reward_models
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import FILE
 from rrlhf.stages import ppo

@@ -11,9 +11,8 @@ from rrlhf.data.tables import prompts
 from rrlhf.models.load import load_model
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.arm_record import read_arm
-from rrlhf.policy.candidates import choose, read_candidates
-from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.policy.reward import read_arm
+from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, choose, curve_points, read_candidates
 from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import robust_reward
 from rrlhf.stages import best_of_n as stage

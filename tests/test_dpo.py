@@ -15,8 +15,8 @@ from rrlhf.models.load import load_base, load_model
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.arm_record import read_arm
 from rrlhf.policy.learner import top_layers, with_optimizer
+from rrlhf.policy.reward import read_arm
 from rrlhf.stages import dpo as stage
 
 ROOT = Path(__file__).parents[1]

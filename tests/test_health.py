@@ -14,8 +14,8 @@ from rrlhf.models.load import load_base
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.health import WINDOW, findings, hacking_suspected, is_healthy
-from rrlhf.policy.judgement import load_reward_models
 from rrlhf.policy.learner import prepare_learner
+from rrlhf.policy.reward import load_reward_models
 from rrlhf.policy.supervision import resumed, supervised
 from rrlhf.stages.ppo import Prompts, train
 
@@ -162,8 +162,8 @@ class Trained:
         self.rollbacks, self.error = history.rollbacks, history.diverged
 
 
-def random_reward(judgement):
-    return torch.randn(len(judgement.single), generator=torch.Generator().manual_seed(0))
+def random_reward(scores):
+    return torch.randn(len(scores.single), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -176,8 +176,8 @@ def likes_to_end(learner):
 
 
 def test_a_reward_that_is_not_finite_diverges_after_its_rollbacks(model, rewards, tmp_path):
-    def broken(judgement):
-        return torch.full((len(judgement.single),), math.nan)
+    def broken(scores):
+        return torch.full((len(scores.single),), math.nan)
 
     done = Trained(model, rewards, broken, tmp_path, start=likes_to_end)
     assert done.events == ["nonfinite"] * 3
@@ -246,8 +246,8 @@ def test_a_policy_that_is_sure_of_everything_has_an_entropy_collapse(model, rewa
 
 
 def test_a_policy_that_is_paid_for_never_ending_has_a_length_explosion(model, rewards, tmp_path):
-    def never_end(judgement):
-        return torch.full((len(judgement.single),), -5.0)
+    def never_end(scores):
+        return torch.full((len(scores.single),), -5.0)
 
     health = {"rollbacks": 0, "max_unfinished": 0.9, "patience": 2}
     done = Trained(
@@ -268,7 +268,7 @@ def test_a_policy_that_is_paid_for_never_ending_has_a_length_explosion(model, re
 
 
 def test_a_constant_reward_is_dead(model, rewards, tmp_path):
-    done = Trained(model, rewards, lambda judgement: torch.full((16,), -1.0), tmp_path, health={"rollbacks": 1})
+    done = Trained(model, rewards, lambda scores: torch.full((16,), -1.0), tmp_path, health={"rollbacks": 1})
     assert done.events == ["dead_reward"] * 2
     assert "there is nothing to learn from" in done.error
 
@@ -278,7 +278,7 @@ def test_a_healthy_training_has_no_findings(model, rewards, tmp_path, seed):
     done = Trained(
         model,
         rewards,
-        lambda judgement: judgement.single,
+        lambda scores: scores.single,
         tmp_path,
         seed=seed,
         start=likes_to_end,

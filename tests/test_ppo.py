@@ -8,8 +8,8 @@ from rrlhf.config import Arm
 from rrlhf.kl import adapted_weight
 from rrlhf.models.adapters import merge_adapters
 from rrlhf.models.load import load_base
-from rrlhf.policy.judgement import Judgement, arm_reward, load_reward_models
 from rrlhf.policy.learner import prepare_learner
+from rrlhf.policy.reward import RewardScores, arm_reward, load_reward_models
 from rrlhf.robust import AGGREGATIONS, Scores
 from rrlhf.stages.ppo import Prompts, collect, optimise, train
 
@@ -35,8 +35,8 @@ def trained(model, ppo, rewards, reward, seed=0):
     return found, rows, [response for some in responses for response in some]
 
 
-def single(judgement):
-    return judgement.single
+def single(scores):
+    return scores.single
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def single(judgement):
     ],
 )
 def test_an_arm_sees_the_reward_that_it_names(reward, settings):
-    judgement = Judgement(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
-    seen = arm_reward(Arm(reward=reward, seed=1, **settings), Accelerator(cpu=True))(judgement)
-    assert torch.equal(seen, AGGREGATIONS[reward](judgement.ensemble, **settings))
+    scores = RewardScores(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
+    seen = arm_reward(Arm(reward=reward, seed=1, **settings), Accelerator(cpu=True))(scores)
+    assert torch.equal(seen, AGGREGATIONS[reward](scores.ensemble, **settings))
 
 
 def test_the_single_reward_reads_no_ensemble():
-    judgement = Judgement(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
-    assert torch.equal(arm_reward(Arm(reward="single", seed=1), Accelerator(cpu=True))(judgement), judgement.single)
+    scores = RewardScores(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
+    assert torch.equal(arm_reward(Arm(reward="single", seed=1), Accelerator(cpu=True))(scores), scores.single)
 
 
 @pytest.mark.parametrize("trains", WAYS)
@@ -205,8 +205,8 @@ def ending(found, prompt):
     return logits.softmax(0)[found.language.tokenizer.eos_token_id].item()
 
 
-def one_for_all(judgement):
-    return torch.ones(len(judgement.single))
+def one_for_all(scores):
+    return torch.ones(len(scores.single))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from rrlhf.models.load import load_base, load_model, save_model
-from rrlhf.policy.judgement import load_reward_models
 from rrlhf.policy.learner import prepare_learner
+from rrlhf.policy.reward import load_reward_models
 from rrlhf.stages.ppo import Prompts, collect, optimise, train
 
 PROMPTS = Prompts([[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]])
@@ -20,8 +20,8 @@ def learner(language, model, ppo, rewards):
     return prepare_learner(Accelerator(cpu=True), language, models, model=model, ppo=ppo, seed=0)
 
 
-def single(judgement):
-    return judgement.single
+def single(scores):
+    return scores.single
 
 
 def trainable(found):

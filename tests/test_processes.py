@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.models.load import accelerator, load_base
 from rrlhf.models.rollout import Samples
-from rrlhf.policy.judgement import arm_reward, load_reward_models
+from rrlhf.policy.reward import arm_reward, load_reward_models
 from rrlhf.policy.learner import Learner, prepare_learner
 from rrlhf.stages.ppo import Prompts, train
 
@@ -53,7 +53,8 @@ if engine.is_main_process:
 """
 
 
-@pytest.mark.parametrize("trains", ["layers", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", ["layers", "full"])
 def test_two_processes_train_the_policy_that_one_does(model, ppo, tmp_path, trains):
     """A whole rollout is one minibatch, for each process has an order of its own."""
     program, rewards = tmp_path / "program.py", [save_random_heads(tmp_path / str(heads), heads) for heads in (1, 5)]

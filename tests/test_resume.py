@@ -140,7 +140,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, tmp_path, whole, har
     if harm == "half-written":
         saved.rename(tmp_path / CHECKPOINT / ".partial")
     elif harm == "changed":
-        (saved / "shared.safetensors").write_bytes(b"half")
+        (saved / "shared.pt").write_bytes(b"half")
     else:
         (saved / "checkpoint.json").unlink()
     run(inputs, tmp_path)

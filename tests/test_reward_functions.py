@@ -20,9 +20,8 @@ from rrlhf.located import ParamsError
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
-from rrlhf.policy.arm_record import write_arm
-from rrlhf.policy.judgement import Judgement, arm_reward, reward_metrics
 from rrlhf.policy.reading import load_judges, read_responses, sample_responses
+from rrlhf.policy.reward import RewardScores, arm_reward, reward_metrics, write_arm
 from rrlhf.policy.reward_functions import load_functions, metric_names
 from rrlhf.robust import AGGREGATIONS, Scores
 from rrlhf.sourcecode import code_behind
@@ -231,7 +230,7 @@ finite = st.floats(-10, 10)
 def test_an_arm_is_paid_its_reward_plus_the_weighted_functions(weights, drawn):
     scores = Scores(torch.tensor([[0.3, -1.0], [2.0, 1.0]]), torch.tensor([[0.1, 0.2], [0.4, 0.3]]))
     functions = {path: torch.tensor([x, 1 - x]) for path, x in zip(["a:f", "a:g", "b:f"], drawn, strict=True)}
-    judgement = Judgement(torch.tensor([0.5, -0.5]), scores, functions)
+    found = RewardScores(torch.tensor([0.5, -0.5]), scores, functions)
     robust = [0.4 * 0.3 + 0.6 * -1.0, 0.4 * 1.0 + 0.6 * 1.0]
     for reward, chosen, base in (
         ("single", {}, [0.5, -0.5]),
@@ -239,19 +238,19 @@ def test_an_arm_is_paid_its_reward_plus_the_weighted_functions(weights, drawn):
         ("constant", {}, [0.0, 0.0]),
     ):
         arm = Arm(reward=reward, functions=weights, seed=1, **chosen)
-        paid = arm_reward(arm, ALONE)(judgement)
+        paid = arm_reward(arm, ALONE)(found)
         expected = [b + math.fsum(w * functions[p][i].item() for p, w in weights.items()) for i, b in enumerate(base)]
         torch.testing.assert_close(paid, torch.tensor(expected), atol=1e-4, rtol=1e-6)
 
 
 def test_the_order_in_which_functions_are_named_changes_no_bit():
     functions = {name: torch.randn(50) for name in ("a:f", "b:f", "c:f")}
-    judgement = Judgement(torch.randn(50), Scores(torch.randn(50, 3), torch.rand(50, 3)), functions)
+    found = RewardScores(torch.randn(50), Scores(torch.randn(50, 3), torch.rand(50, 3)), functions)
     one, other = (
         Arm(reward="single", functions={name: 0.1 * ord(name[0]) for name in order}, seed=1)
         for order in (["a:f", "b:f", "c:f"], ["c:f", "a:f", "b:f"])
     )
-    assert torch.equal(arm_reward(one, ALONE)(judgement), arm_reward(other, ALONE)(judgement))
+    assert torch.equal(arm_reward(one, ALONE)(found), arm_reward(other, ALONE)(found))
 
 
 def test_each_process_adds_the_values_of_its_own_responses():
@@ -262,15 +261,15 @@ def test_each_process_adds_the_values_of_its_own_responses():
     for rank, own in enumerate((slice(0, 3), slice(3, 6))):
         everyone = iter([value, *scores])
         engine = SimpleNamespace(process_index=rank, gather=lambda part, everyone=everyone: next(everyone))
-        judgement = Judgement(value[own], Scores(scores.mean[own], scores.std[own]), {"a:f": value[own]})
-        parts.append(arm_reward(arm, engine)(judgement))
+        found = RewardScores(value[own], Scores(scores.mean[own], scores.std[own]), {"a:f": value[own]})
+        parts.append(arm_reward(arm, engine)(found))
     expected = AGGREGATIONS["batch_robust"](scores, nominal_weight=0.4, credible=2.0) + 2 * value
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-6, rtol=0)
 
 
 def test_the_mean_value_of_each_function_is_a_metric():
     scores = Scores(torch.randn(2, 3), torch.rand(2, 3))
-    found = reward_metrics(Judgement(torch.randn(2), scores, {"a:f": torch.tensor([1.0, 4.0])}))
+    found = reward_metrics(RewardScores(torch.randn(2), scores, {"a:f": torch.tensor([1.0, 4.0])}))
     assert found["function_f"] == 2.5
 
 

@@ -16,7 +16,7 @@ from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_ta
 from rrlhf.data.tasks import WritingTask
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.arm_record import read_arm, write_arm
+from rrlhf.policy.reward import read_arm, write_arm
 from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.stages import ensemble, evaluate, ppo, prepare, reward, sft

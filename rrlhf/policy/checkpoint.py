@@ -1,9 +1,8 @@
 """What a training run needs to go on after an interruption as if there had been none.
 
-A checkpoint is a folder named by the steps done: `shared.safetensors` (weights and optimizer, equal in all
-processes), `own-RANK.safetensors` and `own-RANK.json` of every process, and `checkpoint.json`, which lists the
-sha256 of the others. It is written beside, synced and renamed, and only then is the older one removed, so a kill at
-any moment leaves one that is whole.
+A checkpoint is a folder named by the steps done: `shared.pt` (weights and optimizer, equal in all processes),
+`own-RANK.pt` of every process, and `checkpoint.json`, which lists the sha256 of the others. It is written beside,
+synced and renamed, and only then is the older one removed, so a kill at any moment leaves one that is whole.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from rrlhf.config import Section
 from rrlhf.files import CHECKPOINT, sync
@@ -28,18 +24,17 @@ from rrlhf.locks import locked
 from rrlhf.memo import sha256
 
 MANIFEST = "checkpoint.json"
-SHARED = "shared.safetensors"
+SHARED = "shared.pt"
 PARTIAL = ".partial"
 DOUBTFUL = "-doubtful"  # ends the name of one that was saved for being interrupted, not for being sound
 WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}  # every process holds all weights
 
 
 class State(NamedTuple):
-    """What a checkpoint holds, as seen by one process."""
+    """What a checkpoint holds, as seen by one process: tensors, numbers, text, and lists and dictionaries of them."""
 
-    shared: dict[str, Tensor]  # equal in all processes
-    own: dict[str, Tensor]  # of this process
-    notes: dict[str, Any]  # of this process, as JSON
+    shared: dict[str, Any]  # equal in all processes
+    own: dict[str, Any]  # of this process
 
 
 class Checkpoints:
@@ -74,17 +69,17 @@ class Checkpoints:
         if self._engine.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_tensors(partial / SHARED, state.shared)
+            _write(partial / SHARED, state.shared)
         self._engine.wait_for_everyone()
-        _write_tensors(partial / f"own-{rank}.safetensors", state.own)
-        _write_json(partial / f"own-{rank}.json", state.notes)
+        _write(partial / f"own-{rank}.pt", state.own)
         self._engine.wait_for_everyone()
         if self._engine.is_main_process:
             self._publish(partial, done, good)
 
     def _publish(self, partial: Path, done: int, good: bool) -> None:
         files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        _write_json(partial / MANIFEST, {"made_for": self._made_for, "files": files})
+        (partial / MANIFEST).write_text(json.dumps({"made_for": self._made_for, "files": files}), encoding="utf-8")
+        sync(partial / MANIFEST)
         sync(partial)
         final = self._folder / f"{done:08d}{'' if good else DOUBTFUL}"
         shutil.rmtree(final, ignore_errors=True)  # there only if it was not whole: else the run had gone on from it
@@ -122,32 +117,10 @@ class Checkpoints:
         return f"it was made with other settings ({', '.join(other)})" if other else None
 
     def _read(self, folder: Path) -> State:
-        rank = self._engine.process_index
-        notes = json.loads((folder / f"own-{rank}.json").read_bytes())
-        return State(load_file(folder / SHARED), load_file(folder / f"own-{rank}.safetensors"), notes)
+        files = (SHARED, f"own-{self._engine.process_index}.pt")
+        return State(*(torch.load(folder / file, map_location="cpu", weights_only=True) for file in files))
 
 
-def random_states(**generators: torch.Generator) -> dict[str, Tensor]:
-    """Return the states of the generators and of torch's own."""
-    own = {name: generator.get_state() for name, generator in generators.items()}
-    own["torch"] = torch.get_rng_state()
-    return own | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
-
-
-def set_random_states(states: Mapping[str, Tensor], **generators: torch.Generator) -> None:
-    """Put back what `random_states` returned, in place."""
-    for name, generator in generators.items():
-        generator.set_state(states[name])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+def _write(path: Path, content: dict[str, Any]) -> None:
+    torch.save(content, path)
     sync(path)

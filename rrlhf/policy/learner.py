@@ -21,9 +21,9 @@ from rrlhf.models.adapters import adapt, without_adapters
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
-from rrlhf.policy.checkpoint import State, random_states, set_random_states
-from rrlhf.policy.judgement import RewardModels
+from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
+from rrlhf.policy.reward import RewardModels
 
 Place = tuple[Tensor, Tensor, Tensor, Tensor]  # what enters the layers that train, prompt lengths, responses, mask
 
@@ -47,31 +47,21 @@ class Trained:
         self.schedule.step()
         return float(norm)
 
-    def state(self, **notes: Any) -> State:
-        """Return what a checkpoint must hold, with further notes as JSON."""
-        optimizer = self.optimizer.state_dict()
-        tensors = self._weights()
-        for i, values in optimizer["state"].items():  # of Adam, all of which are tensors
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
-        told = {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
-        return State(shared=tensors, own={}, notes=told | notes)
+    def state(self, **own: Any) -> State:
+        """Return what a checkpoint must hold; own: what else there is of this process."""
+        states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        return State({"weights": self._weights(), **states}, own)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put back the weights, the optimizer and its schedule, in place."""
         for name, weight in self._weights().items():
-            weight.copy_(state.shared[name])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for path, value in state.shared.items():
-            if path.startswith("optimizer."):
-                _, i, name = path.split(".")
-                moments.setdefault(int(i), {})[name] = value
-        groups = [group | {"betas": tuple(group["betas"])} for group in state.notes["groups"]]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.schedule.load_state_dict(state.notes["schedule"])
+            weight.copy_(state.shared["weights"][name])
+        self.optimizer.load_state_dict(state.shared["optimizer"])
+        self.schedule.load_state_dict(state.shared["schedule"])
 
     def _weights(self) -> dict[str, Tensor]:
-        return {f"weights.{name}": weight for name, weight in self.top.named_parameters() if weight.requires_grad}
+        return {name: weight.detach() for name, weight in self.top.named_parameters() if weight.requires_grad}
 
 
 @dataclass
@@ -136,22 +126,31 @@ class Learner(Trained):
         inner.optimizer.grad_scale = (norm / self.ppo.max_grad_norm).clamp(min=1.0)
         return float(norm)
 
-    def state(self, **notes: Any) -> State:
-        """Return what a checkpoint must hold, with further notes as JSON."""
-        told = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
-        own = random_states(generator=self.generator, shuffle=self.shuffle)
-        return super().state(**told, **notes)._replace(own=own)
+    def state(self, **own: Any) -> State:
+        """Return what a checkpoint must hold; own: what else there is of this process."""
+        shared, own = super().state(**own)
+        counted = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
+        random = {"sampling": self.generator.get_state(), "order": self.shuffle.get_state()}
+        random["torch"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            random["cuda"] = torch.cuda.get_rng_state()
+        return State(shared | counted, own | {"random": random})
 
     def restore(self, state: State) -> None:
         """Put the policy where it was; the order of prompts and all other randomness go on as they are."""
         super().restore(state)
-        self.kl_weight, self.update = state.notes["kl_weight"], state.notes["update"]
+        self.kl_weight, self.update = state.shared["kl_weight"], state.shared["update"]
 
     def resume(self, state: State) -> None:
         """Put everything where it was, randomness included."""
         self.restore(state)
-        self.rollouts = state.notes["rollouts"]
-        set_random_states(state.own, generator=self.generator, shuffle=self.shuffle)
+        self.rollouts = state.shared["rollouts"]
+        random = state.own["random"]
+        self.generator.set_state(random["sampling"])
+        self.shuffle.set_state(random["order"])
+        torch.set_rng_state(random["torch"])
+        if "cuda" in random and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(random["cuda"])
 
 
 def prepare_learner(

@@ -17,7 +17,7 @@ from rrlhf.models.load import LanguageModel, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.models.top import PolicyTop
-from rrlhf.policy.judgement import RewardModels, Said, load_reward_models
+from rrlhf.policy.reward import Responses, RewardModels, load_reward_models
 from rrlhf.policy.reward_functions import RewardFunction
 from rrlhf.progress import track
 from rrlhf.rewards.heads import RewardHeads
@@ -124,7 +124,7 @@ def read_responses(
         logprobs.append(logprob)
         features.append(pooled)
         check_stop()
-    said = Said(
+    said = Responses(
         prompts=[row["prompt"] for row in asked],
         texts=[decode(judges.language, response.tokens) for response in responses],
         tokens=[response.tokens for response in responses],

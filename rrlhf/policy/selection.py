@@ -1,12 +1,38 @@
-"""Best of n: sample n responses and keep the one that a proxy scores highest. What that does, for every n at once."""
+"""Best of n: sample n responses and keep the one that a proxy scores highest. What that does, for every n at once.
+
+Responses that were chosen among are kept in one table, with all that was said of them.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+
+from rrlhf.models.rollout import Response
+from rrlhf.policy.reward import RewardScores
+
+FILE = "candidates.parquet"
+SCHEMA = pa.schema(
+    {
+        "prompt": pa.int32(),  # row of the evaluation table
+        "text": pa.string(),
+        "tokens": pa.list_(pa.int32()),
+        "finished": pa.bool_(),
+        "logprob": pa.float64(),  # under the model that was sampled, nats
+        "reward": pa.float64(),  # what decides
+        "proxy": pa.float64(),  # the single head
+        "heads": pa.list_(pa.float64()),  # each head's mean
+        "sigmas": pa.list_(pa.float64()),  # and standard deviation
+        "chosen": pa.bool_(),
+    }.items()
+)
 
 
 def best_of_n_curve(proxy: Tensor, values: Tensor, n_max: int) -> Tensor:
@@ -26,8 +52,7 @@ def best_of_n_curve(proxy: Tensor, values: Tensor, n_max: int) -> Tensor:
     by_rank = values.double().gather(-1, order)
     if (ordered[..., 1:] == ordered[..., :-1]).any():
         by_rank = _shared_among_ties(ordered, by_rank)
-    parts = [by_rank[..., first:] @ weights.to(by_rank.device) for first, weights in _blocks(samples, n_max)]
-    return torch.cat(parts, dim=-1)
+    return by_rank @ best_of_n_weights(samples, n_max).T.to(by_rank.device)
 
 
 def best_of_n_weights(samples: int, n_max: int) -> Tensor:
@@ -39,18 +64,6 @@ def best_of_n_weights(samples: int, n_max: int) -> Tensor:
     n = torch.arange(2, n_max + 1, dtype=torch.float64)[:, None]
     step = (rank - n + 1).clamp(min=0) / (n - 1) * n / (samples - n + 1)
     return torch.cat([torch.full((1, samples), 1 / samples, dtype=torch.float64), step]).cumprod(dim=0)
-
-
-@lru_cache(maxsize=8)
-def _blocks(samples: int, n_max: int) -> list[tuple[int, Tensor]]:
-    """Return the weights of every 64 n in a row from the first rank on that counts, [ranks, 64]: a third of the table.
-
-    The best of many is hardly ever of low rank: what is left out is below 1e-20, far below rounding.
-    """
-    firsts = [
-        (part, int((part.amax(0) > 1e-20).int().argmax())) for part in best_of_n_weights(samples, n_max).split(64)
-    ]
-    return [(first, part[:, first:].T.contiguous()) for part, first in firsts]
 
 
 def chosen(proxy: Tensor) -> Tensor:
@@ -82,3 +95,60 @@ def _shared_among_ties(ordered: Tensor, values: Tensor) -> Tensor:
     sums = torch.zeros_like(values).scatter_add(-1, run, values)
     counts = torch.zeros_like(values).scatter_add(-1, run, torch.ones_like(values))
     return (sums / counts.clamp(min=1)).gather(-1, run)
+
+
+class Candidates(NamedTuple):
+    """Responses as they are read again; those of one prompt lie side by side, as many for each."""
+
+    responses: list[Response]
+    texts: list[str]
+    reward: Tensor  # [prompts, samples]
+    chosen: list[int]  # rows of the chosen responses
+
+    @property
+    def best(self) -> list[Response]:
+        """The chosen responses, as many for every prompt."""
+        return [self.responses[i] for i in self.chosen]
+
+
+def choose(reward: Tensor, n: int) -> Tensor:
+    """Return a mask [prompts, samples] of the best of every n samples [prompts, samples], in the order of sampling.
+
+    What is left over behind the last n competes for nothing.
+    """
+    prompts, samples = reward.shape
+    groups = samples // n
+    best = chosen(reward[:, : groups * n].view(prompts, groups, n))
+    index = best + n * torch.arange(groups)
+    return torch.zeros_like(reward, dtype=torch.bool).scatter(1, index, True)
+
+
+def write_candidates(
+    folder: Path, responses: Sequence[Response], texts: Sequence[str], scores: RewardScores, reward: Tensor, n: int
+) -> None:
+    """Write the table, with the best of every n; reward: [prompts, samples], as all else has it by response."""
+    columns = {
+        "prompt": (torch.arange(reward.numel()) // reward.shape[1]).tolist(),
+        "text": texts,
+        "tokens": [response.tokens for response in responses],
+        "finished": [response.finished for response in responses],
+        "logprob": [response.logprob for response in responses],
+        "reward": reward.flatten().tolist(),
+        "proxy": scores.single.tolist(),
+        "heads": scores.ensemble.mean.tolist(),
+        "sigmas": scores.ensemble.std.tolist(),
+        "chosen": choose(reward, n).flatten().tolist(),
+    }
+    pq.write_table(pa.table(columns, schema=SCHEMA), folder / FILE)
+
+
+def read_candidates(folder: Path) -> Candidates:
+    """Read the table that `write_candidates` wrote."""
+    rows = pq.read_table(folder / FILE).to_pylist()
+    reward = torch.tensor([row["reward"] for row in rows], dtype=torch.float64)
+    return Candidates(
+        responses=[Response(row["tokens"], row["finished"], row["logprob"]) for row in rows],
+        texts=[row["text"] for row in rows],
+        reward=reward.view(rows[-1]["prompt"] + 1, -1),
+        chosen=[i for i, row in enumerate(rows) if row["chosen"]],
+    )

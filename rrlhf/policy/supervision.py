@@ -6,24 +6,27 @@ saved now and then, and PPO's is watched: where its health fails, it begins agai
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 
 from rrlhf.config import Health
 from rrlhf.policy.checkpoint import Checkpoints, State
-from rrlhf.policy.excerpts import RolloutResponse
-from rrlhf.policy.health import DIVERGED, MARK, Event, Finding, findings, hacking_suspected, is_healthy
+from rrlhf.policy.excerpts import FILE as EXCERPTS
+from rrlhf.policy.excerpts import RolloutResponse, excerpts
+from rrlhf.policy.health import DIVERGED, EVENTS, MARK, Event, Finding, findings, hacking_suspected, is_healthy
 from rrlhf.policy.learner import Learner, Trained
 from rrlhf.progress import is_main_process, say
 from rrlhf.stopping import Interrupted, stop
-from rrlhf.types import Metrics
+from rrlhf.types import Message, Metrics
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # what a kill costs at most; a run that is asked to stop saves its last step
 NONFINITE = f"{MARK}nonfinite"  # marks the rows that lack what was not finite
@@ -45,7 +48,7 @@ def resumable(
     train: the training from its step `first` on; a step may depend on nothing but its number and what `trained` holds.
     """
     saved = checkpoints.newest()
-    rows: list[Metrics] = saved.notes["rows"] if saved else []
+    rows: list[Metrics] = saved.own["rows"] if saved else []
     if saved:
         trained.restore(saved)
     yield from [*rows]
@@ -80,7 +83,7 @@ def resumed(learner: Learner, checkpoints: Checkpoints, label: str) -> History:
         _save(learner, history, checkpoints, good=True)  # what a rollback before the first checkpoint returns to
         return history
     learner.resume(saved)
-    told = saved.notes["history"]
+    told = saved.own["history"]
     responses, events = [RolloutResponse(*row) for row in told["responses"]], [Event(*row) for row in told["events"]]
     return History(**told | {"responses": responses, "events": events})
 
@@ -108,10 +111,21 @@ def supervised(
             _look(learner, history, checkpoints, health)
             yield row
             if stop.is_set():
-                state = learner.state(history=vars(history))
-                _save_and_stop(learner, state, checkpoints, len(history.rows), history.label)
+                _save_and_stop(learner, _state(learner, history), checkpoints, len(history.rows), history.label)
             if len(history.rollbacks) > begun or history.diverged:
                 break
+
+
+def write_history(
+    history: History, engine: Accelerator, messages: Sequence[list[Message]], out: Path
+) -> list[RolloutResponse]:
+    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
+    responses = sorted(gather_object(history.responses), key=lambda row: row.update)
+    if engine.is_main_process:
+        events = [event._asdict() for event in history.events]
+        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(responses, messages))):
+            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+    return responses
 
 
 def _look(learner: Learner, history: History, checkpoints: Checkpoints, health: Health) -> None:
@@ -148,7 +162,7 @@ def _roll_back(
         return
     learner.restore(saved)
     history.rollbacks.append(len(history.rows))
-    factor = health.rollback_learning_rate ** (tries + 1 - len(saved.notes["history"]["rollbacks"]))
+    factor = health.rollback_learning_rate ** (tries + 1 - len(saved.own["history"]["rollbacks"]))
     for group in learner.optimizer.param_groups:
         group["lr"] *= factor
     _tell(history, found, f"rolled back to update {learner.update}, learning rate times {factor:g}")
@@ -163,7 +177,12 @@ def _tell(history: History, found: list[Finding], action: str) -> None:
 
 
 def _save(learner: Learner, history: History, checkpoints: Checkpoints, good: bool) -> None:
-    checkpoints.save(len(history.rows), learner.state(history=vars(history)), good)
+    checkpoints.save(len(history.rows), _state(learner, history), good)
+
+
+def _state(learner: Learner, history: History) -> State:
+    plain = {name: [tuple(row) for row in getattr(history, name)] for name in ("responses", "events")}
+    return learner.state(history=vars(history) | plain)
 
 
 def _save_and_stop(trained: Trained, state: State, checkpoints: Checkpoints, done: int, label: str) -> NoReturn:

@@ -18,11 +18,9 @@ from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import LanguageModel, accelerator, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.text import Texts, decode
-from rrlhf.policy.arm_record import write_arm
-from rrlhf.policy.candidates import write_candidates
-from rrlhf.policy.judgement import Said, arm_reward, load_reward_models, reference_scale
+from rrlhf.policy.reward import Responses, arm_reward, load_reward_models, reference_scale, write_arm
 from rrlhf.policy.reward_functions import load_functions
-from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, write_candidates
 from rrlhf.progress import track
 from rrlhf.stopping import check_stop
 from rrlhf.types import Log
@@ -55,7 +53,7 @@ def run(
     responses = sample_in_batches(
         language, encoded, model, batch_size=batch_size, seed=arm.seed, label="best of n: sampling"
     )
-    said = Said(
+    said = Responses(
         prompts=asked,
         texts=[decode(language, response.tokens) for response in responses],
         tokens=[response.tokens for response in responses],

@@ -23,9 +23,9 @@ from rrlhf.judging.calibration import correct
 from rrlhf.models.load import accelerator, load_model, microbatches, save_model
 from rrlhf.models.text import Texts
 from rrlhf.policy.answers import Answer, Answers, answer
-from rrlhf.policy.arm_record import write_arm
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.learner import Trained, top_layers, with_optimizer
+from rrlhf.policy.reward import write_arm
 from rrlhf.policy.supervision import resumable, shuffled
 from rrlhf.progress import track
 from rrlhf.stopping import check_stop

@@ -23,13 +23,11 @@ from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
-from rrlhf.policy.arm_record import NO_SCALE, Scale, read_arm
-from rrlhf.policy.candidates import read_candidates
 from rrlhf.policy.excerpts import Excerpt, read_excerpts
-from rrlhf.policy.judgement import aggregated, paid
 from rrlhf.policy.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.policy.reward import NO_SCALE, Scale, aggregated, paid, read_arm
 from rrlhf.policy.reward_functions import load_functions, metric_names
-from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points
+from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, read_candidates
 from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.robust import READINGS, head_spread
 from rrlhf.types import Log

@@ -6,7 +6,6 @@ in rrlhf/policy/learner.py; what is done when training is interrupted or goes wr
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
@@ -38,20 +36,26 @@ from rrlhf.models.rollout import (
     text_lengths,
 )
 from rrlhf.models.text import Texts, decode
-from rrlhf.policy.arm_record import write_arm
 from rrlhf.policy.checkpoint import Checkpoints
-from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import RolloutResponse, excerpts
-from rrlhf.policy.health import EVENTS, DivergedError
-from rrlhf.policy.judgement import Judgement, Said, arm_reward, load_reward_models, reference_scale, reward_metrics
+from rrlhf.policy.excerpts import RolloutResponse
+from rrlhf.policy.health import DivergedError
 from rrlhf.policy.learner import Learner, prepare_learner
+from rrlhf.policy.reward import (
+    Responses,
+    RewardScores,
+    arm_reward,
+    load_reward_models,
+    reference_scale,
+    reward_metrics,
+    write_arm,
+)
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, load_functions
-from rrlhf.policy.supervision import History, resumed, supervised
+from rrlhf.policy.supervision import resumed, supervised, write_history
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
 from rrlhf.types import Log, Message, Metrics
 
-Reward = Callable[[Judgement], Tensor]  # what an arm's policy is paid for a batch of responses, [batch]
+Reward = Callable[[RewardScores], Tensor]  # what an arm's policy is paid for a batch of responses, [batch]
 
 
 class Prompts(NamedTuple):
@@ -95,7 +99,7 @@ def run(
         history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
         for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
             log(cut | row)
-    responses = _told(engine, history, messages, out)
+    responses = write_history(history, engine, messages, out)
     if history.diverged:
         raise DivergedError(history.diverged)
     if engine.is_main_process:
@@ -104,16 +108,6 @@ def run(
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in responses]), out / "rollouts.parquet")
         write_arm(out, arm, scale)
     engine.wait_for_everyone()
-
-
-def _told(engine: Accelerator, history: History, messages: Sequence[list[Message]], out: Path) -> list[RolloutResponse]:
-    """Write what health saw and some of what the policy wrote; return all processes' responses by update."""
-    responses = sorted(gather_object(history.responses), key=lambda row: row.update)
-    if engine.is_main_process:
-        events = [event._asdict() for event in history.events]
-        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(responses, messages))):
-            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
-    return responses
 
 
 def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[Metrics, list[RolloutResponse]]]:
@@ -136,7 +130,14 @@ def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[
             metrics |= optimise(learner, rollout)
             if metrics["optimizer_steps"]:
                 learner.schedule.step()
-            learner.kl_weight = _adapted(learner.kl_weight, metrics["kl"], ppo)
+            if ppo.kl_target is not None:
+                learner.kl_weight = adapted_weight(
+                    learner.kl_weight,
+                    metrics["kl"],
+                    target=ppo.kl_target,
+                    responses=ppo.responses_per_update,
+                    horizon=ppo.kl_horizon,
+                )
         tokens = rollout.mask.sum().item() * engine.num_processes
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - began)
         learner.update = ppo.updates if is_too_far else learner.update + 1
@@ -154,7 +155,7 @@ def collect(
     with autocast(model):
         samples = learner.sample(tokens)
         place, policy, reference = learner.read(tokens, samples)
-    said = Said(
+    said = Responses(
         prompts=[prompts.messages[i] for i in asked] if prompts.messages else [],
         texts=[decode(learner.language, row) for row in samples.lists()],
         tokens=samples.lists(),
@@ -267,15 +268,6 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor) -> dict[str, Te
         loss = loss + learner.kl_weight * means["kl_loss"]
     learner.engine.backward(share * loss)
     return {name: share * mean.detach() for name, mean in means.items()}
-
-
-def _adapted(kl_weight: float, kl: float, ppo: Ppo) -> float:
-    """Move the KL weight towards where a response's KL, in nats, is `ppo.kl_target`."""
-    if ppo.kl_target is None:
-        return kl_weight
-    return adapted_weight(
-        kl_weight, kl, target=ppo.kl_target, responses=ppo.responses_per_update, horizon=ppo.kl_horizon
-    )
 
 
 def mean_over_processes(engine: Accelerator, metrics: Metrics) -> Metrics:

@@ -1,7 +1,8 @@
-"""What the reward models and reward functions say about a rollout, and what an arm's policy is paid for it."""
+"""What reward models and reward functions say of responses, and what an arm's policy is paid for them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rrlhf.config import Arm
-from rrlhf.policy.arm_record import NO_SCALE, Scale
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.rewards.features import folder_of, reference
 from rrlhf.rewards.heads import RewardHeads
@@ -20,10 +20,21 @@ from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.types import Message, Metrics
 
+FILE = "arm.json"  # what a policy was paid, in its folder
 LEAST_STD = 1e-6  # of an arm's reward over the reference responses; below it, the reward is a constant
 
 
-class Judgement(NamedTuple):
+class Scale(NamedTuple):
+    """What an arm's aggregation gives for the reference responses; its reward is counted from there."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+NO_SCALE = Scale()
+
+
+class RewardScores(NamedTuple):
     """What the reward models and the arm's functions say about a batch of responses."""
 
     single: Tensor  # [batch] normalised score of the single head: the proxy
@@ -31,7 +42,7 @@ class Judgement(NamedTuple):
     functions: Mapping[str, Tensor] = MappingProxyType({})  # [batch] value of each function, by import path
 
 
-class Said(NamedTuple):
+class Responses(NamedTuple):
     """Responses with all that reward models and functions read of them, an entry a response."""
 
     prompts: list[list[Message]]
@@ -49,7 +60,7 @@ class RewardModels(NamedTuple):
     layer: int | None  # of the policy's own network, whose entering states some of them read; None: none does
     functions: Sequence[RewardFunction] = ()
 
-    def score(self, said: Said, pooled: Tensor | None, batch_size: int, label: str = "") -> Judgement:
+    def score(self, said: Responses, pooled: Tensor | None, batch_size: int, label: str = "") -> RewardScores:
         """Score responses, in a distributed launch this process's only; with a label, show how far it is.
 
         pooled: features [responses, width] of the SFT model's states, for the heads that read those; the others read
@@ -59,7 +70,7 @@ class RewardModels(NamedTuple):
         single, ensemble = read_by(models, pooled, said.prompts, said.texts, batch_size, label)
         proxy = single.mean[:, 0]
         values = {each.path: torch.tensor(each.values(*said), device=proxy.device) for each in self.functions}
-        return Judgement(proxy, ensemble, values)
+        return RewardScores(proxy, ensemble, values)
 
     @property
     def cut(self) -> Metrics:
@@ -94,17 +105,17 @@ def aggregated(arm: Arm, single: Tensor, ensemble: Scores) -> Tensor:
     return single if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](ensemble, **arm.settings)
 
 
-def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[Judgement], Tensor]:
+def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[RewardScores], Tensor]:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
 
     To what the reward models say, each function of the arm adds its weight times its value.
     """
 
-    def reward(judgement: Judgement) -> Tensor:
-        count = len(judgement.single)
+    def reward(scores: RewardScores) -> Tensor:
+        count = len(scores.single)
         own = slice(engine.process_index * count, (engine.process_index + 1) * count)
-        everyone = aggregated(arm, engine.gather(judgement.single), judgement.ensemble.each(engine.gather))
-        return paid(arm, scale, everyone[own], judgement.functions)
+        everyone = aggregated(arm, engine.gather(scores.single), scores.ensemble.each(engine.gather))
+        return paid(arm, scale, everyone[own], scores.functions)
 
     return reward
 
@@ -117,9 +128,9 @@ def paid(arm: Arm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Ten
     return reward
 
 
-def reward_metrics(judgement: Judgement) -> Metrics:
+def reward_metrics(found: RewardScores) -> Metrics:
     """Return what a batch's scores say on average: proxy, nominal, worst, spread, each head's share, each function."""
-    single, scores, functions = judgement
+    single, scores, functions = found
     metrics = {
         "proxy": single.mean().item(),
         "nominal": nominal_reward(scores).mean().item(),
@@ -133,3 +144,15 @@ def reward_metrics(judgement: Judgement) -> Metrics:
         metrics[f"head_{head}_nominal"] = share
     names = metric_names(functions)
     return metrics | {names[path]: value.mean().item() for path, value in functions.items()}
+
+
+def write_arm(folder: Path, arm: Arm, scale: Scale = NO_SCALE) -> None:
+    """Write an arm's settings and the scale of its reward."""
+    record = {"arm": arm.model_dump(mode="json"), "reference": scale._asdict()}
+    (folder / FILE).write_text(json.dumps(record), encoding="utf-8")
+
+
+def read_arm(folder: Path) -> tuple[Arm, Scale]:
+    """Read what `write_arm` wrote."""
+    record = json.loads((folder / FILE).read_bytes())
+    return Arm.model_validate(record["arm"]), Scale(**record["reference"])
