@@ -11,6 +11,7 @@ from rrlhf.data.tables import prompts
 from rrlhf.models.load import load_model
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.params import load_params
+from rrlhf.policy.reading import place_and_features
 from rrlhf.policy.reward import read_arm
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, choose, curve_points, read_candidates
 from rrlhf.rewards.scoring import load_reward_model
@@ -103,8 +104,8 @@ def test_the_batch_size_changes_no_score(made, models, tmp_path):
 
     def pooled(size):
         parts = [slice(start, start + size) for start in range(0, len(asked), size)]
-        read = (stage.pooled_states(language, 1, encoded[part], found.responses[part], PARAMS.model) for part in parts)
-        return torch.cat(list(read))
+        read = (place_and_features(language, 1, encoded[part], found.responses[part]) for part in parts)
+        return torch.cat([features for _, features in read])
 
     for size in (1, 7):
         torch.testing.assert_close(pooled(size), pooled(36), atol=1e-5, rtol=1e-4)

@@ -219,7 +219,7 @@ def one_for_all(scores):
     ],
     ids=lambda settings: settings["estimator"],
 )
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
 def test_every_estimator_reaches_the_optimum_of_a_one_token_reward(model, ppo, rewards, estimator, seed):
     model = model.model_copy(update={"response_tokens": 1})
     settings = {"updates": 100, "prompts_per_update": 64, "minibatch_size": 64, "kl_weight": 0.0, "learning_rate": 0.01}

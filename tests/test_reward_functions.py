@@ -172,14 +172,13 @@ def test_a_bad_answer_is_told_with_function_and_place(rules, text, told):
         ("my_rules.exact:f", "no module my_rules.exact: my_rules is no package"),
         ("my_rules:no_list", "my_rules has no function no_list: did you mean no_lists?"),
         ("my_rules:WEIGHT", "WEIGHT is float, not a function"),
-        ("my_rules:placed", "it needs prompts by position; all that there is comes by name"),
         ("broken:f", "importing broken raised ModuleNotFoundError: No module named 'nowhere' ({root}/broken.py:2)"),
         ("script:f", "importing script raised SystemExit: 3"),
         ("typo:f", "{root}/typo.py:1: not valid Python"),
     ],
 )
 def test_a_function_that_cannot_be_had_is_told_in_words(rules, tmp_path, path, told):
-    rules("WEIGHT = 0.5\ndef no_lists(**_): pass\ndef placed(prompts, /): pass\n")
+    rules("WEIGHT = 0.5\ndef no_lists(**_): pass\n")
     rules("", "checks/exact.py")
     rules("\nimport nowhere\n", "broken.py")
     rules("raise SystemExit(3)", "script.py")

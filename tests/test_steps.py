@@ -49,12 +49,12 @@ class KilledError(Exception):
     pass
 
 
-@pytest.fixture(params=DOCUMENTS)
+@pytest.fixture(scope="module", params=DOCUMENTS)
 def document(request):
     return DOCUMENTS[request.param]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inputs(document, start):
     return {name: start / name for name in (("data",) if document["stage"] == "sft" else ("data", "sft"))}
 
@@ -70,10 +70,11 @@ def result(out):
     return sha256(out / "model.safetensors"), [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-@pytest.fixture
-def whole(document, inputs, tmp_path):
-    run(document, inputs, tmp_path / "whole")
-    return result(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(document, inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    run(document, inputs, out)
+    return result(out)
 
 
 def test_one_that_broke_goes_on_from_its_last_checkpoint(document, inputs, whole, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import LanguageModel, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.text import Texts, decode
-from rrlhf.models.top import PolicyTop
+from rrlhf.models.top import PolicyTop, split_responses
+from rrlhf.policy.learner import Place
 from rrlhf.policy.reward import Responses, RewardModels, load_reward_models
 from rrlhf.policy.reward_functions import RewardFunction
 from rrlhf.progress import track
@@ -114,14 +116,15 @@ def read_responses(
     """Run the reference once over prompt and response: it gives the KL and the reward features."""
     per_prompt = len(responses) // len(rows)
     asked = [row for row in rows for _ in range(per_prompt)]
+    prompts = [judges.texts.prompt(row["prompt"]) for row in asked]
     logprobs, features = [], []
-    for start in track(
-        range(0, len(asked), evaluate.batch_size), -(-len(asked) // evaluate.batch_size), f"evaluate: {name}"
-    ):
+    starts = range(0, len(asked), evaluate.batch_size)
+    for start in track(starts, len(starts), f"evaluate: {name}"):
         part = slice(start, start + evaluate.batch_size)
         with autocast(model):
-            logprob, pooled = _reference_pass(judges, asked[part], responses[part])
-        logprobs.append(logprob)
+            place, pooled = place_and_features(judges.language, judges.top.first or 0, prompts[part], responses[part])
+            logprob, _ = judges.top(*place)
+        logprobs.append(logprob.sum(1))
         features.append(pooled)
         check_stop()
     said = Responses(
@@ -153,17 +156,12 @@ def repetition(text: str) -> float:
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
-def _reference_pass(judges: Judges, rows: Rows, responses: list[Response]) -> tuple[Tensor, Tensor]:
-    """Return the reference's log-probability [batch] of each response, and the pooled trunk features."""
-    language, device = judges.language, judges.language.device
-    prompts = [judges.texts.prompt(row["prompt"]) for row in rows]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    counts = torch.tensor([len(response.tokens) for response in responses], device=device)
-    finished = torch.tensor([response.finished for response in responses], device=device)
-    width = int(counts.max())
-    padded = torch.tensor([row.tokens + [language.end] * (width - len(row.tokens)) for row in responses], device=device)
+def place_and_features(
+    language: LanguageModel, layer: int, prompts: list[list[int]], responses: Sequence[Response]
+) -> tuple[Place, Tensor]:
+    """Return where the layers from `layer` on read responses, and what reward heads on it see, [batch, width]."""
     sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    states = hidden_states(language.network, sequences, judges.top.first or 0)
-    mask = torch.arange(width, device=device) < counts[:, None]
-    logprobs, _ = judges.top(states, lengths, padded, mask)
-    return logprobs.sum(1), response_features(states, lengths, counts - finished.long())
+    states = hidden_states(language.network, sequences, layer)
+    lengths, said, mask = split_responses(sequences, [len(prompt) for prompt in prompts], language.device)
+    spoken = torch.tensor([len(each.tokens) - each.finished for each in responses], device=language.device)
+    return (states, lengths, said, mask), response_features(states, lengths, spoken)

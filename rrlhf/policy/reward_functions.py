@@ -26,7 +26,6 @@ from rrlhf.types import Json, Message
 # message, the response; `completion_ids`: its tokens, the end of sequence included; `finished`: whether it came to an
 # end by itself.
 OFFERED = ("prompts", "completions", "completion_ids", "finished")
-LONGEST = 60  # characters of a response in an error
 
 Columns = Mapping[str, Sequence[Json]]  # what the data's rows have beside those of their format, a value per response
 NO_COLUMNS: Columns = MappingProxyType({})
@@ -85,10 +84,8 @@ class RewardFunction(NamedTuple):
         values = [_number(value) for value in listed]
         for i, value in enumerate(values):
             if not math.isfinite(value):
-                text = responses[i] if len(responses[i]) <= LONGEST else responses[i][:LONGEST] + "..."
-                raise ValueError(
-                    f"reward function {self.path}: value {listed[i]!r} of response {i} ({text!r}) is no finite number"
-                )
+                what = f"value {listed[i]!r} of response {i} ({responses[i][:60]!r})"
+                raise ValueError(f"reward function {self.path}: {what} is no finite number")
         return values
 
 
@@ -141,17 +138,11 @@ def _load(path: str, columns: Collection[str] | None) -> RewardFunction:
 
 def _arguments(call: Callable[..., object]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Return which names a function takes (None: all), and those without which it cannot be called but a column has."""
-    try:
-        parameters = inspect.signature(call).parameters.values()
-    except ValueError:
-        raise ParamsError("it does not tell its arguments; wrap it in a function of yours") from None
-    by_name = [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    variable = {each.kind for each in parameters} & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    needed = [each.name for each in parameters if each.default is each.empty and each.kind not in variable]
-    if nameless := [name for name in needed if name not in by_name]:
-        raise ParamsError(f"it needs {', '.join(nameless)} by position; all that there is comes by name")
-    takes = None if inspect.Parameter.VAR_KEYWORD in variable else tuple(by_name)
-    return takes, tuple(name for name in needed if name not in OFFERED)
+    parameters = inspect.signature(call).parameters.values()
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    needs = tuple(each.name for each in named if each.default is each.empty and each.name not in OFFERED)
+    return None if takes_all else tuple(each.name for each in named), needs
 
 
 def _number(value: object) -> float:

@@ -6,18 +6,16 @@ growing n is the reward's alone, no training gets in between (Gao et al. 2022, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from rrlhf.config import Arm, BestOfN, Model
 from rrlhf.data.tables import columns_of, further_columns, read_table
-from rrlhf.models.layers import hidden_states
-from rrlhf.models.load import LanguageModel, accelerator, autocast, load_model
-from rrlhf.models.rollout import Response, response_features, sample_in_batches
+from rrlhf.models.load import accelerator, autocast, load_model
+from rrlhf.models.rollout import sample_in_batches
 from rrlhf.models.text import Texts, decode
+from rrlhf.policy.reading import place_and_features
 from rrlhf.policy.reward import Responses, arm_reward, load_reward_models, reference_scale, write_arm
 from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, write_candidates
@@ -65,7 +63,8 @@ def run(
         parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
         read = []
         for part in track(parts, len(parts), "best of n: reading"):
-            read.append(pooled_states(language, rewards.layer, encoded[part], responses[part], model))
+            with torch.no_grad(), autocast(model):
+                read.append(place_and_features(language, rewards.layer, encoded[part], responses[part])[1])
             check_stop()
         pooled = torch.cat(read)
     scores = rewards.score(said, pooled, batch_size, "best of n: scoring")
@@ -77,16 +76,3 @@ def run(
     curve = best_of_n_curve(score, score, n).mean(0)
     for number in curve_points(n):
         log({"step": number, "reward": curve[number - 1].item(), "kl_bound": best_of_n_kl(number)})
-
-
-@torch.no_grad()
-def pooled_states(
-    language: LanguageModel, layer: int, prompts: list[list[int]], responses: Sequence[Response], model: Model
-) -> Tensor:
-    """Return the features [responses, width] that reward heads on a layer of this model read."""
-    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=language.device)
-    spoken = torch.tensor([len(each.tokens) - each.finished for each in responses], device=language.device)
-    with autocast(model):
-        states = hidden_states(language.network, sequences, layer)
-    return response_features(states, lengths, spoken)
