@@ -26,7 +26,7 @@ from rrlhf.config import Arm, Model, Ppo
 from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.learner import Learner, prepare_learner
-from rrlhf.policy.reward import arm_reward, load_reward_models
+from rrlhf.policy.reward import Prompts, arm_reward, load_reward_models
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import FILE
 from rrlhf.stages import ppo
@@ -70,7 +70,7 @@ def train(job: Job) -> Job:
     updates: list[Metrics] = []
     with _replaced(clocks):
         began = watch.now()
-        for row, _ in ppo.train(learner, ppo.Prompts(job["prompts"]), arm_reward(arm, engine)):
+        for row, _ in ppo.train(learner, Prompts(job["prompts"]), arm_reward(arm, engine)):
             ended = watch.now()
             updates.append({"update_s": ended - began, "steps": row["optimizer_steps"]} | watch.seconds)
             began = ended
@@ -175,7 +175,7 @@ def _operations(learner: Learner, settings: Ppo, job: Job) -> Job:
     A product with a matrix of P elements takes 2 P a token forward, 2 P more where the gradient passes through it, and
     2 P more where the matrix itself trains. Logits are counted for response tokens only.
     """
-    network, first = learner.language.network, learner.boundary or 0
+    network, first = learner.language.network, learner.top.first or 0
     layers = [sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear)) for layer in _layers(network)]
     head = network.lm_head.weight.numel()
     responses = job["responses"] * job["response_tokens"]

@@ -15,9 +15,9 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.health import WINDOW, findings, hacking_suspected, is_healthy
 from rrlhf.policy.learner import prepare_learner
-from rrlhf.policy.reward import load_reward_models
+from rrlhf.policy.reward import Prompts, load_reward_models
 from rrlhf.policy.supervision import resumed, supervised
-from rrlhf.stages.ppo import Prompts, train
+from rrlhf.stages.ppo import train
 
 PARAMS = load_params(Path(__file__).parents[1])
 PROMPTS = Prompts([[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]])

@@ -9,9 +9,9 @@ from rrlhf.kl import adapted_weight
 from rrlhf.models.adapters import merge_adapters
 from rrlhf.models.load import load_base
 from rrlhf.policy.learner import prepare_learner
-from rrlhf.policy.reward import RewardScores, arm_reward, load_reward_models
+from rrlhf.policy.reward import Prompts, RewardScores, arm_reward, load_reward_models
 from rrlhf.robust import AGGREGATIONS, Scores
-from rrlhf.stages.ppo import Prompts, collect, optimise, train
+from rrlhf.stages.ppo import collect, optimise, train
 
 WAYS = [{"trains": "layers"}, {"trains": "layers", "train_layers": 3}, {"trains": "lora"}, {"trains": "full"}]
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]]

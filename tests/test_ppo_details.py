@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from rrlhf.models.load import load_base, load_model, save_model
 from rrlhf.policy.learner import prepare_learner
-from rrlhf.policy.reward import load_reward_models
-from rrlhf.stages.ppo import Prompts, collect, optimise, train
+from rrlhf.policy.reward import Prompts, load_reward_models
+from rrlhf.stages.ppo import collect, optimise, train
 
 PROMPTS = Prompts([[3, 9, 12], [4, 7, 8, 20, 21], [5, 30, 31, 32]])
 EIGHT = [0, 1, 2, 0, 1, 2, 0, 1]  # rows of them

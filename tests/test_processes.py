@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from rrlhf.config import Arm, Model, Ppo
 from rrlhf.models.load import accelerator, load_base
 from rrlhf.models.rollout import Samples
-from rrlhf.policy.reward import arm_reward, load_reward_models
+from rrlhf.policy.reward import Prompts, arm_reward, load_reward_models
 from rrlhf.policy.learner import Learner, prepare_learner
-from rrlhf.stages.ppo import Prompts, train
+from rrlhf.stages.ppo import train
 
 model, ppo, out = Model(**json.loads(sys.argv[1])), Ppo(**json.loads(sys.argv[2])), Path(sys.argv[3])
 torch.set_num_threads(1)

@@ -24,6 +24,7 @@ from rrlhf.models.top import PolicyTop, Read, first_trained
 from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
 from rrlhf.policy.reward import RewardModels
+from rrlhf.types import Metrics
 
 Place = tuple[Tensor, Tensor, Tensor, Tensor]  # what enters the layers that train, prompt lengths, responses, mask
 
@@ -80,19 +81,14 @@ class Learner(Trained):
     rollouts: int = 0  # in all
 
     @property
-    def boundary(self) -> int | None:
-        """Layers below it are frozen; None: everything trains."""
-        return self.top.first
-
-    @property
     def shares_trunk(self) -> bool:
         """Whether the reward heads' layer lies in the frozen part; else the reference's pass gives its states."""
-        layer = self.rewards.layer
-        return layer is not None and self.boundary is not None and layer <= self.boundary
+        layer, first = self.rewards.layer, self.top.first
+        return layer is not None and first is not None and layer <= first
 
     def sample(self, prompts: list[list[int]]) -> Samples:
-        """Sample from the policy as it is, and keep the states that enter the boundary and the reward heads' layer."""
-        wanted = (self.boundary, self.rewards.layer if self.shares_trunk else None)
+        """Sample from the policy, and keep the states that enter the trained layers and the reward heads' layer."""
+        wanted = (self.top.first, self.rewards.layer if self.shares_trunk else None)
         layers = tuple(layer for layer in wanted if layer is not None)
         return sample(self.language, prompts, self.model.response_tokens, self.generator, layers)
 
@@ -101,10 +97,9 @@ class Learner(Trained):
 
         One of the two has the states that the reward heads read, if these read any.
         """
-        layer = self.rewards.layer
+        first, layer = self.top.first, self.rewards.layer
         longest = int((samples.prompt_lengths + samples.mask.sum(1)).max())
-        boundary = self.boundary
-        entering = tokens_of(prompts, samples) if boundary is None else samples.states[boundary][:, :longest]
+        entering = tokens_of(prompts, samples) if first is None else samples.states[first][:, :longest]
         place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
         tokens = min(self.ppo.microbatch_tokens, self.ppo.minibatch_size * longest)  # as much memory as a step takes
         reference = self.reference(*place, layer=None if self.shares_trunk else layer, tokens=tokens)
@@ -112,6 +107,13 @@ class Learner(Trained):
         if torch.is_autocast_enabled(self.engine.device.type):  # bfloat16: one row alone rounds differently
             policy = self.top.read(*place, tokens=tokens)
         return place, policy._replace(states=samples.states[layer] if self.shares_trunk and layer else None), reference
+
+    def mean_over_processes(self, metrics: Metrics) -> Metrics:
+        """Return the mean over processes of numbers that each of them has."""
+        if self.engine.num_processes == 1 or not metrics:
+            return metrics
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.engine.device)
+        return dict(zip(metrics, self.engine.reduce(values, reduction="mean").tolist(), strict=True))
 
     def clip_gradients(self) -> float:
         """Have the next step use gradients of norm `ppo.max_grad_norm` at most; return the norm that they have.
@@ -130,11 +132,7 @@ class Learner(Trained):
         """Return what a checkpoint must hold; own: what else there is of this process."""
         shared, own = super().state(**own)
         counted = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
-        random = {"sampling": self.generator.get_state(), "order": self.shuffle.get_state()}
-        random["torch"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            random["cuda"] = torch.cuda.get_rng_state()
-        return State(shared | counted, own | {"random": random})
+        return State(shared | counted, own | {"random": [each.get_state() for each in self._generators]})
 
     def restore(self, state: State) -> None:
         """Put the policy where it was; the order of prompts and all other randomness go on as they are."""
@@ -145,12 +143,12 @@ class Learner(Trained):
         """Put everything where it was, randomness included."""
         self.restore(state)
         self.rollouts = state.shared["rollouts"]
-        random = state.own["random"]
-        self.generator.set_state(random["sampling"])
-        self.shuffle.set_state(random["order"])
-        torch.set_rng_state(random["torch"])
-        if "cuda" in random and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(random["cuda"])
+        for generator, random in zip(self._generators, state.own["random"], strict=True):
+            generator.set_state(random)
+
+    @property
+    def _generators(self) -> tuple[torch.Generator, ...]:
+        return self.generator, self.shuffle, torch.default_generator
 
 
 def prepare_learner(

@@ -13,6 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rrlhf.config import Arm
+from rrlhf.models.load import LanguageModel
+from rrlhf.models.rollout import Samples
+from rrlhf.models.text import decode
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.rewards.features import folder_of, reference
 from rrlhf.rewards.heads import RewardHeads
@@ -42,6 +45,9 @@ class RewardScores(NamedTuple):
     functions: Mapping[str, Tensor] = MappingProxyType({})  # [batch] value of each function, by import path
 
 
+Reward = Callable[[RewardScores], Tensor]  # what a policy is paid for each response of a batch, [batch]
+
+
 class Responses(NamedTuple):
     """Responses with all that reward models and functions read of them, an entry a response."""
 
@@ -50,6 +56,25 @@ class Responses(NamedTuple):
     tokens: list[list[int]]
     finished: list[bool]
     columns: Columns = NO_COLUMNS  # of the data
+
+
+class Prompts(NamedTuple):
+    """The prompts of the data, with all that is read of them."""
+
+    tokens: list[list[int]]
+    messages: Sequence[list[Message]] = ()  # for reward models with a trunk of their own, and reward functions
+    columns: Columns = NO_COLUMNS  # for reward functions
+
+    def answered(self, asked: Sequence[int], samples: Samples, language: LanguageModel) -> Responses:
+        """Return samples as responses to the prompts of the rows `asked`."""
+        tokens = samples.lists()
+        return Responses(
+            prompts=[self.messages[i] for i in asked] if self.messages else [],
+            texts=[decode(language, row) for row in tokens],
+            tokens=tokens,
+            finished=samples.finished.tolist(),
+            columns={name: [values[i] for i in asked] for name, values in self.columns.items()},
+        )
 
 
 class RewardModels(NamedTuple):
@@ -105,7 +130,7 @@ def aggregated(arm: Arm, single: Tensor, ensemble: Scores) -> Tensor:
     return single if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](ensemble, **arm.settings)
 
 
-def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[RewardScores], Tensor]:
+def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Reward:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
 
     To what the reward models say, each function of the arm adds its weight times its value.

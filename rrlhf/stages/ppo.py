@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
@@ -28,42 +26,26 @@ from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models.adapters import merge_adapters
 from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
-from rrlhf.models.rollout import (
-    Rollout,
-    explained_variance,
-    response_features,
-    rollout_metrics,
-    text_lengths,
-)
-from rrlhf.models.text import Texts, decode
+from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
+from rrlhf.models.text import Texts
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.excerpts import RolloutResponse
 from rrlhf.policy.health import DivergedError
 from rrlhf.policy.learner import Learner, prepare_learner
 from rrlhf.policy.reward import (
-    Responses,
-    RewardScores,
+    Prompts,
+    Reward,
     arm_reward,
     load_reward_models,
     reference_scale,
     reward_metrics,
     write_arm,
 )
-from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, load_functions
+from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.supervision import resumed, supervised, write_history
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean, token_rewards
-from rrlhf.types import Log, Message, Metrics
-
-Reward = Callable[[RewardScores], Tensor]  # what an arm's policy is paid for a batch of responses, [batch]
-
-
-class Prompts(NamedTuple):
-    """The prompts of the data, with all that is read of them."""
-
-    tokens: list[list[int]]
-    messages: Sequence[list[Message]] = ()  # for reward models with a trunk of their own
-    columns: Columns = NO_COLUMNS  # for reward functions
+from rrlhf.types import Log, Metrics
 
 
 def run(
@@ -122,7 +104,7 @@ def train(learner: Learner, prompts: Prompts, reward: Reward) -> Iterator[tuple[
         batch = list(islice(order, ppo.prompts_per_update))[engine.process_index :: engine.num_processes]
         asked = [i for i in batch for _ in range(ppo.responses_per_prompt)]
         rollout, responses, metrics = collect(learner, prompts, asked, reward)
-        metrics = mean_over_processes(engine, metrics)
+        metrics = learner.mean_over_processes(metrics)
         is_too_far = ppo.max_kl is not None and metrics["kl"] > ppo.max_kl
         if ppo.max_kl is not None:
             metrics["kl_budget_exceeded"] = float(is_too_far)
@@ -155,13 +137,7 @@ def collect(
     with autocast(model):
         samples = learner.sample(tokens)
         place, policy, reference = learner.read(tokens, samples)
-    said = Responses(
-        prompts=[prompts.messages[i] for i in asked] if prompts.messages else [],
-        texts=[decode(learner.language, row) for row in samples.lists()],
-        tokens=samples.lists(),
-        finished=samples.finished.tolist(),
-        columns={name: [values[i] for i in asked] for name, values in prompts.columns.items()},
-    )
+    said = prompts.answered(asked, samples, learner.language)
     states = reference.states if policy.states is None else policy.states
     pooled = None if states is None else response_features(states, samples.prompt_lengths, text_lengths(samples))
     at_once = max(ppo.microbatch_tokens // (model.prompt_tokens + model.response_tokens), 1)
@@ -216,13 +192,13 @@ def optimise(learner: Learner, rollout: Rollout) -> Metrics:
         taken = [step for step in steps if step is not None]
         rows += taken
         skipped += len(steps) - len(taken)
-        if taken and mean_over_processes(learner.engine, taken[-1])["step_kl"] > ppo.max_step_kl:
+        if taken and learner.mean_over_processes(taken[-1])["step_kl"] > ppo.max_step_kl:
             break
     give_back_memory()
     means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
     rate = float(learner.optimizer.param_groups[0]["lr"])
-    return mean_over_processes(learner.engine, means) | counts | {"learning_rate": rate}
+    return learner.mean_over_processes(means) | counts | {"learning_rate": rate}
 
 
 def _step(learner: Learner, rollout: Rollout) -> Metrics | None:
@@ -268,14 +244,6 @@ def _accumulate(learner: Learner, part: Rollout, tokens: Tensor) -> dict[str, Te
         loss = loss + learner.kl_weight * means["kl_loss"]
     learner.engine.backward(share * loss)
     return {name: share * mean.detach() for name, mean in means.items()}
-
-
-def mean_over_processes(engine: Accelerator, metrics: Metrics) -> Metrics:
-    """Return the mean over processes of numbers that each of them has."""
-    if engine.num_processes == 1 or not metrics:
-        return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=engine.device)
-    return dict(zip(metrics, engine.reduce(values, reduction="mean").tolist(), strict=True))
 
 
 def _endless(rows: int, seed: int) -> Iterator[int]:
