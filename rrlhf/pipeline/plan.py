@@ -261,7 +261,7 @@ class Project:
     def _registered(self, node: Node, key: str) -> Found | None:
         from rrlhf.pipeline.tracking.registry import registrations
 
-        known = registrations(self.root, self.params.tracking.experiment, [key]) or {}
+        known = registrations(self.root, self.params.tracking.experiment, [key])
         named = [(name, found) for (_, name), found in known.items() if name]
         if not named:
             return None

@@ -6,8 +6,7 @@ only when something is asked of it, because that import takes seconds.
 """
 
 from rrlhf.pipeline.tracking.kept import tag_fault
-from rrlhf.pipeline.tracking.registry import TrackingError
-from rrlhf.pipeline.tracking.server import mlflow_pages, version_page
+from rrlhf.pipeline.tracking.server import TrackingError, mlflow_pages, version_page
 from rrlhf.pipeline.tracking.tracker import Registered, Tracker, Version
 
 __all__ = ["Registered", "Tracker", "TrackingError", "Version", "mlflow_pages", "tag_fault", "version_page"]

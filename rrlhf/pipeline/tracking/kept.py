@@ -11,8 +11,7 @@ from urllib.parse import unquote, urlparse
 
 from rrlhf.pipeline.artifacts import SIGNATURE, Artifact
 from rrlhf.pipeline.stages import spec_of
-from rrlhf.pipeline.tracking.models import same
-from rrlhf.pipeline.tracking.records import INSIDE, MLMODEL, has, version_tags
+from rrlhf.pipeline.tracking.models import INSIDE, MLMODEL, same, version_tags
 
 
 def tag_fault(artifact: Artifact, tags: dict[str, str]) -> str | None:
@@ -35,13 +34,21 @@ class Kept:
 
         Copies on this machine are looked at where they lie, others are fetched for the time being.
         """
-        place = self._place(artifact)
-        if place is None:
+        from mlflow.artifacts import download_artifacts
+
+        if spec_of(artifact.stage).model:
+            places = [model.artifact_location for model in self._models(artifact)]
+        else:
+            places = [run.info.artifact_uri for run in self._runs(artifact)]
+        if not places:
             yield None
             return
-        with _local(place) as folder:
-            model = spec_of(artifact.stage).model
-            yield (folder / INSIDE, folder / "MLmodel") if model else (folder, None)
+        with tempfile.TemporaryDirectory(prefix="rrlhf-audit-") as beside:
+            parsed = urlparse(str(places[0]))
+            is_here = parsed.scheme in {"", "file"}
+            fetched = unquote(parsed.path) if is_here else download_artifacts(artifact_uri=places[0], dst_path=beside)
+            folder = Path(fetched)
+            yield (folder / INSIDE, folder / "MLmodel") if spec_of(artifact.stage).model else (folder, None)
 
     def mlmodel_digest(self, artifact: Artifact) -> str | None:
         """Return the sha256 that the MLmodel beside an artifact's copy had when it was written, where that is known."""
@@ -60,42 +67,18 @@ class Kept:
 
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside every copy of its files, over one that is there; False without a copy."""
-        with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as beside:
-            if spec_of(artifact.stage).model:
-                link = Path(beside) / INSIDE / SIGNATURE
-                link.parent.mkdir()
-                link.symlink_to((artifact.path / SIGNATURE).resolve())
-                models = self._models(artifact)
-                for model in models:
-                    self._client.log_model_artifacts(model.model_id, beside)
-                return bool(models)
-            runs = self._runs(artifact)
-            for run in runs:
-                self._client.log_artifact(run.info.run_id, str(artifact.path / SIGNATURE))
-            return bool(runs)
+        signature = str((artifact.path / SIGNATURE).resolve())
+        models = self._models(artifact) if spec_of(artifact.stage).model else []
+        for model in models:
+            self._client.log_model_artifact(model.model_id, signature, INSIDE)
+        runs = [] if spec_of(artifact.stage).model else self._runs(artifact)
+        for run in runs:
+            self._client.log_artifact(run.info.run_id, signature)
+        return bool(models or runs)
 
     def _runs(self, artifact: Artifact) -> list[Any]:
-        runs = self._client.search_runs([self._experiment_id], has("key", artifact.key))
-        return [run for run in runs if run.data.tags.get("rrlhf.digest") == artifact.digest]
+        return [*self._client.search_runs([self._experiment_id], same(artifact))]
 
     def _models(self, artifact: Artifact) -> list[Any]:
         found = self._client.search_logged_models([self._experiment_id], same(artifact))
         return [model for model in found if model.status == "READY"]
-
-    def _place(self, artifact: Artifact) -> str | None:
-        if spec_of(artifact.stage).model:
-            return next((str(model.artifact_location) for model in self._models(artifact)), None)
-        kept = self._runs(artifact)
-        return str(kept[0].info.artifact_uri) if kept else None
-
-
-@contextmanager
-def _local(place: str) -> Iterator[Path]:
-    parsed = urlparse(place)
-    if parsed.scheme in {"", "file"}:
-        yield Path(unquote(parsed.path))
-        return
-    from mlflow.artifacts import download_artifacts
-
-    with tempfile.TemporaryDirectory(prefix="rrlhf-audit-") as beside:
-        yield Path(download_artifacts(artifact_uri=place, dst_path=beside))

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.pipeline.stages import profile_of
-from rrlhf.pipeline.tracking.records import (
-    INSIDE,
-    MADE,
-    MLMODEL,
-    dataset_input,
-    description,
-    has,
-    linked_files,
-    made_from,
-    model_id_of,
-    model_metrics,
-    note,
-    stage_tags,
-    version_tags,
-    write_metrics,
-    write_mlmodel,
-)
-from rrlhf.pipeline.tracking.server import long_requests
+from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.pipeline.cards import title, what, without_front_matter
+from rrlhf.pipeline.stages import spec_of
+from rrlhf.pipeline.tracking.runs import dataset_input, has, short_digest, stage_tags, write_metrics
+from rrlhf.pipeline.tracking.server import patient
 from rrlhf.types import Dataset
 
+INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
+MADE = "rrlhf.made"  # tag of a version: its stage, digest, inputs and commit, as JSON
+MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
 SHOWN = "mlflow.modelVersions"  # tag that MLflow's page of a logged model reads
+LETTERS_PER_TAG = 8000  # MLflow's limit
 
 
 class Models:
@@ -39,10 +32,11 @@ class Models:
     def __init__(self, client: Any, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
 
-    def search(self, condition: str) -> list[Any]:  # mlflow.entities.model_registry.ModelVersion
-        """Return the matching versions, newest first."""
+    def search(self, condition: str = "") -> list[Any]:  # mlflow.entities.model_registry.ModelVersion
+        """Return the matching versions that this package registered, newest first."""
         found = every(partial(self._client.search_model_versions, condition))
-        return sorted(found, key=lambda each: (each.creation_timestamp, int(each.version)), reverse=True)
+        ours = [each for each in found if MADE in each.tags]
+        return sorted(ours, key=lambda each: (each.creation_timestamp, int(each.version)), reverse=True)
 
     def aliases(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """Return the aliases of every version that has some; a search for versions does not tell them."""
@@ -52,31 +46,20 @@ class Models:
                 aliases[model.name, str(number)] = (*aliases.get((model.name, str(number)), ()), alias)
         return aliases
 
-    def version_of(self, artifact: Artifact, name: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
-        """Return the version of an artifact under this name; one that never became ready is removed."""
-        for found in (each for each in self.of(artifact.digest, artifact.key) if each.name == name):
-            if found.status == "READY":
-                # A search does not tell aliases.
-                return self._client.get_model_version(found.name, str(found.version))
-            self._client.delete_model_version(found.name, str(found.version))
-        return None
-
     def of(self, digest: str, key: str | None) -> list[Any]:
         """Return the versions of a content and its making, newest first; no key: of any making."""
         found = self.search(has("key", key) if key else "")
-        return [each for each in found if MADE in each.tags and json.loads(each.tags[MADE])["digest"] == digest]
+        return [each for each in found if json.loads(each.tags[MADE])["digest"] == digest]
 
-    def inputs_of(self, artifact: Artifact, profile: str) -> dict[str, Any]:
-        """Return the version of each model that an artifact was made from, as far as it is registered, by argument.
+    def version_of(self, artifact: Artifact, name: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
+        """Return the version of an artifact under this name, with its aliases."""
+        found = [each for each in self.of(artifact.digest, artifact.key) if each.name == name]
+        return self._client.get_model_version(name, str(found[0].version)) if found else None
 
-        Of several names that one making has, that of the profile.
-        """
-        read = {}
-        for argument in artifact.made_from:
-            found = self.of(artifact.inputs[argument], artifact.input_keys.get(argument))
-            if found:
-                read[argument] = next((each for each in found if is_of(each, profile)), found[0])
-        return read
+    def inputs_of(self, artifact: Artifact) -> set[str]:
+        """Return the ids of the models that an artifact was made from, as far as they are registered."""
+        read = [self.of(artifact.inputs[name], artifact.input_keys.get(name)) for name in artifact.made_from]
+        return {model_id_of(found[0]) for found in read if found}
 
     def give(self, name: str, version: str, alias: str) -> str:
         """Give a version an alias, which no other version of the name then has; say from which one it moved."""
@@ -84,69 +67,58 @@ class Models:
         self._client.set_registered_model_alias(name, alias, version)
         return f"{name}@{alias}: {f'v{before} -> ' if before else ''}v{version}"
 
-    def new_version(self, artifact: Artifact, name: str, model_id: str, run: Any) -> Any:
-        """Register a logged model. The tags come with the version, so there is never one without them."""
+    def new_version(self, artifact: Artifact, name: str, run_id: str) -> Any:
+        """Register an artifact's files. The tags come with the version, so there is never one without them."""
         from mlflow.exceptions import MlflowException
 
+        model_id = self._upload(artifact, run_id)
         try:
             self._client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        links = made_from(artifact, self.inputs_of(artifact, str(profile_of(name, artifact.stage))), run)
+        said = f"{title(artifact.manifest)}. {what(artifact.manifest)}"
         made = self._client.create_model_version(
-            name,
-            f"models:/{model_id}",
-            run.info.run_id,
-            version_tags(artifact),
-            description=description(artifact, links),
-            model_id=model_id,
+            name, f"models:/{model_id}", run_id, version_tags(artifact), description=said, model_id=model_id
         )
         model = self._client.get_logged_model(model_id)
         shown = [*json.loads(model.tags.get(SHOWN, "[]")), {"name": name, "version": made.version}]
         self._client.set_logged_model_tags(model_id, {SHOWN: json.dumps(shown)})
         return made
 
-    def upload(self, artifact: Artifact, run_id: str) -> str:
+    def _upload(self, artifact: Artifact, run_id: str) -> str:
         """Return the id of a logged model with the artifact's files, going on with one that was begun and not ended.
 
         One that another profile registered serves this one too.
         """
-        ready = [model_id_of(found) for found in self.of(artifact.digest, artifact.key) if found.status == "READY"]
+        ready = [model_id_of(found) for found in self.of(artifact.digest, artifact.key)]
         begun = self._client.search_logged_models([self._experiment_id], same(artifact))
         ready += [str(model.model_id) for model in begun if model.status == "READY"]
         if ready:
             return ready[0]
-        tags = {"rrlhf.digest": artifact.digest} | stage_tags(artifact.name, artifact.stage, artifact.key)
-        model = (
-            begun[0]
-            if begun
-            else self._client.create_logged_model(
-                self._experiment_id, artifact.name, run_id, tags, model_type=artifact.stage
-            )
-        )
-        with linked_files(artifact, INSIDE) as folder, long_requests():
-            write_mlmodel(folder, model.model_id, run_id, artifact.stage)
+        tags = stage_tags(artifact.name, artifact.stage, artifact.key) | note(artifact)
+        tags |= {"rrlhf.digest": artifact.digest}
+        new = partial(self._client.create_logged_model, self._experiment_id, artifact.name, run_id, tags)
+        model = begun[0] if begun else new(model_type=artifact.stage)
+        with linked_files(artifact, INSIDE) as folder, patient():
+            _write_mlmodel(folder / "MLmodel", str(model.model_id), run_id, artifact.stage)
             self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(folder / "MLmodel")})
             self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 
-    def link(self, run: Any, artifact: Artifact, dataset: Dataset | None, profile: str, version: Any = None) -> None:
+    def link(self, run: Any, artifact: Artifact, dataset: Dataset | None, model_id: str = "") -> None:
         """Tie a run to the data set and models it read and the model it made, in MLflow's own terms.
 
-        version: the model's, where it made one. The run's tag rrlhf.digest says that this is done; it waits until all
-        inputs are registered.
+        The run's tag rrlhf.digest says that this is done; it waits until all inputs are registered.
         """
         from mlflow.entities import LoggedModelInput, LoggedModelOutput, RunTag
 
-        run_id, tags = run.info.run_id, run.data.tags
-        model_id = model_id_of(version) if version else None
-        if tags.get("rrlhf.digest") == artifact.digest and tags.get("rrlhf.model") == (model_id or ""):
+        run_id, done = run.info.run_id, {"rrlhf.digest": artifact.digest, "rrlhf.model": model_id}
+        if done.items() <= run.data.tags.items():
             return
         run = self._client.get_run(run_id)
-        inputs = self.inputs_of(artifact, profile)
-        read = {model_id_of(found) for found in inputs.values()}
+        read = self.inputs_of(artifact)
         new = read - {entry.model_id for entry in run.inputs.model_inputs}  # MLflow refuses to write one twice
         datasets = [dataset_input(dataset)] if dataset else []
         self._client.log_inputs(run_id, datasets, [LoggedModelInput(each) for each in sorted(new)])
@@ -154,22 +126,16 @@ class Models:
             step = int(artifact.metrics.get("step", 0))
             self._client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
             write_metrics(self._client, run_id, model_metrics(run, dataset, model_id))
-        if len(inputs) == len(artifact.made_from):
-            links = made_from(artifact, inputs, run)
-            told = note(artifact, links)
-            if version:
-                self._client.set_logged_model_tags(model_id, told)
-                self._client.update_model_version(version.name, str(version.version), description(artifact, links))
-            done = {"rrlhf.digest": artifact.digest, "rrlhf.model": model_id or "", **told}
-            self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in done.items()])
+        makings = {(artifact.inputs[name], artifact.input_keys.get(name)) for name in artifact.made_from}
+        if len(read) == len(makings):
+            tags = [RunTag(name, value) for name, value in (done | note(artifact)).items()]
+            self._client.log_batch(run_id, tags=tags)
 
-    def keep_files(self, run: Any, artifact: Artifact, dataset: Dataset | None, profile: str) -> None:
+    def keep_files(self, run: Any, artifact: Artifact) -> None:
         """Keep the files of an artifact that is no model (the evaluation) with its run."""
-        if run.data.tags.get("rrlhf.digest") == artifact.digest:
-            return
-        with linked_files(artifact) as folder, long_requests():
-            self._client.log_artifacts(run.info.run_id, str(folder))
-        self.link(run, artifact, dataset, profile)
+        if run.data.tags.get("rrlhf.digest") != artifact.digest:
+            with linked_files(artifact) as folder, patient():
+                self._client.log_artifacts(run.info.run_id, str(folder))
 
 
 def every(search: Callable[..., Any]) -> list[Any]:
@@ -187,6 +153,78 @@ def same(artifact: Artifact) -> str:
     return f"{has('key', artifact.key)} and {has('digest', artifact.digest)}"
 
 
-def is_of(version: Any, profile: str) -> bool:
-    """Whether a version has the name of this profile's models."""
-    return profile_of(version.name, json.loads(version.tags[MADE])["stage"]) == profile
+def model_id_of(registered: Any) -> str:  # mlflow.entities.model_registry.ModelVersion
+    """Return the id of the logged model behind a registered version."""
+    return str(registered.source).removeprefix("models:/")
+
+
+def version_tags(artifact: Artifact) -> dict[str, str]:
+    """Return the tags of a registered version: what people and searches look for, and in one what lineage reads."""
+    made = {
+        "stage": artifact.stage,
+        "digest": artifact.digest,
+        "inputs": artifact.inputs,
+        "input_keys": artifact.input_keys,
+        "git_commit": artifact.manifest["git_commit"],
+    }
+    data = artifact.manifest["dataset"].get("name")
+    return {
+        "rrlhf.node": artifact.name,
+        **({"rrlhf.data": data} if data else {}),
+        "rrlhf.key": artifact.key,
+        MADE: json.dumps(made),
+    }
+
+
+def note(artifact: Artifact) -> dict[str, str]:
+    """Return an artifact's card as the tag that MLflow's pages of a run and of a logged model show as its description.
+
+    A card that is longer than a tag may be ends with where the rest is.
+    """
+    path = artifact.path / CARD
+    if not path.is_file():
+        return {}
+    text = without_front_matter(path.read_text(encoding="utf-8"))
+    if len(text) > LETTERS_PER_TAG:
+        rest = f"\n\n(The rest is in {INSIDE}/{CARD}.)"
+        text = text[: LETTERS_PER_TAG - len(rest)].rpartition("\n")[0] + rest
+    return {"mlflow.note.content": text}
+
+
+def model_metrics(run: Any, dataset: Dataset | None, model_id: str) -> list[Any]:
+    """Return a run's last numbers as those of its model, for MLflow's list of models.
+
+    With the times at which the run has them: they are the same points to MLflow, not new ones.
+    """
+    from mlflow.entities import Metric
+
+    about = (dataset.name, short_digest(dataset)) if dataset else (None, None)
+    return [Metric(m.key, m.value, m.timestamp, m.step, model_id, *about) for m in run.data.to_proto().metrics]
+
+
+@contextmanager
+def linked_files(artifact: Artifact, inside: str = ".") -> Iterator[Path]:
+    """Yield a temporary folder of links to exactly the artifact's files: an upload follows them, nothing is copied.
+
+    Its signature, where it has one, is among them.
+    """
+    with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as temporary:
+        folder = Path(temporary)
+        signature = [SIGNATURE] if (artifact.path / SIGNATURE).exists() else []
+        for name in [MANIFEST, *artifact.manifest["files"], *signature]:
+            link = folder / inside / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((artifact.path / name).resolve())
+        yield folder
+
+
+def _write_mlmodel(path: Path, model_id: str, run_id: str, stage: str) -> None:
+    """Write MLflow's description of a model, which `mlflow.pyfunc.load_model` reads."""
+    from mlflow.models import Model
+
+    model = Model(artifact_path=INSIDE, run_id=run_id, model_id=model_id, model_uuid=model_id)
+    if spec_of(stage).makes == "language model":
+        model.add_flavor(
+            "python_function", loader_module="rrlhf.loader", data=INSIDE, python_version=platform.python_version()
+        )
+    model.save(path)

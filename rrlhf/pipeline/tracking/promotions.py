@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rrlhf.pipeline.tracking.records import MADE
+from rrlhf.pipeline.tracking.models import MADE
 from rrlhf.pipeline.tracking.server import errors
 from rrlhf.types import Json
 

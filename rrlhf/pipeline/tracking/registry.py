@@ -1,118 +1,72 @@
-"""What MLflow's registry holds, read in milliseconds: straight from its database, without importing mlflow.
+"""What is registered, as a plan and a run with nothing to do ask: MLflow tells it, and that is noted.
 
-Only looked at, never relied on: restoring and registering ask MLflow itself. Where the database is a server's, or is
-not laid out as expected, the answer is "unknown".
+Asking takes the seconds of MLflow's import. The note holds as long as the database is the very file that was asked; a
+server is asked every time.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+import json
+import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-SQLITE = "sqlite:///"
-FILES = "mlartifacts"  # folder of MLflow's files, beside the database that names them
-AT_ONCE = 500  # keys in one question; SQLite allows more
+from rrlhf.files import write
+from rrlhf.memo import TICK, mark_of
+from rrlhf.pipeline.tracking.server import address, database
 
-# The newest ready version of each key and name comes last.
-VERSIONS = """
-select k.value, v.name, v.version, json_extract(m.value, '$.digest') from model_versions v
-join model_version_tags k on k.name = v.name and k.version = v.version and k.key = 'rrlhf.key'
-join model_version_tags m on m.name = v.name and m.version = v.version and m.key = 'rrlhf.made'
-where v.status = 'READY' and k.value in ({keys}) order by v.creation_time, v.version
-"""
-# A run is given its artifact's digest when all that belongs to it was written.
-RUNS = """
-select k.value, d.value from runs r
-join experiments e on e.experiment_id = r.experiment_id and e.name = ? and e.lifecycle_stage = 'active'
-join tags k on k.run_uuid = r.run_uuid and k.key = 'rrlhf.key'
-join tags d on d.run_uuid = r.run_uuid and d.key = 'rrlhf.digest'
-where r.lifecycle_stage = 'active' and r.status = 'FINISHED' and k.value in ({keys})
-"""
-
-
-class TrackingError(Exception):
-    """The tracking server does not answer or refuses; the message says how to go on."""
+NOTE = Path(".rrlhf", "registered.json")
 
 
 class Registration(NamedTuple):
     """What is registered under a key and a name."""
 
-    version: str  # "" where only a run is kept (the evaluation)
+    key: str
+    name: str  # of the model; "" where only a run is kept (the evaluation)
+    version: str  # "" for such a run
     digest: str
-    aliases: frozenset[str]
+    aliases: list[str]
     complete: bool  # its run holds everything and is linked to what it read
 
 
-def address(root: Path) -> str:
-    """Return the address of the tracking server: MLFLOW_TRACKING_URI, or else `root`/mlflow.db."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
+Registrations = dict[tuple[str, str], Registration]  # by key and name
 
 
-Registrations = dict[tuple[str, str], Registration]  # by key, and name of the model ("" where only a run is kept)
-
-
-def registrations(root: Path, experiment: str, keys: Sequence[str]) -> Registrations | None:
-    """Return what is registered under each of these keys; None when that cannot be told without asking a server."""
-    uri = address(root)
-    if not uri.startswith(SQLITE):
-        return None
-    database = Path(uri.removeprefix(SQLITE)).absolute()
-    if not database.exists():
+def registrations(root: Path, experiment: str, keys: Iterable[str]) -> Registrations:
+    """Return what is registered under each of these keys. Raises TrackingError when that cannot be told."""
+    file, wanted = database(root), set(keys)
+    if file and not file.exists():
         return {}
+    found = _noted(root, experiment)
+    if found is None:
+        found = take_note(root, experiment)
+    return {(one.key, one.name): one for one in found if one.key in wanted}
+
+
+def take_note(root: Path, experiment: str) -> list[Registration]:
+    """Ask MLflow for everything that is registered, and note it."""
+    from rrlhf.pipeline.tracking.tracker import Tracker
+
+    time.sleep(2 * TICK / 1e9)  # then what is written from now on has another time
+    of = _of(root, experiment)
+    found = Tracker.connect(root, experiment).registrations()
+    if of:
+        write(root / NOTE, json.dumps({"of": of, "registered": found}))
+    return found
+
+
+def _noted(root: Path, experiment: str) -> list[Registration] | None:
+    """Return what is noted; None when it was of another database, or of this one as it was before."""
     try:
-        with _opened(database) as connection:
-            if _elsewhere(connection, experiment, database):
-                return None
-            chunks = [keys[start : start + AT_ONCE] for start in range(0, len(keys), AT_ONCE)]
-            return {name: found for chunk in chunks for name, found in _look(connection, experiment, chunk)}
-    except sqlite3.Error:
+        note = json.loads((root / NOTE).read_bytes())
+    except (OSError, ValueError):
         return None
+    return [Registration(*one) for one in note["registered"]] if note["of"] == _of(root, experiment) else None
 
 
-def check_place(root: Path, experiment: str) -> None:
-    """Raise TrackingError when the experiment's files are not beside its database, as in a folder that was copied."""
-    uri = address(root)
-    database = Path(uri.removeprefix(SQLITE)).absolute()
-    if not uri.startswith(SQLITE) or not database.exists():
-        return
-    with suppress(sqlite3.Error), _opened(database) as connection:
-        if place := _elsewhere(connection, experiment, database):
-            raise moved(place)
-
-
-def moved(place: str) -> TrackingError:
-    """Return the error of a database that names files which are not beside it."""
-    return TrackingError(
-        f"this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are here, not "
-        f"those in {place}"
-    )
-
-
-def _opened(database: Path) -> closing[sqlite3.Connection]:
-    return closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=1))
-
-
-def _elsewhere(connection: sqlite3.Connection, experiment: str, database: Path) -> str | None:
-    """Return where the experiment keeps its files, when that is not beside this database."""
-    found = connection.execute("select artifact_location from experiments where name = ?", [experiment]).fetchone()
-    return str(found[0]) if found and found[0] != (database.parent / FILES).as_uri() else None
-
-
-def _look(
-    connection: sqlite3.Connection, experiment: str, keys: Sequence[str]
-) -> Iterator[tuple[tuple[str, str], Registration]]:
-    marks = ",".join("?" * len(keys))
-    versions = {row[:2]: row[2:] for row in connection.execute(VERSIONS.format(keys=marks), [*keys])}
-    written = set(connection.execute(RUNS.format(keys=marks), [experiment, *keys]))
-    aliases: dict[tuple[str, str], set[str]] = {}
-    for name, version, alias in connection.execute("select name, version, alias from registered_model_aliases"):
-        aliases.setdefault((name, str(version)), set()).add(alias)
-    for (key, name), (version, digest) in versions.items():
-        given = frozenset(aliases.get((name, str(version)), ()))
-        yield (key, name), Registration(str(version), digest, given, (key, digest) in written)
-    for key, digest in written:
-        yield (key, ""), Registration("", digest, frozenset(), True)
+def _of(root: Path, experiment: str) -> list[Any] | None:
+    """Return what a note is of; None for a server, which does not tell when it was written to."""
+    file = database(root)
+    mark = mark_of(file) if file and file.exists() else None
+    return [address(root), experiment, mark] if mark else None

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from rrlhf.pipeline.tracking.registry import FILES, TrackingError
+from rrlhf.pipeline.tracking.server import FILES, TrackingError
 
 PLACES = {
     "experiments": "artifact_location",

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rrlhf.locks import is_alive
 from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.pipeline.tracking.records import (
-    close_finished,
-    commit_tags,
-    has,
-    stage_tags,
-    to_metrics,
-    write_metrics,
-    write_params,
-)
-from rrlhf.pipeline.tracking.server import errors, long_requests, warn
+from rrlhf.pipeline.keys import dotted
+from rrlhf.pipeline.tracking.server import errors, patient, warn
 from rrlhf.policy.excerpts import FILE as EXCERPTS
 from rrlhf.policy.excerpts import Excerpt, read_excerpts
 from rrlhf.policy.health import EVENTS, in_words
-from rrlhf.types import Metrics
+from rrlhf.types import Dataset, Metrics
 
 SECONDS_BETWEEN_WRITES = 3.0
-SILENCE = 10  # a write that took t seconds is followed by at least 10 t without one: training loses a tenth at most
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
+
+
+def has(name: str, value: str) -> str:
+    """Return the condition that a tag of ours has a value."""
+    return f"tags.`rrlhf.{name}` = '{value}'"
+
+
+def stage_tags(name: str, stage: str, key: str) -> dict[str, str]:
+    """Return the tags that say what a run or model is, by name and by key."""
+    return {"rrlhf.node": name, "rrlhf.stage": stage, "rrlhf.key": key}
+
+
+def process_tags() -> dict[str, str]:
+    """Return the tags by which a run tells whether its process still lives."""
+    return {"rrlhf.host": socket.gethostname(), "rrlhf.pid": str(os.getpid())}
+
+
+def commit_tags(commit: str | None) -> dict[str, str]:
+    """Return the git commit as our tag and as MLflow's, which its pages turn into a link."""
+    return {"rrlhf.git_commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")} if commit else {}
 
 
 class Runs:
@@ -47,10 +60,14 @@ class Runs:
         started: int | None = None,
     ) -> str:
         """Open a run with its settings, below `parent`, begun now or at `started` (ms); return its id."""
+        from mlflow.entities import Param
+
         above = {"mlflow.parentRunId": parent} if parent else {}
         run = self._client.create_run(self._experiment_id, started, {**tags, **above}, name)
         run_id: str = run.info.run_id
-        write_params(self._client, run_id, settings)
+        params = [Param(dotted_name, value) for dotted_name, value in dotted(settings)]
+        for start in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
         return run_id
 
     def close_dead(self) -> None:
@@ -74,70 +91,85 @@ class Runs:
 
     def _replay(self, artifact: Artifact, rows: list[dict[str, float]], parent: str | None) -> Any:
         """Write a run from an artifact's history, at the times at which it happened."""
-        manifest = artifact.manifest
+        manifest, settings = artifact.manifest, artifact.manifest["document"]["params"]
         ended = datetime.fromisoformat(manifest["created"]).timestamp()
         started = ended - manifest["seconds"]
         tags = stage_tags(artifact.name, artifact.stage, artifact.key) | commit_tags(manifest["git_commit"])
-        run_id = self.new(
-            artifact.name, tags, manifest["document"]["params"], parent=parent, started=round(1000 * started)
-        )
+        run_id = self.new(artifact.name, tags, settings, parent=parent, started=round(1000 * started))
         metrics = [metric for row in rows for metric in to_metrics(row, started + row.get("seconds", 0.0))]
         write_metrics(self._client, run_id, metrics)
-        if is_watched(manifest["document"]["params"]):
+        if is_watched(settings):
             write_health(self._client, run_id, rows, "FINISHED")
         close_finished(self._client, run_id, len(rows), round(1000 * ended))
         return self._client.get_run(run_id)
 
 
 class LiveRun:
-    """A run that is written to while its stage computes."""
+    """A run that is written to while its stage computes, until the server is away."""
 
     def __init__(self, client: Any, run_id: str | None, name: str, watched: bool) -> None:
         self._client, self._run_id, self._name, self._watched = client, run_id, name, watched
         self._waiting: list[Any] = []  # mlflow.entities.Metric
         self._rows: list[Metrics] = []
         self._due = time.monotonic() + SECONDS_BETWEEN_WRITES
-        self._warned = run_id is None
 
     def log(self, row: Metrics) -> None:
         """Take a row, and write all that wait when it is time."""
         self._rows.append(row)
         self._waiting += to_metrics(row, time.time())
         if time.monotonic() >= self._due:
-            self._write()
+            self._try(self._write)
+            self._due = time.monotonic() + SECONDS_BETWEEN_WRITES
 
     def finish(self, status: str, folder: Path | None) -> None:
-        """Write what waits and what is left in the stage's folder, and close the run, if the server answers."""
-        if not self._write() or self._run_id is None:
+        """Write what waits and what is left in the stage's folder, and close the run."""
+        self._try(lambda run_id: self._close(run_id, status, folder))
+
+    def _close(self, run_id: str, status: str, folder: Path | None) -> None:
+        self._write(run_id)
+        if self._watched:
+            write_health(self._client, run_id, self._rows, status)
+        if folder:
+            write_told(self._client, run_id, folder)
+        if status == "FINISHED":
+            close_finished(self._client, run_id, len(self._rows), round(1000 * time.time()))
+        else:
+            self._client.set_terminated(run_id, status)
+
+    def _write(self, run_id: str) -> None:
+        write_metrics(self._client, run_id, self._waiting)
+        self._waiting.clear()
+
+    def _try(self, write: Callable[[str], None]) -> None:
+        """Write to the server; give this run up when it does not answer, for `Runs.complete` writes it anew."""
+        if self._run_id is None:
             return
         try:
-            if self._watched:
-                write_health(self._client, self._run_id, self._rows, status)
-            if folder:
-                write_told(self._client, self._run_id, folder)
-            if status == "FINISHED":
-                close_finished(self._client, self._run_id, len(self._rows), round(1000 * time.time()))
-            else:
-                self._client.set_terminated(self._run_id, status)
+            write(self._run_id)
         except errors() as error:
             warn(self._name, error)
+            self._run_id = None
 
-    def _write(self) -> bool:
-        """Write the waiting numbers; False when the server did not take them. Writing one twice changes nothing."""
-        start = time.monotonic()
-        done = self._run_id is not None
-        try:
-            if done:
-                write_metrics(self._client, str(self._run_id), self._waiting)
-            self._waiting.clear()
-        except errors() as error:
-            done = False
-            if not self._warned:
-                warn(self._name, error)
-                self._warned = True
-        end = time.monotonic()
-        self._due = end + max(SECONDS_BETWEEN_WRITES, SILENCE * (end - start))
-        return done
+
+def to_metrics(row: Mapping[str, float], when: float) -> list[Any]:
+    """Return a row as MLflow's metrics; `seconds` is what `when` says already."""
+    from mlflow.entities import Metric
+
+    step = int(row.get("step", 0))
+    numbers = {name: value for name, value in row.items() if name not in {"step", "seconds"}}
+    return [Metric(name, float(value), round(1000 * when), step) for name, value in numbers.items()]
+
+
+def write_metrics(client: Any, run_id: str, metrics: list[Any]) -> None:
+    """Write metrics in as few calls as MLflow allows."""
+    for start in range(0, len(metrics), METRICS_PER_CALL):
+        client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+
+def close_finished(client: Any, run_id: str, rows: int, ended: int) -> None:
+    """Close a run that holds all its rows; their number is what tells it from an incomplete one."""
+    client.set_tag(run_id, "rrlhf.rows", str(rows))
+    client.set_terminated(run_id, "FINISHED", ended)
 
 
 def is_watched(settings: Mapping[str, Any]) -> bool:
@@ -156,7 +188,7 @@ def write_told(client: Any, run_id: str, folder: Path) -> None:
     """Have a run hold the events and the texts that its stage left: as a file, and as a table of MLflow's."""
     told = [name for name in (EVENTS, EXCERPTS) if (folder / name).is_file()]
     there = {entry.path for entry in client.list_artifacts(run_id)} if told else set()
-    with long_requests():
+    with patient():
         if EVENTS in told and EVENTS not in there:
             client.log_artifact(run_id, str(folder / EVENTS))
         if EXCERPTS in told and EXCERPTS not in there:
@@ -168,3 +200,17 @@ def _write_table(client: Any, run_id: str, rows: Sequence[Excerpt], name: str) -
     content = {"columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
     client.log_text(run_id, json.dumps(content), name)
     client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": name, "type": "table"}]))
+
+
+def short_digest(dataset: Dataset) -> str:
+    """Return the digest in the 36 characters that MLflow has for one."""
+    return dataset.digest.removeprefix("md5:").removesuffix(".dir")[:36]
+
+
+def dataset_input(dataset: Dataset) -> Any:  # mlflow.entities.DatasetInput
+    """Return a data set as an input of a run in MLflow's own terms."""
+    from mlflow.entities import Dataset as Entity
+    from mlflow.entities import DatasetInput
+
+    source = json.dumps({"digest": dataset.digest, "name": dataset.name})
+    return DatasetInput(Entity(dataset.name, short_digest(dataset), "dvc", source))

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import os
 import re
-import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from rrlhf.locks import locked
-from rrlhf.pipeline.tracking.registry import FILES, SQLITE, TrackingError, address, check_place, moved
 
+SQLITE = "sqlite:///"
+FILES = "mlartifacts"  # folder of MLflow's files, beside the database that names them
 PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
 SECONDS_TO_ANSWER = 30  # of the first question; a server that was idle may have to wake up
-SECONDS_UNTIL_TOLD = 2  # that it is waited for
 SECONDS_TO_UPLOAD = 600
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default of 7 blocks for four minutes when the server is down
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    TIMEOUT: "5",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
-_transfer = threading.Lock()
+_waiting = threading.Lock()
+
+
+class TrackingError(Exception):
+    """The tracking server does not answer or refuses; the message says how to go on."""
+
+
+def address(root: Path) -> str:
+    """Return the address of the tracking server: MLFLOW_TRACKING_URI, or else `root`/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{root.resolve() / 'mlflow.db'}"
+
+
+def database(root: Path) -> Path | None:
+    """Return the file that has the registry; None where a server has it."""
+    uri = address(root)
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
 
 
 def connect(root: Path, experiment: str) -> tuple[str, str]:
@@ -40,78 +55,31 @@ def connect(root: Path, experiment: str) -> tuple[str, str]:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    uri = address(root)
-    check_place(root, experiment)
-    with trouble(uri):
-        artifacts = None
-        if uri.startswith(SQLITE):
-            database = Path(uri.removeprefix(SQLITE)).absolute()
-            _create_database(database)
-            _check_database(database)
-            artifacts = (database.parent / FILES).as_uri()
-        elif uri.startswith("http"):
-            _check_answer(uri)
+    uri, file = address(root), database(root)
+    with trouble(uri), patient(SECONDS_TO_ANSWER):
+        if file:
+            _create_database(file)
         _use(uri)
-        return uri, _experiment_id(uri, experiment, artifacts)
+        return uri, _experiment_id(uri, experiment, (file.parent / FILES).as_uri() if file else None)
 
 
-def _create_database(database: Path) -> None:
-    """Make MLflow's tables once: beside, then renamed, because several processes doing it at once crash."""
-    if database.exists():
-        return
+def _create_database(file: Path) -> None:
+    """Make MLflow's tables once: beside, then renamed, because several processes doing it at once crash.
+
+    Raises TrackingError for a damaged file: MLflow would try to open it again and again, for an hour.
+    """
     from mlflow import MlflowClient
 
-    with locked(database.with_name(f"{database.name}.lock")):
-        if database.exists():
-            return
-        for left in database.parent.glob(f"{database.name}.new*"):
-            left.unlink()
-        beside = database.with_name(f"{database.name}.new{os.getpid()}")
-        MlflowClient(tracking_uri=f"{SQLITE}{beside}", registry_uri=f"{SQLITE}{beside}")
-        beside.rename(database)
-
-
-def _check_database(database: Path) -> None:
-    """Raise TrackingError for a damaged file: MLflow would try to open it again and again, for an hour."""
-    try:
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("pragma schema_version")
-    except sqlite3.DatabaseError as error:
-        raise TrackingError(f"{database}: {error}; remove it, and the next run fills a new one") from None
-
-
-def _check_answer(uri: str) -> None:
-    """Raise TrackingError unless the server answers a first question, and does not ask who we are."""
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    with told_after(SECONDS_UNTIL_TOLD, f"waiting up to {SECONDS_TO_ANSWER} s for the tracking server {_shown(uri)}"):
-        answer = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/search",
-            "GET",
-            params={"max_results": 1},
-            timeout=SECONDS_TO_ANSWER,
-            max_retries=0,
-            raise_on_status=False,
-        )
-    if answer.status_code in {401, 403}:
-        raise TrackingError(
-            f"the tracking server {_shown(uri)} refuses access ({answer.status_code}): set MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
-
-
-@contextmanager
-def told_after(seconds: float, text: str) -> Iterator[None]:
-    """Say on stderr what is waited for, if what is done here takes longer than that."""
-    timer = threading.Timer(seconds, print, (text,), {"file": sys.stderr, "flush": True})
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    if not file.exists():
+        with locked(file.with_name(f"{file.name}.lock")):
+            if not file.exists():
+                new = file.with_name(f"{file.name}.new")
+                new.unlink(missing_ok=True)
+                MlflowClient(tracking_uri=f"{SQLITE}{new}", registry_uri=f"{SQLITE}{new}")
+                new.rename(file)
+    with file.open("rb") as handle:
+        if handle.read(16) != b"SQLite format 3\0":
+            raise TrackingError(f"{file}: file is not a database; remove it, and the next run fills a new one")
 
 
 def _use(uri: str) -> None:
@@ -143,7 +111,10 @@ def _experiment_id(uri: str, name: str, artifacts: str | None) -> str:
             "or choose another name in tracking.experiment"
         )
     if artifacts and found.artifact_location != artifacts:
-        raise moved(found.artifact_location)
+        raise TrackingError(
+            "this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are here, "
+            f"not those in {found.artifact_location}"
+        )
     return str(found.experiment_id)
 
 
@@ -161,11 +132,11 @@ def trouble(uri: str) -> Iterator[None]:
     try:
         yield
     except errors() as error:
-        way_out = (
-            "check that the file can be written and that the disk is not full"
-            if uri.startswith(SQLITE)
-            else "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
-        )
+        way_out = "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
+        if uri.startswith(SQLITE):
+            way_out = "check that the file can be written and that the disk is not full"
+        elif getattr(error, "error_code", "") in {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}:
+            way_out = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
         raise TrackingError(
             f"the tracking server {_shown(uri)} failed: {_first_line(error)}\n"
             f"{way_out}; nothing that was computed is lost"
@@ -201,13 +172,12 @@ def warn(name: str, error: Exception) -> None:
 
 
 @contextmanager
-def long_requests() -> Iterator[None]:
-    """Give transfers of whole models more time than a question gets; one at a time, for the variable is shared."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    with _transfer:
-        before = os.environ[name]
-        os.environ[name] = str(max(int(before), SECONDS_TO_UPLOAD))
+def patient(seconds: int = SECONDS_TO_UPLOAD) -> Iterator[None]:
+    """Give the server more time than a question of a training gets; one at a time, for the variable is shared."""
+    with _waiting:
+        before = os.environ[TIMEOUT]
+        os.environ[TIMEOUT] = str(max(int(before), seconds))
         try:
             yield
         finally:
-            os.environ[name] = before
+            os.environ[TIMEOUT] = before

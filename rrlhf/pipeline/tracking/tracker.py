@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,20 @@ from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.stages import model_name, spec_of
 from rrlhf.pipeline.tracking.kept import Kept
-from rrlhf.pipeline.tracking.models import Models
+from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
 from rrlhf.pipeline.tracking.promotions import Promotions
-from rrlhf.pipeline.tracking.records import INSIDE, MADE, commit_tags, has, model_id_of, process_tags, stage_tags
-from rrlhf.pipeline.tracking.runs import LiveRun, Runs, is_watched, write_told
-from rrlhf.pipeline.tracking.server import connect, errors, long_requests, mlflow_pages, trouble, warn
+from rrlhf.pipeline.tracking.registry import Registration, take_note
+from rrlhf.pipeline.tracking.runs import (
+    LiveRun,
+    Runs,
+    commit_tags,
+    has,
+    is_watched,
+    process_tags,
+    stage_tags,
+    write_told,
+)
+from rrlhf.pipeline.tracking.server import connect, database, errors, mlflow_pages, patient, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
@@ -63,13 +73,14 @@ class Version(NamedTuple):
 class Tracker:
     """One experiment on one tracking server. Made by `connect`."""
 
-    def __init__(self, root: Path, uri: str, experiment_id: str) -> None:
+    def __init__(self, root: Path, experiment: str) -> None:
         from mlflow import MlflowClient
 
-        self._root, self._uri = root, uri
-        self._client: Any = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        self._experiment_id = experiment_id
-        self._runs, self._models = Runs(self._client, experiment_id), Models(self._client, experiment_id)
+        self._root, self._experiment = root, experiment
+        self._uri, self._experiment_id = connect(root, experiment)
+        self._client: Any = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        self._runs, self._models = Runs(self._client, self._experiment_id), Models(self._client, self._experiment_id)
+        self._open: set[str] = set()  # runs of flows
 
     @classmethod
     def connect(cls, root: Path, experiment: str) -> Tracker:
@@ -77,8 +88,7 @@ class Tracker:
 
         Raises TrackingError when the server does not answer, or refuses.
         """
-        root = root.resolve()
-        return cls(root, *connect(root, experiment))
+        return cls(root.resolve(), experiment)
 
     def start_flow(
         self, profile: str, params: Params, commit: str | None, *, name: str, parent: str | None = None
@@ -90,12 +100,17 @@ class Tracker:
         with trouble(self._uri):
             self._runs.close_dead()
             tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
-            return self._runs.new(name, tags, params.model_dump(), parent=parent)
+            run_id = self._runs.new(name, tags, params.model_dump(), parent=parent)
+        self._open.add(run_id)
+        return run_id
 
     def finish_flow(self, run_id: str, status: str) -> None:
-        """Close a flow's run as FINISHED, FAILED or KILLED."""
+        """Close a flow's run as FINISHED, FAILED or KILLED; after the last one, note what is registered."""
         with trouble(self._uri):
             self._client.set_terminated(run_id, status)
+        self._open.discard(run_id)
+        if not self._open and database(self._root):
+            take_note(self._root, self._experiment)
 
     @contextmanager
     def stage_run(self, parent: str | None, node: Node, key: str, folder: Path | None = None) -> Iterator[Log]:
@@ -140,18 +155,35 @@ class Tracker:
             run = self._runs.complete(artifact, parent)
             write_told(self._client, run.info.run_id, artifact.path)
             if not spec_of(artifact.stage).model:
-                self._models.keep_files(run, artifact, dataset, profile)
+                self._models.keep_files(run, artifact)
+                self._models.link(run, artifact, dataset)
                 return None
             name = model_name(artifact.stage, profile)
             found = self._models.version_of(artifact, name)
             created = found is None
             if created:
-                model_id = self._models.upload(artifact, run.info.run_id)
-                found = self._models.new_version(artifact, name, model_id, run)
-            self._models.link(run, artifact, dataset, profile, found)
+                found = self._models.new_version(artifact, name, run.info.run_id)
+            self._models.link(run, artifact, dataset, model_id_of(found))
             given = sorted(set(aliases) - set(found.aliases))
             moved = [self._models.give(name, str(found.version), alias) for alias in given]
             return Registered(name, str(found.version), created, tuple(moved))
+
+    def registrations(self) -> list[Registration]:
+        """Return everything that is registered; of several versions of one key and name, the newest."""
+        with trouble(self._uri):
+            condition = "attributes.status = 'FINISHED' and tags.`rrlhf.digest` != ''"
+            search = partial(self._client.search_runs, [self._experiment_id], condition)
+            tags = [run.data.tags for run in every(search)]
+        complete = {(each["rrlhf.key"], each["rrlhf.digest"]): each["rrlhf.stage"] for each in tags}
+        found = [
+            Registration(key, "", "", digest, [], True)
+            for (key, digest), stage in complete.items()
+            if not spec_of(stage).model
+        ]
+        for one in reversed(self.versions()):
+            is_complete = (one.key, one.digest) in complete
+            found.append(Registration(one.key, one.name, one.version, one.digest, [*one.aliases], is_complete))
+        return found
 
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
@@ -183,14 +215,14 @@ class Tracker:
 
     def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
         with trouble(self._uri):
-            return next((found for found in self._models.search(has("key", key)) if found.status == "READY"), None)
+            return next(iter(self._models.search(has("key", key))), None)
 
     def _download(self, version: Any, to: Path) -> None:
         """Download the files of a version into the new folder `to`. Raises CopyError when there are none."""
         from mlflow.artifacts import download_artifacts
 
         to.mkdir(parents=True)
-        with trouble(self._uri), long_requests():
+        with trouble(self._uri), patient():
             if not self._client.list_logged_model_artifacts(model_id_of(version), INSIDE):
                 raise CopyError("its files are gone")
             uri = f"models:/{version.name}/{version.version}/{INSIDE}"
@@ -199,7 +231,7 @@ class Tracker:
     def versions(self) -> list[Version]:
         """Return every version that this project registered, newest first."""
         with trouble(self._uri):
-            known = [found for found in self._models.search("") if MADE in found.tags]
+            known = self._models.search()
             aliases = self._models.aliases()
         return [
             Version(
@@ -235,7 +267,7 @@ class Tracker:
 
     def log_report(self, run_id: str, html: Path) -> str | None:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
-        with trouble(self._uri), long_requests():
+        with trouble(self._uri), patient():
             self._client.log_artifact(run_id, str(html))
         pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"

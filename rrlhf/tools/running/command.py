@@ -106,8 +106,6 @@ def plan(
         print(expected)
     if waiting := unregistered(project, planned):
         print(f"to be registered in MLflow: {', '.join(waiting)}")
-    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
-        print("the tracking server was not asked: a model that it has will be restored instead of run")
 
 
 def why(
@@ -253,11 +251,9 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
 
 def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
     from rrlhf.pipeline.plan import Project
-    from rrlhf.pipeline.tracking.registry import check_place
 
     project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     project.check_keys()
-    check_place(project.root, project.params.tracking.experiment)
     project.check_sources()
     return project
 

@@ -19,6 +19,7 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.plan import Planned, Project
 from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
+from rrlhf.pipeline.tracking.server import database
 from rrlhf.tools.reporting.evaluation import Evaluation
 from rrlhf.tools.reporting.trainings import Training, health, training
 from rrlhf.tools.running.numbers import numbers_digests
@@ -120,7 +121,7 @@ def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str
     known = _known(project, artifacts)
     found = {name: one for name, one in (known or {}).items() if one}
     aliased = all(
-        {*project.aliases_of(node)} <= found[node.name].aliases for node in project.nodes if node.name in found
+        {*project.aliases_of(node)} <= {*found[node.name].aliases} for node in project.nodes if node.name in found
     )
     return found if len(found) == len(artifacts) and aliased else None
 
@@ -133,10 +134,10 @@ def unregistered(project: Project, planned: list[Planned]) -> list[str]:
 
 def _known(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration | None] | None:
     """Return how every artifact is registered, all that belongs to it included; None when that cannot be told."""
+    if database(project.root) is None:
+        return None  # only the server can tell
     experiment = project.params.tracking.experiment
     known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
-    if known is None:
-        return None
     found: dict[str, Registration | None] = {}
     for name, artifact in artifacts.items():
         one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
@@ -155,7 +156,7 @@ def _report_of(
     shown: dict[str, Any] = {
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [*entry[:2], sorted(entry.aliases)] for name, entry in known.items()},
+        "registered": {name: [one.version, one.digest, one.aliases] for name, one in known.items()},
         "code": _report_code(project),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},

@@ -158,12 +158,11 @@ def _unsigned(root: Path, artifacts: Sequence[Artifact], notary: Notary) -> list
 
 def _in_mlflow(root: Path, params: Params, artifacts: Sequence[Artifact]) -> int:
     """Put signatures beside MLflow's copies, from which lost artifacts are brought back; return how many there are."""
-    from rrlhf.pipeline.tracking.registry import SQLITE, address
-
-    where = address(root)
-    if where.startswith(SQLITE) and not Path(where.removeprefix(SQLITE)).exists():
-        return 0
     from rrlhf.pipeline.tracking import Tracker
+    from rrlhf.pipeline.tracking.server import database
 
+    file = database(root)
+    if file and not file.exists():
+        return 0
     tracker = Tracker.connect(root, params.tracking.experiment)
     return sum(tracker.add_signature(artifact) for artifact in artifacts)
