@@ -123,7 +123,7 @@ class Project:
                 load_functions(paths, columns)
         with collected(mistakes):
             if self.store.notary:
-                self.store.notary.prepare()
+                self.store.notary.check()
         with collected(mistakes):
             found, self.notes = check_models(self.params, self.root, self.store.memo, fetch=fetch)
             mistakes += found

@@ -74,7 +74,7 @@ def sign(
         raise UsageError(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
         )
-    notary.prepare()
+    notary.check()
     artifacts = _named(root, profile, params, models) if models else _all(root)
     new = _unsigned(root, artifacts, notary)
     for artifact in new:
@@ -96,27 +96,16 @@ def written_pair(private: Path) -> list[Path]:
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
     except ImportError:
         raise ValueError(f"keys are made by a library that is not installed: {INSTALL}") from None
-
-    key = ec.generate_private_key(ec.SECP256R1())
     public = private.with_name(f"{private.name}.pub")
+    for path in (private, public):
+        if path.exists():
+            raise UsageError(f"{path}: exists already, and a key is never overwritten; name a new file")
+    key = ec.generate_private_key(ec.SECP256R1())
     private.parent.mkdir(parents=True, exist_ok=True)
-    _write_new(private, 0o600, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    try:
-        _write_new(public, 0o644, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    except (OSError, ValueError):
-        private.unlink()  # of no use to anybody, and half of a pair
-        raise
+    with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return [private, public]
-
-
-def _write_new(path: Path, mode: int, content: bytes) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError:
-        raise UsageError(f"{path}: exists already, and a key is never overwritten; name a new file") from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        os.fsync(handle)
 
 
 def _named(root: Path, profile: str, params: Params, models: Sequence[str]) -> list[Artifact]:
