@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from rrlhf.pipeline.plan import Planned
-from rrlhf.tools.automations import declare
 
 ROOT = Path(__file__).parents[1]
 MODELS = {"sft", "reward", "ensemble", "ppo-single", "ppo-robust", "evaluate"}
@@ -94,6 +93,15 @@ class Served:
 
     def automations(self):
         return self.ask("automations/filter", {})
+
+    def declare(self, file):
+        """Have the automations of a file, as `rrlhf serve` does when it starts."""
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        from flows.automations import declare
+
+        with temporary_settings({PREFECT_API_URL: self.api}):
+            declare(file)
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +223,9 @@ def test_a_sweep_makes_what_no_earlier_run_made_and_shows_the_comparison(changed
 def test_automations_are_made_once_and_brought_up_to_date(served):
     [made] = served.automations()
     assert made["trigger"]["posture"] == "Proactive"
-    declare(served.api, ROOT / "automations.yaml")
+    served.declare(ROOT / "automations.yaml")
     assert served.automations() == [made]
-    declare(served.api, soon(served.root))
+    served.declare(soon(served.root))
     [updated] = served.automations()
     assert (updated["id"], updated["trigger"]["within"]) == (made["id"], 10)
 
@@ -231,7 +239,7 @@ def soon(root):
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_is_crashed(first, served):
-    declare(served.api, soon(served.root))
+    served.declare(soon(served.root))
     command = [sys.executable, "-m", "rrlhf", "run", "--profile", "tiny", "--set", "sft.epochs=50"]
     output = subprocess.DEVNULL
     process = subprocess.Popen(

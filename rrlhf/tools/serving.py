@@ -22,7 +22,6 @@ from rrlhf.locks import locked
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.pipeline.tracking.server import PAGES
 from rrlhf.stopping import check_stop, stop_between_steps
-from rrlhf.tools.automations import FILE, declare
 
 HOST = "127.0.0.1"
 POOL = "rrlhf"
@@ -58,7 +57,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
             server = services.enter_context(start)
             _wait_for(f"{api}/health", server, _log(root, "Prefect server"))
-        declare(api, root / FILE)
+        _call([sys.executable, "-m", "flows.automations"], environment, root)
         _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
         _call(_prefect("deploy", "--all"), environment, root)
         worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
