@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from prefect.automations import Automation
@@ -18,7 +19,7 @@ def declare(file: Path) -> None:
     for declared in yaml.safe_load(file.read_text(encoding="utf-8"))["automations"]:
         wanted = Automation(**declared)
         try:
-            found = Automation.read(name=wanted.name)
+            found: Any = Automation.read(name=wanted.name)  # typed as if it were awaited
         except ValueError:
             wanted.create()
             continue
