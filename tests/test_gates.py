@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from rrlhf.config import Gates
 from rrlhf.judging.calibration import Estimate
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.promotion.command import Asked, check, named
@@ -99,13 +100,13 @@ def test_drift_counts_on_either_side():
 def test_every_gate_fails_for_its_own_reason_alone(failed, bad):
     start = read(torch.zeros(30, 2))
     candidate = read(torch.full((30, 2), -1.0 if failed == "win_rate" else 1.0), **bad)
-    found = gates(candidate, start, start, level=0.95, **LIMITS)
+    found = gates(candidate, start, start, Gates(level=0.95, **LIMITS))
     assert [gate["name"] for gate in found if not gate["passed"]] == [failed]
 
 
 def test_a_gate_without_a_limit_is_not_asked():
     start = read(torch.zeros(30, 2))
-    assert gates(start, start, start, level=0.95, **dict.fromkeys(LIMITS)) == []
+    assert gates(start, start, start, Gates(level=0.95, **dict.fromkeys(LIMITS))) == []
 
 
 def test_the_audit_passes_only_when_it_found_nothing():

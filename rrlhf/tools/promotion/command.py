@@ -58,13 +58,6 @@ class Asked(NamedTuple):
     override: str | None
 
 
-class Registry(NamedTuple):
-    """The versions that a server holds, and the way to it."""
-
-    tracker: Tracker
-    versions: Sequence[Version]
-
-
 def promote(
     version: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
     to: Annotated[str, typer.Option(help="The alias to give: the current holder of it is the opponent.")] = "champion",
@@ -105,15 +98,13 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
     from rrlhf.locks import locked
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Tracker
-    from rrlhf.tools.lineage.lookup import Lookup
 
     check(asked, list(params.arms))
     with locked(root / ".rrlhf" / "promoting"):
         tracker = Tracker.connect(root, params.tracking.experiment)
         versions = tracker.versions()
         version = named(asked.reference, profile, versions)
-        lookup = Lookup(root, profile, params)
-        decision = _weigh(lookup, Project(root, profile, params), version, Registry(tracker, versions), asked)
+        decision = _weigh(Project(root, profile, params), tracker, versions, version, asked)
         file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
         with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
             kept: Any = decision
@@ -147,15 +138,14 @@ def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     return known[names[0]]
 
 
-def faults(project: Project, version: Version, registry: Registry) -> list[str]:
+def faults(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version) -> list[str]:
     """Say what an audit finds wrong with a version and all that it was made from."""
     from rrlhf.tools.auditing.audit import Audit
     from rrlhf.tools.lineage.load import load
 
-    graph = load(project.root, registry.versions, project.profile, strict=False)
-    audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
-    report = audit.run(graph.find(f"{version.name}/{version.version}"))
-    return [broken.problem for broken in report.broken]
+    graph = load(project.root, versions, project.profile, strict=False)
+    audit = Audit(project.root, graph, versions, tracker, notary=project.store.notary)
+    return [broken.problem for broken in audit.run(graph.find(f"{version.name}/{version.version}")).broken]
 
 
 def tags_of(decision: Decision, file: str) -> dict[str, str]:
@@ -163,28 +153,37 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
     from rrlhf.pipeline.tracking.promotions import PREFIX
     from rrlhf.tools.promotion.gates import in_words
 
-    tags = {PREFIX: decision["decision"] + (f": {', '.join(decision['failed'])}" if decision["failed"] else "")}
-    tags |= {f"{PREFIX}.{gate['name']}": in_words(gate)[:500] for gate in decision["gates"]}
+    failed = f": {', '.join(decision['failed'])}" if decision["failed"] else ""
     told: dict[str, Any] = {name: dict(decision)[name] for name in ("to", "against", "judge", "when", "override")}
+    told |= {gate["name"]: in_words(gate)[:500] for gate in decision["gates"]}
+    tags = {PREFIX: f"{decision['decision']}{failed}"}
     tags |= {f"{PREFIX}.{name}": str(value) for name, value in told.items() if value is not None}
     return tags | {f"{PREFIX}.evidence": file}
 
 
-def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registry, asked: Asked) -> Decision:
+def _weigh(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version, asked: Asked) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
     from rrlhf.pipeline.artifacts import git_commit
+    from rrlhf.tools.lineage.lookup import Lookup
     from rrlhf.tools.promotion.gates import clean
     from rrlhf.tools.promotion.measure import measure
 
-    artifact = _policy(lookup, version)
-    opponent, against = _opponent(lookup, artifact, version, registry.versions, asked.to)
-    yardstick, inputs = _yardstick(lookup, project, artifact)
+    lookup, name = Lookup(project.root, project.profile, project.params), f"{version.name}/{version.version}"
+    if version.made["stage"] not in {"ppo", "dpo"}:
+        raise UsageError(f"{name} is no trained policy; name a version of a policy")
+    artifact = lookup.find(name)
+    holder = next((each for each in versions if each.name == version.name and asked.to in each.aliases), None)
+    if holder == version:
+        raise ValueError(f"{name} is the {asked.to} already")
+    against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
+    opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
+    yardstick = _yardstick(lookup, project, artifact)
     found = measure(yardstick, artifact.path, opponent.path, project.params)
-    gates = [*found.gates, clean(faults(project, version, registry))]
+    gates = [*found.gates, clean(faults(project, tracker, versions, version))]
     failed = [gate["name"] for gate in gates if not gate["passed"]]
     outcome = "promoted" if not failed else "overridden" if asked.override else "refused"
     return {
-        "version": f"{version.name}/{version.version}",
+        "version": name,
         "digest": artifact.digest,
         "to": asked.to,
         "against": against,
@@ -199,35 +198,14 @@ def _weigh(lookup: Lookup, project: Project, version: Version, registry: Registr
         "samples_per_prompt": project.params.evaluate.samples_per_prompt,
         "seed": project.params.seed,
         "dataset": artifact.inputs["data"],
-        "inputs": inputs,
+        "inputs": {each: getattr(yardstick, each).digest for each in ("sft", "reward", "ensemble")},
         "git_commit": git_commit(project.root),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _policy(lookup: Lookup, version: Version) -> Artifact:
-    from rrlhf.pipeline.stages import spec_of
-
-    spec = spec_of(version.made["stage"])
-    if not spec.is_policy or spec.makes != "language model":
-        raise UsageError(f"{version.name} v{version.version} is no trained policy; name a version of a policy")
-    return lookup.find(f"{version.name}/{version.version}")
-
-
-def _opponent(
-    lookup: Lookup, artifact: Artifact, version: Version, versions: Sequence[Version], to: str
-) -> tuple[Artifact, str]:
-    """Return what holds the alias now; where nothing does, the SFT model that the version came from."""
-    holder = next((each for each in versions if each.name == version.name and to in each.aliases), None)
-    if holder is None:
-        return lookup.input_of(artifact, "sft"), "the SFT model that it started from"
-    if holder.version == version.version:
-        raise ValueError(f"{version.name} v{version.version} is the {to} already")
-    return lookup.find(f"{holder.name}/{holder.version}"), f"{holder.name}/{holder.version}"
-
-
-def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> tuple[Yardstick, dict[str, str]]:
-    """Return what measures, with its digests: the models that the version was trained with.
+def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> Yardstick:
+    """Return what measures: the models that the version was trained with.
 
     Where it has no reward models (DPO), those of the profile, if they stand on the same SFT model. The prompts must
     be those of the version's own data set: it may have been trained on the evaluation prompts of another.
@@ -241,11 +219,9 @@ def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> tuple[Ya
             f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "
             f"{dataset.digest if dataset else 'none here'}: name the --profile and --set that it was made with"
         )
-    sft = lookup.input_of(artifact, "sft")
     reward, ensemble = (_reward_model(lookup, project, artifact, name) for name in ("reward", "ensemble"))
     model = Model.model_validate(artifact.manifest["document"]["params"]["model"])
-    digests = {"sft": sft.digest, "reward": reward.digest, "ensemble": ensemble.digest}
-    return Yardstick(dataset.path, sft.path, reward.path, ensemble.path, model), digests
+    return Yardstick(dataset.path, lookup.input_of(artifact, "sft"), reward, ensemble, model)
 
 
 def _reward_model(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> Artifact:
@@ -262,17 +238,14 @@ def _reward_model(lookup: Lookup, project: Project, artifact: Artifact, name: st
 
 
 def _show(decision: Decision) -> None:
-    from rich.console import Console
-
     from rrlhf.tools.promotion.gates import in_words
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{decision['version']} against {decision['against']}, judged by {decision['judge']}")
+    print(f"{decision['version']} against {decision['against']}, judged by {decision['judge']}")
     width = max(len(gate["name"]) for gate in decision["gates"])
     for gate in decision["gates"]:
-        console.print(f"{'pass' if gate['passed'] else 'FAIL'}  {gate['name']:{width}}  {in_words(gate)}")
+        print(f"{'pass' if gate['passed'] else 'FAIL'}  {gate['name']:{width}}  {in_words(gate)}")
+    although = (
+        f", although {', '.join(decision['failed'])} failed: {decision['override']}" if decision["failed"] else ""
+    )
     if decision["decision"] != "refused":
-        reason = (
-            f", although {', '.join(decision['failed'])} failed: {decision['override']}" if decision["failed"] else ""
-        )
-        console.print(f"{decision['version']} is now {decision['to']}{reason}")
+        print(f"{decision['version']} is now {decision['to']}{although}")

@@ -5,16 +5,18 @@ So an interval that is wide, for few prompts, passes nothing: what is not known 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
-from rrlhf.judging.calibration import correct, estimate, share_interval
+from rrlhf.config import Gates
+from rrlhf.judging.calibration import Estimate, Interval, correct, estimate, share_interval
 from rrlhf.tools.reporting.intervals import mean_interval
 
 
 class Gate(TypedDict):
-    """One rule, and what was found; `low` and `high` are None where there is no interval."""
+    """One rule, and what was found; a number is None where there is none."""
 
     name: str
     rule: str  # in words
@@ -35,6 +37,28 @@ class Read(NamedTuple):
     repetition: Tensor  # share of words that occurred before
 
 
+def gates(candidate: Read, opponent: Read, start: Read, limits: Gates) -> list[Gate]:
+    """Return every gate that has a limit. `start` is the SFT model; drifts are paired by prompt.
+
+    Length drift is the change of words as a share of the start's mean.
+    """
+    found: list[Gate] = []
+    level = limits.level
+    if limits.min_win_rate is not None:
+        found.append(win_rate(candidate.judged, opponent.judged, limits.min_win_rate, level))
+    if limits.max_kl is not None:
+        found.append(at_most("kl", candidate.kl.mean(1), limits.max_kl, level))
+    if limits.max_sigma is not None:
+        found.append(at_most("sigma", candidate.sigma.mean(1) - start.sigma.mean(1), limits.max_sigma, level))
+    if limits.max_length_drift is not None:
+        drift = (candidate.words.mean(1) - start.words.mean(1)) / start.words.mean().clamp(min=1e-9)
+        found.append(within("length", drift, limits.max_length_drift, level))
+    if limits.max_repetition is not None:
+        rise = candidate.repetition.mean(1) - start.repetition.mean(1)
+        found.append(at_most("repetition", rise, limits.max_repetition, level))
+    return found
+
+
 def wins(candidate: Tensor, opponent: Tensor) -> Tensor:
     """Return per prompt the share of pairs of responses that the candidate wins, ties counting half, [prompts].
 
@@ -47,18 +71,16 @@ def wins(candidate: Tensor, opponent: Tensor) -> Tensor:
 def win_rate(candidate: Tensor, opponent: Tensor, least: float, level: float) -> Gate:
     """Ask for a win rate whose interval (Wilson, for as many units as the spread over prompts speaks of) is high."""
     found = estimate(wins(candidate, opponent))
-    low, high = share_interval(found, level)
-    passed = found.n > 1 and low >= least
-    rule = f"the interval's lower end is at least {least:g}"
-    return _gate("win_rate", rule, found.mean, (low, high), found.n, passed)
+    interval = share_interval(found, level)
+    passed = found.n > 1 and interval.low >= least
+    return _gate("win_rate", f"the interval's lower end is at least {least:g}", found, interval, passed)
 
 
 def at_most(name: str, values: Tensor, most: float, level: float) -> Gate:
     """Ask that the mean of values [prompts] is at most so much."""
     found = estimate(values)
     interval = mean_interval(found, level)
-    rule = f"the interval's upper end is at most {most:g}"
-    return _gate(name, rule, found.mean, interval, found.n, interval.high <= most)
+    return _gate(name, f"the interval's upper end is at most {most:g}", found, interval, interval.high <= most)
 
 
 def within(name: str, values: Tensor, most: float, level: float) -> Gate:
@@ -66,46 +88,18 @@ def within(name: str, values: Tensor, most: float, level: float) -> Gate:
     found = estimate(values)
     interval = mean_interval(found, level)
     passed = -most <= interval.low and interval.high <= most
-    rule = f"the interval lies between {-most:g} and {most:g}"
-    return _gate(name, rule, found.mean, interval, found.n, passed)
+    return _gate(name, f"the interval lies between {-most:g} and {most:g}", found, interval, passed)
+
+
+def _gate(name: str, rule: str, found: Estimate, interval: Interval, passed: bool) -> Gate:
+    value, low, high = (None if math.isnan(number) else number for number in (found.mean, *interval))
+    return {"name": name, "rule": rule, "value": value, "low": low, "high": high, "n": found.n, "passed": passed}
 
 
 def clean(faults: list[str]) -> Gate:
     """Ask that the audit found nothing."""
     rule = "; ".join(faults) if faults else "files, records and registry agree, all the way up"
-    return _gate("audit", rule, None, None, 0, not faults)
-
-
-def gates(
-    candidate: Read,
-    opponent: Read,
-    start: Read,
-    *,
-    level: float,
-    min_win_rate: float | None,
-    max_kl: float | None,
-    max_sigma: float | None,
-    max_length_drift: float | None,
-    max_repetition: float | None,
-) -> list[Gate]:
-    """Return every gate that has a limit. `start` is the SFT model; drifts are paired by prompt.
-
-    Length drift is the change of words as a share of the start's mean.
-    """
-    found: list[Gate] = []
-    if min_win_rate is not None:
-        found.append(win_rate(candidate.judged, opponent.judged, min_win_rate, level))
-    if max_kl is not None:
-        found.append(at_most("kl", candidate.kl.mean(1), max_kl, level))
-    if max_sigma is not None:
-        found.append(at_most("sigma", (candidate.sigma.mean(1) - start.sigma.mean(1)), max_sigma, level))
-    if max_length_drift is not None:
-        usual = start.words.mean().clamp(min=1e-9)
-        found.append(within("length", (candidate.words.mean(1) - start.words.mean(1)) / usual, max_length_drift, level))
-    if max_repetition is not None:
-        rise = candidate.repetition.mean(1) - start.repetition.mean(1)
-        found.append(at_most("repetition", rise, max_repetition, level))
-    return found
+    return {"name": "audit", "rule": rule, "value": None, "low": None, "high": None, "n": 0, "passed": not faults}
 
 
 def in_words(gate: Gate) -> str:
@@ -114,11 +108,3 @@ def in_words(gate: Gate) -> str:
         return gate["rule"]
     interval = "" if gate["low"] is None or gate["high"] is None else f" [{gate['low']:.3f}, {gate['high']:.3f}]"
     return f"{gate['value']:.3f}{interval} over {gate['n']} prompts; passes when {gate['rule']}"
-
-
-def _gate(
-    name: str, rule: str, value: float | None, interval: tuple[float, float] | None, n: int, passed: bool
-) -> Gate:
-    low, high = interval or (None, None)
-    known = [None if number is None or number != number else number for number in (value, low, high)]
-    return {"name": name, "rule": rule, "value": known[0], "low": known[1], "high": known[2], "n": n, "passed": passed}
