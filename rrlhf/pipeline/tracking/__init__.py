@@ -5,7 +5,7 @@ of its artifact, so a new or emptied server is filled again from the artifacts. 
 only when something is asked of it, because that import takes seconds.
 """
 
-from rrlhf.pipeline.tracking.kept import tag_fault
+from rrlhf.pipeline.tracking.models import tag_fault
 from rrlhf.pipeline.tracking.server import TrackingError, mlflow_pages, version_page
 from rrlhf.pipeline.tracking.tracker import Registered, Tracker, Version
 

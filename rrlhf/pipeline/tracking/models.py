@@ -1,4 +1,7 @@
-"""Models: logged models that hold files, registered versions that name them, and the links to what made them."""
+"""Models: logged models that hold files, registered versions that name them, and the links to what made them.
+
+What the server keeps of an artifact can be held against the artifact: tags, links, and copies of files.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import title, what, without_front_matter
 from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.tracking.runs import dataset_input, has, short_digest, stage_tags, write_metrics
-from rrlhf.pipeline.tracking.server import patient
 from rrlhf.types import Dataset
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
@@ -92,15 +95,15 @@ class Models:
         One that another profile registered serves this one too.
         """
         ready = [model_id_of(found) for found in self.of(artifact.digest, artifact.key)]
+        ready += [str(model.model_id) for model in self._models(artifact)]
         begun = self._client.search_logged_models([self._experiment_id], same(artifact))
-        ready += [str(model.model_id) for model in begun if model.status == "READY"]
         if ready:
             return ready[0]
         tags = stage_tags(artifact.name, artifact.stage, artifact.key) | note(artifact)
         tags |= {"rrlhf.digest": artifact.digest}
         new = partial(self._client.create_logged_model, self._experiment_id, artifact.name, run_id, tags)
         model = begun[0] if begun else new(model_type=artifact.stage)
-        with linked_files(artifact, INSIDE) as folder, patient():
+        with linked_files(artifact, INSIDE) as folder:
             _write_mlmodel(folder / "MLmodel", str(model.model_id), run_id, artifact.stage)
             self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(folder / "MLmodel")})
             self._client.log_model_artifacts(model.model_id, str(folder))
@@ -134,8 +137,63 @@ class Models:
     def keep_files(self, run: Any, artifact: Artifact) -> None:
         """Keep the files of an artifact that is no model (the evaluation) with its run."""
         if run.data.tags.get("rrlhf.digest") != artifact.digest:
-            with linked_files(artifact) as folder, patient():
+            with linked_files(artifact) as folder:
                 self._client.log_artifacts(run.info.run_id, str(folder))
+
+    @contextmanager
+    def copy(self, artifact: Artifact) -> Iterator[tuple[Path, Path | None] | None]:
+        """Yield the folder with the server's copy of an artifact's files, and its MLmodel; None when there is none.
+
+        Copies on this machine are looked at where they lie, others are fetched for the time being.
+        """
+        from mlflow.artifacts import download_artifacts
+
+        if spec_of(artifact.stage).model:
+            places = [model.artifact_location for model in self._models(artifact)]
+        else:
+            places = [run.info.artifact_uri for run in self._runs(artifact)]
+        if not places:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="rrlhf-audit-") as beside:
+            parsed = urlparse(str(places[0]))
+            is_here = parsed.scheme in {"", "file"}
+            fetched = unquote(parsed.path) if is_here else download_artifacts(artifact_uri=places[0], dst_path=beside)
+            folder = Path(fetched)
+            yield (folder / INSIDE, folder / "MLmodel") if spec_of(artifact.stage).model else (folder, None)
+
+    def mlmodel_digest(self, artifact: Artifact) -> str | None:
+        """Return the sha256 that the MLmodel beside an artifact's copy had when it was written, where that is known."""
+        return next((found.tags[MLMODEL] for found in self._models(artifact) if MLMODEL in found.tags), None)
+
+    def link_fault(self, artifact: Artifact, run_id: str) -> str | None:
+        """Say which models MLflow links to the run that made an artifact, when they are not its inputs, or None."""
+        run = self._client.get_run(run_id)
+        if run.data.tags.get("rrlhf.digest") != artifact.digest:
+            return None  # links wait for inputs that are not registered yet
+        tags = [self._client.get_logged_model(entry.model_id).tags for entry in run.inputs.model_inputs]
+        keys = artifact.input_keys
+        read = {(each.get("rrlhf.digest"), each.get("rrlhf.key") if keys else None) for each in tags}
+        expected = {(artifact.inputs[name], keys.get(name)) for name in artifact.made_from}
+        return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
+
+    def add_signature(self, artifact: Artifact) -> bool:
+        """Put an artifact's signature beside every copy of its files, over one that is there; False without a copy."""
+        signature = str((artifact.path / SIGNATURE).resolve())
+        models = self._models(artifact) if spec_of(artifact.stage).model else []
+        for model in models:
+            self._client.log_model_artifact(model.model_id, signature, INSIDE)
+        runs = [] if spec_of(artifact.stage).model else self._runs(artifact)
+        for run in runs:
+            self._client.log_artifact(run.info.run_id, signature)
+        return bool(models or runs)
+
+    def _runs(self, artifact: Artifact) -> list[Any]:
+        return [*self._client.search_runs([self._experiment_id], same(artifact))]
+
+    def _models(self, artifact: Artifact) -> list[Any]:
+        found = self._client.search_logged_models([self._experiment_id], same(artifact))
+        return [model for model in found if model.status == "READY"]
 
 
 def every(search: Callable[..., Any]) -> list[Any]:
@@ -174,6 +232,14 @@ def version_tags(artifact: Artifact) -> dict[str, str]:
         "rrlhf.key": artifact.key,
         MADE: json.dumps(made),
     }
+
+
+def tag_fault(artifact: Artifact, tags: dict[str, str]) -> str | None:
+    """Say which tag of a registered version is not what its artifact says, or None."""
+    for name, value in version_tags(artifact).items():
+        if tags.get(name) != value:
+            return f"its tag {name}: expected {value}, found {tags.get(name)}"
+    return None
 
 
 def note(artifact: Artifact) -> dict[str, str]:

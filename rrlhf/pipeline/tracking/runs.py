@@ -6,7 +6,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 from rrlhf.locks import is_alive
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.keys import dotted
-from rrlhf.pipeline.tracking.server import errors, patient, warn
+from rrlhf.pipeline.tracking.server import errors, warn
 from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import Excerpt, read_excerpts
+from rrlhf.policy.excerpts import read_excerpts
 from rrlhf.policy.health import EVENTS, in_words
 from rrlhf.types import Dataset, Metrics
 
@@ -32,11 +33,6 @@ def has(name: str, value: str) -> str:
 def stage_tags(name: str, stage: str, key: str) -> dict[str, str]:
     """Return the tags that say what a run or model is, by name and by key."""
     return {"rrlhf.node": name, "rrlhf.stage": stage, "rrlhf.key": key}
-
-
-def process_tags() -> dict[str, str]:
-    """Return the tags by which a run tells whether its process still lives."""
-    return {"rrlhf.host": socket.gethostname(), "rrlhf.pid": str(os.getpid())}
 
 
 def commit_tags(commit: str | None) -> dict[str, str]:
@@ -63,7 +59,8 @@ class Runs:
         from mlflow.entities import Param
 
         above = {"mlflow.parentRunId": parent} if parent else {}
-        run = self._client.create_run(self._experiment_id, started, {**tags, **above}, name)
+        process = {"rrlhf.host": socket.gethostname(), "rrlhf.pid": str(os.getpid())}
+        run = self._client.create_run(self._experiment_id, started, {**tags, **process, **above}, name)
         run_id: str = run.info.run_id
         params = [Param(dotted_name, value) for dotted_name, value in dotted(settings)]
         for start in range(0, len(params), PARAMS_PER_CALL):
@@ -98,8 +95,9 @@ class Runs:
         run_id = self.new(artifact.name, tags, settings, parent=parent, started=round(1000 * started))
         metrics = [metric for row in rows for metric in to_metrics(row, started + row.get("seconds", 0.0))]
         write_metrics(self._client, run_id, metrics)
-        if is_watched(settings):
+        if "health" in settings:
             write_health(self._client, run_id, rows, "FINISHED")
+        write_told(self._client, run_id, artifact.path)
         close_finished(self._client, run_id, len(rows), round(1000 * ended))
         return self._client.get_run(run_id)
 
@@ -172,11 +170,6 @@ def close_finished(client: Any, run_id: str, rows: int, ended: int) -> None:
     client.set_terminated(run_id, "FINISHED", ended)
 
 
-def is_watched(settings: Mapping[str, Any]) -> bool:
-    """Whether a stage with these settings looks after its training's health."""
-    return "health" in settings
-
-
 def write_health(client: Any, run_id: str, rows: Iterable[Metrics], status: str) -> None:
     """Tag a run with its training's health; one that ended early is not called healthy."""
     told = in_words(rows)
@@ -188,18 +181,14 @@ def write_told(client: Any, run_id: str, folder: Path) -> None:
     """Have a run hold the events and the texts that its stage left: as a file, and as a table of MLflow's."""
     told = [name for name in (EVENTS, EXCERPTS) if (folder / name).is_file()]
     there = {entry.path for entry in client.list_artifacts(run_id)} if told else set()
-    with patient():
-        if EVENTS in told and EVENTS not in there:
-            client.log_artifact(run_id, str(folder / EVENTS))
-        if EXCERPTS in told and EXCERPTS not in there:
-            _write_table(client, run_id, read_excerpts(folder), EXCERPTS)
-
-
-def _write_table(client: Any, run_id: str, rows: Sequence[Excerpt], name: str) -> None:
-    """Have MLflow's page of a run show rows as a table; its own writer warns with pandas 3."""
-    content = {"columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
-    client.log_text(run_id, json.dumps(content), name)
-    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": name, "type": "table"}]))
+    if EVENTS in told and EVENTS not in there:
+        client.log_artifact(run_id, str(folder / EVENTS))
+    if EXCERPTS in told and EXCERPTS not in there:
+        rows: list[Any] = [*read_excerpts(folder)]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of MLflow about pandas 3
+            client.log_table(run_id, columns, EXCERPTS)
 
 
 def short_digest(dataset: Dataset) -> str:

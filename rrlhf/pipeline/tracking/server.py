@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from rrlhf.locks import locked
@@ -16,21 +16,16 @@ from rrlhf.locks import locked
 SQLITE = "sqlite:///"
 FILES = "mlartifacts"  # folder of MLflow's files, beside the database that names them
 PAGES = "RRLHF_MLFLOW_PAGES"  # address of a server that shows a local database, set by `rrlhf serve`
-SECONDS_TO_ANSWER = 30  # of the first question; a server that was idle may have to wake up
-SECONDS_TO_UPLOAD = 600
-TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default of 7 blocks for four minutes when the server is down
-    TIMEOUT: "5",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds; a server that was idle may have to wake up
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-
-_waiting = threading.Lock()
 
 
 class TrackingError(Exception):
@@ -48,74 +43,57 @@ def database(root: Path) -> Path | None:
     return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
 
 
-def connect(root: Path, experiment: str) -> tuple[str, str]:
-    """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return its URI and the experiment's id.
+def connect(root: Path, experiment: str) -> tuple[Any, str, str]:
+    """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return client, address and experiment's id.
 
     What is missing is created. Raises TrackingError when the server does not answer, or refuses.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow import MlflowClient
+
     uri, file = address(root), database(root)
-    with trouble(uri), patient(SECONDS_TO_ANSWER):
+    with trouble(uri), locked(root / ".rrlhf" / "connecting"):
         if file:
             _create_database(file)
-        _use(uri)
-        return uri, _experiment_id(uri, experiment, (file.parent / FILES).as_uri() if file else None)
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(uri)  # the registry asks the global client about logged models
+        if given is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # written too, it would then decide for every other folder
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        place = (file.parent / FILES).as_uri() if file else None
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return client, uri, str(client.create_experiment(experiment, place))
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"the experiment {experiment!r} was deleted: choose another name in tracking.experiment, or "
+                f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            )
+        if place and found.artifact_location != place:
+            raise TrackingError(
+                "this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are "
+                f"here, not those in {found.artifact_location}"
+            )
+        return client, uri, str(found.experiment_id)
 
 
 def _create_database(file: Path) -> None:
-    """Make MLflow's tables once: beside, then renamed, because several processes doing it at once crash.
+    """Make MLflow's tables once: beside, then renamed, for a process may be killed in the seconds that this takes.
 
     Raises TrackingError for a damaged file: MLflow would try to open it again and again, for an hour.
     """
     from mlflow import MlflowClient
 
     if not file.exists():
-        with locked(file.with_name(f"{file.name}.lock")):
-            if not file.exists():
-                new = file.with_name(f"{file.name}.new")
-                new.unlink(missing_ok=True)
-                MlflowClient(tracking_uri=f"{SQLITE}{new}", registry_uri=f"{SQLITE}{new}")
-                new.rename(file)
+        new = file.with_name(f"{file.name}.new")
+        new.unlink(missing_ok=True)
+        MlflowClient(tracking_uri=f"{SQLITE}{new}", registry_uri=f"{SQLITE}{new}")
+        new.rename(file)
     with file.open("rb") as handle:
         if handle.read(16) != b"SQLite format 3\0":
             raise TrackingError(f"{file}: file is not a database; remove it, and the next run fills a new one")
-
-
-def _use(uri: str) -> None:
-    """Point MLflow's global client at the server: its registry asks that one about logged models."""
-    import mlflow
-
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)  # also writes the variable, which would then decide for every other folder
-    if given is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-
-
-def _experiment_id(uri: str, name: str, artifacts: str | None) -> str:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifacts))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)  # another process was faster
-    if found.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"the experiment {name!r} was deleted: mlflow experiments restore --experiment-id {found.experiment_id}, "
-            "or choose another name in tracking.experiment"
-        )
-    if artifacts and found.artifact_location != artifacts:
-        raise TrackingError(
-            "this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are here, "
-            f"not those in {found.artifact_location}"
-        )
-    return str(found.experiment_id)
 
 
 def errors() -> tuple[type[Exception], ...]:
@@ -167,17 +145,5 @@ def _first_line(error: Exception) -> str:
 
 
 def warn(name: str, error: Exception) -> None:
-    """Say once on the terminal that numbers wait for a server that is away."""
+    """Say on the terminal that a server is away, and that its numbers come later."""
     print(f"{name}  the tracking server does not answer; the run goes on ({_first_line(error)})", file=sys.stderr)
-
-
-@contextmanager
-def patient(seconds: int = SECONDS_TO_UPLOAD) -> Iterator[None]:
-    """Give the server more time than a question of a training gets; one at a time, for the variable is shared."""
-    with _waiting:
-        before = os.environ[TIMEOUT]
-        os.environ[TIMEOUT] = str(max(int(before), seconds))
-        try:
-            yield
-        finally:
-            os.environ[TIMEOUT] = before

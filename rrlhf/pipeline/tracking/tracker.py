@@ -16,21 +16,11 @@ from rrlhf.locks import locked
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.stages import model_name, spec_of
-from rrlhf.pipeline.tracking.kept import Kept
 from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
 from rrlhf.pipeline.tracking.promotions import Promotions
 from rrlhf.pipeline.tracking.registry import Registration, take_note
-from rrlhf.pipeline.tracking.runs import (
-    LiveRun,
-    Runs,
-    commit_tags,
-    has,
-    is_watched,
-    process_tags,
-    stage_tags,
-    write_told,
-)
-from rrlhf.pipeline.tracking.server import connect, database, errors, mlflow_pages, patient, trouble, warn
+from rrlhf.pipeline.tracking.runs import LiveRun, Runs, commit_tags, has, stage_tags
+from rrlhf.pipeline.tracking.server import connect, database, errors, mlflow_pages, trouble, warn
 from rrlhf.types import Dataset, Log
 
 
@@ -74,11 +64,8 @@ class Tracker:
     """One experiment on one tracking server. Made by `connect`."""
 
     def __init__(self, root: Path, experiment: str) -> None:
-        from mlflow import MlflowClient
-
         self._root, self._experiment = root, experiment
-        self._uri, self._experiment_id = connect(root, experiment)
-        self._client: Any = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        self._client, self._uri, self._experiment_id = connect(root, experiment)
         self._runs, self._models = Runs(self._client, self._experiment_id), Models(self._client, self._experiment_id)
         self._open: set[str] = set()  # runs of flows
 
@@ -99,7 +86,7 @@ class Tracker:
         """
         with trouble(self._uri):
             self._runs.close_dead()
-            tags = process_tags() | {"rrlhf.profile": profile} | commit_tags(commit)
+            tags = {"rrlhf.profile": profile} | commit_tags(commit)
             run_id = self._runs.new(name, tags, params.model_dump(), parent=parent)
         self._open.add(run_id)
         return run_id
@@ -119,13 +106,12 @@ class Tracker:
         A server that is away costs a little time and nothing else: rows wait for it, and `register` writes anew
         what never arrived. What a stage that failed left in its folder to tell of it is kept with the run.
         """
-        tags = process_tags() | stage_tags(node.name, node.stage, key)
         run_id = None
         try:
-            run_id = self._runs.new(node.name, tags, node.settings, parent=parent)
+            run_id = self._runs.new(node.name, stage_tags(node.name, node.stage, key), node.settings, parent=parent)
         except errors() as error:
             warn(node.name, error)
-        live = LiveRun(self._client, run_id, node.name, is_watched(node.settings))
+        live = LiveRun(self._client, run_id, node.name, "health" in node.settings)
         status = "FAILED"
         try:
             yield live.log
@@ -153,7 +139,6 @@ class Tracker:
         """
         with locked(self._root / ".rrlhf" / "registering" / artifact.key), trouble(self._uri):
             run = self._runs.complete(artifact, parent)
-            write_told(self._client, run.info.run_id, artifact.path)
             if not spec_of(artifact.stage).model:
                 self._models.keep_files(run, artifact)
                 self._models.link(run, artifact, dataset)
@@ -188,7 +173,7 @@ class Tracker:
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
         with trouble(self._uri):
-            return self.kept.add_signature(artifact)
+            return self._models.add_signature(artifact)
 
     def bring_back(self, store: Store, stage: str, key: str) -> Artifact | None:
         """Return the artifact with this key from the store; where it is not there, from its registered copy, or None.
@@ -204,7 +189,10 @@ class Tracker:
             downloaded = store.staging("restore", key)
             shutil.rmtree(downloaded, ignore_errors=True)  # a killed process may have left it
             try:
-                self._download(found, downloaded)
+                downloaded.mkdir(parents=True)
+                if not self._client.list_logged_model_artifacts(model_id_of(found), INSIDE):
+                    raise CopyError("its files are gone")
+                self._download(found, INSIDE, downloaded)
                 return store.adopt(stage, key, downloaded / INSIDE)
             except CopyError as error:
                 raise CopyError(
@@ -216,17 +204,6 @@ class Tracker:
     def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
         with trouble(self._uri):
             return next(iter(self._models.search(has("key", key))), None)
-
-    def _download(self, version: Any, to: Path) -> None:
-        """Download the files of a version into the new folder `to`. Raises CopyError when there are none."""
-        from mlflow.artifacts import download_artifacts
-
-        to.mkdir(parents=True)
-        with trouble(self._uri), patient():
-            if not self._client.list_logged_model_artifacts(model_id_of(version), INSIDE):
-                raise CopyError("its files are gone")
-            uri = f"models:/{version.name}/{version.version}/{INSIDE}"
-            download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._uri)
 
     def versions(self) -> list[Version]:
         """Return every version that this project registered, newest first."""
@@ -247,17 +224,21 @@ class Tracker:
 
     def manifest(self, version: Version) -> bytes:
         """Return the artifact.json that was kept with a version."""
+        with tempfile.TemporaryDirectory(prefix="rrlhf-manifest-") as beside:
+            return self._download(version, f"{INSIDE}/{MANIFEST}", Path(beside)).read_bytes()
+
+    def _download(self, version: Any, name: str, to: Path) -> Path:
+        """Download a file or a folder of a version into the folder `to`, and return it."""
         from mlflow.artifacts import download_artifacts
 
-        with trouble(self._uri), tempfile.TemporaryDirectory(prefix="rrlhf-manifest-") as beside:
-            uri = f"models:/{version.name}/{version.version}/{INSIDE}/{MANIFEST}"
-            path = download_artifacts(artifact_uri=uri, dst_path=beside, tracking_uri=self._uri)
-            return Path(path).read_bytes()
+        uri = f"models:/{version.name}/{version.version}/{name}"
+        with trouble(self._uri):
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._uri))
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> Models:
         """What the server keeps of artifacts, for checking it."""
-        return Kept(self._client, self._experiment_id)
+        return self._models
 
     @contextmanager
     def promotions(self) -> Iterator[Promotions]:
@@ -267,7 +248,7 @@ class Tracker:
 
     def log_report(self, run_id: str, html: Path) -> str | None:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
-        with trouble(self._uri), patient():
+        with trouble(self._uri):
             self._client.log_artifact(run_id, str(html))
         pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"
