@@ -15,24 +15,15 @@ SEAL = "seal"
 
 def sealed(document: dict[str, Any]) -> str:
     """Return the one text of a document, with its seal."""
-    return _text(document | {SEAL: _digest(document)})
+    text = json.dumps(document, indent=1)
+    return json.dumps(document | {SEAL: hashlib.sha256(text.encode()).hexdigest()}, indent=1)
 
 
 def opened(text: bytes) -> dict[str, Any]:
     """Return the document of a sealed text. Raises ValueError when a byte is not as `sealed` wrote it."""
     document = json.loads(text)
-    if not isinstance(document, dict):
-        raise ValueError("it is not an object")
-    if document.pop(SEAL, None) is None:
+    if not isinstance(document, dict) or document.pop(SEAL, None) is None:
         raise ValueError("it has no seal")
     if text != sealed(document).encode():
         raise ValueError("its seal does not fit")
     return document
-
-
-def _text(document: dict[str, Any]) -> str:
-    return json.dumps(document, indent=1)
-
-
-def _digest(document: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(document).encode()).hexdigest()

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import HTTPError
 
 from rrlhf.environment import check_room, end_with_parent
@@ -29,10 +30,46 @@ STARTING = Path(".rrlhf", "starting")  # held while a server migrates the databa
 NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes more, for features not used here
 SECONDS_TO_START = 120.0
 SECONDS_TO_STOP = 15.0
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+ADDRESSES = """
+Prefect  {prefect}
+MLflow   {mlflow}
+
+Start a run from another shell:
+  export PREFECT_API_URL={api}
+  .venv/bin/prefect deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
+
+Ctrl-C stops everything."""
 
 
 class ServeError(RuntimeError):
     """Something that serving needs did not start."""
+
+
+class Service(NamedTuple):
+    """A process that serves, and where its output goes."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_for(self, address: str) -> None:
+        """Return when an address answers.
+
+        Raises ServeError when it does not or the process ends, OSError for a full disk, and Interrupted if asked.
+        """
+        give_up = time.monotonic() + SECONDS_TO_START
+        while time.monotonic() < give_up and self.process.poll() is None:
+            check_stop()
+            try:
+                urllib.request.urlopen(address, timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.3)
+        check_room(self.log.parent)  # the reason that is not in the log
+        ended = self.process.poll()
+        why = f"does not answer after {SECONDS_TO_START:.0f} s" if ended is None else f"ended with {ended}"
+        said = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise ServeError("\n".join([f"the service at {address} {why}; its log, {self.log}, ends with", *said[-3:]]))
 
 
 def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> None:
@@ -52,23 +89,43 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
     check_room(root)
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
     stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
+    mlflow = f"http://{HOST}:{mlflow_port}"
     with ExitStack() as services:
         with locked(root / STARTING):
-            start = _process("Prefect server", _prefect("server", "start", "--host", HOST), environment, root)
+            start = _service("Prefect server", [*PREFECT, "server", "start", "--host", HOST], environment, root)
             server = services.enter_context(start)
-            _wait_for(f"{api}/health", server, _log(root, "Prefect server"))
-        _call([sys.executable, "-m", "flows.automations"], environment, root)
-        _call(_prefect("work-pool", "create", POOL, "--type", "process", "--overwrite"), environment, root)
-        _call(_prefect("deploy", "--all"), environment, root)
-        worker = _process("worker", _prefect("worker", "start", "--pool", POOL), environment, root)
-        pages = _process("MLflow", _mlflow(root, mlflow_port), NO_JOBS | environment, root)
-        with worker as at_work, pages as shown:
-            _wait_for(f"http://{HOST}:{mlflow_port}/health", shown, _log(root, "MLflow"))
-            print(_addresses(api, prefect_port, mlflow_port), flush=True)
-            while all(process.poll() is None for process in (server, at_work, shown)):
+            server.wait_for(f"{api}/health")
+        for prepare in (
+            [sys.executable, "-m", "flows.automations"],
+            [*PREFECT, "work-pool", "create", POOL, "--type", "process", "--overwrite"],
+            [*PREFECT, "deploy", "--all"],
+        ):
+            done = subprocess.run(prepare, cwd=root, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise ServeError(f"{' '.join(prepare[2:])} failed:\n{done.stdout}{done.stderr}")
+        work = _service("worker", [*PREFECT, "worker", "start", "--pool", POOL], environment, root)
+        kept = ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
+        kept += ["--default-artifact-root", (root / "mlartifacts").as_uri()]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            HOST,
+            "--port",
+            str(mlflow_port),
+            "--workers",
+            "1",
+        ]
+        show = _service("MLflow", [*command, *kept], NO_JOBS | environment, root)
+        with work as worker, show as pages:
+            pages.wait_for(f"{mlflow}/health")
+            print(ADDRESSES.format(prefect=f"http://{HOST}:{prefect_port}", mlflow=mlflow, api=api), flush=True)
+            while all(each.process.poll() is None for each in (server, worker, pages)):
                 check_stop()
                 time.sleep(0.5)
-            raise ServeError(f"a service ended; see {root / '.rrlhf' / 'serve'}")
+            raise ServeError(f"a service ended; see {server.log.parent}")
 
 
 def start_temporary_server(root: Path) -> Callable[[], None]:
@@ -83,15 +140,15 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
         return lambda: None
     port = _free_port()
     api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
-    command = _prefect("server", "start", "--host", HOST, "--port", str(port), "--no-ui")
+    command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port), "--no-ui"]
     starting, services = ExitStack(), ExitStack()
     starting.enter_context(locked(root / STARTING))
-    server = services.enter_context(_process("run", command, os.environ, root))
+    server = services.enter_context(_service("run", command, os.environ, root))
     atexit.register(services.close)
 
     def wait_until_ready() -> None:
         with starting:
-            _wait_for(f"{api}/health", server, _log(root, "run"))
+            server.wait_for(f"{api}/health")
 
     return wait_until_ready
 
@@ -115,22 +172,10 @@ def _free_port() -> int:
         return port
 
 
-def _prefect(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-
-
-def _mlflow(root: Path, port: int) -> list[str]:
-    store, artifacts = f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri()
-    options = ["--backend-store-uri", store, "--default-artifact-root", artifacts, "--workers", "1"]
-    return [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), *options]
-
-
 @contextmanager
-def _process(
-    name: str, command: list[str], environment: Mapping[str, str], root: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def _service(name: str, command: list[str], environment: Mapping[str, str], root: Path) -> Iterator[Service]:
     """Run a service beside this process, its output in a file; stop it, and what it started, at the end."""
-    log = _log(root, name)
+    log = root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
@@ -144,52 +189,10 @@ def _process(
             preexec_fn=end_with_parent,
         )
         try:
-            yield process
+            yield Service(process, log)
         finally:
             process.terminate()
             try:
                 process.wait(SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _log(root: Path, name: str) -> Path:
-    return root / ".rrlhf" / "serve" / f"{name.replace(' ', '-').lower()}.log"
-
-
-def _call(command: list[str], environment: Mapping[str, str], root: Path) -> None:
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ServeError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
-
-
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return when an address answers.
-
-    Raises ServeError when it does not, or its process ends, OSError when the disk is full, and Interrupted if asked.
-    """
-    give_up = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < give_up and process.poll() is None:
-        check_stop()
-        try:
-            urllib.request.urlopen(address, timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.3)
-    check_room(log.parent)  # the reason that is not in the log
-    ended = process.poll()
-    why = f"does not answer after {SECONDS_TO_START:.0f} s" if ended is None else f"ended with {ended}"
-    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    raise ServeError("\n".join([f"the service at {address} {why}; its log, {log}, ends with", *said[-3:]]))
-
-
-def _addresses(api: str, prefect_port: int, mlflow_port: int) -> str:
-    return f"""
-Prefect  http://{HOST}:{prefect_port}
-MLflow   http://{HOST}:{mlflow_port}
-
-Start a run from another shell:
-  export PREFECT_API_URL={api}
-  .venv/bin/prefect deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
-
-Ctrl-C stops everything."""
