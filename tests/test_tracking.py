@@ -157,9 +157,7 @@ def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, trac
     assert found["rrlhf-sft/1"].key == found["rrlhf-tiny-sft/1"].key == sft.key
     assert len(list((root / "mlartifacts" / "models").iterdir())) == 3
     one, two = (client.get_model_version(name, "1") for name in ("rrlhf-sft", "rrlhf-tiny-sft"))
-    shown = json.loads(client.get_logged_model(one.source.removeprefix("models:/")).tags["mlflow.modelVersions"])
     assert one.source == two.source
-    assert [each["name"] for each in shown] == ["rrlhf-sft", "rrlhf-tiny-sft"]
     graph = from_versions(tracker.versions())
     assert graph.find("sft", "tiny").key == other.key
     assert graph.find("sft").key == sft.key

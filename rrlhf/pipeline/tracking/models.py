@@ -25,7 +25,6 @@ from rrlhf.types import Dataset
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
 MADE = "rrlhf.made"  # tag of a version: its stage, digest, inputs and commit, as JSON
 MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
-SHOWN = "mlflow.modelVersions"  # tag that MLflow's page of a logged model reads
 LETTERS_PER_TAG = 8000  # MLflow's limit
 
 
@@ -72,33 +71,22 @@ class Models:
 
     def new_version(self, artifact: Artifact, name: str, run_id: str) -> Any:
         """Register an artifact's files. The tags come with the version, so there is never one without them."""
-        from mlflow.exceptions import MlflowException
-
         model_id = self._upload(artifact, run_id)
-        try:
+        if not self._client.search_registered_models(f"name = '{name}'"):
             self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
         said = f"{title(artifact.manifest)}. {what(artifact.manifest)}"
-        made = self._client.create_model_version(
+        return self._client.create_model_version(
             name, f"models:/{model_id}", run_id, version_tags(artifact), description=said, model_id=model_id
         )
-        model = self._client.get_logged_model(model_id)
-        shown = [*json.loads(model.tags.get(SHOWN, "[]")), {"name": name, "version": made.version}]
-        self._client.set_logged_model_tags(model_id, {SHOWN: json.dumps(shown)})
-        return made
 
     def _upload(self, artifact: Artifact, run_id: str) -> str:
         """Return the id of a logged model with the artifact's files, going on with one that was begun and not ended.
 
         One that another profile registered serves this one too.
         """
-        ready = [model_id_of(found) for found in self.of(artifact.digest, artifact.key)]
-        ready += [str(model.model_id) for model in self._models(artifact)]
+        if ready := self._models(artifact):
+            return str(ready[0].model_id)
         begun = self._client.search_logged_models([self._experiment_id], same(artifact))
-        if ready:
-            return ready[0]
         tags = stage_tags(artifact.name, artifact.stage, artifact.key) | note(artifact)
         tags |= {"rrlhf.digest": artifact.digest}
         new = partial(self._client.create_logged_model, self._experiment_id, artifact.name, run_id, tags)
