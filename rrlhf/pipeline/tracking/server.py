@@ -54,7 +54,7 @@ def connect(root: Path, experiment: str) -> tuple[Any, str, str]:
     from mlflow import MlflowClient
 
     uri, file = address(root), database(root)
-    with trouble(uri), locked(root / ".rrlhf" / "connecting"):
+    with trouble(uri), locked(root / ".rrlhf" / "connect.lock"):
         if file:
             _create_database(file)
         given = os.environ.get("MLFLOW_TRACKING_URI")

@@ -137,7 +137,7 @@ class Tracker:
         there already stays; what a killed process left half done is finished. A stage without a model (the
         evaluation) gets its run and files only, and the answer is None. `parent` is where a missing run is put.
         """
-        with locked(self._root / ".rrlhf" / "registering"), trouble(self._uri):
+        with locked(self._root / ".rrlhf" / "registry.lock"), trouble(self._uri):
             run = self._runs.complete(artifact, parent)
             if not spec_of(artifact.stage).model:
                 self._models.keep_files(run, artifact)
