@@ -256,19 +256,17 @@ def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(f
 
     digest = finished.artifacts["ppo-single"].digest
     [version] = [each for each in finished.tracker.versions() if each.digest == digest]
-    with finished.tracker.promotions() as promotions:
-        promotions.move(version.name, version.version, "champion")
-        assert "alias champion: no decision gave it" in "".join(found())
-        evidence = {"to": "champion", "decision": "promoted", "digest": digest}
-        promotions.keep(version.name, version.version, evidence, "promotion/champion.json", {})
-        assert found() == []
-        for _ in Changes(one_of(finished.root, "mlartifacts/**/promotion/champion.json")):
-            assert "its evidence promotion/champion.json: expected sha256" in "".join(found())
-        refused = evidence | {"decision": "refused"}
-        promotions.keep(version.name, version.version, refused, "promotion/champion-2.json", {})
-        assert "no decision gave it" in "".join(found())
-        promotions.keep(version.name, version.version, evidence, "promotion/champion-3.json", {})
-        assert found() == []
+    tracker, evidence = finished.tracker, {"to": "champion", "decision": "promoted", "digest": digest}
+    tracker.give(version, "champion")
+    assert "alias champion: no decision gave it" in "".join(found())
+    tracker.keep_decision(version, evidence, "promotion/champion.json", {})
+    assert found() == []
+    for _ in Changes(one_of(finished.root, "mlartifacts/**/promotion/champion.json")):
+        assert "its evidence promotion/champion.json: expected sha256" in "".join(found())
+    tracker.keep_decision(version, evidence | {"decision": "refused"}, "promotion/champion-2.json", {})
+    assert "no decision gave it" in "".join(found())
+    tracker.keep_decision(version, evidence, "promotion/champion-3.json", {})
+    assert found() == []
 
 
 def test_a_changed_result_whose_records_were_all_written_anew_is_found_by_its_registration(finished):

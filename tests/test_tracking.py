@@ -499,8 +499,7 @@ from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.tracking import Tracker
 root = Path(sys.argv[1])
 tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
-with tracker.promotions() as promotions:
-    faults = [promotions.fault(v.run_id, v.tags, alias) for v in tracker.versions() for alias in v.aliases]
+faults = [tracker.alias_fault(v, alias) for v in tracker.versions() for alias in v.aliases]
 artifacts = list(store.all())
 for artifact in artifacts:
     shutil.rmtree(artifact.path)
@@ -513,9 +512,8 @@ print(json.dumps([[list(v) for v in tracker.versions()], faults, made]))
 def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tracker, family):
     policy = register_all(tracker, family)[3]
     evidence = {"to": "champion", "decision": "promoted", "digest": family[3].digest}
-    with tracker.promotions() as promotions:
-        promotions.keep(policy.name, policy.version, evidence, "promotion/champion.json", {})
-        promotions.move(policy.name, policy.version, "champion")
+    tracker.keep_decision(policy, evidence, "promotion/champion.json", {})
+    tracker.give(policy, "champion")
     told = json.loads(json.dumps(tracker.versions()))
     moved = root.rename(root.parent / f"{root.name} moved")
     assert "places in mlflow.db now lie in" in relocate(moved)

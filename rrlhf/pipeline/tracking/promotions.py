@@ -1,4 +1,4 @@
-"""Promotions: the evidence that is kept with a version, and the alias that moves to it."""
+"""Promotions: the evidence that is kept with a version, and whether it earned an alias."""
 
 from __future__ import annotations
 
@@ -17,50 +17,38 @@ PREFIX = "rrlhf.gates"  # of the tags that tell the last decision
 PROMOTED = "rrlhf.promoted"  # of the tag that lets a version have an alias: "<file of the evidence> <its sha256>"
 
 
-class Promotions:
-    """What one server holds of decisions about versions."""
+def keep(client: Any, version: Any, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
+    """Keep the evidence of a decision as a file of the version's run, and its short form as the version's tags.
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    The tags are those of the last decision; the files of earlier ones stay.
+    """
+    found = client.get_model_version(version.name, version.version)
+    text = json.dumps(evidence, indent=1)
+    client.log_text(found.run_id, text, file)
+    earned = f"{PROMOTED}.{evidence['to']}"
+    if evidence["decision"] != "refused":
+        tags = {**tags, earned: f"{file} {hashlib.sha256(text.encode()).hexdigest()}"}
+    for tag in found.tags:
+        if (tag.startswith(PREFIX) or tag == earned) and tag not in tags:
+            client.delete_model_version_tag(version.name, version.version, tag)
+    for tag, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, tag, value)
 
-    def keep(self, name: str, version: str, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
-        """Keep the evidence of a decision as a file of the version's run, and its short form as the version's tags.
 
-        The tags are those of the last decision; the files of earlier ones stay.
-        """
-        found = self._client.get_model_version(name, version)
-        text = json.dumps(evidence, indent=1)
-        self._client.log_text(found.run_id, text, file)
-        earned = f"{PROMOTED}.{evidence['to']}"
-        if evidence["decision"] != "refused":
-            tags = {**tags, earned: f"{file} {hashlib.sha256(text.encode()).hexdigest()}"}
-        for tag in found.tags:
-            if (tag.startswith(PREFIX) or tag == earned) and tag not in tags:
-                self._client.delete_model_version_tag(name, version, tag)
-        for tag, value in tags.items():
-            self._client.set_model_version_tag(name, version, tag, value)
-
-    def move(self, name: str, version: str, alias: str) -> None:
-        """Give a version the alias, which no other version of the name then has."""
-        self._client.set_registered_model_alias(name, alias, version)
-
-    def fault(self, run_id: str, tags: Mapping[str, str], alias: str) -> str | None:
-        """Say why a version with these tags should not have an alias, or None.
-
-        The evidence must be there, unchanged, and be that of this content. run_id: of the run that made the version.
-        """
-        earned = tags.get(f"{PROMOTED}.{alias}")
-        if earned is None:
-            return f"alias {alias}: no decision gave it; `rrlhf promote --to {alias}` holds it against the gates"
-        file, _, expected = earned.rpartition(" ")
-        gone: tuple[type[Exception], ...] = (OSError, *errors())
-        with tempfile.TemporaryDirectory(prefix="rrlhf-evidence-") as beside:
-            try:
-                text = Path(self._client.download_artifacts(run_id, file, beside)).read_bytes()
-            except gone:
-                return f"alias {alias}: its evidence {file} is gone"
-        if (found := hashlib.sha256(text).hexdigest()) != expected:
-            return f"alias {alias}: its evidence {file}: expected sha256 {expected}, found {found}"
-        if (digest := json.loads(text)["digest"]) != json.loads(tags[MADE])["digest"]:
-            return f"alias {alias}: its evidence {file} is that of {digest}"
-        return None
+def fault(client: Any, version: Any, alias: str) -> str | None:
+    """Say why a version should not have an alias, or None: the evidence must be there, unchanged and its own."""
+    earned = version.tags.get(f"{PROMOTED}.{alias}")
+    if earned is None:
+        return f"alias {alias}: no decision gave it; `rrlhf promote --to {alias}` holds it against the gates"
+    file, _, expected = earned.rpartition(" ")
+    gone: tuple[type[Exception], ...] = (OSError, *errors())
+    with tempfile.TemporaryDirectory(prefix="rrlhf-evidence-") as beside:
+        try:
+            text = Path(client.download_artifacts(version.run_id, file, beside)).read_bytes()
+        except gone:
+            return f"alias {alias}: its evidence {file} is gone"
+    if (found := hashlib.sha256(text).hexdigest()) != expected:
+        return f"alias {alias}: its evidence {file}: expected sha256 {expected}, found {found}"
+    if (digest := json.loads(text)["digest"]) != json.loads(version.tags[MADE])["digest"]:
+        return f"alias {alias}: its evidence {file} is that of {digest}"
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ from rrlhf.locks import locked
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.stages import model_name, spec_of
+from rrlhf.pipeline.tracking import promotions
 from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
-from rrlhf.pipeline.tracking.promotions import Promotions
 from rrlhf.pipeline.tracking.registry import Registration, take_note
 from rrlhf.pipeline.tracking.runs import LiveRun, Runs, commit_tags, has, stage_tags
 from rrlhf.pipeline.tracking.server import connect, database, errors, mlflow_pages, trouble, warn
-from rrlhf.types import Dataset, Log
+from rrlhf.types import Dataset, Json, Log
 
 
 class Registered(NamedTuple):
@@ -240,11 +240,20 @@ class Tracker:
         """What the server keeps of artifacts, for checking it."""
         return self._models
 
-    @contextmanager
-    def promotions(self) -> Iterator[Promotions]:
-        """Yield the decisions about versions that the server holds."""
+    def keep_decision(self, version: Version, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
+        """Keep the evidence of a decision about a version with it; see rrlhf/pipeline/tracking/promotions.py."""
         with trouble(self._uri):
-            yield Promotions(self._client)
+            promotions.keep(self._client, version, evidence, file, tags)
+
+    def give(self, version: Version, alias: str) -> None:
+        """Give a version an alias, which no other version of the name then has."""
+        with trouble(self._uri):
+            self._models.give(version.name, version.version, alias)
+
+    def alias_fault(self, version: Version, alias: str) -> str | None:
+        """Say why a version should not have an alias that runs do not give, or None."""
+        with trouble(self._uri):
+            return promotions.fault(self._client, version, alias)
 
     def log_report(self, run_id: str, html: Path) -> str | None:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""

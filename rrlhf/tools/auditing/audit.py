@@ -148,10 +148,9 @@ class Audit:
         """Hold aliases against gates; those of its arm and of the candidate are given by every run."""
         arm = arm_of(artifact.name)
         given = aliases_of(arm, candidate=arm)
-        with self.tracker.promotions() as promotions:
-            for alias in sorted({*version.aliases} - {*given}):
-                if problem := promotions.fault(version.run_id, version.tags, alias):
-                    yield problem
+        for alias in sorted({*version.aliases} - {*given}):
+            if problem := self.tracker.alias_fault(version, alias):
+                yield problem
 
     def _copy_faults(self, artifact: Artifact) -> Iterator[str]:
         """Compare MLflow's copy, from which a lost artifact is brought back."""

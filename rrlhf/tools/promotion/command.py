@@ -106,11 +106,10 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
         version = named(asked.reference, profile, versions)
         decision = _weigh(Project(root, profile, params), tracker, versions, version, asked)
         file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
-        with tracker.promotions() as promotions:  # the evidence first: no champion is ever without it
-            kept: Any = decision
-            promotions.keep(version.name, version.version, kept, file, tags_of(decision, file))
-            if decision["decision"] != "refused":
-                promotions.move(version.name, version.version, asked.to)
+        kept: Any = decision
+        tracker.keep_decision(version, kept, file, tags_of(decision, file))  # first: no champion is ever without it
+        if decision["decision"] != "refused":
+            tracker.give(version, asked.to)
     return decision
 
 
