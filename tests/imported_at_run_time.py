@@ -31,17 +31,17 @@ def run(document, inputs, out):
     executed = set()
 
     def note(frame, event, _):
-        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a class
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a class
             executed.add((str(frame.f_globals.get("__name__")), frame.f_code.co_qualname.partition(".")[0]))
 
     out.mkdir()
     sections, arguments = launch.typed_sections(document["params"]), launch._arguments(inputs)
     stage = import_module(f"rrlhf.stages.{document['stage']}")
-    sys.setprofile(note)
+    sys.settrace(note)  # calls alone: `note` returns no tracer of lines
     try:
         stage.run(**sections, **arguments, out=out, log=lambda row: None)
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
     return {each for each in executed if each[0].partition(".")[0] == "rrlhf"}
 
 

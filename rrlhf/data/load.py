@@ -15,11 +15,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from rrlhf.data.files import hub_rows, require_columns, rows_of, source_files
 from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, normalised
-from rrlhf.types import Json, Message, Preference
+from rrlhf.types import SUMMARY, Json, Message, Preference
 
 Place = tuple[str, int]  # file and line, or row
 EXAMPLES = 10  # of bad rows in an error
@@ -70,6 +71,13 @@ def load_preferences(
             break
     _refuse_bad(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
     return loaded
+
+
+def further_columns(folder: Path) -> list[str]:
+    """Return the columns that a data set's rows have for reward functions, whichever of its tables they are in."""
+    summary = folder / SUMMARY
+    found: list[str] = json.loads(summary.read_bytes()).get("columns", []) if summary.is_file() else []
+    return found
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rrlhf.types import SUMMARY, Demonstration, Json, Message, Preference
+from rrlhf.types import Demonstration, Json, Message, Preference
 
 Rows = list[dict[str, Any]]
 
@@ -51,13 +51,6 @@ def demonstrations(folder: Path) -> list[Demonstration]:
 def preferences(folder: Path, name: str) -> list[Preference]:
     """Return the pairs of table `preferences` or `heldout`."""
     return [Preference(row["prompt"], row["chosen"], row["rejected"]) for row in read_table(folder, name)]
-
-
-def further_columns(folder: Path) -> list[str]:
-    """Return the columns that a data set's rows have for reward functions, whichever of its tables they are in."""
-    summary = folder / SUMMARY
-    found: list[str] = json.loads(summary.read_bytes()).get("columns", []) if summary.is_file() else []
-    return found
 
 
 def columns_of(rows: Rows) -> dict[str, list[Json]]:

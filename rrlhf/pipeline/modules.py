@@ -46,8 +46,11 @@ PURE = {"classmethod", "dict", "frozenset", "len", "property", "staticmethod", "
     "dataclasses.dataclass",
     "functools.cache",
     "functools.lru_cache",
+    "functools.partial",
+    "pathlib.Path",
     "re.compile",
     "torch.no_grad",
+    "types.MappingProxyType",
     "typing.TypeVar",
 }
 SKIPPED = {"TYPE_CHECKING", "__name__ == '__main__'"}  # conditions that no import meets
@@ -116,6 +119,8 @@ class Module:
         return True
 
     def _is_pure(self, function: ast.expr) -> bool:
+        if isinstance(function, ast.Name) and all(map(_is_named_tuple, self.defined.get(function.id, [None]))):
+            return True
         first, _, rest = ast.unparse(function).partition(".")
         targets = self.bindings.get(first, {first})
         return isinstance(getattr(function, "value", None), ast.Constant) or all(
@@ -271,6 +276,10 @@ def _listed(names: list[str]) -> str:
 
 def _is_skipped(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED
+
+
+def _is_named_tuple(statement: ast.stmt | None) -> bool:
+    return isinstance(statement, ast.ClassDef) and [*map(ast.unparse, statement.bases)] == ["NamedTuple"]
 
 
 def _changes_objects(statement: ast.stmt) -> bool:

@@ -135,7 +135,7 @@ class Project:
 
         Before that, those of a data set on the hub are not known.
         """
-        from rrlhf.data.tables import further_columns
+        from rrlhf.data.load import further_columns
         from rrlhf.policy.reward_functions import load_functions
 
         if made:
@@ -147,8 +147,7 @@ class Project:
         made: the data set, if it is there; else the source is read as far as its first good row and those that are
         wanted. Raises ParamsError when it has no good row.
         """
-        from rrlhf.data.load import columns_to_hand_on
-        from rrlhf.data.tables import further_columns
+        from rrlhf.data.load import columns_to_hand_on, further_columns
 
         prepare = cast(Prepare, self.nodes[0].sections["prepare"])
         if prepare.source == "written":

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from rrlhf.config import Arm, BestOfN, Model
-from rrlhf.data.tables import columns_of, further_columns, read_table
+from rrlhf.data.load import further_columns
+from rrlhf.data.tables import columns_of, read_table
 from rrlhf.models.load import accelerator, autocast, load_model
 from rrlhf.models.rollout import sample_in_batches
 from rrlhf.models.text import Texts, decode

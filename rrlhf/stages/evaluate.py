@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rrlhf.config import Arm, Evaluate, Gold, Model
-from rrlhf.data.tables import Rows, further_columns, preferences, read_table
+from rrlhf.data.load import further_columns
+from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
 from rrlhf.config import Arm, Health, Model, Ppo
-from rrlhf.data.tables import columns_of, further_columns, read_table
+from rrlhf.data.load import further_columns
+from rrlhf.data.tables import columns_of, read_table
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
