@@ -94,12 +94,12 @@ def not_found(module: str, root: Path) -> str:
     package = spec_of(above, root) if above else None
     if above and package is None:
         return not_found(above, root)
-    if package and not package.submodule_search_locations:
-        return f"no module {module}: {above} is no package"
-    folders = [*(package.submodule_search_locations or ())] if package else [str(root), *_folders_of_packages()]
-    known = sorted({found.name for found in iter_modules(folders if package else [str(root)])})
-    hint = did_you_mean(last, known) if known else ""
-    return f"no module {module} in {', '.join(dict.fromkeys(folders))}{hint}"
+    folders = [*(package.submodule_search_locations or ())] if package else [str(root)]
+    known = sorted({found.name for found in iter_modules(folders)})
+    where = ", ".join(folders) if package else f"{root} or among what is installed"
+    return (
+        f"no module {module} in {where or f'{above}, which is no package'}{did_you_mean(last, known) if known else ''}"
+    )
 
 
 def importable(root: Path) -> None:
@@ -139,11 +139,6 @@ def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
             return spec
         bare = bare or spec
     return bare
-
-
-def _folders_of_packages() -> list[str]:
-    """Return the folders on Python's path, less its own library."""
-    return [folder for folder in sys.path if Path(folder).is_dir() and not _is_standard(Path(folder))]
 
 
 def _is_installed(path: Path) -> bool:

@@ -165,11 +165,11 @@ def test_a_bad_answer_is_told_with_function_and_place(rules, text, told):
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("my_rulez:f", "no module my_rulez in {root}, "),
+        ("my_rulez:f", "no module my_rulez in {root} or among what is installed"),
         ("my_rulez:f", ": did you mean my_rules?"),
-        ("check.exact:f", "no module check in {root}, "),
+        ("check.exact:f", "no module check in {root} or "),
         ("checks.exactly:f", "no module checks.exactly in {root}/checks: did you mean exact?"),
-        ("my_rules.exact:f", "no module my_rules.exact: my_rules is no package"),
+        ("my_rules.exact:f", "no module my_rules.exact in my_rules, which is no package"),
         ("my_rules:no_list", "my_rules has no function no_list: did you mean no_lists?"),
         ("my_rules:WEIGHT", "WEIGHT is float, not a function"),
         ("broken:f", "importing broken raised ModuleNotFoundError: No module named 'nowhere' ({root}/broken.py:2)"),
