@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 TELLING = ("logging.info.", "logging.warning.", "print.", "rrlhf.progress.", "warnings.warn.")  # only tell something
 
@@ -14,14 +14,14 @@ SCOPES = (*FUNCTIONS, ast.ClassDef, ast.ListComp, ast.SetComp, ast.DictComp, ast
 Names = dict[str, set[str]]  # what stands behind a name of a module, dotted: more than one thing where that depends
 
 
-def canonical(statement: ast.stmt, names: Names, top: str) -> tuple[str, list[str]]:
+def canonical(nodes: Sequence[ast.AST], names: Names, top: str) -> tuple[str, list[str]]:
     """Return a statement as a text of what it does, and what the names in it stand for, in their order.
 
-    names: what stands behind each name of the module. top: package whose names are taken out of the text, so that they
-    count by what they stand for alone. Changes the statement.
+    nodes: the statement, which is changed, and all below it. names: what stands behind each name of the module. top:
+    package whose names are taken out of the text, so that they count by what they stand for alone.
     """
-    canon = _Canon(statement, names, top)
-    kept = canon.visit(statement)
+    canon = _Canon(nodes, names, top)
+    kept = canon.visit(nodes[0])
     for part in kept.body if isinstance(kept, ast.ClassDef) else [kept]:
         if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
             _number_locals(part, set(names))
@@ -35,11 +35,11 @@ class _Canon(ast.NodeTransformer):
     in the package something lies. Two trees that come out the same do the same.
     """
 
-    def __init__(self, statement: ast.stmt, names: Names, top: str) -> None:
+    def __init__(self, nodes: Sequence[ast.AST], names: Names, top: str) -> None:
         self._names, self._top = names, top
-        nodes = [node for node in ast.walk(statement) if not isinstance(node, ast.alias | ast.keyword)]
         stored = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-        self._local = stored.union(*map(_declared, nodes)) - names_bound(statement)
+        declared = (_declared(node) for node in nodes if not isinstance(node, ast.alias | ast.keyword))
+        self._local = stored.union(*declared) - names_bound(nodes[0])
         self._fields: set[ast.stmt] = set()
         self.uses: list[str] = []
 
@@ -166,7 +166,7 @@ def _number_locals(function: ast.FunctionDef | ast.AsyncFunctionDef, taken: set[
             node.id = numbers.get(node.id, node.id)
 
 
-def names_bound(statement: ast.stmt) -> set[str]:
+def names_bound(statement: ast.AST) -> set[str]:
     """Return the names that a statement at the top of a module binds, less those of imports."""
     nodes = [*walk([statement], SCOPES)]
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -117,7 +117,7 @@ def tree_digest(tree: ast.Module) -> str:
     """Return a digest of what a whole module says."""
     names: Names = {name: {f".{name}"} for statement in tree.body for name in names_bound(statement)}
     names |= {name: {target} for node in ast.walk(tree) for name, target in names_of_imports(node, "")}
-    texts = [canonical(statement, names, "")[0] for statement in tree.body]
+    texts = [canonical([*ast.walk(statement)], names, "")[0] for statement in tree.body]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 

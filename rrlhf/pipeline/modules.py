@@ -75,7 +75,8 @@ class Module:
         self.name = name
         self._top, self._package = top, name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
         body = parsed(path).body if path.is_file() else []
-        used = {node.id for each in body for node in ast.walk(each) if isinstance(node, ast.Name)}
+        self._nodes = {statement: [*ast.walk(statement)] for statement in body}
+        used = {node.id for nodes in self._nodes.values() for node in nodes if isinstance(node, ast.Name)}
         statements = [one for one in body if not _is_skipped(one)]
         self.imports = {each for one in walk(statements, FUNCTIONS) for each in imported(one, self._package)}
         self.bindings: Names = defaultdict(set)
@@ -97,13 +98,13 @@ class Module:
 
     def _statement(self, statement: ast.stmt) -> Statement:
         if statement not in self._known:
-            nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Import | ast.ImportFrom)]
+            nodes = [node for node in self._nodes[statement] if isinstance(node, ast.Import | ast.ImportFrom)]
             modules = {each for node in nodes for each in imported(node, self._package)}
             names = {bound: {*targets} for bound, targets in self.bindings.items()} if nodes else self.bindings
             for node in nodes:
                 for bound, target in names_of_imports(node, self._package):
                     names.setdefault(bound, set()).add(target)
-            self._known[statement] = Statement(*canonical(statement, names, self._top), modules)
+            self._known[statement] = Statement(*canonical(self._nodes[statement], names, self._top), modules)
         return self._known[statement]
 
     def _has_effect(self, statement: ast.stmt, used: set[str]) -> bool:
