@@ -130,7 +130,8 @@ def make_inputs(work: Path) -> dict[str, str]:
     from rrlhf.data.tables import write_table
     from rrlhf.models.load import load_base, save_model
     from rrlhf.pipeline.params import load_params
-    from rrlhf.rewards.heads import RewardHeads
+    from rrlhf.rewards.features import PairFeatures
+    from rrlhf.rewards.heads import Pairs, RewardHeads
     from rrlhf.rewards.trunk import FILE
 
     folders = {name: work / name for name in ("data", "sft", "reward", "ensemble")}
@@ -143,6 +144,8 @@ def make_inputs(work: Path) -> dict[str, str]:
     for name, heads in (("reward", 1), ("ensemble", 3)):
         torch.manual_seed(heads)
         RewardHeads(64, heads, 0, 0.05).save(folders[name])
+        train, heldout = (Pairs(torch.randn(4, 64), torch.randn(4, 64)) for _ in range(2))
+        PairFeatures(train, heldout, torch.arange(4)).save(folders[name])
         (folders[name] / FILE).write_text('{"layer": 1}')
     return {name: str(folder) for name, folder in folders.items()}
 
