@@ -1,4 +1,4 @@
-"""Training a trunk with its heads: exactness of its short cuts, and adapters against LoRA as the library has it."""
+"""Training a trunk with its heads: exactness of its short cuts, and adapters beside one trunk."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from rrlhf.config import TrunkTraining
 from rrlhf.data.tables import preferences
-from rrlhf.models.adapters import Adapted, adapt, adapters, diversity
+from rrlhf.models.adapters import adapted, diversity
 from rrlhf.pipeline.params import load_params
 from rrlhf.rewards import finetune as module
 from rrlhf.rewards.features import pair_features
@@ -80,52 +80,68 @@ def test_lora_is_merged_into_plain_weights_of_low_rank_change(start, settings):
     assert not any(parameter.requires_grad for parameter in trunk.language.network.parameters())
 
 
-def test_one_adapter_is_lora_as_the_library_has_it():
-    from peft import LoraConfig, LoraModel
-
-    plain = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False))
-    ours = Adapted(torch.nn.Linear(6, 4, bias=False), copies=1, rank=3)
-    ours.base.load_state_dict(plain[0].state_dict())
-    theirs = LoraModel(plain, LoraConfig(r=3, lora_alpha=3, target_modules=["0"]), "default")
-    torch.nn.init.normal_(ours.up)
-    with torch.no_grad():
-        theirs.model[0].lora_A["default"].weight.copy_(ours.down[0])
-        theirs.model[0].lora_B["default"].weight.copy_(ours.up[0])
-    x = torch.randn(5, 7, 6)
-    torch.testing.assert_close(ours(x), theirs.model(x))
-
-
-def test_adapters_in_one_batch_equal_adapters_one_by_one():
-    together = Adapted(torch.nn.Linear(6, 4), copies=3, rank=2)
-    torch.nn.init.normal_(together.up)
-    x = torch.randn(5, 7, 6)
-    found = together(x.repeat(3, 1, 1)).unflatten(0, (3, 5))
-    for k in range(3):
-        change = together.up[k] @ together.down[k]
-        torch.testing.assert_close(found[k], together.base(x) + x @ change.T, atol=1e-5, rtol=1e-5)
-
-
-def test_diversity_lies_between_parallel_and_orthogonal_adapters(start, settings):
-    network = start_trunk(settings, load_params(ROOT, "tiny").model, start / "sft").language.network
-    adapt(network, 1, 2, 3, 2)
-    with torch.no_grad():
-        for each in adapters(network):
-            each.down.copy_(torch.eye(6, 32).reshape(3, 2, 32) * 5)
-    assert diversity(network).item() == pytest.approx(6, abs=1e-4)
-    with torch.no_grad():
-        for each in adapters(network):
-            each.down.copy_(torch.ones(3, 2, 32))
-    assert diversity(network).item() == pytest.approx(6**0.5, abs=1e-4)
-
-
-def test_pushing_diversity_up_turns_adapters_apart(start, settings):
-    network = start_trunk(settings, load_params(ROOT, "tiny").model, start / "sft").language.network
+@pytest.fixture
+def three(start, settings):
+    """A trunk with three adapters of rank 2 in its upper layer, and the matrices A of each adapted map."""
     torch.manual_seed(0)
-    adapt(network, 1, 2, 3, 2)
-    before = diversity(network).item()
-    optimizer = torch.optim.SGD([each.down for each in adapters(network)], lr=0.05)
+    trunk = start_trunk(settings, load_params(ROOT, "tiny").model, start / "sft")
+    trunk = trunk._replace(language=adapted(trunk.language, range(1, 2), 2, copies=3))
+    attention = trunk.language.network.model.layers[1].self_attn
+    return trunk, [attention.q_proj.lora_A, attention.v_proj.lora_A]
+
+
+def test_each_adapter_gives_the_features_of_a_trunk_with_its_change_in_the_weights(three, start, settings):
+    trunk, _ = three
+    pairs = preferences(start / "data", "heldout")[:5]
+    before = pair_features(trunk, pairs, pairs, 4, "").train.chosen
+    plain = pair_features(start_trunk(settings, trunk.model, start / "sft"), pairs, pairs, 4, "").train.chosen
+    torch.testing.assert_close(before, plain[:, None].expand(-1, 3, -1))  # they start as the frozen maps
+    for name, weight in trunk.language.network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    together = pair_features(trunk, pairs, pairs, 4, "").train.chosen
+    for k in range(3):
+        alone = start_trunk(settings, trunk.model, start / "sft")
+        for name in ("q_proj", "v_proj"):
+            ours, plain = (getattr(t.language.network.model.layers[1].self_attn, name) for t in (trunk, alone))
+            down, up = (list(side.values())[k].weight for side in (ours.lora_A, ours.lora_B))
+            with torch.no_grad():
+                plain.weight += up @ down
+        expected = pair_features(alone, pairs, pairs, 4, "").train.chosen
+        torch.testing.assert_close(together[:, k], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_adapter_learns_from_its_own_features(three):
+    trunk, _ = three
+    states = torch.randn(2, 5, 32)
+    pooled = trunk.upper(states, 1, torch.tensor([2, 2]), torch.tensor([3, 1]))
+    for k in range(3):
+        trunk.language.network.zero_grad()
+        pooled[:, k].sum().backward(retain_graph=True)
+        ups = [list(layer.lora_B.values()) for layer in trunk.language.network.modules() if hasattr(layer, "lora_B")]
+        assert all(bool(each.weight.grad.any()) == (j == k) for beside in ups for j, each in enumerate(beside))
+
+
+def test_diversity_lies_between_parallel_and_orthogonal_adapters(three):
+    trunk, maps = three
+    with torch.no_grad():
+        for beside in maps:
+            for k, down in enumerate(beside.values()):
+                down.weight.copy_(torch.eye(6, 32)[2 * k : 2 * k + 2] * 5)
+    assert diversity(trunk.language).item() == pytest.approx(6, abs=1e-4)
+    with torch.no_grad():
+        for beside in maps:
+            for down in beside.values():
+                down.weight.fill_(1.0)
+    assert diversity(trunk.language).item() == pytest.approx(6**0.5, abs=1e-4)
+
+
+def test_pushing_diversity_up_turns_adapters_apart(three):
+    trunk, maps = three
+    before = diversity(trunk.language).item()
+    optimizer = torch.optim.SGD([down.weight for beside in maps for down in beside.values()], lr=0.05)
     for _ in range(20):
-        (-diversity(network)).backward()
+        (-diversity(trunk.language)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert before < diversity(network).item() <= 6
+    assert before < diversity(trunk.language).item() <= 6

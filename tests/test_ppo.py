@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from rrlhf.config import Arm
 from rrlhf.kl import adapted_weight
-from rrlhf.models.adapters import merge_adapters
+from rrlhf.models.adapters import merged
 from rrlhf.models.load import load_base
 from rrlhf.policy.learner import prepare_learner
 from rrlhf.policy.reward import Prompts, RewardScores, arm_reward, load_reward_models
@@ -129,8 +129,7 @@ def test_everything_trains_in_full_and_only_adapters_in_lora(model, ppo, rewards
 
     def changed(trains):
         found, _, _ = trained(model, ppo.model_copy(update={"trains": trains}), rewards, single)
-        merge_adapters(found.language.network)
-        now = found.language.network.state_dict()
+        now = merged(found.language).network.state_dict()
         assert now.keys() == start.keys()
         return {name for name in now if not torch.equal(now[name], start[name])}
 
@@ -144,7 +143,7 @@ def test_merged_adapters_give_the_trained_policy(model, ppo, rewards):
     tokens, network = torch.tensor([PROMPTS[1]]), found.language.network
     with torch.no_grad():
         trained_logits, start = network(tokens).logits, load_base(model).network(tokens).logits
-        merge_adapters(network)
+        network = merged(found.language).network
         torch.testing.assert_close(network(tokens).logits, trained_logits, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(trained_logits, start, atol=1e-3)
 

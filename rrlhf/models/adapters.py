@@ -1,142 +1,110 @@
-"""K low-rank adapters beside the same frozen matrices, run as one batch (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
+"""Low-rank adapters beside frozen matrices, one or several, by peft (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-WEIGHTS = "adapters.safetensors"
-SHAPE = "adapters.json"
+from rrlhf.models.load import LanguageModel
+
+FOLDER = "adapters"  # sub-folder of a reward model's folder, with a folder for each adapter
 MAPS = ("q_proj", "v_proj")  # that adapters stand beside
 
 
-class Adapted(nn.Module):
-    """A frozen linear map with K low-rank additions: rows come in K equal blocks, one for each adapter.
-
-    y_k = W x_k + B_k A_k x_k. B starts at 0, so all adapters start as the frozen map.
-    """
-
-    def __init__(self, base: nn.Linear, copies: int, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.off = False
-        device = base.weight.device
-        start = torch.randn(copies, rank, base.in_features) * base.in_features**-0.5
-        self.down = nn.Parameter(start.to(device))
-        self.up = nn.Parameter(torch.zeros(copies, base.out_features, rank, device=device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [adapters * rows, tokens, in] to [adapters * rows, tokens, out]."""
-        mapped: Tensor = self.base(x)
-        if self.off:
-            return mapped
-        blocks = x.unflatten(0, (len(self.down), -1))
-        low = torch.einsum("kbti,kri->kbtr", blocks, self.down.to(x.dtype))
-        added = torch.einsum("kbtr,kor->kbto", low, self.up.to(x.dtype)).flatten(0, 1)
-        return mapped + added
-
-    def merged(self) -> Tensor:
-        """Return W + B A, [out, in], of a map with one adapter."""
-        return self.base.weight + self.up[0] @ self.down[0]
-
-
 def can_adapt(network: Any) -> bool:
-    """Whether every layer has the maps that `adapt` puts adapters beside."""
+    """Whether every layer has the maps that `adapted` puts adapters beside."""
     return all(
         isinstance(getattr(layer.self_attn, name, None), nn.Linear) for layer in network.model.layers for name in MAPS
     )
 
 
-def adapt(network: Any, first: int, last: int, copies: int, rank: int) -> None:
-    """Put K adapters beside the query and value maps of decoder layers first..last-1, in place."""
-    for layer in network.model.layers[first:last]:
-        for name in MAPS:
-            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), copies, rank))
-    network.adapted = {"first": first, "last": last, "copies": copies, "rank": rank}
+def adapted(language: LanguageModel, layers: range, rank: int, copies: int = 1) -> LanguageModel:
+    """Put adapters beside the query and value maps of these decoder layers, in place; they start as the frozen maps."""
+    from peft import LoraConfig
+
+    places = rf"model\.layers\.({'|'.join(map(str, layers))})\.self_attn\.({'|'.join(MAPS)})"
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=places, base_model_name_or_path="trunk")
+    return _around(language, config, [f"head_{number:03}" for number in range(copies)])
 
 
-def adapters(network: Any) -> list[Adapted]:
-    """Return every adapted map, from the bottom up."""
-    return [module for module in network.modules() if isinstance(module, Adapted)]
+def with_each(language: LanguageModel, read: Callable[[], Tensor]) -> list[Tensor]:
+    """Return what `read` gives with each adapter in turn; without any, what it gives."""
+    model = language.adapters
+    if model is None:
+        return [read()]
+    found = []
+    for name in model.peft_config:
+        model.set_adapter(name)
+        found.append(read())
+    model.set_requires_grad([*model.peft_config])  # what `set_adapter` took from the others
+    return found
 
 
-@contextmanager
-def without_adapters(network: Any) -> Iterator[None]:
-    """Have the network as it was before it was adapted."""
-    for module in adapters(network):
-        module.off = True
-    try:
-        yield
-    finally:
-        for module in adapters(network):
-            module.off = False
+def lowest_adapted(language: LanguageModel, otherwise: int) -> int:
+    """Return the lowest layer with an adapter."""
+    layers = enumerate(language.network.model.layers)
+    return next((number for number, layer in layers if _beside(layer)), otherwise)
 
 
-@torch.no_grad()
-def merge_adapters(network: Any) -> None:
-    """Make a network with one adapter on each map a plain one, W + B A, in place; one without stays as it is."""
-    for adapted in _detached(network):
-        adapted.base.weight.copy_(adapted.merged())
+def merged(language: LanguageModel) -> LanguageModel:
+    """Make a model with an adapter a plain one, W + B A, in place; one without stays as it is."""
+    if language.adapters is None:
+        return language
+    return language._replace(network=language.adapters.merge_and_unload(), adapters=None)
 
 
-def copies_of(network: Any) -> int:
-    """Return how many adapters each adapted map has; 1 when there are none."""
-    return int(getattr(network, "adapted", {"copies": 1})["copies"])
-
-
-def first_adapted(network: Any, layer: int) -> int:
-    """Return the lowest adapted layer, or `layer` when there are no adapters."""
-    return int(getattr(network, "adapted", {"first": layer})["first"])
-
-
-def diversity(network: Any) -> Tensor:
-    """Return the nuclear norm of the adapters' stacked `down` matrices [K * rank, in], averaged over adapted maps.
+def diversity(language: LanguageModel) -> Tensor:
+    """Return the nuclear norm of the adapters' stacked A matrices [adapters * rank, in], averaged over adapted maps.
 
     Each row has its length taken out first, so the norm grows with the angles between adapters alone: it lies between
     sqrt(rows), when all rows are parallel, and rows, when all are at right angles. After UP-RLHF (Zhai et al. 2024,
     arXiv 2401.00243), which adds the nuclear norm of the concatenated LoRA matrices to what is maximised.
     """
-    stacked = [nn.functional.normalize(module.down.flatten(0, 1), dim=1) for module in adapters(network)]
-    return torch.stack([torch.linalg.matrix_norm(matrix, "nuc") for matrix in stacked]).mean()
+    stacked = [torch.cat([down.weight for down in maps.values()]) for maps in _beside(language.network)]
+    norms = [torch.linalg.matrix_norm(nn.functional.normalize(matrix, dim=1), "nuc") for matrix in stacked]
+    return torch.stack(norms).mean()
 
 
-def save_adapters(network: Any, folder: Path) -> None:
-    """Write the adapters' weights and shape, and take them off the network, in place."""
-    tensors: dict[str, Tensor] = {}
-    for number, module in enumerate(adapters(network)):
-        tensors |= {f"{number}.down": module.down.detach().cpu(), f"{number}.up": module.up.detach().cpu()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    (folder / SHAPE).write_text(json.dumps(network.adapted), encoding="utf-8")
-    _detached(network)
+def save_adapters(language: LanguageModel, folder: Path) -> LanguageModel:
+    """Write the adapters as peft does, a folder each, and take them off the model, in place."""
+    if language.adapters is None:
+        return language
+    language.adapters.save_pretrained(folder / FOLDER, save_embedding_layers=False)  # which asks no hub
+    return language._replace(network=language.adapters.unload(), adapters=None)
 
 
-def load_adapters(network: Any, folder: Path) -> None:
-    """Put the adapters of a folder beside the network's maps, in place; a folder without any changes nothing."""
-    if not (folder / WEIGHTS).exists():
-        return
-    adapt(network, **json.loads((folder / SHAPE).read_text(encoding="utf-8")))
-    stored = load_file(folder / WEIGHTS)
-    with torch.no_grad():
-        for number, module in enumerate(adapters(network)):
-            module.down.copy_(stored[f"{number}.down"])
-            module.up.copy_(stored[f"{number}.up"])
+def load_adapters(language: LanguageModel, folder: Path) -> LanguageModel:
+    """Put a folder's adapters beside the model's maps, in place; a folder without any changes nothing."""
+    from peft import PeftConfig
+
+    if (folder / "adapters.safetensors").exists():
+        raise ValueError(f"{folder}: its adapters are in a format of rrlhf before peft's; run its stage again")
+    if not (folder / FOLDER).is_dir():
+        return language
+    stored = sorted(path for path in (folder / FOLDER).iterdir() if path.is_dir())
+    found = _around(language, PeftConfig.from_pretrained(stored[0]), [path.name for path in stored])
+    for path in stored:
+        found.adapters.load_adapter(path, path.name)
+    return found
 
 
-def _detached(network: Any) -> list[Adapted]:
-    """Put the frozen maps back in the place of the adapted ones, which are returned."""
-    taken = adapters(network)
-    for layer in network.model.layers:
-        for name in MAPS:
-            module = getattr(layer.self_attn, name)
-            if isinstance(module, Adapted):
-                setattr(layer.self_attn, name, module.base)
-    if taken:
-        del network.adapted
-    return taken
+def _around(language: LanguageModel, config: Any, names: list[str]) -> LanguageModel:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # peft 0.21 asks for what transformers 5.23 calls by another name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = PeftModel(language.network, config, names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.set_requires_grad(names)
+    return language._replace(adapters=model)
+
+
+def _beside(module: nn.Module) -> list[Any]:
+    """Return the A matrices of every adapted map, by the name of their adapter."""
+    return [part.lora_A for part in module.modules() if hasattr(part, "lora_A")]

@@ -45,6 +45,7 @@ class LanguageModel(NamedTuple):
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     dtype: torch.dtype = torch.float32  # of its weights when they are saved
     notes: tuple[str, ...] = ()  # what a person should know of how it is used
+    adapters: Any = None  # peft.PeftModel around the network, where adapters stand beside its maps
 
     @property
     def layers(self) -> int:

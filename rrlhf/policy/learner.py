@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rrlhf.advantages import has_critic
 from rrlhf.config import Model, Ppo
-from rrlhf.models.adapters import adapt, without_adapters
+from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
@@ -156,7 +156,7 @@ def prepare_learner(
 ) -> Learner:
     """Freeze what does not train and build PPO's optimizer."""
     language.network.requires_grad_(False).to(engine.device)
-    top, reference = _trainable(language, ppo)
+    language, top, reference = _trainable(language, ppo)
     top.value.requires_grad_(has_critic(ppo))
     own = seed * 1000 + engine.process_index
     return Learner(
@@ -197,26 +197,29 @@ def with_optimizer(
     return Trained(engine, language, top, policy, optimizer, schedule)
 
 
-def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[PolicyTop, Callable[..., Read]]:
-    """Let the weights of `ppo.trains` move; return what trains, and its reference: the policy before the first step."""
+def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, PolicyTop, Callable[..., Read]]:
+    """Let the weights of `ppo.trains` move; return the model, what trains of it, and its reference.
+
+    That is the policy before the first step.
+    """
     first = None if ppo.trains == "full" else first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
-        adapt(language.network, first or 0, language.layers, copies=1, rank=ppo.lora_rank)
+        language = adapted(language, range(first or 0, language.layers), ppo.lora_rank)
         top = PolicyTop(language, first)
-        return top, _without_adapters(top, language)
+        return language, top, _without_adapters(top, language)
     top = PolicyTop(language, first)
     reference = frozen(top, language)
     top.requires_grad_(True)
     if first is not None:
         top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
-    return top, reference
+    return language, top, reference
 
 
 def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
     """Return the reference that the policy's own modules are without their adapters."""
 
     def read(*arguments: Any, **options: Any) -> Read:
-        with without_adapters(language.network):
+        with language.adapters.disable_adapter():
             return top.read(*arguments, **options)
 
     return read

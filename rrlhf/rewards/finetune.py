@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
-from rrlhf.models.adapters import MAPS, copies_of
-from rrlhf.models.layers import hidden_states, run_layers
+from rrlhf.models.adapters import adapted, merged
+from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import autocast, microbatches
-from rrlhf.models.rollout import response_features
 from rrlhf.rewards.features import distinct, identity
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
-from rrlhf.rewards.trunk import Encoded, Trunk, alike, by_copy, expanded, lengths
+from rrlhf.rewards.trunk import Encoded, Trunk, alike, lengths
 from rrlhf.robust import Scores, joined
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
@@ -42,15 +40,11 @@ class TrunkTop(nn.Module):
         super().__init__()
         self.layers = trunk.language.network.model.layers[first : trunk.layer]
         self.heads = heads.to(trunk.language.device)
-        self._trunk, self._first, self._copies = trunk, first, copies_of(trunk.language.network)
+        self._trunk, self._first = trunk, first
 
     def forward(self, states: Tensor, prompts: Tensor, texts: Tensor) -> Scores:
         """Return raw scores [rows, heads] of states [rows, tokens, width] that the frozen layers left."""
-        network = self._trunk.language.network
-        with autocast(self._trunk.model):
-            hidden = run_layers(network, expanded(states, self._copies), self._first, self._trunk.layer)
-        pooled = response_features(hidden, prompts.repeat(self._copies), texts.repeat(self._copies))
-        scores: Scores = self.heads(by_copy(pooled, self._copies))
+        scores: Scores = self.heads(self._trunk.upper(states, self._first, prompts, texts))
         return scores
 
 
@@ -88,25 +82,13 @@ class LowerStates:
 @contextmanager
 def trainable(trunk: Trunk, settings: TrunkTraining) -> Iterator[None]:
     """Let the trunk's upper layers train, whole or through LoRA, which is merged into the weights at the end."""
-    network, layers = trunk.language.network, range(trunk.layer - settings.train_layers, trunk.layer)
-    adapted: Any = None
+    language, layers = trunk.language, range(trunk.layer - settings.train_layers, trunk.layer)
     if settings.trunk == "lora":
-        from peft import LoraConfig, LoraModel
-
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_rank,
-            target_modules=list(MAPS),
-            layers_to_transform=list(layers),
-            layers_pattern="layers",
-        )
-        adapted = LoraModel(network, config, "default")
+        language = adapted(language, layers, settings.lora_rank)
     else:
-        network.model.layers[layers.start : layers.stop].requires_grad_(True)
+        language.network.model.layers[layers.start : layers.stop].requires_grad_(True)
     yield
-    if adapted:
-        adapted.merge_and_unload()
-    network.requires_grad_(False)
+    merged(language).network.requires_grad_(False)
 
 
 def finetune(

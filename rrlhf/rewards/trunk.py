@@ -19,8 +19,8 @@ from torch import Tensor
 from rrlhf.config import Model, TrunkTraining
 from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
-from rrlhf.models.adapters import WEIGHTS as ADAPTERS
-from rrlhf.models.adapters import copies_of, first_adapted, load_adapters, save_adapters
+from rrlhf.models.adapters import FOLDER as ADAPTERS
+from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
 from rrlhf.models.layers import hidden_states, run_layers
 from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
 from rrlhf.models.rollout import response_features
@@ -68,13 +68,17 @@ class Trunk(NamedTuple):
 
     @torch.no_grad()
     def _pooled(self, rows: list[Encoded]) -> Tensor:
-        prompts, texts = lengths(rows, self.language.device)
-        network = self.language.network
-        copies, first = copies_of(network), first_adapted(network, self.layer)
+        first = lowest_adapted(self.language, self.layer)
         with autocast(self.model):
-            states = hidden_states(network, [row.tokens for row in rows], first)
-            states = run_layers(network, expanded(states, copies), first, self.layer)
-        return by_copy(response_features(states, prompts.repeat(copies), texts.repeat(copies)), copies)
+            states = hidden_states(self.language.network, [row.tokens for row in rows], first)
+        return self.upper(states, first, *lengths(rows, self.language.device))
+
+    def upper(self, states: Tensor, first: int, prompts: Tensor, texts: Tensor) -> Tensor:
+        """Return pooled features of states [rows, tokens, width] that enter layer `first`."""
+        with autocast(self.model):
+            found = with_each(self.language, lambda: run_layers(self.language.network, states, first, self.layer))
+        pooled = [response_features(each, prompts, texts) for each in found]
+        return pooled[0] if len(pooled) == 1 else torch.stack(pooled, dim=1)
 
 
 def alike(rows: Sequence[Encoded]) -> list[int]:
@@ -86,16 +90,6 @@ def lengths(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tens
     """Return the tokens of each prompt and of each response, [rows] each."""
     prompts = torch.tensor([row.prompt_length for row in rows], device=device)
     return prompts, torch.tensor([len(row.tokens) for row in rows], device=device) - prompts
-
-
-def expanded(states: Tensor, copies: int) -> Tensor:
-    """Repeat rows [rows, ...] once per adapter, [adapters * rows, ...]."""
-    return states if copies == 1 else states.repeat(copies, *[1] * (states.dim() - 1))
-
-
-def by_copy(pooled: Tensor, copies: int) -> Tensor:
-    """Turn features [adapters * rows, width] into [rows, adapters, width]; one adapter or none needs no axis."""
-    return pooled if copies == 1 else pooled.unflatten(0, (copies, -1)).transpose(0, 1)
 
 
 def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
@@ -118,10 +112,9 @@ def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:
     """
     identity = None
     if own:
-        if hasattr(trunk.language.network, "adapted"):
-            save_adapters(trunk.language.network, folder)
+        trunk = trunk._replace(language=save_adapters(trunk.language, folder))
         save_model(cut(trunk), folder / FOLDER)
-        weights = [*sorted((folder / FOLDER).glob("*.safetensors")), *folder.glob(ADAPTERS)]
+        weights = sorted(path for part in (ADAPTERS, FOLDER) for path in (folder / part).rglob("*.safetensors"))
         identity = "-".join(sha256(path)[:32] for path in weights)
     described = trunk.model.model_dump() | {"base": FOLDER, "revision": None}
     (folder / FILE).write_text(
@@ -140,7 +133,7 @@ def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = 
         raise ValueError(f"{folder} has no trunk of its own: give the folder of the SFT model that it was trained on")
     language = load_model(folder / FOLDER if own else shared or folder)
     model = Model.model_validate(described["model"])
-    load_adapters(language.network, folder)
+    language = load_adapters(language, folder)
     language.network.to(device or device_kind(model.device)).requires_grad_(False)
     return Trunk(language, int(described["layer"]), model, Texts(language, model))
 

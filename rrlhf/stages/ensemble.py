@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rrlhf.config import Ensemble, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
-from rrlhf.models.adapters import adapt, diversity
+from rrlhf.models.adapters import adapted, diversity
 from rrlhf.models.load import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs
@@ -109,7 +109,7 @@ def _trained(
         return heads, None
     started = load_trunk(reward, sft)
     train, heldout = read_pairs(started, data)
-    tuning, penalty = _tuning(started, ensemble, trunk)
+    started, tuning, penalty = _tuning(started, ensemble, trunk)
     with tuning:
         steps = finetune(
             started, heads, loss, train, weights, trunk, engine=engine, generator=generator, penalty=penalty
@@ -123,13 +123,14 @@ def _trained(
 
 def _tuning(
     trunk: Trunk, ensemble: Ensemble, settings: TrunkTraining
-) -> tuple[AbstractContextManager[None], Callable[[], Tensor] | None]:
+) -> tuple[Trunk, AbstractContextManager[None], Callable[[], Tensor] | None]:
     """Make ready what trains with the heads: an adapter for each, or the trunk that all share."""
     if ensemble.kind != "lora":
-        return trainable(trunk, settings), None
-    network = trunk.language.network
-    adapt(network, trunk.layer - settings.train_layers, trunk.layer, ensemble.heads, settings.lora_rank)
-    return nullcontext(), (lambda: -ensemble.diversity * diversity(network)) if ensemble.diversity else None
+        return trunk, trainable(trunk, settings), None
+    layers = range(trunk.layer - settings.train_layers, trunk.layer)
+    language = adapted(trunk.language, layers, settings.lora_rank, ensemble.heads)
+    penalty = (lambda: -ensemble.diversity * diversity(language)) if ensemble.diversity else None
+    return trunk._replace(language=language), nullcontext(), penalty
 
 
 def _averaged(

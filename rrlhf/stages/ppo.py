@@ -25,7 +25,7 @@ from rrlhf.data.tables import columns_of, read_table
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
-from rrlhf.models.adapters import merge_adapters
+from rrlhf.models.adapters import merged
 from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
 from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
 from rrlhf.models.text import Texts
@@ -86,8 +86,7 @@ def run(
     if history.diverged:
         raise DivergedError(history.diverged)
     if engine.is_main_process:
-        merge_adapters(language.network)
-        save_model(language, out)
+        save_model(merged(learner.language), out)
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in responses]), out / "rollouts.parquet")
         write_arm(out, arm, scale)
     engine.wait_for_everyone()
