@@ -1,11 +1,11 @@
-"""Packed rows and the cache of keys and values: the same numbers as each row alone, and as a cache that grows."""
+"""Packed rows: the same numbers as each row alone."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.models.attention import Cache, Packing
+from rrlhf.models.attention import Packing
 from rrlhf.models.load import load_base
 from rrlhf.models.top import PolicyTop
 
@@ -71,17 +71,3 @@ def test_rows_read_together_give_what_each_gives_alone_and_the_same_gradient(lan
         torch.testing.assert_close(kept, read.states[0], atol=1e-5, rtol=1e-5)
     for one, other in zip(whole, summed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def test_the_cache_returns_all_it_was_given_and_forgets_rows():
-    cache, draw = Cache(2, 7), torch.Generator().manual_seed(0)
-    parts = [torch.randn(3, 2, width, 4, generator=draw) for width in (4, 1, 1)]
-    for part in parts:
-        keys, values = cache.update(part, -part, 1)
-    assert torch.equal(keys, torch.cat(parts, dim=2))
-    assert torch.equal(cache.held(1)[0], keys)
-    assert torch.equal(values, -keys)
-    cache.keep(torch.tensor([2, 0]))
-    more = torch.randn(2, 2, 1, 4, generator=draw)
-    again, _ = cache.update(more, -more, 1)
-    assert torch.equal(again, torch.cat([*[part[[2, 0]] for part in parts], more], dim=2))

@@ -8,8 +8,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.models.attention import PACKED, Cache, register
-from rrlhf.models.layers import embed, hidden_states, prefill, run_layers
+from rrlhf.models.attention import PACKED, register
+from rrlhf.models.layers import hidden_states, prefill, run_layers
 from rrlhf.models.load import LanguageModel, load_base
 from rrlhf.models.rollout import sample
 from rrlhf.models.top import PolicyTop
@@ -151,20 +151,21 @@ def test_below_its_limit_an_embedding_that_changes_is_allowed():
 @settings(max_examples=30, deadline=None)
 def test_states_keys_and_values_are_those_of_each_row_alone(language, rows):
     """`run_layers` on one row shares nothing and packs nothing."""
-    network, cache = language.network, Cache(language.layers, 9)
+    network, cache = language.network, transformers.DynamicCache()
     found = prefill(network, rows, language.layers, cache, (0, 1))
     for number, row in enumerate(rows):
         for layer, states in {**found.states, language.layers: found.last}.items():
             with torch.no_grad():
-                alone = run_layers(network, embed(network, torch.tensor([row])), 0, layer)
+                alone = run_layers(network, network.model.embed_tokens(torch.tensor([row])), 0, layer)
             theirs = found.packing.grid(states)[number, : len(row)]
             torch.testing.assert_close(theirs, alone[0], atol=1e-5, rtol=1e-5)
-        single = Cache(language.layers, 9)
+        single = transformers.DynamicCache()
         with torch.no_grad():
-            run_layers(network, embed(network, torch.tensor([row])), 0, language.layers, cache=single)
+            run_layers(network, network.model.embed_tokens(torch.tensor([row])), 0, language.layers, cache=single)
         for layer in range(language.layers):
-            for held, expected in zip(cache.held(layer), single.held(layer), strict=True):
-                torch.testing.assert_close(held[number, :, : len(row)], expected[0], atol=1e-5, rtol=1e-5)
+            ours, theirs = cache.layers[layer], single.layers[layer]
+            torch.testing.assert_close(ours.keys[number, :, : len(row)], theirs.keys[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(ours.values[number, :, : len(row)], theirs.values[0], atol=1e-5, rtol=1e-5)
 
 
 def test_states_below_the_first_layer_are_the_embeddings(language):
@@ -172,7 +173,7 @@ def test_states_below_the_first_layer_are_the_embeddings(language):
     states = hidden_states(language.network, rows, 0)
     assert states.shape[:2] == (2, 3)
     for number, row in enumerate(rows):
-        assert torch.equal(states[number, : len(row)], embed(language.network, torch.tensor(row)))
+        assert torch.equal(states[number, : len(row)], language.network.model.embed_tokens(torch.tensor(row)))
 
 
 def test_a_prompt_is_answered_several_times_as_if_each_stood_alone(language):
@@ -182,7 +183,7 @@ def test_a_prompt_is_answered_several_times_as_if_each_stood_alone(language):
         tokens = prompt + drawn.lists()[number]
         with torch.no_grad():
             logits = network(torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1]
-            below = run_layers(network, embed(network, torch.tensor([tokens])), 0, 1)[0]
+            below = run_layers(network, network.model.embed_tokens(torch.tensor([tokens])), 0, 1)[0]
         alone = logits.log_softmax(-1).gather(1, torch.tensor(tokens[len(prompt) :])[:, None])[:, 0]
         torch.testing.assert_close(drawn.logprobs[number, : len(alone)], alone, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(drawn.states[1][number, : len(tokens)], below, atol=1e-5, rtol=1e-4)
@@ -208,9 +209,9 @@ def test_reading_a_few_tokens_at_a_time_says_the_same(language, first, tokens):
 def test_states_of_any_layer_can_be_had(language, first, layer):
     tokens, network = torch.tensor([[3, 9, 12, 7, 5]]), language.network
     with torch.no_grad():
-        entering = tokens if first is None else run_layers(network, embed(network, tokens), 0, first)
+        entering = tokens if first is None else run_layers(network, network.model.embed_tokens(tokens), 0, first)
         read = PolicyTop(language, first).read(
             entering, torch.tensor([3]), tokens[:, 3:], torch.ones(1, 2).bool(), layer=layer
         )
-        expected = run_layers(network, embed(network, tokens), 0, layer)
+        expected = run_layers(network, network.model.embed_tokens(tokens), 0, layer)
     torch.testing.assert_close(read.states, expected, atol=1e-5, rtol=1e-5)

@@ -1,8 +1,8 @@
-"""Attention over rows of different lengths without work on padding, and the keys and values of a growing batch.
+"""Attention over rows of different lengths without work on padding.
 
 The tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a time, so only
-attention sees padding. While sampling, keys and values are written into memory that was taken once. Both reach a
-model's own layers as keywords that transformers hands down to its attention functions.
+attention sees padding. It learns where the rows are by keywords that transformers hands down through a model's own
+layers to its attention functions.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ class Packing(NamedTuple):
         empty = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
         return empty.index_copy(0, self.places, packed[0]).view(self.batch, self.width, *packed.shape[2:])
 
+    def heads(self, packed: Tensor) -> Tensor:
+        """Put keys, values or queries [1, heads, tokens, head width] into [batch, heads, width, head width]."""
+        return self.grid(packed.transpose(1, 2)).transpose(1, 2)
+
     def flat(self, row: Tensor, column: Tensor) -> Tensor:
         """Return where the tokens at [row, column] of the grid stand among the packed ones."""
         place = row * self.width + column
@@ -121,7 +125,7 @@ def packed_attention(
     if packing is None:
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
         return attended, None
-    rows = (packing.grid(states.transpose(1, 2)).transpose(1, 2) for states in (query, key, value))
+    rows = (packing.heads(states) for states in (query, key, value))
     band = None if window is None or packing.width <= window else _band(packing.width, window, query.device)
     attended, _ = sdpa_attention_forward(module, *rows, band, **settings)
     return packing.packed(attended), None
@@ -139,49 +143,3 @@ def _band(width: int, window: int, device: torch.device) -> Tensor:
     at = torch.arange(width, device=device)
     ago = at[:, None] - at
     return ((ago >= 0) & (ago < window))[None, None]
-
-
-class Cache:
-    """Keys and values of all layers for up to `capacity` tokens per row, as transformers' layers call it."""
-
-    def __init__(self, layers: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.filled = [0] * layers
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """Append [batch, heads, tokens, head width] to a layer; return all that it holds."""
-        start, end = self.filled[layer], self.filled[layer] + key.shape[2]
-        self.filled[layer] = end
-        for store, states in (self.keys, key), (self.values, value):
-            memory = store[layer]
-            if memory is None:
-                memory = store[layer] = states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
-            memory[:, :, start:end] = states
-        return self.held(layer)
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values so far, [batch, heads, tokens, head width]."""
-        keys, values = self.keys[layer], self.values[layer]
-        if keys is None or values is None:
-            raise ValueError(f"the cache holds nothing of layer {layer}")
-        return keys[:, :, : self.filled[layer]], values[:, :, : self.filled[layer]]
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all rows but `rows`."""
-        for store in self.keys, self.values:
-            store[:] = [None if memory is None else memory[rows] for memory in store]
-
-
-class Filling:
-    """Puts the keys and values of packed rows into a cache, padded on the right, as transformers' layers call it."""
-
-    def __init__(self, cache: Cache, packing: Packing) -> None:
-        self._cache, self._packing = cache, packing
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """Keep [1, heads, tokens, head width]; return the same, for attention among themselves."""
-        keys, values = (self._packing.grid(states.transpose(1, 2)).transpose(1, 2) for states in (key, value))
-        self._cache.update(keys, values, layer)
-        return key, value

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.models.attention import Cache, Filling, Packing
+from rrlhf.models.attention import Packing
 
 
 class Entered(NamedTuple):
@@ -21,12 +21,6 @@ class Entered(NamedTuple):
     packing: Packing
     last: Tensor  # [1, tokens, width] that left the last layer, not normalised
     states: dict[int, Tensor]  # [1, tokens, width] that entered each layer that was asked for
-
-
-def embed(network: Any, tokens: Tensor) -> Tensor:
-    """Return input embeddings [batch, tokens, width]."""
-    embedded: Tensor = network.model.embed_tokens(tokens)
-    return embedded
 
 
 def run_layers(network: Any, hidden: Tensor, first: int, last: int, **place: Any) -> Tensor:
@@ -80,16 +74,17 @@ def run_through(
 
 
 @torch.no_grad()
-def prefill(
-    network: Any, rows: list[list[int]], last: int, cache: Cache | None = None, keep: tuple[int, ...] = ()
-) -> Entered:
+def prefill(network: Any, rows: list[list[int]], last: int, cache: Any = None, keep: tuple[int, ...] = ()) -> Entered:
     """Run the layers below `last` on rows of tokens; what these begin with in common runs once.
 
-    Keys and values go into the cache, padded on the right. keep: layers whose entering states are wanted.
+    cache: an empty transformers.Cache for keys and values, which are padded on the right. keep: layers whose entering
+    states are wanted.
     """
     tokens, packing = Packing.sharing(rows, network.device)
-    filling = None if cache is None else Filling(cache, packing)
-    hidden, entered = run_through(network, embed(network, tokens[None]), last, keep, cache=filling, packing=packing)
+    hidden = network.model.embed_tokens(tokens[None])
+    hidden, entered = run_through(network, hidden, last, keep, cache=cache, packing=packing)
+    for held in () if cache is None else cache.layers:
+        held.keys, held.values = packing.heads(held.keys), packing.heads(held.values)
     return Entered(packing, hidden, entered)
 
 
@@ -100,14 +95,14 @@ def hidden_states(network: Any, rows: list[list[int]], layer: int) -> Tensor:
 
 
 def grow(
-    network: Any, tokens: Tensor, positions: Tensor, age: Tensor, cache: Cache, keep: tuple[int, ...] = ()
+    network: Any, tokens: Tensor, positions: Tensor, age: Tensor, cache: Any, keep: tuple[int, ...] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Run all layers on one more token for each row, whose keys and values go into the cache.
 
     tokens, positions: [rows]; age: [rows, keys] as `packed_attention` takes it, the new tokens among the keys. Returns
     the last states [rows, width], not normalised, and those that enter the layers `keep`.
     """
-    hidden, last = embed(network, tokens[:, None]), len(network.model.layers)
+    hidden, last = network.model.embed_tokens(tokens[:, None]), len(network.model.layers)
     hidden, entered = run_through(network, hidden, last, keep, positions=positions[:, None], cache=cache, age=age)
     return hidden[:, 0], {layer: states[:, 0] for layer, states in entered.items()}
 

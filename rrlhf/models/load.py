@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from rrlhf.config import Model
-from rrlhf.files import sync, write
+from rrlhf.files import sync
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
 from rrlhf.models.attention import PACKED, register
@@ -35,7 +35,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-CONVERTED = "converted.json"  # beside the weights of a GGUF file as plain tensors: their digests
 
 
 class LanguageModel(NamedTuple):
@@ -165,10 +164,9 @@ def _loaded(
         )
     stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
     where = {} if weights else {"device_map": "meta"}
-    with _quiet():  # what transformers would report is refused below
-        network, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
-        )
+    network, report = AutoModelForCausalLM.from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
+    )
     kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
     language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
     return _ready(language, name, model, [*_weight_problems(report)])
@@ -186,18 +184,6 @@ def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
             shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             yield f"weights {shown} {what}"
     yield from (str(error) for error in report.get("error_msgs", ()))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _ready(
@@ -282,18 +268,11 @@ def _converted(gguf: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             staged = Path(beside) / "model"
             save_model(LanguageModel(network, tokenizer), staged)
-            write(staged / CONVERTED, json.dumps(_digests(staged), indent=1))
             for path in staged.iterdir():
                 sync(path)
             with contextlib.suppress(OSError):  # another process was first
                 staged.rename(folder)
-    if json.loads((folder / CONVERTED).read_bytes()) != _digests(folder):
-        raise ModelError(f"{folder}: not what was made of {gguf.name}; to have it made again: rm -r {folder}")
     return folder
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != CONVERTED}
 
 
 def _random_model(base: str) -> LanguageModel:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
-from rrlhf.models.attention import Cache, groups
+from rrlhf.models.attention import groups
 from rrlhf.models.layers import ages, grow, prefill
 from rrlhf.models.load import LanguageModel, autocast
 from rrlhf.progress import track
@@ -118,6 +118,8 @@ def sample(
     Rows that ended leave the batch once a quarter of it has; nothing of a row depends on the others but the draw.
     Log-probabilities are those of the model itself, at temperature 1, at whatever temperature it is sampled.
     """
+    from transformers import DynamicCache
+
     network, device = language.network, language.device
     ends = torch.tensor(language.ends, device=device)
     batch, width = len(prompts), max(map(len, prompts))
@@ -128,7 +130,7 @@ def sample(
     entropy = torch.zeros_like(logprobs)
     top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
 
-    cache = Cache(language.layers, width + response_tokens)
+    cache = DynamicCache()
     packing, entered, below = prefill(network, prompts, language.layers, cache, keep)
     hidden = entered[0, packing.flat(torch.arange(batch, device=device), lengths - 1)]
     room = (0, 0, 0, response_tokens)
@@ -154,7 +156,7 @@ def sample(
             break
         alive = running[rows]
         if alive.float().mean() <= 0.75:
-            cache.keep(alive.nonzero()[:, 0])
+            cache.batch_select_indices(alive.nonzero()[:, 0])
             rows = rows[alive]
         # The last tokens enter too: reward features look at them.
         ago = age[rows, : width + step + 1] + step

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from rrlhf.config import Model
 from rrlhf.located import ParamsError
@@ -60,37 +60,25 @@ def pinned_commit(repo: str, revision: str | None, *, setting: str, kind: Litera
             "what is not pinned cannot be reproduced"
         )
     found = _looked_up(repo, revision, kind)
-    way_out = f"{revision} is now {found.commit}: write that" if found.commit else f"{found.fault}; see {page}"
-    raise ParamsError(f"{setting} {revision!r} is no commit of {repo}, 40 hex digits: {way_out}")
-
-
-class _Found(NamedTuple):
-    commit: str | None
-    fault: str = ""
+    raise ParamsError(f"{setting} {revision!r} is no commit of {repo}, 40 hex digits: {found}; see {page}")
 
 
 @cache
-def _looked_up(repo: str, revision: str, kind: str) -> _Found:
-    """Ask the hub for the commit that a branch or a tag stands for."""
-    from concurrent.futures import ThreadPoolExecutor
-
+def _looked_up(repo: str, revision: str, kind: str) -> str:
+    """Say which commit a branch or a tag stands for on the hub."""
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    pool = ThreadPoolExecutor(1)
-    asked = pool.submit(HfApi().repo_info, repo, revision=revision, repo_type=kind, timeout=SECONDS_TO_ANSWER)
-    pool.shutdown(wait=False)
     try:
-        error = asked.exception(SECONDS_TO_ANSWER)
-    except TimeoutError:
-        error = TimeoutError(f"no answer in {SECONDS_TO_ANSWER:g} s")
-    if isinstance(error, RevisionNotFoundError):
-        return _Found(None, "the hub has no such revision of it")
-    if isinstance(error, RepositoryNotFoundError):
-        return _Found(None, f"the hub has no such {kind}, or none for you")
-    if error:
-        return _Found(None, f"the hub was asked in vain what it stands for ({str(error).splitlines()[0]})")
-    return _Found(asked.result().sha)
+        found = HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=SECONDS_TO_ANSWER)
+    except RevisionNotFoundError:
+        return "the hub has no such revision of it"
+    except RepositoryNotFoundError:
+        return f"the hub has no such {kind}, or none for you"
+    except (HTTPError, OSError) as error:
+        return f"the hub was asked in vain what it stands for ({error})"
+    return f"{revision} is now {found.sha}: write that"
 
 
 def _packaged(base: str, section: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrlhf.models.attention import PACKED, Cache, register
+from rrlhf.models.attention import PACKED, register
 from rrlhf.models.layers import ages, grow, prefill
 
 TOLERANCE = 1e-4  # share of the norm; rounding makes 1e-6, another computation 1e-2
@@ -84,6 +84,8 @@ def _twins(kind: Any, described: dict[str, Any]) -> tuple[Any, Any]:
 @torch.no_grad()
 def _say_the_same(own: Any, ours: Any, tokens: int) -> bool:
     """Whether rows run together by layers, at once and the last token by itself, give what each gives alone."""
+    from transformers import DynamicCache
+
     draw = torch.Generator().manual_seed(0)
     lengths = torch.tensor([tokens, min(SHORT, tokens)])
     rows = [torch.randint(0, 64, (length,), generator=draw).tolist() for length in lengths.tolist()]
@@ -92,7 +94,7 @@ def _say_the_same(own: Any, ours: Any, tokens: int) -> bool:
     logits = ours.lm_head(ours.model.norm(whole.packing.grid(whole.last)))
     expected = [own(torch.tensor([row])).logits[0] for row in rows]
     together = [grid[: len(row)] for grid, row in zip(logits, rows, strict=True)]
-    cache, width = Cache(layers, tokens), max(map(len, rows)) - 1
+    cache, width = DynamicCache(), max(map(len, rows)) - 1
     prefill(ours, [row[:-1] for row in rows], layers, cache)
     last = torch.tensor([row[-1] for row in rows])
     grown, _ = grow(ours, last, lengths - 1, ages(lengths - 1, width, 1), cache)
