@@ -28,20 +28,16 @@ def refusal(config: Any, tokens: int) -> str | None:
     if limit is not None and tokens > limit:
         return f"it was made for {limit} tokens (max_position_embeddings), and prompt and response take {tokens}"
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kind, unchanged = rope.get("rope_type", "default"), rope.get("original_max_position_embeddings", limit)
+    kind, unchanged = rope.get("rope_type"), rope.get("original_max_position_embeddings", limit)
     if kind in NOT_BATCHED and unchanged is not None and tokens > unchanged:
         return (
             f"its rotary embedding ({kind}) changes for a whole batch when one row is longer than {unchanged} tokens, "
             f"and prompt and response take {tokens}"
         )
-    kind_of: Any = type(config)
-    return _tried(kind_of, json.dumps(config.to_dict(), sort_keys=True, default=str), _length(config, tokens))
-
-
-def _length(config: Any, tokens: int) -> int:
-    """Return how long a row must be to show all that depends on its length."""
-    window = getattr(config, "sliding_window", None)
-    return min(tokens, max(LONG, (window or 0) + SHORT))
+    make: Any = type(config)
+    window = getattr(config, "sliding_window", None) or 0
+    described = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    return _tried(make, described, min(tokens, max(LONG, window + SHORT)))
 
 
 @cache

@@ -17,7 +17,7 @@ from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples
 from rrlhf.models.text import decode
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
-from rrlhf.rewards.features import folder_of, reference
+from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
@@ -119,8 +119,9 @@ def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
     """
     if arm.reward is None:
         return NO_SCALE
-    single = RewardHeads.load(reward).score(reference(reward)).mean[:, 0]
-    found = aggregated(arm, single, RewardHeads.load(ensemble).score(reference(folder_of(ensemble, reward))))
+    single = RewardHeads.load(reward).score(PairFeatures.load(reward).reference).mean[:, 0]
+    known = PairFeatures.load(folder_of(ensemble, reward)).reference
+    found = aggregated(arm, single, RewardHeads.load(ensemble).score(known))
     std = found.std().item()
     return Scale(found.mean().item(), std) if std > LEAST_STD else Scale(found.mean().item())
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +29,8 @@ class PairFeatures(NamedTuple):
     @property
     def reference(self) -> Tensor:
         """Responses on which scores are normalised: every held-out one, [responses, ..., width]."""
-        return _once(*self.heldout)
+        distinct: Tensor = torch.unique(torch.cat(self.heldout), dim=0)
+        return distinct
 
     def save(self, folder: Path) -> None:
         """Write the features."""
@@ -60,17 +60,6 @@ def started(reward: Path) -> PairFeatures:
 def folder_of(ensemble: Path, reward: Path) -> Path:
     """Return where the features are that an ensemble's heads read: its own, or the reward model's that it stands on."""
     return ensemble if (ensemble / FILE).exists() else reward
-
-
-def reference(folder: Path) -> Tensor:
-    """Return `PairFeatures.reference` of a folder without reading the training pairs, of which there are many more."""
-    with safe_open(folder / FILE, framework="pt") as stored:
-        return _once(stored.get_tensor("heldout.chosen"), stored.get_tensor("heldout.rejected"))
-
-
-def _once(chosen: Tensor, rejected: Tensor) -> Tensor:
-    distinct: Tensor = torch.unique(torch.cat([chosen, rejected]), dim=0)
-    return distinct
 
 
 def read_pairs(trunk: Trunk, data: Path) -> tuple[list[Preference], list[Preference]]:

@@ -24,12 +24,11 @@ from rrlhf.models.load import autocast, microbatches
 from rrlhf.rewards.features import distinct, identity
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
-from rrlhf.rewards.trunk import Encoded, Trunk, alike, lengths
-from rrlhf.robust import Scores, joined
+from rrlhf.rewards.trunk import Trunk, alike, lengths
+from rrlhf.robust import Scores
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
 
-ROWS_TOGETHER = 8  # responses in one pass on a CPU: more only adds padding there
 CACHED_SHARE = 0.5  # of the free memory that states of the lower layers may take
 
 
@@ -46,37 +45,6 @@ class TrunkTop(nn.Module):
         """Return raw scores [rows, heads] of states [rows, tokens, width] that the frozen layers left."""
         scores: Scores = self.heads(self._trunk.upper(states, self._first, prompts, texts))
         return scores
-
-
-class LowerStates:
-    """What the layers below `first` leave for each row, [tokens, width]: computed once when all of it fits."""
-
-    def __init__(self, trunk: Trunk, rows: Sequence[Encoded], first: int, batch_size: int) -> None:
-        self._trunk, self._rows, self._first = trunk, rows, first
-        width = trunk.language.network.config.hidden_size
-        needed = 4 * width * sum(len(row.tokens) for row in rows)
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._kept: dict[int, Tensor] = {}
-        if needed <= CACHED_SHARE * free:
-            order = alike(rows)
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                states = self._computed(part).cpu()
-                self._kept |= {i: row[: len(rows[i].tokens)].clone() for i, row in zip(part, states, strict=True)}
-
-    def of(self, index: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states of some rows, padded on the right, with the lengths of their prompts and texts."""
-        device = self._trunk.language.device
-        if self._kept:
-            states = pad_sequence([self._kept[i] for i in index], batch_first=True).to(device)
-        else:
-            states = self._computed(index)
-        return states, *lengths([self._rows[i] for i in index], device)
-
-    def _computed(self, index: Sequence[int]) -> Tensor:
-        with autocast(self._trunk.model):
-            states = hidden_states(self._trunk.language.network, [self._rows[i].tokens for i in index], self._first)
-        return states.float()
 
 
 @contextmanager
@@ -120,9 +88,7 @@ def finetune(
         for index in order.split(settings.trunk_pairs_per_batch):
             counted = weights[index.to(engine.device)].sum(0).clamp(min=1)
             total = torch.zeros((), device=engine.device)
-            for part, synchronised in microbatches(
-                engine, model, responses.by_length(index.tolist()), max(settings.batch_size // 2, 1)
-            ):
+            for part, synchronised in microbatches(engine, model, index.tolist(), max(settings.batch_size // 2, 1)):
                 with synchronised:
                     chosen, rejected = responses.scores(model, part)
                     here = torch.tensor(part, device=engine.device)
@@ -143,33 +109,41 @@ def finetune(
 
 
 class PairedResponses:
-    """The responses of preference pairs as token rows, each distinct one once, and what the frozen layers leave."""
+    """The responses of preference pairs as rows of tokens, each distinct one once, and what the frozen layers leave.
+
+    States [tokens, width] that enter layer `first` are kept when all of them fit into memory, else computed anew.
+    """
 
     def __init__(self, trunk: Trunk, pairs: list[Preference], settings: TrunkTraining) -> None:
         texts = distinct(pairs)
         number = {name: i for i, name in enumerate(texts)}
         self.first = trunk.layer - settings.train_layers
+        self._trunk = trunk
         self._rows = [trunk.encode(*response) for response in texts.values()]
         self._sides = [(number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]) for pair in pairs]
-        self._states = LowerStates(trunk, self._rows, self.first, settings.batch_size)
-        self._together = ROWS_TOGETHER if trunk.language.device.type == "cpu" else settings.batch_size
-
-    def by_length(self, pairs: list[int]) -> list[int]:
-        """Order pairs by their longer response."""
-        return sorted(pairs, key=lambda i: max(self._length(side) for side in self._sides[i]))
+        self._kept: dict[int, Tensor] = {}
+        width = trunk.language.network.config.hidden_size
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 4 * width * sum(len(row.tokens) for row in self._rows) <= CACHED_SHARE * free:
+            order = alike(self._rows)
+            for start in range(0, len(order), settings.batch_size):
+                part = order[start : start + settings.batch_size]
+                states = self._states(part).cpu()
+                self._kept |= {i: row[: len(self._rows[i].tokens)].clone() for i, row in zip(part, states, strict=True)}
 
     def scores(self, model: Callable[..., Scores], pairs: list[int]) -> tuple[Scores, Scores]:
-        """Return raw scores [pairs, heads] of chosen and rejected responses.
-
-        All of them share one graph, but responses of similar length run together, whichever pair they are of: a
-        pair's two lengths differ, and padding costs as much as text.
-        """
+        """Return raw scores [pairs, heads] of chosen and rejected responses, from one pass."""
         index = [self._sides[i][side] for side in (0, 1) for i in pairs]
-        order = sorted(range(len(index)), key=lambda at: self._length(index[at]))
-        parts = [order[i : i + self._together] for i in range(0, len(order), self._together)]
-        found = [model(*self._states.of([index[at] for at in part])) for part in parts]
-        scores, back = joined(found), torch.tensor(order).argsort().tolist()
-        return scores.of(back[: len(pairs)]), scores.of(back[len(pairs) :])
+        device = self._trunk.language.device
+        if self._kept:
+            states = pad_sequence([self._kept[i] for i in index], batch_first=True).to(device)
+        else:
+            states = self._states(index)
+        scores = model(states, *lengths([self._rows[i] for i in index], device))
+        return scores.of(range(len(pairs))), scores.of(range(len(pairs), len(index)))
 
-    def _length(self, row: int) -> int:
-        return len(self._rows[row].tokens)
+    @torch.no_grad()
+    def _states(self, index: Sequence[int]) -> Tensor:
+        with autocast(self._trunk.model):
+            states = hidden_states(self._trunk.language.network, [self._rows[i].tokens for i in index], self.first)
+        return states.float()

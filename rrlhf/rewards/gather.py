@@ -40,7 +40,12 @@ def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[
         (out / name).mkdir()
         link_trunk(folder, out / name)
     (out / FILE).write_text(json.dumps(described), encoding="utf-8")
-    return heads, _beside([PairFeatures.load(folder) for folder in folders])
+    features = [PairFeatures.load(folder) for folder in folders]
+    train, heldout = (
+        Pairs(*(torch.stack(each, dim=1) for each in zip(*sides, strict=True)))
+        for sides in ([member.train for member in features], [member.heldout for member in features])
+    )
+    return heads, PairFeatures(train, heldout, features[0].heldout_prompts)
 
 
 def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
@@ -51,7 +56,10 @@ def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
     """
     _refuse_strangers(members)
     folders = list(members.values())
-    heads = RewardHeads.load(folders[0]).filled(_mean([load_file(folder / HEADS) for folder in folders]))
+    weights = [load_file(folder / HEADS) for folder in folders]
+    heads = RewardHeads.load(folders[0]).filled(
+        {name: torch.stack([each[name] for each in weights]).mean(0) for name in weights[0]}
+    )
     if not (folders[0] / FEATURES).exists():  # they read the reward model's
         return heads, None
     trunk = load_trunk(folders[0], None)
@@ -75,21 +83,6 @@ def stacked(heads: list[RewardHeads]) -> RewardHeads:
     return RewardHeads(
         int(shape["width"]), len(tensors["bias"]), int(shape["hidden"]), float(shape["sigma_floor"])
     ).filled(tensors)
-
-
-def _beside(members: list[PairFeatures]) -> PairFeatures:
-    def side(pairs: list[Pairs]) -> Pairs:
-        return Pairs(*(torch.stack(each, dim=1) for each in zip(*pairs, strict=True)))
-
-    return PairFeatures(
-        side([member.train for member in members]),
-        side([member.heldout for member in members]),
-        members[0].heldout_prompts,
-    )
-
-
-def _mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
 def _refuse_strangers(members: Mapping[str, Path]) -> None:

@@ -21,6 +21,7 @@ from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
+from rrlhf.models.attention import Packing
 from rrlhf.models.layers import hidden_states, run_layers
 from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
 from rrlhf.models.rollout import response_features
@@ -75,10 +76,15 @@ class Trunk(NamedTuple):
 
     def upper(self, states: Tensor, first: int, prompts: Tensor, texts: Tensor) -> Tensor:
         """Return pooled features of states [rows, tokens, width] that enter layer `first`."""
+        packing = Packing.of(prompts + texts)
+
+        def pooled() -> Tensor:
+            hidden = run_layers(self.language.network, packing.packed(states), first, self.layer, packing=packing)
+            return response_features(packing.grid(hidden), prompts, texts)
+
         with autocast(self.model):
-            found = with_each(self.language, lambda: run_layers(self.language.network, states, first, self.layer))
-        pooled = [response_features(each, prompts, texts) for each in found]
-        return pooled[0] if len(pooled) == 1 else torch.stack(pooled, dim=1)
+            found = with_each(self.language, pooled)
+        return found[0] if len(found) == 1 else torch.stack(found, dim=1)
 
 
 def alike(rows: Sequence[Encoded]) -> list[int]:
