@@ -29,7 +29,7 @@ class Policy:
         return [self._response(prompt, response_tokens) for prompt in prompts]
 
     def _response(self, prompt: str, response_tokens: int) -> str:
-        from rrlhf.models.load import most_likely
+        from rrlhf.models.rollout import most_likely
         from rrlhf.models.text import Texts, decode
 
         tokens = Texts(self._language, self._model).prompt([Message(role="user", content=prompt)])

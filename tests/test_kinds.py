@@ -149,20 +149,6 @@ def test_averaged_trunks_have_the_mean_of_all_weights(made):
     torch.testing.assert_close(averaged, torch.stack(members).mean(0))
 
 
-def test_strangers_are_not_averaged(made, tmp_path):
-    found = made("warm")
-    stranger = tmp_path / "member-1"
-    stranger.mkdir()
-    for path in (found.root / "member-1").iterdir():
-        if path.is_file():
-            (stranger / path.name).write_bytes(path.read_bytes())
-    (stranger / "start.json").write_text('{"start": "another"}')
-    node = next(node for node in nodes(found.params) if node.name == "ensemble")
-    inputs = {argument: found.folders[name] for argument, name in node.inputs.items()} | {"member-1": stranger}
-    with pytest.raises(ValueError, match="member-0 and member-1 have not the same start"):
-        call(key_document(node, {}), inputs=inputs, out=tmp_path, log=print)
-
-
 def test_one_more_member_trains_one_and_averaging_trains_none():
     def keys(**overrides):
         settings = TRAINS | {"reward.trunk": "full"} | {k.replace("__", "."): v for k, v in overrides.items()}

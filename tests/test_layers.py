@@ -8,8 +8,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.models.attention import PACKED, register
-from rrlhf.models.layers import hidden_states, prefill, run_layers
+from rrlhf.models.layers import PACKED, hidden_states, prefill, register, run_layers
 from rrlhf.models.load import LanguageModel, load_base
 from rrlhf.models.rollout import sample
 from rrlhf.models.top import PolicyTop

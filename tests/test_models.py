@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rrlhf.models.load import ModelError, load_base, load_model, most_likely, save_model
-from rrlhf.models.rollout import sample
+from rrlhf.models.load import ModelError, load_base, load_model, save_model
+from rrlhf.models.rollout import most_likely, sample
 from rrlhf.models.text import Texts
 from rrlhf.models.top import PolicyTop
 

@@ -1,8 +1,12 @@
-"""A language model's layers, run one range at a time through their own modules.
+"""A language model's layers, run one range at a time through their own modules, over rows without work on padding.
 
 One pass through the frozen lower layers so serves the policy, the reference, the value function and the reward
 features. It asks for a decoder of the Llama family's layout (`model.layers`, `model.rotary_emb`, `model.norm`,
 `lm_head`), which Llama, Mistral, Qwen and SmolLM share; rrlhf/models/trial.py says whether a model is one.
+
+The tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a time, so only
+attention sees padding. It learns where the rows are by keywords that transformers hands down through a model's own
+layers to its attention functions.
 """
 
 from __future__ import annotations
@@ -11,8 +15,84 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from rrlhf.models.attention import Packing
+PACKED = "packed"  # name of the attention function below in transformers' registry
+
+
+class Packing(NamedTuple):
+    """Where the tokens of rows padded on the right are when they stand end to end."""
+
+    places: Tensor  # [tokens] of the flattened grid [batch, width]; of a shared token, the first of its places
+    batch: int
+    width: int
+    source: Tensor | None = None  # [batch * width] the token at each place, -1 on padding; None: none is shared
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Packing:
+        """Lay rows of `lengths` [batch] end to end."""
+        width = int(lengths.max())
+        inside = torch.arange(width, device=lengths.device) < lengths[:, None]
+        return cls(inside.flatten().nonzero()[:, 0], len(lengths), width)
+
+    @classmethod
+    def sharing(cls, rows: list[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
+        """Lay rows of tokens end to end, what they have in common at their beginnings once; return the tokens [tokens].
+
+        A causal decoder's states at a token depend on nothing but the row up to there. So a chat template's first
+        words, and a prompt that is answered several times, are worked on once: the tokens are the nodes of the rows'
+        prefix tree.
+        """
+        width = max(map(len, rows))
+        nodes: dict[tuple[int, int], int] = {}  # by the node before it, -1 for none, and its token
+        places: list[int] = []
+        source = [-1] * (len(rows) * width)
+        for number, row in enumerate(rows):
+            node = -1
+            for place, token in enumerate(row, number * width):
+                node = nodes.setdefault((node, token), len(nodes))
+                if node == len(places):
+                    places.append(place)
+                source[place] = node
+        tokens, at, spread = (torch.tensor(one, device=device) for one in ([t for _, t in nodes], places, source))
+        return tokens, cls(at, len(rows), width, spread)
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's position in its own row, [1, tokens]."""
+        return (self.places % self.width)[None]
+
+    def packed(self, grid: Tensor) -> Tensor:
+        """Take the tokens out of [batch, at least width, ...], each at its first place; return [1, tokens, ...]."""
+        return grid[:, : self.width].flatten(0, 1).index_select(0, self.places)[None]
+
+    def grid(self, packed: Tensor) -> Tensor:
+        """Put [1, tokens, ...] back into [batch, width, ...], with zeros as padding."""
+        if self.source is not None:
+            spread = packed[0].index_select(0, self.source.clamp(min=0))
+            spread[self.source < 0] = 0
+            return spread.view(self.batch, self.width, *packed.shape[2:])
+        empty = packed.new_zeros(self.batch * self.width, *packed.shape[2:])
+        return empty.index_copy(0, self.places, packed[0]).view(self.batch, self.width, *packed.shape[2:])
+
+    def heads(self, packed: Tensor) -> Tensor:
+        """Put keys, values or queries [1, heads, tokens, head width] into [batch, heads, width, head width]."""
+        return self.grid(packed.transpose(1, 2)).transpose(1, 2)
+
+    def flat(self, row: Tensor, column: Tensor) -> Tensor:
+        """Return where the tokens at [row, column] of the grid stand among the packed ones."""
+        place = row * self.width + column
+        return torch.searchsorted(self.places, place) if self.source is None else self.source[place]
+
+
+def groups(lengths: Tensor, tokens: int) -> list[Tensor]:
+    """Split rows of `lengths` [batch] into groups of similar length, of at most so many tokens with their padding."""
+    found: list[list[int]] = []
+    for row in lengths.argsort(stable=True).tolist():  # each is at least as long as those before it
+        if not found or (len(found[-1]) + 1) * int(lengths[row]) > tokens:
+            found.append([])
+        found[-1].append(row)
+    return [torch.tensor(group, device=lengths.device) for group in found]
 
 
 class Entered(NamedTuple):
@@ -116,3 +196,57 @@ def ages(lengths: Tensor, width: int, more: int) -> Tensor:
     at = torch.arange(width + more, device=lengths.device)
     ago = torch.where(at < width, lengths[:, None] - at, width - at)
     return torch.where((at < width) & (at >= lengths[:, None]), torch.iinfo(torch.int32).min, ago)
+
+
+def register() -> None:
+    """Tell transformers of `packed_attention` under the name PACKED."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    age: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each packed row, causally; or from one new token a row to those before it; or as "sdpa" does.
+
+    query, key, value: [1, heads, tokens, head width] packed. With `age`, [batch, keys], query is [batch, heads, 1, head
+    width], and age tells how many tokens of its row ago each key was; below 0 it is none of the row's.
+    Returns [1 or batch, tokens, heads, head width].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    window: int | None = settings.get("sliding_window")
+    if age is not None:
+        seen = age >= 0 if window is None else (age >= 0) & (age < window)
+        return _one_query(query, key, value, seen, settings.get("scaling")), None
+    if packing is None:
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return attended, None
+    rows = (packing.heads(states) for states in (query, key, value))
+    band = None if window is None or packing.width <= window else _band(packing.width, window, query.device)
+    attended, _ = sdpa_attention_forward(module, *rows, band, **settings)
+    return packing.packed(attended), None
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float | None) -> Tensor:
+    """Attend from one token a row; the heads that share keys are one head's queries: keys need no copies."""
+    shared = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [batch, key heads, heads that share, width]
+    attended = scaled_dot_product_attention(shared, key, value, attn_mask=seen[:, None, None], scale=scaling)
+    return attended.view(len(query), 1, -1, value.shape[-1])
+
+
+def _band(width: int, window: int, device: torch.device) -> Tensor:
+    """Return which keys a query sees, itself and the window - 1 tokens before it, [1, 1, width, width]."""
+    at = torch.arange(width, device=device)
+    ago = at[:, None] - at
+    return ((ago >= 0) & (ago < window))[None, None]

@@ -22,7 +22,7 @@ from rrlhf.config import Model
 from rrlhf.files import sync
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
-from rrlhf.models.attention import PACKED, register
+from rrlhf.models.layers import PACKED, register
 from rrlhf.models.sources import base_location
 from rrlhf.models.trial import LONG, refusal
 
@@ -128,22 +128,6 @@ def save_model(language: LanguageModel, folder: Path) -> None:
     """
     language.network.to(language.dtype).save_pretrained(folder)
     language.tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
-    """Return the tokens of the response that takes the most likely token at every step, its end included."""
-    entering = torch.tensor([prompt], device=language.device)
-    output = language.network.generate(
-        entering,
-        attention_mask=torch.ones_like(entering),
-        max_new_tokens=response_tokens,
-        do_sample=False,
-        eos_token_id=language.ends,
-        pad_token_id=language.end,
-    )
-    said: list[int] = output[0, len(prompt) :].tolist()
-    return said
 
 
 def _loaded(

@@ -16,13 +16,14 @@ from torch.nn.functional import cross_entropy, pad
 from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
-from rrlhf.models.attention import groups
-from rrlhf.models.layers import ages, grow, prefill
+from rrlhf.models.layers import ages, groups, grow, prefill
 from rrlhf.models.load import LanguageModel, autocast
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics
+
+LIKELIEST = 1e-6  # a temperature so low that only the most likely token is drawn
 
 
 class Samples(NamedTuple):
@@ -164,6 +165,13 @@ def sample(
         for layer, entering in below.items():
             states[layer][rows, lengths[rows] + step] = entering.float()
     return Samples(lengths, responses, mask, logprobs, entropy, ~running, states, top)
+
+
+def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
+    """Return the tokens of the response that takes the most likely token at every step, its end included."""
+    generator = torch.Generator(language.device)
+    [said] = sample(language, [prompt], response_tokens, generator, temperature=LIKELIEST).lists()
+    return said
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

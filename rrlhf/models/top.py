@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rrlhf.models.attention import Packing, groups
-from rrlhf.models.layers import through
+from rrlhf.models.layers import Packing, groups, through
 from rrlhf.models.load import LanguageModel
 
 

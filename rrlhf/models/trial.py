@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrlhf.models.attention import PACKED, register
-from rrlhf.models.layers import ages, grow, prefill
+from rrlhf.models.layers import PACKED, ages, grow, prefill, register
 
 TOLERANCE = 1e-4  # share of the norm; rounding makes 1e-6, another computation 1e-2
 MOST_LAYERS = 8

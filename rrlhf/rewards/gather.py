@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,12 +13,11 @@ from torch import Tensor
 
 from rrlhf.rewards.features import FILE as FEATURES
 from rrlhf.rewards.features import PairFeatures
-from rrlhf.rewards.heads import POSTERIOR, SHAPE, Pairs, RewardHeads
+from rrlhf.rewards.heads import POSTERIOR, Pairs, RewardHeads
 from rrlhf.rewards.heads import WEIGHTS as HEADS
 from rrlhf.rewards.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
 
 WEIGHTS = "model.safetensors"
-START = "start.json"  # what members must share before their weights may be averaged
 
 
 def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[RewardHeads, PairFeatures | None]:
@@ -51,10 +49,9 @@ def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[
 def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
     """Return one head and one trunk with the mean of the members' weights; no trunk where that was frozen.
 
-    WARM (Rame et al. 2024, arXiv 2401.12187). Raises ValueError with the names of two members that did not start at
-    the same weights, or differ in shape: the mean of such weights is no model.
+    WARM (Rame et al. 2024, arXiv 2401.12187). The members of one run start at the same weights, without which their
+    mean would be no model.
     """
-    _refuse_strangers(members)
     folders = list(members.values())
     weights = [load_file(folder / HEADS) for folder in folders]
     heads = RewardHeads.load(folders[0]).filled(
@@ -83,13 +80,3 @@ def stacked(heads: list[RewardHeads]) -> RewardHeads:
     return RewardHeads(
         int(shape["width"]), len(tensors["bias"]), int(shape["hidden"]), float(shape["sigma_floor"])
     ).filled(tensors)
-
-
-def _refuse_strangers(members: Mapping[str, Path]) -> None:
-    for (one, before), (other, after) in pairwise(members.items()):
-        for file, what in ((START, "start"), (SHAPE, "shape")):
-            if (before / file).read_bytes() != (after / file).read_bytes():
-                raise ValueError(
-                    f"{one} and {other} have not the same {what}, so their weights cannot be averaged: "
-                    "train them with the same settings, or use ensemble.kind members"
-                )

@@ -21,8 +21,7 @@ from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
-from rrlhf.models.attention import Packing
-from rrlhf.models.layers import hidden_states, run_layers
+from rrlhf.models.layers import Packing, hidden_states, run_layers
 from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
 from rrlhf.models.rollout import response_features
 from rrlhf.models.text import Texts

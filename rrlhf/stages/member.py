@@ -7,9 +7,6 @@ the pairs that they draw and by the order of these.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,10 +17,9 @@ from rrlhf.models.load import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs, started
 from rrlhf.rewards.finetune import finetune, trainable
-from rrlhf.rewards.gather import START
 from rrlhf.rewards.heads import RewardHeads, bootstrap_weights, fit
 from rrlhf.rewards.objectives import stage2_loss
-from rrlhf.rewards.trunk import Trunk, link_trunk, save_trunk, start_trunk
+from rrlhf.rewards.trunk import link_trunk, save_trunk, start_trunk
 from rrlhf.types import Log
 
 COMMON_SEED = 0
@@ -68,7 +64,6 @@ def run(
     for row in track(rows, member.epochs, "member"):
         log(row)
     own = None if frozen else start_trunk(trunk, model, sft)
-    (out / START).write_text(json.dumps({"start": _start(heads, own)}), encoding="utf-8")
     if own:
         torch.manual_seed(seed)
         train, heldout = read_pairs(own, data)
@@ -87,18 +82,3 @@ def run(
     judged = judge_ensemble("member", score_pairs(heads, features.heldout, features.heldout_prompts))
     log({"step": member.epochs, **heldout_metrics(judged)})
     heads.save(out)
-
-
-def _start(heads: RewardHeads, trunk: Trunk | None) -> str:
-    """Return a digest of all that members share at the start of their own training.
-
-    On a frozen trunk that is the trunk alone, known by its features' statistics: linear heads have one optimum.
-    """
-    if trunk is None:
-        tensors = iter([heads.feature_mean, heads.feature_std])
-    else:
-        tensors = chain(heads.state_dict().values(), trunk.language.network.model.layers[: trunk.layer].parameters())
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -8,8 +8,8 @@ from typing import TypedDict
 import torch
 
 from rrlhf.hardware import device_kind
-from rrlhf.models.load import LanguageModel, load_model, most_likely
-from rrlhf.models.rollout import Response, sample_in_batches
+from rrlhf.models.load import LanguageModel, load_model
+from rrlhf.models.rollout import Response, most_likely, sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.rewards.scoring import RewardModel, load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rrlhf.models.attention import Packing
+from rrlhf.models.layers import Packing
 from rrlhf.models.load import load_base
 from rrlhf.models.top import PolicyTop
 
