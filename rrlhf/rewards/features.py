@@ -34,21 +34,16 @@ class PairFeatures(NamedTuple):
 
     def save(self, folder: Path) -> None:
         """Write the features."""
-        tensors = {
-            "train.chosen": self.train.chosen,
-            "train.rejected": self.train.rejected,
-            "heldout.chosen": self.heldout.chosen,
-            "heldout.rejected": self.heldout.rejected,
-            "heldout.prompts": self.heldout_prompts,
-        }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE)
+        tensors = {"heldout.prompts": self.heldout_prompts}
+        for name, pairs in (("train", self.train), ("heldout", self.heldout)):
+            tensors |= {f"{name}.{side}": tensor.contiguous() for side, tensor in pairs._asdict().items()}
+        save_file(tensors, folder / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> PairFeatures:
         """Read what `save` wrote."""
         stored = load_file(folder / FILE)
-        train = Pairs(stored["train.chosen"], stored["train.rejected"])
-        heldout = Pairs(stored["heldout.chosen"], stored["heldout.rejected"])
+        train, heldout = (Pairs(*(stored[f"{name}.{side}"] for side in Pairs._fields)) for name in ("train", "heldout"))
         return cls(train, heldout, stored["heldout.prompts"])
 
 
