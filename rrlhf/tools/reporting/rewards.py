@@ -50,7 +50,7 @@ def tables(models: Sequence[RewardJudgement]) -> Iterator[Table]:
     for model in models:
         if model.heads:
             title = f"What the heads of {model.name} say about each other"
-            yield Table(title, ["", "value"], _heads(model.heads), HEADS)
+            yield Table(title, ["", "in numbers"], _heads(model.heads), HEADS)
 
 
 def charts(models: Sequence[RewardJudgement]) -> list[Chart]:

@@ -47,10 +47,8 @@ def show(table: Table, console: Console) -> None:
 
     drawn = Drawn(title=Text(visible(table.title)), title_justify="left")
     for number, name in enumerate(table.header):
-        is_figure = number > 0
-        drawn.add_column(
-            Text(visible(name)), justify="right" if is_figure else "left", no_wrap=is_figure and "\n" not in name
-        )
+        no_wrap = not name or (number > 0 and len(name.split()) == 1)
+        drawn.add_column(Text(visible(name)), justify="right" if number else "left", no_wrap=no_wrap)
     for row in table.rows:
         drawn.add_row(*(Text(visible(cell), style="bold" if cell.startswith("★") else "") for cell in row))
     console.print(drawn)
