@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from rrlhf.config import Arm
+from rrlhf.config import Arm, typed_arm
 
 FILE = "arm.json"
 
@@ -30,4 +30,4 @@ def write_arm(folder: Path, arm: Arm, scale: Scale = NO_SCALE) -> None:
 def read_arm(folder: Path) -> tuple[Arm, Scale]:
     """Read what `write_arm` wrote."""
     record = json.loads((folder / FILE).read_bytes())
-    return Arm.model_validate(record["arm"]), Scale(**record["reference"])
+    return typed_arm(**record["arm"]), Scale(**record["reference"])

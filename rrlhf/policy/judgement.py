@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rrlhf.config import Arm
+from rrlhf.config import PaidArm
 from rrlhf.policy.arm_record import NO_SCALE, Scale
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.rewards.features import folder_of, reference
@@ -76,25 +76,23 @@ def load_reward_models(
     return RewardModels(single, several, shared_layer((single, several), reward), functions)
 
 
-def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
+def reference_scale(arm: PaidArm, reward: Path, ensemble: Path) -> Scale:
     """Return the scale of an arm's reward, so that a penalty or a KL weight means the same beside each of them.
 
     Scores of the heads have it by themselves; a minimum, or a mean less a penalty, has not.
     """
-    if arm.reward is None:
-        return NO_SCALE
     single = RewardHeads.load(reward).score(reference(reward)).mean[:, 0]
     found = aggregated(arm, single, RewardHeads.load(ensemble).score(reference(folder_of(ensemble, reward))))
     std = found.std().item()
     return Scale(found.mean().item(), std) if std > LEAST_STD else Scale(found.mean().item())
 
 
-def aggregated(arm: Arm, single: Tensor, ensemble: Scores) -> Tensor:
+def aggregated(arm: PaidArm, single: Tensor, ensemble: Scores) -> Tensor:
     """Return what an arm makes of the reward models' normalised scores, [batch], before it is put to scale."""
-    return single if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](ensemble, **arm.settings)
+    return single if arm.reward == "single" else AGGREGATIONS[arm.reward](ensemble, **arm.settings)
 
 
-def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[Judgement], Tensor]:
+def arm_reward(arm: PaidArm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callable[[Judgement], Tensor]:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
 
     To what the reward models say, each function of the arm adds its weight times its value.
@@ -109,7 +107,7 @@ def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Callab
     return reward
 
 
-def paid(arm: Arm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
+def paid(arm: PaidArm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
     """Return (aggregated - mean) / std + sum over the arm's functions of weight * value, [batch], in a fixed order."""
     reward = (aggregated - scale.mean) / scale.std
     for path, weight in sorted(arm.functions.items()):

@@ -27,7 +27,7 @@ from rrlhf.rewards.features import distinct, identity
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
 from rrlhf.rewards.trunk import Encoded, Trunk, alike, by_copy, expanded, lengths
-from rrlhf.robust import Scores, joined
+from rrlhf.robust import Scores
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
 
@@ -186,8 +186,15 @@ class PairedResponses:
         order = sorted(range(len(index)), key=lambda at: self._length(index[at]))
         parts = [order[i : i + self._together] for i in range(0, len(order), self._together)]
         found = [model(*self._states.of([index[at] for at in part])) for part in parts]
-        scores, back = joined(found), torch.tensor(order).argsort().tolist()
+        scores, back = _joined(found), torch.tensor(order).argsort().tolist()
         return scores.of(back[: len(pairs)]), scores.of(back[len(pairs) :])
 
     def _length(self, row: int) -> int:
         return len(self._rows[row].tokens)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of several batches as those of one."""
+    offsets = [part.offset for part in parts if part.offset is not None]
+    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    return Scores(mean, std, torch.cat(offsets) if offsets else None)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.config import Arm, Evaluate, Gold, Model
+from rrlhf.config import Arm, BestOfNArm, Evaluate, Gold, Model, PaidArm, PpoArm
 from rrlhf.data.tables import Rows, further_columns, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
@@ -52,18 +52,17 @@ def run(
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
     rows = read_table(data, "evaluate")
     paid_by = {name: read_arm(folder) for name, folder in policies.items()}
-    arms = {name: arm for name, (arm, _) in paid_by.items()}
-    functions = load_functions((path for arm in arms.values() for path in arm.functions), further_columns(data))
+    paths = [path for arm, _ in paid_by.values() if isinstance(arm, PaidArm) for path in arm.functions]
+    functions = load_functions(paths, further_columns(data))
     judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
-    trained, selecting = (
-        {name: policies[name] for name, arm in arms.items() if arm.method == method} for method in ("ppo", "best_of_n")
-    )
+    trained = {name: policies[name] for name, (arm, _) in paid_by.items() if isinstance(arm, PpoArm)}
+    selecting = {name: arm for name, (arm, _) in paid_by.items() if isinstance(arm, BestOfNArm)}
     readings: dict[str, Reading] = {}
     for name, folder in {"sft": sft, **policies}.items():
-        chosen = name in selecting
-        sampled = None if chosen else sample_responses(folder, name, rows, model, evaluate, seed)
+        arm = selecting.get(name)
+        sampled = None if arm else sample_responses(folder, name, rows, model, evaluate, seed)
         reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
-        bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
+        bound = torch.full_like(reading.kl, best_of_n_kl(arm.n)) if arm else reading.kl
         readings[name] = reading._replace(kl=bound)
     second = SecondJudge(preferences(data, "heldout"))
     opinions = {
@@ -82,9 +81,7 @@ def run(
             for name, folder in trained.items()
             for point in _curve(name, folder, data, judges.gold, second, evaluate.curve_responses)
         ],
-        "selection": [
-            point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
-        ],
+        "selection": [point for name in selecting for point in _selection(name, policies[name], rows, judges.gold)],
         "samples": _samples(readings, rows, evaluate),
         "excerpts": {name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges))},
         "reward_models": _judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
@@ -130,18 +127,25 @@ def _summary(
         columns = {"gold": reading.gold, **columns, "gold_at_length": at_length}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
-    if arm and (arm.reward not in {None, "single"} or arm.functions):
+    if isinstance(arm, PaidArm) and (arm.reward != "single" or arm.functions):
         columns["reward"] = paid(arm, scale, aggregated(arm, reading.proxy, reading.scores), reading.functions)
     return {
         "name": name,
-        "reward": (arm.reward or "preferences") if arm else "none",
-        "settings": arm.settings if arm else {},
-        **({"functions": arm.functions} if arm and arm.functions else {}),
-        **({"method": arm.method} if arm else {}),
-        **({"n": arm.n} if arm and arm.n else {}),
+        **_made(arm),
         "metrics": {key: estimate(column, reading.prompt)._asdict() for key, column in columns.items()},
         **({"gold_by_prompt": group_means(reading.gold, reading.prompt).tolist()} if reading.gold is not None else {}),
     }
+
+
+def _made(arm: Arm | None) -> dict[str, Any]:
+    """Tell how a policy was made; None: it is the SFT model."""
+    if arm is None:
+        return {"reward": "none", "settings": {}}
+    told: dict[str, Any] = {"reward": "preferences", "settings": {}, "method": arm.method}
+    if isinstance(arm, PaidArm):
+        told |= {"reward": arm.reward, "settings": arm.settings}
+        told |= {"functions": arm.functions} if arm.functions else {}
+    return told | ({"n": arm.n} if isinstance(arm, BestOfNArm) else {})
 
 
 def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge, most: int) -> Rows:

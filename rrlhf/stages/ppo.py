@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
-from rrlhf.config import Arm, Health, Model, Ppo
+from rrlhf.config import Health, Model, Ppo, PpoArm
 from rrlhf.data.tables import columns_of, further_columns, read_table
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import ESTIMATORS, adapted_weight
@@ -67,7 +67,7 @@ def run(
     model: Model,
     ppo: Ppo,
     health: Health,
-    arm: Arm,
+    arm: PpoArm,
     data: Path,
     sft: Path,
     reward: Path,
