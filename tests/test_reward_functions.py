@@ -376,7 +376,7 @@ def test_a_column_that_the_data_set_lacks_ends_a_stage_before_it_begins(rules, l
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")}
     sections = {
         ppo: {"ppo": params.ppo, "health": params.health, "arm": arm},
-        best_of_n: {"best_of_n": params.best_of_n, "arm": arm},
+        best_of_n: {"best_of_n": params.best_of_n, "arm": typed_arm(method="best_of_n", n=2, **arm.model_dump())},
         evaluate: {"seed": 1, "gold": params.gold, "evaluate": params.evaluate, "policies": {"robust": tmp_path}},
     }[stage]
     write_arm(tmp_path, arm)
