@@ -152,7 +152,7 @@ def faults(project: Project, version: Version, registry: Registry) -> list[str]:
     from rrlhf.tools.auditing.audit import Audit
     from rrlhf.tools.lineage.load import load
 
-    graph = load(project.root, registry.versions, project.profile, strict=False)
+    graph = load(project.root, registry.versions, project.profile)
     audit = Audit(project.root, graph, registry.versions, registry.tracker, notary=project.store.notary)
     report = audit.run(graph.find(f"{version.name}/{version.version}"))
     return [broken.problem for broken in report.broken]
@@ -235,7 +235,7 @@ def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> tuple[Ya
     from rrlhf.config import Model
     from rrlhf.tools.promotion.measure import Yardstick
 
-    dataset = project.dataset()
+    dataset = project.data()
     if dataset is None or dataset.digest != artifact.inputs["data"]:
         raise ValueError(
             f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "
