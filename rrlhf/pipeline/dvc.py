@@ -83,7 +83,7 @@ def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
 def fault(store: Store, artifact: Artifact) -> str | None:
     """Say what is wrong with DVC's copy of a data set, every byte of it, or None. Raises FileNotFoundError without one."""
     folder = artifact.path
-    beside = folder.with_name(f"copy-{folder.name}")  # where nothing lies that DVC would read instead
+    beside = folder.with_name(f"copy-{folder.name}")  # where DVC finds nothing else to read
     pointer(beside).write_text(pointer(folder).read_text(encoding="utf-8").replace(folder.name, beside.name))
     try:
         if (copied := _copied(store, beside)) is None:
