@@ -81,7 +81,10 @@ def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
 
 
 def fault(store: Store, artifact: Artifact) -> str | None:
-    """Say what is wrong with DVC's copy of a data set, every byte of it, or None. Raises FileNotFoundError without one."""
+    """Say what is wrong with DVC's copy of a data set, every byte of it, or None.
+
+    Raises FileNotFoundError when it has none.
+    """
     folder = artifact.path
     beside = folder.with_name(f"copy-{folder.name}")  # where DVC finds nothing else to read
     pointer(beside).write_text(pointer(folder).read_text(encoding="utf-8").replace(folder.name, beside.name))
