@@ -18,10 +18,11 @@ from prefect.artifacts import (
 )
 from prefect.exceptions import PrefectException
 
+from rrlhf.judging.evaluation import Evaluation
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.plan import Planned, total
-from rrlhf.tools.reporting import markdown
-from rrlhf.tools.reporting.evaluation import Evaluation
+from rrlhf.tools.reporting.markdown import ancestry, comparison
+from rrlhf.tools.reporting.tables import escaped
 from rrlhf.tools.running.table import percent_done, plan_rows
 
 
@@ -57,12 +58,12 @@ class Pages:
         self, evaluation: Evaluation, conclusions: Sequence[str], report: str, links: Mapping[str, str]
     ) -> None:
         """Show the comparison of policies; links: the page of each in MLflow, where it is known."""
-        shown = markdown.comparison(evaluation, conclusions, report, links)
+        shown = comparison(evaluation, conclusions, report, links)
         self._tell(lambda: create_markdown_artifact(shown, self._key("comparison")))
 
     def lineage(self, graph: Graph, product: Product, mlflow: str | None) -> None:
         """Show what a product was made from; mlflow: where its pages are, if they are known."""
-        shown = markdown.ancestry(graph, product, mlflow)
+        shown = ancestry(graph, product, mlflow)
         self._tell(lambda: create_markdown_artifact(shown, self._key("lineage"), product.title))
 
     def report(self, address: str, name: str) -> None:
@@ -72,7 +73,7 @@ class Pages:
 
     def sweep(self, table: str, files: Sequence[str]) -> None:
         """Show a sweep's table, and say which files were written."""
-        shown = f"{table}\n\nfiles: {markdown.escaped(', '.join(files))}"
+        shown = f"{table}\n\nfiles: {escaped(', '.join(files))}"
         self._tell(lambda: create_markdown_artifact(shown, self._key("sweep")))
 
     def _key(self, kind: str) -> str:

@@ -17,6 +17,7 @@ from prefect.states import Completed
 from flows.pages import Pages
 from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
+from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.artifacts import Artifact, CopyError, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
 from rrlhf.pipeline.graph import DATA, Node
@@ -37,7 +38,6 @@ from rrlhf.tools.running.numbers import write_numbers
 from rrlhf.tools.running.uptodate import (
     note_report,
     nothing_to_do,
-    read_evaluation,
     report_file,
     show,
     trainings_of,
@@ -306,12 +306,13 @@ def report(run: Run) -> str:
     from rrlhf.tools.reporting.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
-    evaluation = read_evaluation(project, run.artifacts["evaluate"])
+    evaluation = read_evaluation(run.artifacts["evaluate"].path)
     ancestry = load(project.root, run.tracker.versions(), project.profile, strict=False)
     candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(
         evaluation,
+        profile=project.profile,
         params=project.params.model_dump(),
         lineage=(ancestry, candidate),
         facts=_facts(run),

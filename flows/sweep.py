@@ -15,9 +15,10 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.run import Run, Started, prepare, start, take
+from flows.run import Run, prepare, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
+from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.artifacts import git_commit
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import key_digest
@@ -28,13 +29,11 @@ from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.policy.health import SUSPECTED, DivergedError
 from rrlhf.stopping import STOPPING, stop_between_steps
-from rrlhf.tools.reporting.plots import courses
 from rrlhf.tools.reporting.trainings import training
-from rrlhf.tools.running.uptodate import read_evaluation
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.evidence import evidence
 from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
-from rrlhf.tools.sweeps.show import Sweep, markdown, show, write
+from rrlhf.tools.sweeps.show import Sweep, as_markdown, print_tables, write
 from rrlhf.types import Json
 
 ORDER = tuple(dict.fromkeys(kind_of(stage) for stage in STAGES if stage != "prepare"))
@@ -89,16 +88,15 @@ def sweep(
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
         found = list(findings(runs, parts, register_all(runs)))
-        told: Sweep = {
-            "name": name or name_of(profile, grid or {}, given),
-            "grid": grid or {},
-            "overrides": given,
-            "rows": compared(found),
-        }
-        if baseline:
-            told["evidence"] = evidence(found, baseline)
+        told = Sweep(
+            name=name or name_of(profile, grid or {}, given),
+            grid=grid or {},
+            overrides=given,
+            rows=compared(found),
+            evidence=evidence(found, baseline) if baseline else None,
+        )
         files = report_sweep(runs[0], parent, told, found)
-    return {**told, "ran": [name for run in runs for name in run.made], "files": files}
+    return {**told.content(), "ran": [name for run in runs for name in run.made], "files": files}
 
 
 def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Point]) -> list[Share]:
@@ -126,15 +124,12 @@ def grouped(
     ids = [parent]
     status = "FAILED"
     try:
+        runs = []
         for point, project, _ in parts:
-            ids.append(
-                tracker.start_flow(
-                    profile, project.params, commit, name=run_name(profile, given | point.settings), parent=parent
-                )
-            )
-        runs = [Run(share.project, chosen(Part(), share.project.nodes), [], Pages(profile)) for share in parts]
-        for run, each in zip(runs, ids[1:], strict=True):
-            run.tracker, run.tracking_id = tracker, each
+            name = run_name(profile, given | point.settings)
+            ids.append(tracker.start_flow(profile, project.params, commit, name=name, parent=parent))
+            runs.append(Run(project, chosen(Part(), project.nodes), [], Pages(profile)))
+            runs[-1].tracker, runs[-1].tracking_id = tracker, ids[-1]
         yield runs, parent
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -158,18 +153,13 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
         started = {key: start(users[key][0][1], users[key][0][0], beside=len(together) - 1) for key in together}
         wait([one.future for one in started.values()])
         for key, one in started.items():
-            hand_out(key, one, users[key])
-
-
-def hand_out(key: str, one: Started, users: Sequence[User]) -> None:
-    """Hand a finished result to every point that has it."""
-    try:
-        one.future.result()
-    except DivergedError as error:
-        print(f"{one.node.name} {error}", file=sys.stderr, flush=True)
-        return
-    for run, node in users:
-        take(node, key, run)
+            try:
+                one.future.result()
+            except DivergedError as error:
+                print(f"{one.node.name} {error}", file=sys.stderr, flush=True)
+                continue
+            for run, node in users[key]:
+                take(node, key, run)
 
 
 def reading_what_is_there(node: Node, run: Run) -> Node | None:
@@ -200,36 +190,28 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
     """Yield every policy of every point with its numbers."""
     for run, part in zip(runs, parts, strict=True):
         evaluated = run.artifacts.get("evaluate")
-        evaluation = read_evaluation(part.project, evaluated) if evaluated else None
-        judged = {each["name"]: each for each in evaluation["policies"]} if evaluation else {}
-        curves = courses(evaluation["curves"]) if evaluation else {}
+        evaluation = read_evaluation(evaluated.path) if evaluated else None
+        judged = {policy.name: policy for policy in evaluation.policies} if evaluation else {}
         arms = {node.name: node.arm for node in part.project.nodes}
-        for name, settings in part.new.items():
-            artifact, policy = run.artifacts.get(name), arms[name] or name
+        for node, settings in part.new.items():
+            artifact, name = run.artifacts.get(node), arms[node] or node
             version = versions[artifact.key] if artifact else None
-            if policy not in judged:
-                yield Found(settings, policy, version, None)
+            if evaluation is None or artifact is None or name not in judged:
+                yield Found(settings, name, version, None)
                 continue
-            trained = training(artifact) if artifact else None
+            trained, policy, curve = training(artifact), judged[name], evaluation.courses.get(name, ())
             alarms = [event.step for event in trained.events if event.name == SUSPECTED] if trained else []
-            yield Found(
-                settings,
-                policy,
-                version,
-                judged[policy]["metrics"],
-                judged[policy].get("gold_by_prompt", ()),
-                curves.get(policy, ()),
-                min(alarms, default=None),
-            )
+            alarm = min(alarms, default=None)
+            yield Found(settings, name, version, policy.metrics, policy.gold_by_prompt, curve, alarm)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def report_sweep(run: Run, parent: str, told: Sweep, found: Sequence[Found]) -> list[str]:
     """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the tables."""
-    files = write(told, found, run.project.root / "reports" / "sweeps" / told["name"])
+    files = write(told, found, run.project.root / "reports" / "sweeps" / told.name)
     for file in files:
         run.tracker.log_report(parent, file)
-    show(told)
+    print_tables(told)
     written = [str(file.relative_to(run.project.root)) for file in files]
-    run.pages.sweep(markdown(told), written)
+    run.pages.sweep(as_markdown(told), written)
     return written

@@ -16,7 +16,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.stages import CUT
 from rrlhf.policy.health import DIVERGED, MARK, WINDOW, findings, hacking_suspected
 from rrlhf.robust import READINGS
-from rrlhf.tools.reporting.report import METRICS
+from rrlhf.tools.reporting.comparison import METRICS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

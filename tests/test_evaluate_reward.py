@@ -142,7 +142,7 @@ def test_a_question_with_several_responses_is_one_question_of_its_subset(rrlhf, 
 def test_perturbed_texts_give_a_table_and_a_page(rrlhf, made, tmp_path):
     said = rrlhf(*PROFILE, "--perturb", "1", "--limit", "4", "--out", str(tmp_path / "out")).stdout
     assert "neutral sentence" in said
-    assert "coverage of 90%" in said
+    assert "coverage of 90 %" in said
     page = next((tmp_path / "out").glob("*.html")).read_text()
     assert "With perturbed texts" in page
     assert "Chart: Reliability of ensemble" in page

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from rrlhf.judging.content import Measured
+from rrlhf.judging.evaluation import Point
 from rrlhf.located import ParamsError
 from rrlhf.policy.reading import Reading
 from rrlhf.robust import Scores
@@ -17,30 +19,20 @@ from rrlhf.stages.evaluate import gold_at_length
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.evidence import at_equal_kl, evidence, holm, win_rate
 from rrlhf.tools.sweeps.experiment import experiments, load_experiment
-from rrlhf.tools.sweeps.show import markdown, tables, write
+from rrlhf.tools.sweeps.show import Sweep, as_markdown, tables, write
 
 ROOT = Path(__file__).parents[1]
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
 def measured(mean):
-    return {"mean": mean, "stderr": 0.1, "n": 20}
+    return Measured(mean, 0.1, 20)
 
 
-def point(update, gold, kl=None, proxy=None):
-    """One update; the proxy rises with the updates unless told."""
-    return {
-        "policy": "",
-        "update": update,
-        "kl": float(update) if kl is None else kl,
-        "proxy": float(update) if proxy is None else proxy,
-        "sigma": 1.0,
-        "words": 10.0,
-        "second_opinion": gold / 2,
-        "heads": [],
-        "gold": gold,
-        "gold_stderr": 0.1,
-    }
+def point(update, gold, kl=None):
+    """One update; the proxy rises with the updates."""
+    kl = float(update) if kl is None else kl
+    return Point("", update, kl, float(update), 10.0, [], 1.0, gold / 2, gold, 0.1)
 
 
 def seeds(policy, golds, **settings):
@@ -50,26 +42,26 @@ def seeds(policy, golds, **settings):
 def test_policies_are_paired_by_seed_and_the_interval_is_students_over_seeds():
     base, other = [1.0, 2.0, 4.0, 0.0], [1.5, 2.1, 4.9, 0.6]
     found = [*seeds("single", base), *reversed(seeds("robust", other))]  # in whatever order
-    [row] = evidence(found, "single")["paired"]
+    [row] = evidence(found, "single").paired
     differences = [b - a for a, b in zip(base, other, strict=True)]
-    assert row["difference"] == pytest.approx(sum(differences) / 4)
-    interval = stats.t.interval(0.95, 3, row["difference"], stats.sem(differences))
-    assert (row["low"], row["high"]) == pytest.approx(interval)
-    assert row["p"] == pytest.approx(stats.ttest_rel(other, base).pvalue) == row["p_holm"]
+    assert row.difference == pytest.approx(sum(differences) / 4)
+    interval = stats.t.interval(0.95, 3, row.difference, stats.sem(differences))
+    assert (row.low, row.high) == pytest.approx(interval)
+    assert row.p == pytest.approx(stats.ttest_rel(other, base).pvalue) == row.p_holm
 
 
 def test_a_setting_that_the_baseline_does_not_have_does_not_unpair_it():
     weights = {f"{w}": seeds("robust", [w, w + 1, w + 2.5], **{"arms.robust.nominal_weight": w}) for w in (0.0, 0.5)}
-    rows = evidence([*seeds("single", [0.0, 1.0, 2.0]), *weights["0.0"], *weights["0.5"]], "single")["paired"]
-    assert [row["settings"] for row in rows] == [{"arms.robust.nominal_weight": w} for w in (0.0, 0.5)]
-    assert [row["difference"] for row in rows] == pytest.approx([0.5 / 3, 0.5 + 0.5 / 3])
-    assert all(row["seeds"] == 3 for row in rows)
+    rows = evidence([*seeds("single", [0.0, 1.0, 2.0]), *weights["0.0"], *weights["0.5"]], "single").paired
+    assert [row.settings for row in rows] == [{"arms.robust.nominal_weight": w} for w in (0.0, 0.5)]
+    assert [row.difference for row in rows] == pytest.approx([0.5 / 3, 0.5 + 0.5 / 3])
+    assert all(row.seeds == 3 for row in rows)
 
 
 def test_one_seed_has_a_difference_without_an_interval_and_a_diverged_policy_none():
     found = [*seeds("single", [1.0]), *seeds("robust", [2.0]), Found({"seed": 1}, "robust", None, None)]
-    [row] = evidence(found, "single")["paired"]
-    assert (row["difference"], row["low"], row["p"], row["p_holm"], row["seeds"]) == (1.0, None, None, None, 1)
+    [row] = evidence(found, "single").paired
+    assert (row.difference, row.low, row.p, row.p_holm, row.seeds) == (1.0, None, None, None, 1)
 
 
 @given(P_VALUES)
@@ -118,9 +110,9 @@ def test_gold_at_the_starts_length_takes_off_what_length_alone_gains():
 
 def test_a_course_of_the_form_of_gao_et_al_is_found_again():
     curve = [point(i, 1.0 + (d := math.sqrt(i)) * (0.8 - 0.3 * math.log(d))) for i in range(1, 40)]
-    [fit] = evidence([Found({}, "robust", None, {"gold": measured(1.0)}, curve=curve)], "single")["fits"]
-    assert (fit["start"], fit["alpha"], fit["beta"], fit["r_squared"]) == pytest.approx((1.0, 0.8, 0.3, 1.0))
-    assert fit["peak"] == pytest.approx(math.exp(0.8 / 0.3 - 1))
+    [fit] = evidence([Found({}, "robust", None, {"gold": measured(1.0)}, curve=curve)], "single").fits
+    assert (fit.start, fit.alpha, fit.beta, fit.r_squared) == pytest.approx((1.0, 0.8, 0.3, 1.0))
+    assert fit.peak == pytest.approx(math.exp(0.8 / 0.3 - 1))
 
 
 def test_an_alarm_has_a_lead_where_gold_fell_and_is_false_where_it_did_not():
@@ -131,14 +123,9 @@ def test_an_alarm_has_a_lead_where_gold_fell_and_is_false_where_it_did_not():
         Found({"seed": i}, "robust", None, {"gold": measured(0.0)}, curve=curve, alarm=alarm)
         for i, (curve, alarm) in enumerate(runs)
     ]
-    [alarm] = evidence(found, "single")["alarms"]
-    assert {name: alarm[name] for name in ("seeds", "fell", "warned", "false")} == {
-        "seeds": 5,
-        "fell": 3,
-        "warned": 1,
-        "false": 1,
-    }
-    assert alarm["leads"] == [3]  # the means of three fall clearly below that around 8 at 10
+    [alarm] = evidence(found, "single").alarms
+    assert (alarm.seeds, alarm.fell, alarm.warned, alarm.false) == (5, 3, 1, 1)
+    assert alarm.leads == [3]  # the means of three fall clearly below that around 8 at 10
 
 
 def test_gold_that_ends_below_the_starts_fell_by_the_last_update():
@@ -149,8 +136,8 @@ def test_gold_that_ends_below_the_starts_fell_by_the_last_update():
         Found({"seed": i}, "single", None, {"gold": measured(gold)}, curve=flat, alarm=alarm)
         for i, (gold, alarm) in enumerate(ends)
     ]
-    [alarm] = evidence([*starts, *found], "single")["alarms"]
-    assert (alarm["fell"], alarm["warned"], alarm["leads"], alarm["false"]) == (2, 1, [7], 1)
+    [alarm] = evidence([*starts, *found], "single").alarms
+    assert (alarm.fell, alarm.warned, alarm.leads, alarm.false) == (2, 1, [7], 1)
 
 
 def test_tables_and_pictures_show_it(tmp_path):
@@ -161,11 +148,10 @@ def test_tables_and_pictures_show_it(tmp_path):
         for policy, gold in (("single", 1.0), ("robust", 2.0))
         for i in range(3)
     ]
-    told = {"name": "x", "grid": {"seed": [0, 1, 2]}, "overrides": {}, "rows": compared(found)}
-    told["evidence"] = evidence(found, "single")
+    told = Sweep("x", {"seed": [0, 1, 2]}, {}, compared(found), evidence(found, "single"))
     titles = [each.title for each in tables(told, ["gold"])]
     assert titles[1] == "robust less single, seed by seed"
-    assert "| win rate | +1.00 | +1.00 to +1.00 |" in markdown(told)
+    assert "| win rate | +1.00 | +1.00 to +1.00 |" in as_markdown(told)
     names = [path.name for path in write(told, found, tmp_path)]
     assert names == ["courses.png", "courses.svg", "sweep.json", "sweep.png", "sweep.svg", "sweep.md"]
 

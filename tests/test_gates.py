@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rrlhf.config import Gates
-from rrlhf.judging.calibration import Estimate
+from rrlhf.judging.calibration import mean_interval
+from rrlhf.judging.content import Measured
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.promotion.command import Asked, check, named
 from rrlhf.tools.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
-from rrlhf.tools.reporting.intervals import mean_interval
 
 LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_sigma": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
 
@@ -68,10 +68,10 @@ def test_a_single_prompt_passes_nothing():
 
 def test_the_interval_of_a_mean_is_students():
     values = torch.tensor([1.0, 2.0, 4.0, 7.0])
-    low, high = mean_interval(Estimate(3.5, values.std().item() / 2, 4), 0.9)
+    low, high = mean_interval(Measured(3.5, values.std().item() / 2, 4), 0.9)
     expected = stats.t.interval(0.9, 3, loc=3.5, scale=stats.sem(values.numpy()))
     assert (low, high) == pytest.approx(expected, rel=1e-9)
-    assert all(math.isnan(bound) for bound in mean_interval(Estimate(1.0, math.nan, 1)))
+    assert all(math.isnan(bound) for bound in mean_interval(Measured(1.0, math.nan, 1)))
 
 
 def test_the_upper_end_decides_not_the_mean():

@@ -6,13 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from rrlhf.judging.content import Measured
+from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.lineage.load import from_versions
-from rrlhf.tools.reporting.markdown import ancestry, comparison, escaped, fenced, table
+from rrlhf.tools.reporting.markdown import ancestry, comparison
+from rrlhf.tools.reporting.tables import Table, escaped, fenced, markdown
 from rrlhf.tools.running.table import percent_done, plan_rows
 from rrlhf.tools.sweeps.comparison import Found, compared
-from rrlhf.tools.sweeps.show import markdown
+from rrlhf.tools.sweeps.show import Sweep, as_markdown
 
 PLAN = [
     Planned("data", "reuse", [], None),
@@ -63,33 +66,36 @@ def test_a_text_is_shown_as_it_is(text):
     assert not {"code_inline", "link_open", "em_open", "strong_open", "html_inline", "image"} & {
         child.type for token in shown for child in token.children or []
     }
-    assert len(PAGE.parse(table(["a", text], [[text, text]] * 2))) == len(
-        PAGE.parse(table(["a", "b"], [["c", "d"]] * 2))
-    )
+    tables = Table("", ["a", text], [[text, text]] * 2), Table("", ["a", "b"], [["c", "d"]] * 2)
+    assert len(PAGE.parse(markdown(tables[0]))) == len(PAGE.parse(markdown(tables[1])))
 
 
 @given(st.text(alphabet="`~a \n", max_size=20))
 def test_code_stays_in_its_block(text):
-    [block] = PAGE.parse(fenced(text, "mermaid"))
+    [block] = PAGE.parse(fenced(text))
     assert block.type == "fence"
     assert block.content.rstrip("\n") == text.rstrip("\n")
 
 
 def policy(name, gold, **others):
-    metrics = {"gold": {"mean": gold, "stderr": 0.1, "n": 9}} if gold is not None else {}
-    return {"name": name, "reward": "single", "settings": {}, "functions": {}, "metrics": metrics | others}
+    metrics = {"gold": Measured(gold, 0.1, 9)} if gold is not None else {}
+    return Policy(name, "single", {}, metrics | others)
+
+
+def compare(*policies, **more):
+    evaluation = Evaluation([*policies], curves=[], samples=[], reward_models=[])
+    return comparison(evaluation, more.get("said", []), "reports/tiny.html", more.get("links"))
 
 
 def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
-    kl = {"mean": 0.5, "stderr": 0.25, "n": 9}
-    evaluation = {"policies": [policy("one", 1.0), policy("a_|b|", 2.0, kl=kl), policy("other", None)]}
+    policies = policy("one", 1.0), policy("a_|b|", 2.0, kl=Measured(0.5, 0.25, 9)), policy("other", None)
     links = {"one": "http://127.0.0.1:5000/#/models/rrlhf-policy/versions/3"}
-    shown = comparison(evaluation, ["a_|b| ends highest."], "reports/tiny.html", links)
+    shown = compare(*policies, said=["a_|b| ends highest."], links=links)
     header, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert header == "| policy | gold | kl | trained on |"
     assert rows == [
         "| one | 1.00 ± 0.10 | – | one reward head |",
-        r"| ★ a\_\|b\| | 2.00 ± 0.10 | 0.50 ± 0.25 | one reward head |",
+        r"| a\_\|b\| | ★ 2.00 ± 0.10 | 0.50 ± 0.25 | one reward head |",
         "| other | – | – | one reward head |",
     ]
     assert f"in MLflow: [one]({links['one']})" in shown
@@ -98,8 +104,8 @@ def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
 
 
 def test_what_decides_stands_before_the_other_columns():
-    others = {name: {"mean": 0.5, "stderr": 0.25, "n": 9} for name in ("words", "spread", "kl", "proxy", "worst")}
-    shown = comparison({"policies": [policy("one", 1.0, **others)]}, [], "reports/tiny.html")
+    others = {name: Measured(0.5, 0.25, 9) for name in ("words", "spread", "kl", "proxy", "worst")}
+    shown = compare(policy("one", 1.0, **others))
     assert "| policy | gold | proxy | kl | words | worst | spread | trained on |" in shown
 
 
@@ -114,8 +120,8 @@ def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
 
 
 def test_a_sweep_is_a_table_with_its_legend():
-    rows = compared([Found({"ppo.kl_weight": 0.1}, "robust", "v", {"gold": {"mean": 1.0, "stderr": 0.1, "n": 20}})])
-    shown = markdown({"name": "x", "grid": {}, "overrides": {}, "rows": rows})
+    rows = compared([Found({"ppo.kl_weight": 0.1}, "robust", "v", {"gold": Measured(1.0, 0.1, 20)})])
+    shown = as_markdown(Sweep("x", {}, {}, rows))
     assert "| policy | gold |" in shown
     assert r"| robust kl\_weight 0.1 | 1.00 ± 0.21 |" in shown
     assert "over prompts" in shown

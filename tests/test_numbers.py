@@ -8,37 +8,29 @@ import math
 import pytest
 from scipy import stats
 
+from rrlhf.judging.content import Calibration, Measured, RewardJudgement, Share
+from rrlhf.judging.evaluation import Evaluation, Point, Policy, read_evaluation, write_evaluation
 from rrlhf.tools.reporting import numbers
 from rrlhf.tools.reporting.trainings import Training
 
 
-def measured(mean, stderr=0.1, n=20):
-    return {"mean": mean, "stderr": stderr, "n": n}
-
-
-def share(mean):
-    return measured(mean) | {"low": mean - 0.1, "high": mean + 0.1}
-
-
 def judged(name, **readings):
-    accuracy = {reading.replace("_", " "): share(mean) for reading, mean in readings.items()}
-    return {"name": name, "pairs": 40, "prompts": 20, "accuracy": accuracy, "calibration": {}}
+    accuracy = {
+        reading.replace("_", " "): Share(mean, 0.1, 20, mean - 0.1, mean + 0.1) for reading, mean in readings.items()
+    }
+    return RewardJudgement(name, 40, 20, accuracy, Calibration(0, 0, 0, 0, None, []))
 
 
 @pytest.fixture
 def evaluation():
-    policies = {"sft": {"gold": measured(0.0), "proxy": measured(0.2), "kl": measured(0.0, math.nan, 1)}}
-    policies["robust"] = {"gold": measured(1 / 3), "proxy": measured(math.nan), "words": measured(7.0)}
-    points = [
-        {"policy": "robust", "update": step, "kl": step / 7, "proxy": 1.0, "sigma": 0.5, "words": 3.0, "heads": [1.0]}
-        for step in (0, 1)
-    ]
-    return {
-        "policies": [{"name": name, "settings": {}, "reward": "", "metrics": row} for name, row in policies.items()],
-        "curves": points,
-        "samples": [],
-        "reward_models": [judged("single head", single_head=0.7), judged("ensemble", mean=0.8, worst=0.75)],
-    }
+    start = {"gold": Measured(0.0, 0.1, 20), "proxy": Measured(0.2, 0.1, 20), "kl": Measured(0.0, math.nan, 1)}
+    robust = {"gold": Measured(1 / 3, 0.1, 20), "proxy": Measured(math.nan, 0.1, 20), "words": Measured(7.0, 0.1, 20)}
+    return Evaluation(
+        policies=[Policy("sft", "", {}, start), Policy("robust", "", {}, robust)],
+        curves=[Point("robust", step, step / 7, 1.0, 3.0, [1.0], 0.5) for step in (0, 1)],
+        samples=[],
+        reward_models=[judged("single head", single_head=0.7), judged("ensemble", mean=0.8, worst=0.75)],
+    )
 
 
 @pytest.fixture
@@ -74,7 +66,19 @@ def test_curves_join_the_comparison_and_the_history_of_every_arm(evaluation, tra
     assert {row["sigma"] for row in rows} == {"0.5"}
 
 
-def test_the_same_results_give_the_same_bytes(evaluation, trainings):
-    again = json.loads(json.dumps(evaluation))
+def test_the_same_results_give_the_same_bytes(evaluation, trainings, tmp_path):
+    write_evaluation(evaluation, tmp_path)
+    again = read_evaluation(tmp_path)
     assert numbers.texts(again, dict(reversed(trainings.items()))) == numbers.texts(evaluation, trainings)
     assert set(numbers.texts(evaluation, trainings)) == set(numbers.FILES)
+
+
+def test_an_evaluation_of_an_earlier_version_is_read(tmp_path):
+    gold = {"mean": 1.0, "stderr": math.nan, "n": 1}
+    start = {"name": "sft", "reward": "none", "settings": {}, "metrics": {"gold": gold}}
+    point = {"policy": "robust", "update": 0, "kl": 0.0, "proxy": 1.0, "words": 9.0, "heads": [1.0], "spread": 0.5}
+    old = {"policies": [start], "curves": [point], "samples": [], "reward_models": []}
+    (tmp_path / "evaluation.json").write_text(json.dumps(old))
+    found = read_evaluation(tmp_path)
+    assert (found.start, found.measured("gold")["sft"].mean, found.curves[0].sigma) == ("sft", 1.0, None)
+    assert math.isnan(found.policies[0].metrics["gold"].stderr)

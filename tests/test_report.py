@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from html import unescape
 from typing import Any
@@ -11,125 +12,109 @@ import pytest
 import yaml
 from rich.console import Console
 
-from rrlhf.judging.content import GoldAgreement, Heads, RewardJudgement, Share
+from rrlhf.judging.content import (
+    Calibration,
+    Coverage,
+    GoldAgreement,
+    Heads,
+    Measured,
+    ReliabilityBin,
+    RewardJudgement,
+    Share,
+)
+from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.policy.excerpts import Excerpt
 from rrlhf.tools.lineage.text import branches, line
 from rrlhf.tools.pages import visible
-from rrlhf.tools.reporting.evaluation import Evaluation, Measured, Policy
-from rrlhf.tools.reporting.plots import Point, neighbour_means, neighbour_stderrs
-from rrlhf.tools.reporting.report import render, reward_in_words, samples, table
+from rrlhf.tools.reporting.comparison import reward_in_words, samples, terminal_table
+from rrlhf.tools.reporting.differences import gold_stderrs, neighbour_means
+from rrlhf.tools.reporting.plots import head_charts, looks_of, selection_charts
+from rrlhf.tools.reporting.report import render
+from rrlhf.tools.reporting.tables import show
 from rrlhf.tools.reporting.trainings import Event, Training, health
 from rrlhf.tools.reporting.verdict import verdict
 
 
 def measured(mean: float, stderr: float = 0.05) -> Measured:
-    return {"mean": mean, "stderr": stderr, "n": 96}
+    return Measured(mean, stderr, 96)
 
 
 def policy(name: str, reward: str, weight: float | None = None, **means: float) -> Policy:
     metrics = {metric: measured(mean) for metric, mean in means.items()}
-    settings: dict[str, float] = {} if weight is None else {"nominal_weight": weight}
-    return {"name": name, "reward": reward, "settings": settings, "metrics": metrics}
+    return Policy(name, reward, {} if weight is None else {"nominal_weight": weight}, metrics)
 
 
-def curve(name: str, golds: list[float | None], proxies: list[float]) -> list[Point]:
-    points: list[Point] = []
-    for update, (gold, proxy) in enumerate(zip(golds, proxies, strict=True)):
-        heads = [proxy - 0.2, proxy, proxy + 0.3]
-        point: Point = {
-            "policy": name,
-            "update": update,
-            "kl": update - 0.1,
-            "proxy": proxy,
-            "sigma": 0.5,
-            "words": 9.0,
-            "heads": heads,
-        }
-        points.append(point if gold is None else {**point, "gold": gold, "gold_stderr": 0.1})
-    return points
+def curve(name: str, golds: list[float | None], proxies: list[float], stderr: float | None = 0.1) -> list[Point]:
+    return [
+        Point(name, update, update - 0.1, proxy, 9.0, [proxy - 0.2, proxy, proxy + 0.3], 0.5, None, gold, stderr)
+        for update, (gold, proxy) in enumerate(zip(golds, proxies, strict=True))
+    ]
 
 
 def share(mean: float) -> Share:
-    return {**measured(mean), "low": mean - 0.1, "high": mean + 0.1}
+    return Share(mean, 0.05, 96, mean - 0.1, mean + 0.1)
 
 
-def judgement(name: str, accuracies: dict[str, float]) -> RewardJudgement:
-    return {
-        "name": name,
-        "pairs": 96,
-        "prompts": 48,
-        "accuracy": {reading: share(accuracy) for reading, accuracy in accuracies.items()},
-        "calibration": {
-            "ece": 0.05,
-            "mce": 0.12,
-            "brier": 0.21,
-            "nll": 0.61,
-            "temperature": None,
-            "reliability": [{"confidence": 0.61, "accuracy": 0.66, "n": 96, "low": 0.56, "high": 0.75}],
-        },
-    }
+def judgement(name: str, accuracies: dict[str, float], heads: Heads | None = None) -> RewardJudgement:
+    calibration = Calibration(0.05, 0.12, 0.21, 0.61, None, [ReliabilityBin(0.61, 0.66, 96, 0.56, 0.75)])
+    accuracy = {reading: share(accuracy) for reading, accuracy in accuracies.items()}
+    return RewardJudgement(name, 96, 48, accuracy, calibration, heads)
 
 
 def agreement(name: str) -> GoldAgreement:
-    return {
-        "name": name,
-        "rank_correlation": 0.51,
-        "coverage": [{"level": 0.9, "share": measured(0.77)}],
-        "sigma_bins": [{"sigma": 0.5, "error": 0.9, "n": 96}],
-        "spread_warns": 0.21,
-        "sigma_warns": None,
-        "overrated_auc": None,
-    }
+    return GoldAgreement(name, 0.51, [Coverage(0.9, measured(0.77))], 0.21, None, None)
 
 
-HEADS: Heads = {
-    "accuracy": [share(0.61), share(0.6)],
-    "correlation": [[1.0, 0.7], [0.7, None]],
-    "spread": measured(0.5),
-    "sigma": 0.3,
-    "coverage": [{"level": 0.9, "share": measured(0.42)}],
-    "spread_warns": 0.11,
-    "sigma_warns": None,
-}
+HEADS = Heads(
+    accuracy=[share(0.61), share(0.6)],
+    correlation=[[1.0, 0.7], [0.7, None]],
+    spread=measured(0.5),
+    sigma=0.3,
+    coverage=[Coverage(0.9, measured(0.42))],
+    spread_warns=0.11,
+    sigma_warns=None,
+)
 RISING = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 HACKED: list[float | None] = [0.4, 0.8, 1.0, 1.0, 1.0, 0.2, -0.5, -1.2]
 HELD: list[float | None] = [0.4, 0.8, 1.0, 1.2, 1.3, 1.3, 1.2, 1.3]
 
 
 def evaluation(
-    *, hacked: list[float | None] = HACKED, single_gold: float = -1.2, robust_gold: float = 1.3
+    *, hacked: list[float | None] = HACKED, single_gold: float = -1.2, robust_gold: float = 1.3, **changes: Any
 ) -> Evaluation:
-    responses: Any = {
-        name: {"text": "Fine.", "gold": 0.3, "proxy": 0.1, "heads": [0.1, 0.2, 0.4]}
-        for name in ("sft", "single", "robust")
-    }
-    return {
-        "profile": "default",
-        "policies": [
+    found = Evaluation(
+        policies=[
             policy("sft", "none", gold=0.4, proxy=0.0, spread=0.5, kl=-0.01),
             policy("single", "single", gold=single_gold, proxy=7.0, spread=1.0, kl=16.0),
             policy("robust", "robust", 0.4, gold=robust_gold, proxy=5.0, spread=0.8, kl=16.0, robust=2.0),
         ],
-        "curves": curve("single", hacked, RISING) + curve("robust", HELD, RISING),
-        "samples": [{"prompt": "Write a line.", "responses": responses}],
-        "reward_models": [
+        curves=curve("single", hacked, RISING) + curve("robust", HELD, RISING),
+        samples=[answered("Write a line.")],
+        reward_models=[
             judgement("single head", {"single head": 0.62}),
-            {**judgement("ensemble", {"mean": 0.63, "worst": 0.64}), "heads": HEADS},
+            judgement("ensemble", {"mean": 0.63, "worst": 0.64}, HEADS),
         ],
-        "gold_agreement": [agreement("sft"), agreement("single")],
-    }
+        gold_agreement=[agreement("sft"), agreement("single")],
+    )
+    return replace(found, **changes)
 
 
-def without_gold() -> Evaluation:
-    bare = evaluation()
-    for arm in bare["policies"]:
-        arm["metrics"].pop("gold")
-    for sample in bare["samples"]:
-        for response in sample["responses"].values():
-            response.pop("gold", None)
-    bare["curves"] = curve("single", [None] * 8, RISING)
-    return bare
+def answered(prompt: str, **texts: str) -> Sample:
+    said = {"sft": "Fine.", "single": "Fine.", "robust": "Fine."} | texts
+    return Sample(prompt, {name: Response(text, 0.1, [0.1, 0.2, 0.4], 0.3) for name, text in said.items()})
+
+
+def brief(**changes: Any) -> Evaluation:
+    """The policies alone, of which a page is drawn in no time."""
+    return replace(Evaluation(evaluation().policies, curves=[], samples=[], reward_models=[]), **changes)
+
+
+def without_gold(**changes: Any) -> Evaluation:
+    judged = evaluation()
+    arms = [replace(arm, metrics={k: v for k, v in arm.metrics.items() if k != "gold"}) for arm in judged.policies]
+    answers = {name: replace(answer, gold=None) for name, answer in judged.samples[0].responses.items()}
+    bare = replace(judged, policies=arms, curves=curve("single", [None] * 8, RISING))
+    return replace(bare, samples=[Sample("Write a line.", answers)], **changes)
 
 
 def ancestry(note: str = "") -> tuple[Graph, Product]:
@@ -145,6 +130,7 @@ def ancestry(note: str = "") -> tuple[Graph, Product]:
 
 def html(of: Evaluation, **changes: Any) -> str:
     arguments: dict[str, Any] = {
+        "profile": "default",
         "params": {"ppo": {"updates": 8}},
         "lineage": ancestry(),
         "facts": {"git": "abc"},
@@ -163,10 +149,10 @@ def test_reward_functions_are_named_with_their_weights() -> None:
     arm = policy("rules", "robust", 0.4, gold=0.0)
     assert reward_in_words(arm) == "0.4 most confident + 0.6 minimum"
     weights = {"my_rules:no_lists": 0.5, "package.verify:correct": -2.0}
-    told = reward_in_words({**arm, "functions": weights})
+    told = reward_in_words(replace(arm, functions=weights))
     assert told == "0.4 most confident + 0.6 minimum +0.5 my_rules:no_lists -2 package.verify:correct"
     alone = policy("rules", "constant", gold=0.0)
-    assert reward_in_words({**alone, "functions": weights}) == "+0.5 my_rules:no_lists -2 package.verify:correct"
+    assert reward_in_words(replace(alone, functions=weights)) == "+0.5 my_rules:no_lists -2 package.verify:correct"
 
 
 def test_the_verdict_names_the_highest_arm_and_its_distance_from_the_start() -> None:
@@ -224,24 +210,20 @@ def test_over_optimisation_is_reported_where_gold_falls_and_proxy_rises() -> Non
 def test_where_over_optimisation_did_not_show_the_reason_is_told(
     golds: list[float | None], proxies: list[float], said: str
 ) -> None:
-    one = evaluation()
-    one["curves"] = curve("single", golds, proxies)
-    assert verdict(one)[2].startswith(f"Over-optimisation did not show for single: gold while training {said}.")
+    assert verdict(evaluation(curves=curve("single", golds, proxies)))[2].startswith(
+        f"Over-optimisation did not show for single: gold while training {said}."
+    )
 
 
 def test_a_fall_that_has_no_standard_error_is_not_judged() -> None:
-    bare = evaluation()
-    bare["curves"] = curve("single", HACKED, RISING)
-    for point in bare["curves"]:
-        del point["gold_stderr"]
+    bare = evaluation(curves=curve("single", HACKED, RISING, stderr=None))
     assert (
         "1.50 below its best (1.00 around update 3), and without a standard error that may be noise" in verdict(bare)[2]
     )
 
 
 def test_few_updates_say_nothing_of_over_optimisation() -> None:
-    short = evaluation()
-    short["curves"] = curve("single", HACKED[:2], RISING[:2])
+    short = evaluation(curves=curve("single", HACKED[:2], RISING[:2]))
     assert verdict(short)[2:] == ["There are too few updates with gold to say whether over-optimisation set in."]
 
 
@@ -258,21 +240,13 @@ def test_without_gold_the_verdict_speaks_of_reward_models_only() -> None:
 
 @pytest.mark.parametrize("arms", [0, 1, 2, 7])
 def test_the_verdict_has_two_to_five_sentences_for_any_number_of_policies(arms: int) -> None:
-    some = evaluation()
-    some["policies"] = some["policies"][:1] + [policy(f"arm-{i}", "single", gold=i / 10) for i in range(arms)]
-    some["curves"] = [point for i in range(arms) for point in curve(f"arm-{i}", HACKED if i % 2 else HELD, RISING)]
-    assert 2 <= len(verdict(some)) <= 5
+    policies = evaluation().policies[:1] + [policy(f"arm-{i}", "single", gold=i / 10) for i in range(arms)]
+    curves = [point for i in range(arms) for point in curve(f"arm-{i}", HACKED if i % 2 else HELD, RISING)]
+    assert 2 <= len(verdict(evaluation(policies=policies, curves=curves))) <= 5
 
 
 def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
-    lonely = evaluation()
-    lonely.pop("gold_agreement")
-    lonely["policies"], lonely["curves"], lonely["samples"], lonely["reward_models"] = (
-        lonely["policies"][:1],
-        [],
-        [],
-        [],
-    )
+    lonely = Evaluation(evaluation().policies[:1], curves=[], samples=[], reward_models=[])
     assert verdict(lonely) == ["There is no trained arm to compare.", "sft has gold 0.40 ± 0.05."]
     page = html(lonely, lineage=None, facts={})
     assert "<img" not in page
@@ -280,11 +254,8 @@ def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
 
 
 def test_missing_metrics_and_errors_are_left_out() -> None:
-    sparse = evaluation()
-    sparse["policies"][1]["metrics"] = {"gold": measured(1.0, math.nan)}
-    sparse["curves"] = curve("single", HACKED, RISING)
-    for point in sparse["curves"]:
-        point.pop("gold_stderr", None)
+    sparse = evaluation(curves=curve("single", HACKED, RISING, stderr=None))
+    sparse.policies[1] = replace(sparse.policies[1], metrics={"gold": measured(1.0, math.nan)})
     assert "single comes next with 1.00: -0.30 relative to robust (no standard error" in verdict(sparse)[1]
     assert "nan" not in " ".join(verdict(sparse))
     assert "nan" not in html(sparse).split("<figure>")[0]
@@ -292,16 +263,15 @@ def test_missing_metrics_and_errors_are_left_out() -> None:
 
 def test_twenty_heads_or_one_can_be_drawn() -> None:
     for count in (1, 20):
-        some = evaluation()
-        for point in some["curves"]:
-            point["heads"] = [i / 10 for i in range(count)]
-        assert f"{count} heads" in html(some) or count == 1
+        curves = [replace(point, heads=[i / 10 for i in range(count)]) for point in evaluation().curves]
+        case = evaluation(curves=curves)
+        assert [chart.description for chart in head_charts(case, looks_of(case))] == [f"{count} heads"] * 2
 
 
 def test_the_page_loads_nothing() -> None:
     page = whole()
     loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert len(loaded) == 11  # six panels, the heads of two arms, two reliabilities, one correlation
+    assert len(loaded) == 14  # three intervals, six panels, the heads of two arms, two reliabilities, one correlation
     assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded)
     assert not re.search(r"<script|<link|<iframe|@import|@font-face|srcset|url\((?!#)|http://|https://|//cdn", page)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
@@ -309,9 +279,7 @@ def test_the_page_loads_nothing() -> None:
 
 def test_text_from_models_and_settings_is_escaped() -> None:
     nasty = "<script>alert(1)</script>"
-    planted = evaluation()
-    planted["samples"][0]["prompt"] = nasty
-    planted["samples"][0]["responses"]["single"]["text"] = f"{nasty}\x1b[31mred\u202eder"
+    planted = brief(samples=[answered(nasty, single=f"{nasty}\x1b[31mred\u202eder")])
     page = html(planted, params={"ppo": {"note": nasty}}, lineage=ancestry(nasty), facts={nasty: nasty})
     assert "<script" not in page
     # prompt, response, params, fact and its name; of the lineage a product's line and details (twice)
@@ -333,14 +301,11 @@ def test_reward_models_are_shown_with_calibration_heads_and_gold() -> None:
 
 def with_other_methods() -> Evaluation:
     more = evaluation()
-    direct, choosy = policy("direct", "preferences", gold=0.9), policy("choosy", "robust", 0.4, gold=1.1, kl=2.84)
-    direct["method"], choosy["method"], choosy["n"] = "dpo", "best_of_n", 16
-    more["policies"] += [direct, choosy]
-    more["selection"] = [
-        {"policy": "choosy", "n": n, "kl": 0.5, "reward": measured(n / 10), "gold": measured(gold)}
-        for n, gold in ((1, 0.4), (2, 0.9), (4, 1.2), (16, 1.1))
-    ]
-    return more
+    direct = replace(policy("direct", "preferences", gold=0.9), method="dpo")
+    choosy = replace(policy("choosy", "robust", 0.4, gold=1.1, kl=2.84), method="best_of_n", n=16)
+    golds = ((1, 0.4), (2, 0.9), (4, 1.2), (16, 1.1))
+    selection = [Chosen("choosy", n, 0.5, measured(n / 10), measured(gold)) for n, gold in golds]
+    return replace(more, policies=[*more.policies, direct, choosy], selection=selection)
 
 
 def test_other_methods_are_named_and_best_of_n_is_drawn_over_n() -> None:
@@ -363,11 +328,8 @@ def test_the_verdict_tells_how_gold_goes_with_n() -> None:
 
 
 def test_best_of_n_without_gold_is_drawn_by_its_reward_alone() -> None:
-    bare = without_gold()
-    bare["selection"] = [{"policy": "single", "n": n, "kl": 0.1, "reward": measured(n)} for n in (1, 2)]
-    page = html(bare)
-    assert "Gold by n" not in page
-    assert "Chart: Reward by n" in page
+    case = without_gold(selection=[Chosen("single", n, 0.1, measured(n)) for n in (1, 2)])
+    assert [chart.title for chart in selection_charts(case, looks_of(case))] == ["Reward by n"]
 
 
 def trained(*events: Event) -> dict[str, Training]:
@@ -379,7 +341,7 @@ WARNED = Event(5, "hacking_suspected", "score from 0.1 to 2.0", "warned")
 
 
 def test_the_health_of_every_training_is_told_and_drawn() -> None:
-    page = html(evaluation(), trained=trained(WARNED))
+    page = html(brief(), trained=trained(WARNED))
     text = re.sub(r"<[^>]+>", " ", page)
     assert re.search(r"single\s+, rollout 5:\s+hacking suspected\s+. score from 0.1 to 2.0; warned.", text)
     assert re.findall(r'Chart: (KL|Entropy|Finished|Clip fraction)"', page) == ["KL", "Entropy", "Finished"]
@@ -388,7 +350,7 @@ def test_the_health_of_every_training_is_told_and_drawn() -> None:
 
 
 def test_a_healthy_training_is_said_to_be_healthy() -> None:
-    page = html(evaluation(), trained=trained())
+    page = html(brief(), trained=trained())
     assert "No detector fired in any training." in page
     assert "a dotted line marks" not in page
     assert health(trained()) == "Health: no detector fired in any training."
@@ -402,21 +364,10 @@ def test_arms_that_were_not_watched_have_no_health() -> None:
 
 
 def test_what_a_policy_wrote_as_it_trained_is_shown_by_prompt_and_escaped() -> None:
-    some = evaluation()
-
     def wrote(row: int, update: int, text: str, kl: float | None = 1.25) -> Excerpt:
-        return {
-            "update": update,
-            "row": row,
-            "prompt": f"Prompt {row}",
-            "response": text,
-            "finished": True,
-            "kl": kl,
-            "proxy": 0.5,
-            "heads": [0.1],
-        }
+        return Excerpt(update, row, f"Prompt {row}", text, True, kl, 0.5, [0.1])
 
-    some["excerpts"] = {"single": [wrote(4, 0, "At first."), wrote(4, 9, "<b>Sure"), wrote(7, 3, " ", None)]}
+    some = brief(excerpts={"single": [wrote(4, 0, "At first."), wrote(4, 9, "<b>Sure"), wrote(7, 3, " ", None)]})
     text = re.sub(r"<[^>]+>", " ", html(some).split("What they wrote as they trained")[1])
     assert re.search(r"Prompt 4\s+rollout 0\s+At first.\s+proxy 0.50 · KL 1.2\s+rollout 9\s+&lt;b&gt;Sure", text)
     assert re.search(r"Prompt 7\s+rollout 3\s+\(empty\)\s+proxy 0.50 · KL –", text)
@@ -442,7 +393,7 @@ def test_the_lineage_has_every_product_with_its_settings() -> None:
 
 def test_exact_parameters_can_be_opened() -> None:
     params = {"ppo": {"updates": 8, "learning_rate": 3e-4}, "arms": {"robust": {"nominal_weight": 0.4}}}
-    folded = html(evaluation(), params=params).split("<summary>All parameters</summary>")[1].split("</details>")[0]
+    folded = html(brief(), params=params).split("<summary>All parameters</summary>")[1].split("</details>")[0]
     assert yaml.safe_load(unescape(re.sub("</?pre[^>]*>", "", folded))) == params
 
 
@@ -464,7 +415,7 @@ def test_the_same_numbers_give_the_same_page() -> None:
 
 def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table(evaluation()))
+    show(terminal_table(evaluation()), console)
     text = console.export_text()
     assert "★ 1.30 ± 0.05" in text
     assert "0.4 most confident + 0.6 minimum" in text
@@ -472,17 +423,8 @@ def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> N
 
 
 def test_the_terminal_shows_the_first_prompts_with_every_answer_and_its_gold() -> None:
-    case = evaluation()
-    case["samples"] = [
-        {
-            "prompt": f"Question {i}?",
-            "responses": {
-                "sft": {"text": "Two\nlines.", "proxy": 0.0, "heads": [], "gold": 1.0},
-                "robust": {"text": "\x1bred", "proxy": 0.0, "heads": [], "gold": -0.5},
-            },
-        }
-        for i in range(4)
-    ]
+    answers = {"sft": Response("Two\nlines.", 0.0, [], 1.0), "robust": Response("\x1bred", 0.0, [], -0.5)}
+    case = evaluation(samples=[Sample(f"Question {i}?", answers) for i in range(4)])
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(samples(case))
     text = console.export_text()
@@ -493,10 +435,9 @@ def test_the_terminal_shows_the_first_prompts_with_every_answer_and_its_gold() -
 
 
 def test_many_policies_are_rows_of_the_terminal_table() -> None:
-    many = evaluation()
-    many["policies"] += [policy(f"robust-{n}", "robust", 0.4, gold=0.1 * n, proxy=5.0, kl=16.0) for n in (2, 3)]
+    more = [policy(f"robust-{n}", "robust", 0.4, gold=0.1 * n, proxy=5.0, kl=16.0) for n in (2, 3)]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(table(many))
+    show(terminal_table(evaluation(policies=evaluation().policies + more)), console)
     text = console.export_text()
     assert re.search(r"robust +│ ★ 1.30 ± 0.05 │ +5.00 ± 0.05 │ +16.00 ± 0.05", text)
     assert re.search(r"robust-3 +│ +0.30 ± 0.05", text)
@@ -506,7 +447,8 @@ def test_neighbouring_updates_are_averaged_three_by_three() -> None:
     assert neighbour_means([1, 2, 6, 10]) == [3, 6]
     assert neighbour_means([1, 3]) == [2]
     assert neighbour_means([]) == []
-    assert neighbour_stderrs([0.3, 0.6, 0.6]) == [pytest.approx(0.3)]  # sqrt(.09 + .36 + .36) / 3
+    points = [replace(curve("a", [1.0], [1.0])[0], gold_stderr=stderr) for stderr in (0.3, 0.6, 0.6)]
+    assert gold_stderrs(points) == [pytest.approx(0.3)]  # sqrt(.09 + .36 + .36) / 3
 
 
 @pytest.mark.parametrize(
@@ -520,4 +462,4 @@ def test_neighbouring_updates_are_averaged_three_by_three() -> None:
     ],
 )
 def test_a_reward_is_told_with_its_settings(reward, settings, words):
-    assert reward_in_words({"name": "arm", "reward": reward, "settings": settings, "metrics": {}}) == words
+    assert reward_in_words(Policy("arm", reward, settings, {})) == words

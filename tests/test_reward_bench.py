@@ -123,6 +123,6 @@ def test_a_question_with_one_pair_counts_as_the_pair_does():
 def test_macro_counts_subsets_and_micro_counts_prompts():
     wins = torch.tensor([1.0, 1.0, 1.0, 0.0])
     found = accuracy_by_subset(wins, ["easy", "easy", "easy", "hard"], torch.arange(4))
-    assert {name: part["mean"] for name, part in found["subsets"].items()} == {"easy": 1, "hard": 0}
-    assert (found["macro"]["mean"], found["micro"]["mean"]) == (0.5, 0.75)
-    assert found["subsets"]["easy"]["low"] == pytest.approx(0.43850, abs=1e-5)  # Wilson: 1 / (1 + 1.96^2 / 3)
+    assert {name: part.mean for name, part in found.subsets.items()} == {"easy": 1, "hard": 0}
+    assert (found.macro.mean, found.micro.mean) == (0.5, 0.75)
+    assert found.subsets["easy"].low == pytest.approx(0.43850, abs=1e-5)  # Wilson: 1 / (1 + 1.96^2 / 3)

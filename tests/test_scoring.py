@@ -102,13 +102,13 @@ def length_scorer(prompts, responses):
 
 def test_robustness_counts_what_a_reward_of_length_does():
     pairs = [Preference([Message(role="user", content=str(n))], "x" * 40 + " y", "short") for n in range(4)]
-    found = {row["kind"]: row for row in robustness(length_scorer, pairs, torch.arange(4), draws=3, seed=0)}
+    found = {row.kind: row for row in robustness(length_scorer, pairs, torch.arange(4), draws=3, seed=0)}
     assert list(found) == list(PERTURBATIONS)
-    assert found["neutral_sentence"]["wins"]["mean"] == 1
-    assert found["neutral_sentence"]["turned"]["mean"] == 0
-    assert found["neutral_sentence"]["shift"]["mean"] > 10
-    assert found["typo"]["shift"]["mean"] == 0
-    assert found["dropped_word"]["wins"]["mean"] < 1  # dropping the long word leaves one letter
+    assert found["neutral_sentence"].wins.mean == 1
+    assert found["neutral_sentence"].turned.mean == 0
+    assert found["neutral_sentence"].shift.mean > 10
+    assert found["typo"].shift.mean == 0
+    assert found["dropped_word"].wins.mean < 1  # dropping the long word leaves one letter
 
 
 def test_robustness_is_the_share_of_draws_that_keep_the_order():
@@ -121,12 +121,12 @@ def test_robustness_is_the_share_of_draws_that_keep_the_order():
 
     pairs = [Preference([Message(role="user", content="q")], f"One Two {n}", f"three Four {n}") for n in range(3)]
     found = next(
-        row for row in robustness(capitals, pairs, torch.tensor([0, 0, 1]), draws=4, seed=7) if row["kind"] == "case"
+        row for row in robustness(capitals, pairs, torch.tensor([0, 0, 1]), draws=4, seed=7) if row.kind == "case"
     )
     shares = []
     for p in pairs:
         sides = [[perturbed(side, "case", 7 + draw) for draw in range(4)] for side in (p.chosen, p.rejected)]
         scores = [mean_reward(capitals(None, side)) for side in sides]
         shares.append(((scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])).mean().item())
-    assert found["wins"]["mean"] == pytest.approx(((shares[0] + shares[1]) / 2 + shares[2]) / 2)
-    assert found["wins"]["n"] == 2
+    assert found.wins.mean == pytest.approx(((shares[0] + shares[1]) / 2 + shares[2]) / 2)
+    assert found.wins.n == 2

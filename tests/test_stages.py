@@ -20,7 +20,7 @@ from rrlhf.policy.reward import read_arm, write_arm
 from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.stages import ensemble, evaluate, ppo, prepare, reward, sft
-from rrlhf.tools.reporting.report import METRICS
+from rrlhf.tools.reporting.comparison import METRICS
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from rrlhf.judging.content import Measured
 from rrlhf.located import ParamsError
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.params import load_params
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.grid import name_of, parse_grid, points, relevant, shares, trimmed
-from rrlhf.tools.sweeps.show import figure, label, legend, write
+from rrlhf.tools.sweeps.show import Sweep, figure, label, legend, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ def graphs(found):
 
 
 def measured(mean, stderr=0.1, n=20):
-    return {"mean": mean, "stderr": stderr, "n": n}
+    return Measured(mean, stderr, n)
 
 
 def test_values_are_yaml_and_every_combination_is_a_point():
@@ -36,7 +37,6 @@ def test_values_are_yaml_and_every_combination_is_a_point():
     found = asked("ppo.kl_weight=0,0.1", "ppo.updates=1,2,3")
     assert len(found) == 6
     assert found[1].settings == found[1].overrides == {"ppo.kl_weight": 0, "ppo.updates": 2}
-    assert found[1].label == "ppo.kl_weight=0 ppo.updates=2"
 
 
 @pytest.mark.parametrize("text", ["ppo.kl_weight", "=1,2", "ppo.kl_weight=", "ppo.kl_weight=[1"])
@@ -108,45 +108,40 @@ def test_seeds_are_one_row_with_students_interval_over_seeds():
         for seed, gold in enumerate(golds)
     ]
     [row] = compared(found)
-    assert (row["seeds"], row["settings"]) == (3, {"arms.robust.nominal_weight": 0.4})
-    interval = row["metrics"]["gold"]
-    assert (interval["low"], interval["high"]) == pytest.approx(stats.t.interval(0.95, 2, 7 / 3, stats.sem(golds)))
-    assert (interval["n"], interval["over"]) == (3, "seeds")
+    assert (row.seeds, row.settings) == (3, {"arms.robust.nominal_weight": 0.4})
+    interval = row.metrics["gold"]
+    assert (interval.low, interval.high) == pytest.approx(stats.t.interval(0.95, 2, 7 / 3, stats.sem(golds)))
+    assert (interval.n, interval.over) == (3, "seeds")
     assert "3 seeds" in label(row)
 
 
 def test_a_single_seed_has_the_interval_over_prompts():
     [row] = compared([Found({}, "sft", None, {"gold": measured(1.0, 0.2, 16)})])
-    interval = row["metrics"]["gold"]
-    assert interval["high"] - 1.0 == pytest.approx(stats.t.ppf(0.975, 15) * 0.2)
-    assert interval["over"] == "prompts"
+    interval = row.metrics["gold"]
+    assert interval.high - 1.0 == pytest.approx(stats.t.ppf(0.975, 15) * 0.2)
+    assert interval.over == "prompts"
     assert "other seeds" in legend([row])
 
 
 def test_a_policy_that_diverged_is_counted_and_has_no_numbers():
     settings = {"ppo.learning_rate": 1.0}
     [row] = compared([Found(settings, "robust", None, None)])
-    assert row["diverged"] == 1
-    assert row["metrics"] == {}
+    assert row.diverged == 1
+    assert row.metrics == {}
     assert "1 diverged" in label(row)
 
 
-def test_a_sweep_is_written_whole_and_drawn_either_way(tmp_path):
+def test_a_sweep_is_written_whole_and_drawn_by_the_metric_that_decides(tmp_path):
     numbers = [Found({"ppo.kl_weight": value}, "robust", "v", {"gold": measured(value)}) for value in (0, 0.1)]
     words = [
         Found({"ppo.kl_in": value}, "robust", "v", {"proxy": measured(1.0, float("nan"), 1)}) for value in ("a", "b")
     ]
     base = [Found({}, "sft", "v", {"gold": measured(0.3), "proxy": measured(0.1)})]
-    told = {"name": name_of("tiny", {}, {}), "grid": {}, "overrides": {}, "rows": compared(base + numbers)}
-    assert [path.name for path in write(told, numbers, tmp_path / "sweep")] == [
-        "sweep.json",
-        "sweep.png",
-        "sweep.svg",
-        "sweep.md",
-    ]
-    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == told
-    assert figure(told).axes[0].get_xlabel() == "ppo.kl_weight"
+    told = Sweep(name_of("tiny", {}, {}), {}, {}, compared(base + numbers))
+    names = [path.name for path in write(told, numbers, tmp_path / "sweep")]
+    assert names == ["sweep.json", "sweep.png", "sweep.svg", "sweep.md"]
+    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == told.content()
+    assert figure(told.rows).axes[0].get_xlabel() == "gold"
     rows = compared(words)
-    assert [each.get_text() for each in figure({**told, "rows": rows}).axes[0].get_yticklabels()] == [
-        label(row) for row in rows
-    ]
+    assert figure(rows).axes[0].get_xlabel() == "proxy"
+    assert [each.get_text() for each in figure(rows).axes[0].get_yticklabels()] == [label(row) for row in rows]

@@ -1,18 +1,16 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
-from rrlhf.tools.toy import rewards
-from rrlhf.tools.toy.policy import train
-from rrlhf.tools.toy.problem import expected, kl, make_worlds, optimum, standardise
-from rrlhf.tools.toy.rewards import Learned, learn
-from rrlhf.tools.toy.show import verdict
-from rrlhf.tools.toy.study import GOLD, SINGLE, Setting, arm_rewards, interval, study
+from rrlhf.tools.toy import world
+from rrlhf.tools.toy.study import GOLD, SINGLE, Mean, Setting, arm_rewards, interval, study, verdict
+from rrlhf.tools.toy.world import expected, kl, learn, make_worlds, optimum, standardise, train
 
 
 def reward_and_reference(seed=0):
@@ -56,22 +54,15 @@ def test_a_constant_reward_leaves_the_reference():
     assert max(kl(log_policy, courses[0][1]).item() for _, log_policy in courses) < 0.01  # rounding, under Adam
 
 
-def learned(worlds, heads=3):
-    found: list[Learned] = []
-    for _ in learn(worlds, heads, found):
-        pass
-    return found[0]
-
-
 @pytest.fixture
 def briefly(monkeypatch):
     """Train the heads for a tenth of the time: what is asked holds at any step."""
-    monkeypatch.setattr(rewards, "EPOCHS", 30)
+    monkeypatch.setattr(world, "EPOCHS", 30)
 
 
 def test_labels_everywhere_teach_every_ranking():
     worlds = make_worlds(2, 8, 8, labelled=1.0, interaction=1.0)
-    reward = learned(worlds).single
+    reward = learn(worlds, 3).single
     order, truth = (each[..., :, None] > each[..., None, :] for each in (reward, worlds.gold))
     assert (order == truth).float().mean() > 0.97
     assert worlds.labelled.all()
@@ -83,14 +74,14 @@ def test_labels_of_a_seed_are_all_that_its_heads_see(briefly):
     both = make_worlds(2, 8, 8, labelled=0.5, interaction=1.0)
     torch.testing.assert_close(alone.gold[0], both.gold[0], atol=1e-6, rtol=0)
     swapped = both._replace(gold=torch.stack([both.gold[0], -both.gold[1]]))
-    one, other = learned(both), learned(swapped)
+    one, other = learn(both, 3), learn(swapped, 3)
     assert torch.allclose(one.single[0], other.single[0], atol=1e-5)
     assert not torch.allclose(one.single[1], other.single[1], atol=0.1)
 
 
 def test_learned_scores_are_in_units_of_the_labelled_cells(briefly):
     worlds = make_worlds(2, 8, 8, labelled=0.5, interaction=1.0)
-    found = learned(worlds)
+    found = learn(worlds, 3)
     for scores in (found.single[..., None], found.ensemble.mean):
         for seed in range(2):
             cells = scores[seed][worlds.labelled[seed]]
@@ -114,40 +105,37 @@ def test_standardising_keeps_the_order():
 
 def test_an_interval_is_students():
     found = interval(torch.tensor([1.0, 2.0, 3.0]))
-    assert found["mean"] == 2
-    assert found["high"] - 2 == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)  # t(.975, 2 degrees of freedom)
+    assert found.mean == 2
+    assert found.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)  # t(.975, 2 degrees of freedom)
 
 
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewards, "EPOCHS", 100)
+        patch.setattr(world, "EPOCHS", 100)
         return study(Setting(seeds=2, steps=150, heads=3))
 
 
 def test_the_policy_that_sees_gold_is_the_best_and_the_constant_one_stays(small):
-    arms = {arm["name"]: arm for arm in small["arms"]}
-    assert max(arms, key=lambda name: arms[name]["gold"]["mean"]) == GOLD
-    assert arms[GOLD]["optimum_kl"]["mean"] < 0.05
-    assert arms["constant"]["reference_kl"]["mean"] < 1e-4
-    assert arms["constant"]["gold"]["mean"] == pytest.approx(small["reference_gold"]["mean"], abs=1e-3)
-    assert arms[SINGLE]["gold_over_single"]["mean"] == 0
+    arms = small.arms
+    assert max(arms, key=lambda name: arms[name].gold.mean) == GOLD
+    assert arms[GOLD].optimum_kl.mean < 0.05
+    assert arms["constant"].reference_kl.mean < 1e-4
+    assert arms["constant"].gold.mean == pytest.approx(small.reference_gold.mean, abs=1e-3)
+    assert arms[SINGLE].gold_over_single.mean == 0
 
 
 def test_the_mixture_of_weight_zero_is_the_minimum(briefly):
     worlds = make_worlds(1, 8, 8, labelled=0.5, interaction=1.0)
-    found = learned(worlds)
+    found = learn(worlds, 3)
     assert torch.allclose(arm_rewards(worlds, found)["robust 0"], found.ensemble.mean.amin(-1))
 
 
 def test_the_verdict_follows_the_numbers(small):
-    better = json.loads(json.dumps(small))
-    for arm in better["arms"]:
-        if arm["name"] == "robust 0.4":
-            arm["gold_over_single"] = {"mean": 0.5, "low": 0.4, "high": 0.6}
-        elif arm["name"].startswith("robust"):
-            arm["gold_over_single"] = {"mean": -0.5, "low": -0.6, "high": -0.4}
-    said = verdict(better)[1]
+    worse, better = Mean(-0.5, -0.6, -0.4), Mean(0.5, 0.4, 0.6)
+    arms = {name: replace(arm, gold_over_single=worse) for name, arm in small.arms.items()}
+    arms["robust 0.4"] = replace(arms["robust 0.4"], gold_over_single=better)
+    said = verdict(replace(small, arms=arms))[1]
     assert "better than the single head: robust 0.4;" in said
     assert "worse: robust 1, robust 0.8, robust 0.6, robust 0.2, robust 0;" in said
 

@@ -11,16 +11,12 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.stats import mannwhitneyu, rankdata, t
 from torch import Tensor
 from torch.nn.functional import softplus
 
-
-class Estimate(NamedTuple):
-    """A mean with its standard error over n independent units."""
-
-    mean: float
-    stderr: float
-    n: int
+from rrlhf.judging.content import Measured, ReliabilityBin, Share
 
 
 class Interval(NamedTuple):
@@ -30,31 +26,14 @@ class Interval(NamedTuple):
     high: float
 
 
-class Bin(NamedTuple):
-    """The pairs whose stated confidence is alike: how sure the model was of them, and how often it was right."""
-
-    confidence: float  # mean of P(the likelier response wins)
-    accuracy: float
-    n: int
-    interval: Interval  # of the accuracy, 95 %, for pairs that are independent
-
-
-class SigmaBin(NamedTuple):
-    """The responses whose stated standard deviation is alike, and the error that was found."""
-
-    sigma: float  # mean
-    error: float  # root mean square
-    n: int
-
-
-def estimate(values: Tensor, groups: Tensor | None = None) -> Estimate:
+def estimate(values: Tensor, groups: Tensor | None = None) -> Measured:
     """Return the mean and standard error of values [rows]; rows of one group (a prompt) count as one unit."""
     values = values.double()
     if groups is not None:
         values = group_means(values, groups)
     n = len(values)
     stderr = values.std().item() / n**0.5 if n > 1 else float("nan")
-    return Estimate(values.mean().item(), stderr, n)
+    return Measured(values.mean().item(), stderr, n)
 
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
@@ -62,6 +41,12 @@ def group_means(values: Tensor, groups: Tensor) -> Tensor:
     _, group = groups.unique(return_inverse=True)
     sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_add_(0, group, values.double())
     return sums / torch.bincount(group)
+
+
+def mean_interval(found: Measured, level: float = 0.95) -> Interval:
+    """Return the t-interval of an estimated mean (Student 1908), mean ± t_{n-1} stderr; NaN for a single unit."""
+    half = float(t.ppf((1 + level) / 2, found.n - 1)) * found.stderr if found.n > 1 else math.nan
+    return Interval(found.mean - half, found.mean + half)
 
 
 def wilson_interval(share: float, n: float, level: float = 0.95) -> Interval:
@@ -73,7 +58,7 @@ def wilson_interval(share: float, n: float, level: float = 0.95) -> Interval:
     return Interval(min(low, share), max(high, share))  # rounding may leave out a share of 0 or 1
 
 
-def share_interval(found: Estimate, level: float = 0.95) -> Interval:
+def share_interval(found: Measured, level: float = 0.95) -> Interval:
     """Return Wilson's interval of an estimated share, for as many independent rows as its standard error speaks of.
 
     That number, p (1 - p) / stderr^2, counts the rows of one prompt as the one unit that they are; with no variance
@@ -82,6 +67,12 @@ def share_interval(found: Estimate, level: float = 0.95) -> Interval:
     p = min(max(found.mean, 0.0), 1.0)
     rows = p * (1 - p) / found.stderr**2 if found.stderr > 0 and 0 < p < 1 else found.n
     return wilson_interval(p, rows, level)
+
+
+def measured_share(values: Tensor, groups: Tensor | None = None) -> Share:
+    """Return the share of rows [rows] that are 1, with its interval; rows of one group (a prompt) are one unit."""
+    found = estimate(values, groups)
+    return Share(found.mean, found.stderr, found.n, *share_interval(found))
 
 
 def correct(margin: Tensor) -> Tensor:
@@ -104,7 +95,7 @@ def maximum_calibration_error(probability: Tensor, bins: int = 10) -> float:
     return max(abs(row.accuracy - row.confidence) for row in reliability(probability, bins))
 
 
-def reliability(probability: Tensor, bins: int = 10) -> list[Bin]:
+def reliability(probability: Tensor, bins: int = 10) -> list[ReliabilityBin]:
     """Return the bins of P(chosen wins) [pairs] that hold a pair, in order; each pair is read from its likelier side.
 
     The bins cut confidences in [0.5, 1] into equal parts.
@@ -116,7 +107,8 @@ def reliability(probability: Tensor, bins: int = 10) -> list[Bin]:
     for number in bin_of.unique():
         inside = bin_of == number
         count, accuracy = int(inside.sum()), hit[inside].mean().item()
-        found.append(Bin(confidence[inside].mean().item(), accuracy, count, wilson_interval(accuracy, count)))
+        interval = wilson_interval(accuracy, count)
+        found.append(ReliabilityBin(confidence[inside].mean().item(), accuracy, count, *interval))
     return found
 
 
@@ -130,29 +122,16 @@ def negative_log_likelihood(log_odds: Tensor) -> float:
     return softplus(-log_odds.double()).mean().item()
 
 
-def fitted_temperature(log_odds: Tensor) -> float:
+def fitted_temperature(log_odds: Tensor) -> float | None:
     """Return the T that minimises the likelihood's loss of log_odds / T [pairs] (Guo et al. 2017, arXiv 1706.04599).
 
-    Above 1 the model is too sure of itself, below 1 not sure enough. The loss is convex in 1 / T, so its slope is
-    bisected. There is no finite optimum where every pair is ordered right (0.0 is returned) and where the order is no
-    better than chance (infinity).
+    Above 1 the model is too sure of itself, below 1 not sure enough. None where there is no finite optimum: every pair
+    is ordered right, or the order is no better than chance.
     """
     x = log_odds.double()
-    if x.sum() <= 0:  # the slope at 1 / T = 0 is -sum(x) / 2n
-        return math.inf
-    if (x >= 0).all():
-        return 0.0
-    low, high = 0.0, 1.0
-
-    def falling(inverse: float) -> bool:
-        return bool((x * torch.sigmoid(-inverse * x)).sum() > 0)
-
-    while falling(high):
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) else (low, middle)
-    return 2 / (low + high)
+    if x.sum() <= 0 or (x >= 0).all():  # the loss falls all the way to 1 / T = 0, or without end
+        return None
+    return math.exp(-minimize_scalar(lambda log_inverse: negative_log_likelihood(math.exp(log_inverse) * x)).x)
 
 
 def within_central_interval(mean: Tensor, std: Tensor, target: Tensor, level: float) -> Tensor:
@@ -163,47 +142,26 @@ def within_central_interval(mean: Tensor, std: Tensor, target: Tensor, level: fl
     return ((target - mean).abs() <= NormalDist().inv_cdf((1 + level) / 2) * std).double()
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Return Spearman's correlation of two quantities [rows], ties at their mean rank; NaN when one is constant."""
-    both = torch.stack([_ranks(one), _ranks(other)])
-    centred = both - both.mean(1, keepdim=True)
-    lengths = centred.norm(dim=1)
-    return (centred.prod(0).sum() / lengths.prod()).item() if lengths.min() > 0 else math.nan
+def rank_correlation(one: Tensor, other: Tensor) -> float | None:
+    """Return Spearman's correlation of two quantities [rows], ties at their mean rank; None when one is constant."""
+    if one.unique().numel() == 1 or other.unique().numel() == 1:
+        return None
+    ranks = torch.stack([torch.from_numpy(rankdata(values.cpu().numpy())) for values in (one, other)])
+    return torch.corrcoef(ranks)[0, 1].item()
 
 
-def area_under_curve(values: Tensor, positive: Tensor) -> float:
+def area_under_curve(values: Tensor, positive: Tensor) -> float | None:
     """Return the chance that a value [rows] of a positive row [rows, bool] is above that of another row; a tie is half.
 
-    The area under the receiver operating characteristic (Hanley and McNeil 1982); NaN where all rows are of one kind.
+    The area under the receiver operating characteristic (Hanley and McNeil 1982); None where all rows are of one kind.
     """
-    count, rest = int(positive.sum()), int((~positive).sum())
-    if not (count and rest):
-        return math.nan
-    return (_ranks(values)[positive].sum().item() - count * (count + 1) / 2) / (count * rest)
-
-
-def error_by_sigma(error: Tensor, sigma: Tensor, bins: int = 5) -> list[SigmaBin]:
-    """Return root mean square errors [rows] by stated standard deviation, in bins of (nearly) equal count.
-
-    Where sigma is honest both columns rise together and agree.
-    """
-    order = sigma.argsort(stable=True)
-    parts = [part for part in order.tensor_split(bins) if len(part)]
-    return [
-        SigmaBin(sigma[part].double().mean().item(), (error[part].double() ** 2).mean().sqrt().item(), len(part))
-        for part in parts
-    ]
+    if positive.all() or not positive.any():
+        return None
+    ones, others = values[positive].cpu().numpy(), values[~positive].cpu().numpy()
+    return float(mannwhitneyu(ones, others, method="asymptotic").statistic) / (len(ones) * len(others))
 
 
 def head_correlation(mean: Tensor) -> Tensor:
     """Return Pearson's correlation [heads, heads] of the heads' means [rows, heads]; NaN beside a constant head."""
     heads = mean.shape[1]
     return torch.corrcoef(mean.double().T).reshape(heads, heads)
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return ranks from 1; equal values share the mean of theirs."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks: Tensor = (last - (counts - 1) / 2)[group]
-    return ranks

@@ -1,15 +1,16 @@
-"""How good a reward model is, as JSON writes it: the words that judging fills in and reports read.
+"""How good a reward model is, as judging writes it and reports read it: plain shapes, in memory and in JSON.
 
 A quantity that the data do not determine (a rank correlation with a constant, a temperature without an optimum) is
-null.
+None.
 """
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from dataclasses import dataclass
 
 
-class Measured(TypedDict):
+@dataclass(frozen=True)
+class Measured:
     """A mean with its standard error over n independent units; the error is NaN when n is 1."""
 
     mean: float
@@ -17,6 +18,7 @@ class Measured(TypedDict):
     n: int
 
 
+@dataclass(frozen=True)
 class Share(Measured):
     """A measured share with its 95 % interval (Wilson)."""
 
@@ -24,17 +26,19 @@ class Share(Measured):
     high: float
 
 
-class ReliabilityBin(TypedDict):
-    """Pairs of which the model was about equally sure; the interval is that of the accuracy, 95 %."""
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Pairs of which the model was about equally sure: how sure, and how often it was right, with its 95 % interval."""
 
-    confidence: float
+    confidence: float  # mean of P(the likelier response wins)
     accuracy: float
     n: int
-    low: float
+    low: float  # of the accuracy, for pairs that are independent
     high: float
 
 
-class Calibration(TypedDict):
+@dataclass(frozen=True)
+class Calibration:
     """How honest P(chosen wins) is; see rrlhf/judging/calibration.py for each formula."""
 
     ece: float
@@ -45,22 +49,16 @@ class Calibration(TypedDict):
     reliability: list[ReliabilityBin]
 
 
-class Coverage(TypedDict):
+@dataclass(frozen=True)
+class Coverage:
     """How often a central interval of a stated Gaussian held what it should: honest where share equals level."""
 
     level: float
     share: Measured
 
 
-class SigmaBinRow(TypedDict):
-    """Responses with about the same stated standard deviation, and the root mean square error that was found."""
-
-    sigma: float
-    error: float
-    n: int
-
-
-class Heads(TypedDict):
+@dataclass(frozen=True)
+class Heads:
     """What the heads of an ensemble say about each other, on the responses of the pairs, in normalised units."""
 
     accuracy: list[Share]  # of each head's mean
@@ -72,7 +70,8 @@ class Heads(TypedDict):
     sigma_warns: float | None  # the same of the stated standard deviation of the margin
 
 
-class RewardJudgement(TypedDict):
+@dataclass(frozen=True)
+class RewardJudgement:
     """How well one reward model ranks pairs, and how honest it is about it."""
 
     name: str
@@ -80,22 +79,23 @@ class RewardJudgement(TypedDict):
     prompts: int
     accuracy: dict[str, Share]  # by reading; a single head has one
     calibration: Calibration
-    heads: NotRequired[Heads]  # of an ensemble
+    heads: Heads | None = None  # of an ensemble
 
 
-class GoldAgreement(TypedDict):
+@dataclass(frozen=True)
+class GoldAgreement:
     """How an ensemble's beliefs about one policy's responses agree with the gold judge."""
 
     name: str  # of the policy
     rank_correlation: float | None  # between the heads' mean and gold
     coverage: list[Coverage]  # of standardised gold by the ensemble's Gaussian
-    sigma_bins: list[SigmaBinRow]  # stated standard deviation against the error to standardised gold
     spread_warns: float | None  # rank correlation between the heads' spread and the absolute error
     sigma_warns: float | None
-    overrated_auc: float | None  # chance that sigma is larger for an overrated response than for another
+    overrated_auc: float | None = None  # chance that sigma is larger for an overrated response than for another
 
 
-class Robustness(TypedDict):
+@dataclass(frozen=True)
+class Robustness:
     """How a reward model ranks pairs under one kind of perturbation."""
 
     kind: str
@@ -105,7 +105,8 @@ class Robustness(TypedDict):
     shift: Measured  # of the reward by the perturbation, in normalised units
 
 
-class SubsetAccuracy(TypedDict):
+@dataclass(frozen=True)
+class SubsetAccuracy:
     """Accuracy on the subsets of a benchmark."""
 
     subsets: dict[str, Share]

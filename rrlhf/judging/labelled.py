@@ -9,18 +9,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from rrlhf.data.files import require_columns, rows_of, source_files
-from rrlhf.data.load import Place, Rejected, refuse_bad_rows, refuse_repetition
+from rrlhf.data.load import Place, Rejected, prompt_hash, refuse_bad_rows, refuse_repetition
 from rrlhf.data.rows import FORMATS, Format, Row, RowError, plain_row, subset_of
+from rrlhf.judging.calibration import measured_share
+from rrlhf.judging.content import Measured, SubsetAccuracy
 from rrlhf.located import UsageError, did_you_mean
 from rrlhf.types import Preference
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rrlhf.judging.content import SubsetAccuracy
 
 BENCH = "rewardbench"
 PAIR_FORMATS = FORMATS | {BENCH: Format(("prompt", "chosen", "rejected", "subset"), (), plain_row, "filtered")}
@@ -98,8 +98,6 @@ def question_wins(margins: Tensor, questions: Sequence[int]) -> Tensor:
     margins: [pairs], score of the chosen minus score of the rejected response. Where the best rejected responses tie
     with the worst chosen one, each of them might be picked: 1 / (1 + their number), as RewardBench 2 counts.
     """
-    import torch
-
     index = torch.tensor(questions, device=margins.device)
     count = int(index.max()) + 1
     least = margins.new_full((count,), torch.inf).scatter_reduce(0, index, margins, "amin")
@@ -109,29 +107,15 @@ def question_wins(margins: Tensor, questions: Sequence[int]) -> Tensor:
 
 def prompt_numbers(pairs: Sequence[Preference]) -> Tensor:
     """Return a number for every pair, [pairs]; equal where the prompts count as the same."""
-    import torch
-
-    from rrlhf.data.load import prompt_hash
-
     numbers: dict[str, int] = {}
     return torch.tensor([numbers.setdefault(prompt_hash(pair.prompt), len(numbers)) for pair in pairs])
 
 
 def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) -> SubsetAccuracy:
     """Return the accuracy of wins [questions] (1, or less on a tie) on every subset, and the two ways to average it."""
-    import torch
-
-    from rrlhf.judging.metrics import measured_share
-
-    of = {
-        name: torch.tensor([subset == name for subset in subsets], device=wins.device) for name in sorted(set(subsets))
-    }
+    of = {name: [i for i, subset in enumerate(subsets) if subset == name] for name in sorted(set(subsets))}
     found = {name: measured_share(wins[inside], prompts[inside]) for name, inside in of.items()}
     parts = list(found.values())
-    stderr = sum(part["stderr"] ** 2 for part in parts) ** 0.5 / len(parts)
-    mean = sum(part["mean"] for part in parts) / len(parts)
-    return {
-        "subsets": found,
-        "macro": {"mean": mean, "stderr": stderr, "n": len(parts)},
-        "micro": measured_share(wins, prompts),
-    }
+    stderr = sum(part.stderr**2 for part in parts) ** 0.5 / len(parts)
+    macro = Measured(sum(part.mean for part in parts) / len(parts), stderr, len(parts))
+    return SubsetAccuracy(found, macro, measured_share(wins, prompts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,35 +17,24 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rrlhf.judging.calibration import (
-    Bin,
     area_under_curve,
     brier_score,
     correct,
-    error_by_sigma,
     estimate,
     expected_calibration_error,
     fitted_temperature,
     head_correlation,
     maximum_calibration_error,
+    measured_share,
     negative_log_likelihood,
     rank_correlation,
     reliability,
-    share_interval,
     within_central_interval,
 )
-from rrlhf.judging.content import (
-    Calibration,
-    Coverage,
-    GoldAgreement,
-    Heads,
-    Measured,
-    ReliabilityBin,
-    RewardJudgement,
-    Share,
-)
+from rrlhf.judging.content import Calibration, Coverage, GoldAgreement, Heads, RewardJudgement
 from rrlhf.losses import gaussian_log_odds
 from rrlhf.rewards.heads import Pairs, RewardHeads
-from rrlhf.robust import READINGS, Scores, difference_std, head_spread, mean_reward
+from rrlhf.robust import READINGS, Scores, difference_std, head_spread, joined, mean_reward
 from rrlhf.types import Metrics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -58,13 +48,6 @@ class PairScores(NamedTuple):
     rejected: Scores  # [pairs, heads]
     scale: Tensor  # [heads] log-odds in one normalised unit
     prompts: Tensor  # [pairs]: pairs with equal numbers share a prompt
-
-    @property
-    def responses(self) -> Scores:
-        """The scores of all responses, [2 pairs, heads]."""
-        return Scores(
-            torch.cat([self.chosen.mean, self.rejected.mean]), torch.cat([self.chosen.std, self.rejected.std])
-        )
 
 
 def score_pairs(heads: RewardHeads, pairs: Pairs, prompts: Tensor) -> PairScores:
@@ -80,9 +63,7 @@ def judge_single(name: str, pairs: PairScores) -> RewardJudgement:
 def judge_ensemble(name: str, pairs: PairScores) -> RewardJudgement:
     """Judge Gaussian heads: every reading of them, their mean probability, and what they say about each other."""
     judgement = _judgement(name, pairs, READINGS)
-    if pairs.scale.numel() > 1:
-        judgement["heads"] = _heads(pairs)
-    return judgement
+    return replace(judgement, heads=_heads(pairs)) if pairs.scale.numel() > 1 else judgement
 
 
 def log_odds(pairs: PairScores) -> Tensor:
@@ -100,23 +81,17 @@ def log_odds(pairs: PairScores) -> Tensor:
 
 def heldout_metrics(judgement: RewardJudgement) -> Metrics:
     """Return a judgement as the flat metrics that a training stage logs; what is undetermined is left out."""
-    calibration = judgement["calibration"]
+    calibration, heads = judgement.calibration, judgement.heads
     metrics: dict[str, float | None] = {}
-    for reading, accuracy in judgement["accuracy"].items():
+    for reading, accuracy in judgement.accuracy.items():
         name = "heldout_accuracy" + ("" if reading == "single head" else f"_{reading}")
-        metrics |= {name: accuracy["mean"], f"{name}_stderr": accuracy["stderr"]}
-    metrics |= {
-        "heldout_ece": calibration["ece"],
-        "heldout_mce": calibration["mce"],
-        "heldout_brier": calibration["brier"],
-        "heldout_nll": calibration["nll"],
-        "heldout_temperature": calibration["temperature"],
-    }
-    if heads := judgement.get("heads"):
+        metrics |= {name: accuracy.mean, f"{name}_stderr": accuracy.stderr}
+    metrics |= {f"heldout_{name}": getattr(calibration, name) for name in ("ece", "mce", "brier", "nll", "temperature")}
+    if heads:
         metrics |= {
-            "head_correlation": _mean_off_diagonal(heads["correlation"]),
-            "head_spread": heads["spread"]["mean"],
-            "head_std": heads["sigma"],
+            "head_correlation": _mean_off_diagonal(heads.correlation),
+            "head_spread": heads.spread.mean,
+            "head_std": heads.sigma,
         }
     return {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
 
@@ -132,22 +107,14 @@ def agreement_with_gold(name: str, scores: Scores, gold: Tensor, start: Tensor, 
     target = (gold - start.mean()) / start.std().clamp(min=1e-6)
     mean, std = mean_reward(scores), (scores.std**2).mean(1).add(head_spread(scores) ** 2).sqrt()
     error = (target - mean).abs()
-    return {
-        "name": name,
-        "rank_correlation": _known(rank_correlation(mean, gold)),
-        "coverage": _coverage(mean, std, target, prompts),
-        "sigma_bins": [{"sigma": row.sigma, "error": row.error, "n": row.n} for row in error_by_sigma(error, std)],
-        "spread_warns": _known(rank_correlation(head_spread(scores), error)),
-        "sigma_warns": _known(rank_correlation(scores.std.mean(1), error)),
-        "overrated_auc": _known(area_under_curve(scores.std.mean(1), mean - target > OVERRATED)),
-    }
-
-
-def measured_share(values: Tensor, prompts: Tensor) -> Share:
-    """Return the share of rows [rows] that are 1, with its interval; rows of one prompt are one unit."""
-    found = estimate(values, prompts)
-    low, high = share_interval(found)
-    return {"mean": found.mean, "stderr": found.stderr, "n": found.n, "low": low, "high": high}
+    return GoldAgreement(
+        name=name,
+        rank_correlation=rank_correlation(mean, gold),
+        coverage=_coverage(mean, std, target, prompts),
+        spread_warns=rank_correlation(head_spread(scores), error),
+        sigma_warns=rank_correlation(scores.std.mean(1), error),
+        overrated_auc=area_under_curve(scores.std.mean(1), mean - target > OVERRATED),
+    )
 
 
 def _judgement(name: str, pairs: PairScores, readings: dict[str, Callable[[Scores], Tensor]]) -> RewardJudgement:
@@ -155,67 +122,43 @@ def _judgement(name: str, pairs: PairScores, readings: dict[str, Callable[[Score
         reading: measured_share(correct(read(pairs.chosen) - read(pairs.rejected)), pairs.prompts)
         for reading, read in readings.items()
     }
-    return {
-        "name": name,
-        "pairs": len(pairs.prompts),
-        "prompts": len(pairs.prompts.unique()),
-        "accuracy": accuracies,
-        "calibration": _calibration(log_odds(pairs)),
-    }
-
-
-def _calibration(odds: Tensor) -> Calibration:
-    probability, temperature = odds.double().sigmoid(), fitted_temperature(odds)
-    return {
-        "ece": expected_calibration_error(probability),
-        "mce": maximum_calibration_error(probability),
-        "brier": brier_score(probability),
-        "nll": negative_log_likelihood(odds),
-        "temperature": temperature if 0 < temperature < math.inf else None,
-        "reliability": [_bin(row) for row in reliability(probability)],
-    }
-
-
-def _bin(row: Bin) -> ReliabilityBin:
-    low, high = row.interval
-    return {"confidence": row.confidence, "accuracy": row.accuracy, "n": row.n, "low": low, "high": high}
+    odds = log_odds(pairs).double()
+    probability = odds.sigmoid()
+    calibration = Calibration(
+        ece=expected_calibration_error(probability),
+        mce=maximum_calibration_error(probability),
+        brier=brier_score(probability),
+        nll=negative_log_likelihood(odds),
+        temperature=fitted_temperature(odds),
+        reliability=reliability(probability),
+    )
+    return RewardJudgement(name, len(pairs.prompts), len(pairs.prompts.unique()), accuracies, calibration)
 
 
 def _heads(pairs: PairScores) -> Heads:
     margin = pairs.chosen.mean - pairs.rejected.mean
     sigma = difference_std(pairs.chosen, pairs.rejected)
-    responses = pairs.responses
+    responses = joined([pairs.chosen, pairs.rejected])
+    correlation = head_correlation(responses.mean).tolist()
     wrong = 1 - correct(margin.mean(1))
     # Each head's interval is asked whether it holds each of the others' margins.
     own, other = (~torch.eye(margin.shape[1], dtype=torch.bool)).nonzero(as_tuple=True)
     asked = pairs.prompts[:, None].expand(-1, len(own)).flatten()
-    return {
-        "accuracy": [measured_share(correct(head), pairs.prompts) for head in margin.T],
-        "correlation": [[_known(value) for value in row] for row in head_correlation(responses.mean).tolist()],
-        "spread": _measured(head_spread(responses), torch.cat([pairs.prompts, pairs.prompts])),
-        "sigma": responses.std.mean().item(),
-        "coverage": _coverage(margin[:, own].flatten(), sigma[:, own].flatten(), margin[:, other].flatten(), asked),
-        "spread_warns": _known(rank_correlation(margin.std(dim=1, correction=0), wrong)),
-        "sigma_warns": _known(rank_correlation(sigma.mean(1), wrong)),
-    }
+    return Heads(
+        accuracy=[measured_share(correct(head), pairs.prompts) for head in margin.T],
+        correlation=[[value if math.isfinite(value) else None for value in row] for row in correlation],
+        spread=estimate(head_spread(responses), pairs.prompts.repeat(2)),
+        sigma=responses.std.mean().item(),
+        coverage=_coverage(margin[:, own].flatten(), sigma[:, own].flatten(), margin[:, other].flatten(), asked),
+        spread_warns=rank_correlation(margin.std(dim=1, correction=0), wrong),
+        sigma_warns=rank_correlation(sigma.mean(1), wrong),
+    )
 
 
 def _coverage(mean: Tensor, std: Tensor, target: Tensor, prompts: Tensor) -> list[Coverage]:
-    return [
-        {"level": level, "share": _measured(within_central_interval(mean, std, target, level), prompts)}
-        for level in LEVELS
-    ]
-
-
-def _measured(values: Tensor, prompts: Tensor) -> Measured:
-    found = estimate(values, prompts)
-    return {"mean": found.mean, "stderr": found.stderr, "n": found.n}
+    return [Coverage(level, estimate(within_central_interval(mean, std, target, level), prompts)) for level in LEVELS]
 
 
 def _mean_off_diagonal(correlation: list[list[float | None]]) -> float | None:
     known = [value for i, row in enumerate(correlation) for j, value in enumerate(row) if i != j and value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from random import Random
-from typing import NamedTuple
 
 MARKS = ".,;:!?"
 NEUTRAL_SENTENCES = ("That is all.", "This is my answer.", "I hope that this helps.", "Let me know what you think.")
@@ -18,16 +17,9 @@ NEUTRAL_SENTENCES = ("That is all.", "This is my answer.", "I hope that this hel
 _WORD = re.compile(r"\S+")
 
 
-class Perturbation(NamedTuple):
-    """One kind of change. Where it may not keep the meaning, it is a slip that readers mostly forgive."""
-
-    apply: Callable[[str, Random], str]
-    keeps_meaning: bool
-
-
 def perturbed(text: str, kind: str, seed: int) -> str:
     """Return the text with one change of a kind of PERTURBATIONS; the same arguments give the same text."""
-    return PERTURBATIONS[kind].apply(text, Random(f"{seed}:{kind}:{text}"))
+    return PERTURBATIONS[kind](text, Random(f"{seed}:{kind}:{text}"))
 
 
 def typo(text: str, random: Random) -> str:
@@ -109,15 +101,9 @@ def neutral_sentence(text: str, random: Random) -> str:
     return f"{text} {random.choice(NEUTRAL_SENTENCES)}"
 
 
-PERTURBATIONS = {
-    "typo": Perturbation(typo, keeps_meaning=True),
-    "case": Perturbation(case, keeps_meaning=True),
-    "punctuation": Perturbation(punctuation, keeps_meaning=True),
-    "whitespace": Perturbation(whitespace, keeps_meaning=True),
-    "doubled_word": Perturbation(doubled_word, keeps_meaning=True),
-    "neutral_sentence": Perturbation(neutral_sentence, keeps_meaning=True),
-    "dropped_word": Perturbation(dropped_word, keeps_meaning=False),
-    "swapped_words": Perturbation(swapped_words, keeps_meaning=False),
+SLIPS = (dropped_word, swapped_words)  # may not keep the meaning: readers mostly forgive them
+PERTURBATIONS: dict[str, Callable[[str, Random], str]] = {
+    change.__name__: change for change in (typo, case, punctuation, whitespace, doubled_word, neutral_sentence, *SLIPS)
 }
 
 

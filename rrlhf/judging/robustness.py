@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rrlhf.judging.calibration import correct, estimate
-from rrlhf.judging.content import Measured, Robustness
-from rrlhf.judging.metrics import measured_share
-from rrlhf.judging.perturbations import PERTURBATIONS, perturbed
+from rrlhf.judging.calibration import correct, estimate, measured_share
+from rrlhf.judging.content import Robustness
+from rrlhf.judging.perturbations import PERTURBATIONS, SLIPS, perturbed
 from rrlhf.robust import Scores, mean_reward
 from rrlhf.types import Message, Preference
 
@@ -30,7 +29,7 @@ def robustness(
     chosen = mean_reward(score(asked, [pair.chosen for pair in pairs]))
     rejected = mean_reward(score(asked, [pair.rejected for pair in pairs]))
     found = []
-    for kind, perturbation in PERTURBATIONS.items():
+    for kind, change in PERTURBATIONS.items():
         changed = [
             perturbed(text, kind, seed + draw)
             for draw in range(draws)
@@ -42,15 +41,10 @@ def robustness(
         found.append(
             Robustness(
                 kind=kind,
-                keeps_meaning=perturbation.keeps_meaning,
+                keeps_meaning=change not in SLIPS,
                 wins=measured_share(wins.mean(0), prompts),
                 turned=measured_share((wins != correct(chosen - rejected)).double().mean(0), prompts),
-                shift=_measured(shift.mean((0, 1)), prompts),
+                shift=estimate(shift.mean((0, 1)), prompts),
             )
         )
     return found
-
-
-def _measured(values: Tensor, prompts: Tensor) -> Measured:
-    found = estimate(values, prompts)
-    return {"mean": found.mean, "stderr": found.stderr, "n": found.n}

@@ -34,7 +34,6 @@ class Surprise:
         self._texts = Texts(self._language, model)
         self._top = PolicyTop(self._language, self._language.layers)
         self._model = model
-        self._known: dict[Row, float] = {}  # of what was read before: samples of trainings come back as excerpts
 
     def per_token(
         self, prompts: Sequence[list[Message]], responses: Sequence[str], finished: Sequence[bool]
@@ -45,14 +44,14 @@ class Surprise:
             (tuple(prompt), (*encode(self._language, text), *([self._language.end] if done else [])))
             for prompt, text, done in zip(asked, responses, finished, strict=True)
         ]
-        new = {row for row in rows if row[1]} - self._known.keys()
-        order = sorted(new)  # equal prompts side by side: each is read once
+        order = sorted({row for row in rows if row[1]})  # equal prompts side by side: each is read once
         parts = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
         read = track(map(self._read, parts), len(parts), "gold: fluency")
+        known: dict[Row, float] = {}
         for part, some in zip(parts, read, strict=True):
-            self._known |= zip(part, some, strict=True)
+            known |= zip(part, some, strict=True)
             check_stop()
-        return [self._known.get(row, 0.0) for row in rows]
+        return [known.get(row, 0.0) for row in rows]
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Row]) -> list[float]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple, TypedDict
 
 from rrlhf.types import Message
 
@@ -38,7 +38,6 @@ class Excerpt(TypedDict):
     kl: float | None  # log(pi / pi_ref) of the response, nats
     proxy: float | None
     heads: list[float | None]
-    gold: NotRequired[float]
 
 
 def excerpts(kept: Sequence[RolloutResponse], asked: Sequence[list[Message]]) -> list[Excerpt]:

@@ -7,9 +7,9 @@ constant reward. Of best-of-n the responses are there already; its KL is a bound
 
 from __future__ import annotations
 
-import json
-from itertools import groupby, islice
+from itertools import groupby, repeat
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -21,10 +21,11 @@ from rrlhf.data.load import further_columns
 from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
 from rrlhf.judging.content import GoldAgreement, RewardJudgement
+from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample, write_evaluation
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
-from rrlhf.policy.excerpts import Excerpt, read_excerpts
+from rrlhf.policy.excerpts import read_excerpts
 from rrlhf.policy.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
 from rrlhf.policy.reward import NO_SCALE, Scale, aggregated, paid, read_arm
 from rrlhf.policy.reward_functions import load_functions, metric_names
@@ -70,29 +71,28 @@ def run(
         for name, reading in readings.items()
     }
     at_length = gold_at_length(readings)
-    compared = [
-        _summary(name, reading, opinions[name], at_length.get(name), *paid_by.get(name, (None, NO_SCALE)))
-        for name, reading in readings.items()
-    ]
-    result = {
-        "policies": compared,
-        "curves": [
+    evaluation = Evaluation(
+        policies=[
+            _policy(name, reading, opinions[name], at_length.get(name), *paid_by.get(name, (None, NO_SCALE)))
+            for name, reading in readings.items()
+        ],
+        curves=[
             point
             for name, folder in trained.items()
             for point in _curve(name, folder, data, judges.gold, second, evaluate.curve_responses)
         ],
-        "selection": [
+        selection=[
             point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
         ],
-        "samples": _samples(readings, rows, evaluate),
-        "excerpts": {name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges))},
-        "reward_models": _judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
-        "gold_agreement": _agreements(readings),
-    }
+        samples=[_sample(number, row, readings) for number, row in enumerate(rows[: evaluate.samples_shown])],
+        excerpts={name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges.gold))},
+        reward_models=_judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
+        gold_agreement=_agreements(readings),
+    )
     log({"step": 0, **judges.told()})
-    for policy in compared:
-        log({"step": 0, **{f"{policy['name']}_{key}": value["mean"] for key, value in policy["metrics"].items()}})
-    (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    for policy in evaluation.policies:
+        log({"step": 0, **{f"{policy.name}_{metric}": value.mean for metric, value in policy.metrics.items()}})
+    write_evaluation(evaluation, out)
 
 
 def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
@@ -109,9 +109,9 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
-def _summary(
+def _policy(
     name: str, reading: Reading, second_opinion: Tensor, at_length: Tensor | None, arm: Arm | None, scale: Scale
-) -> dict[str, Any]:
+) -> Policy:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
         "second_opinion": second_opinion,
@@ -131,48 +131,52 @@ def _summary(
     columns |= {names[path]: value for path, value in reading.functions.items()}
     if arm and (arm.reward not in {None, "single"} or arm.functions):
         columns["reward"] = paid(arm, scale, aggregated(arm, reading.proxy, reading.scores), reading.functions)
-    return {
-        "name": name,
-        "reward": (arm.reward or "preferences") if arm else "none",
-        "settings": arm.settings if arm else {},
-        **({"functions": arm.functions} if arm and arm.functions else {}),
-        **({"method": arm.method} if arm else {}),
-        **({"n": arm.n} if arm and arm.n else {}),
-        "metrics": {key: estimate(column, reading.prompt)._asdict() for key, column in columns.items()},
-        **({"gold_by_prompt": group_means(reading.gold, reading.prompt).tolist()} if reading.gold is not None else {}),
-    }
+    return Policy(
+        name=name,
+        reward=(arm.reward or "preferences") if arm else "none",
+        settings=arm.settings if arm else {},
+        metrics={key: estimate(column, reading.prompt) for key, column in columns.items()},
+        functions=arm.functions if arm else {},
+        method=arm.method if arm else None,
+        n=arm.n if arm else None,
+        gold_by_prompt=() if reading.gold is None else group_means(reading.gold, reading.prompt).tolist(),
+    )
 
 
-def _curve(name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge, most: int) -> Rows:
+def _curve(
+    name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge, most: int
+) -> list[Point]:
     """Read the responses that a policy gave while it trained, by the judges `most` an update: one point per update."""
     table = read_table(data, "ppo")
     rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
     updates = [list(some) for _, some in groupby(rows, key=lambda row: row["update"])]
     read = [row for some in updates for row in some[:most]]
+    counts = [len(some[:most]) for some in updates]
     asked, texts = [table[row["prompt"]] for row in read], [row["response"] for row in read]
-    opinions = iter(second.score([row["prompt"] for row in asked], texts).tolist())
-    golds = iter(gold.score(asked, texts, [row["finished"] for row in read]).total if gold else [])
-    points: Rows = []
-    for some in updates:
-        count = len(some[:most])
-        point: dict[str, Any] = {
-            "policy": name,
-            "update": some[0]["update"],
-            "kl": _mean(row["kl"] for row in some),
-            "proxy": _mean(row["proxy"] for row in some),
-            "sigma": _mean(row["sigma"] for row in some),
-            "words": _mean(len(row["response"].split()) for row in some),
-            "second_opinion": _mean(islice(opinions, count)),
-            "heads": torch.tensor([row["heads"] for row in some]).mean(0).tolist(),
-        }
-        if gold:
-            found = estimate(torch.tensor(list(islice(golds, count))))
-            point |= {"gold": found.mean, "gold_stderr": found.stderr}
-        points.append(point)
+    opinions = second.score([row["prompt"] for row in asked], texts).split(counts)
+    finished = [row["finished"] for row in read]
+    golds = torch.tensor(gold.score(asked, texts, finished).total).split(counts) if gold else repeat(None)
+    points = []
+    for some, opinion, judged in zip(updates, opinions, golds, strict=False):
+        found = None if judged is None else estimate(judged)
+        points.append(
+            Point(
+                policy=name,
+                update=some[0]["update"],
+                kl=fmean(row["kl"] for row in some),
+                proxy=fmean(row["proxy"] for row in some),
+                words=fmean(len(row["response"].split()) for row in some),
+                heads=torch.tensor([row["heads"] for row in some]).mean(0).tolist(),
+                sigma=fmean(row["sigma"] for row in some),
+                second_opinion=opinion.mean().item(),
+                gold=found.mean if found else None,
+                gold_stderr=found.stderr if found else None,
+            )
+        )
     return points
 
 
-def _selection(name: str, folder: Path, rows: Rows, gold: PromptedGold | None) -> Rows:
+def _selection(name: str, folder: Path, rows: Rows, gold: PromptedGold | None) -> list[Chosen]:
     """Read the candidates of best-of-n: what its choice gives for every n up to the number of samples.
 
     Means of an unbiased estimate per prompt, with standard errors over prompts.
@@ -180,46 +184,44 @@ def _selection(name: str, folder: Path, rows: Rows, gold: PromptedGold | None) -
     candidates = read_candidates(folder)
     reward = candidates.reward
     samples = reward.shape[1]
-    columns = {"reward": reward}
+    rewards = best_of_n_curve(reward, reward, samples)
+    golds = None
     if gold:
         asked = [row for row in rows for _ in range(samples)]
         finished = [response.finished for response in candidates.responses]
-        columns["gold"] = torch.tensor(gold.score(asked, candidates.texts, finished).total).view_as(reward)
-    curves = {key: best_of_n_curve(reward, values, samples) for key, values in columns.items()}
+        scores = torch.tensor(gold.score(asked, candidates.texts, finished).total).view_as(reward)
+        golds = best_of_n_curve(reward, scores, samples)
     return [
-        {"policy": name, "n": n, "kl": best_of_n_kl(n)}
-        | {key: estimate(curve[:, n - 1])._asdict() for key, curve in curves.items()}
+        Chosen(
+            policy=name,
+            n=n,
+            kl=best_of_n_kl(n),
+            reward=estimate(rewards[:, n - 1]),
+            gold=None if golds is None else estimate(golds[:, n - 1]),
+        )
         for n in curve_points(samples)
     ]
 
 
-def _samples(readings: dict[str, Reading], rows: Rows, evaluate: Evaluate) -> Rows:
-    """Return the first response of every policy to the first prompts."""
-    shown: Rows = []
-    for number, row in enumerate(rows[: evaluate.samples_shown]):
-        responses: dict[str, Any] = {}
-        for name, reading in readings.items():
-            i = number * reading.per_prompt
-            response: dict[str, Any] = {
-                "text": reading.texts[i],
-                "proxy": reading.proxy[i].item(),
-                "heads": reading.scores.mean[i].tolist(),
-            }
-            responses[name] = response | ({"gold": reading.gold[i].item()} if reading.gold is not None else {})
-        shown.append({"prompt": row["prompt"][-1]["content"], "responses": responses})
-    return shown
+def _sample(number: int, row: dict[str, Any], readings: dict[str, Reading]) -> Sample:
+    """Return the first response of every policy to a prompt."""
+    responses = {}
+    for name, reading in readings.items():
+        i = number * reading.per_prompt
+        gold = None if reading.gold is None else reading.gold[i].item()
+        responses[name] = Response(reading.texts[i], reading.proxy[i].item(), reading.scores.mean[i].tolist(), gold)
+    return Sample(row["prompt"][-1]["content"], responses)
 
 
-def _excerpts(folder: Path, data: Path, judges: Judges) -> list[Excerpt]:
+def _excerpts(folder: Path, data: Path, gold: PromptedGold | None) -> list[Excerpt]:
     """Return what a policy wrote as it trained, with gold if there is a judge."""
     found = read_excerpts(folder)
-    if judges.gold and found:
-        table = read_table(data, "ppo")
-        asked, texts = [table[row["row"]] for row in found], [row["response"] for row in found]
-        golds = judges.gold.score(asked, texts, [row["finished"] for row in found]).total
-        for row, gold in zip(found, golds, strict=True):
-            row["gold"] = gold
-    return found
+    if gold is None or not found:
+        return [Excerpt(**row) for row in found]
+    table = read_table(data, "ppo")
+    asked, texts = [table[row["row"]] for row in found], [row["response"] for row in found]
+    golds = gold.score(asked, texts, [row["finished"] for row in found]).total
+    return [Excerpt(**row, gold=score) for row, score in zip(found, golds, strict=True)]
 
 
 def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -> list[RewardJudgement]:
@@ -232,13 +234,8 @@ def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -
 def _agreements(readings: dict[str, Reading]) -> list[GoldAgreement]:
     """Compare the ensemble's beliefs about every policy's responses with gold; none without a gold judge."""
     start = readings["sft"].gold
-    agreements = []
-    for name, reading in readings.items():
-        if start is not None and reading.gold is not None:
-            agreements.append(agreement_with_gold(name, reading.scores, reading.gold, start, reading.prompt))
-    return agreements
-
-
-def _mean(numbers: Any) -> float:
-    collected = list(numbers)
-    return float(sum(collected) / len(collected))
+    return [
+        agreement_with_gold(name, reading.scores, reading.gold, start, reading.prompt)
+        for name, reading in readings.items()
+        if start is not None and reading.gold is not None
+    ]

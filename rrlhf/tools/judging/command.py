@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.tools.lineage.lookup import Lookup
+
+STAGES = ("reward", "ensemble")
 
 
 def evaluate_reward(
@@ -56,17 +62,41 @@ def evaluate_reward(
 
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
-    from rrlhf.judging.labelled import load_pairs
     from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.judging.judge import judged
-    from rrlhf.tools.judging.report import show, strict, write
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.tools.lineage.lookup import Lookup
 
-    changed = overrides(profile, set_)
-    params = load_params(Path.cwd(), profile, changed)
+    root, params = Path.cwd(), load_params(Path.cwd(), profile, overrides(profile, set_))
+    project, lookup = Project(root, profile, params), Lookup(root, profile, params)
+    artifact = _reward_model(lookup, model) if model else _ensemble_of(project)
+
+    from rrlhf.judging.labelled import load_pairs
+    from rrlhf.tools.judging.judge import judged
+    from rrlhf.tools.judging.report import content, show_report, write
+
     pairs = load_pairs(data, format, max_rejected=max_rejected, limit=limit) if data else None
-    report = judged(Path.cwd(), profile, params, model=model, pairs=pairs, perturb=perturb, limit=limit)
-    written = write(report, out)
+    report = judged(project, lookup, artifact, pairs, perturb=perturb, limit=limit)
+    page = write(report, out)
     if as_json:
-        print(json.dumps(strict(report), indent=1))
+        print(content(report))
     else:
-        show(report, written[1])
+        show_report(report, page)
+
+
+def _ensemble_of(project: Project) -> Artifact:
+    artifact = project.artifact("ensemble")
+    if artifact is None:
+        raise ValueError(
+            f"the ensemble of profile {project.profile} is not up to date; `rrlhf run` comes first, or name a model: "
+            "rrlhf evaluate-reward rrlhf-ensemble@latest"
+        )
+    return artifact
+
+
+def _reward_model(lookup: Lookup, reference: str) -> Artifact:
+    from rrlhf.located import UsageError
+
+    artifact = lookup.find(reference)
+    if artifact.stage not in STAGES:
+        raise UsageError(f"{reference!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
+    return artifact

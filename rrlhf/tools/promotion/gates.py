@@ -11,8 +11,8 @@ from typing import NamedTuple, TypedDict
 from torch import Tensor
 
 from rrlhf.config import Gates
-from rrlhf.judging.calibration import Estimate, Interval, correct, estimate, share_interval
-from rrlhf.tools.reporting.intervals import mean_interval
+from rrlhf.judging.calibration import Interval, correct, estimate, mean_interval, share_interval
+from rrlhf.judging.content import Measured
 
 
 class Gate(TypedDict):
@@ -91,7 +91,7 @@ def within(name: str, values: Tensor, most: float, level: float) -> Gate:
     return _gate(name, f"the interval lies between {-most:g} and {most:g}", found, interval, passed)
 
 
-def _gate(name: str, rule: str, found: Estimate, interval: Interval, passed: bool) -> Gate:
+def _gate(name: str, rule: str, found: Measured, interval: Interval, passed: bool) -> Gate:
     value, low, high = (None if math.isnan(number) else number for number in (found.mean, *interval))
     return {"name": name, "rule": rule, "value": value, "low": low, "high": high, "n": found.n, "passed": passed}
 

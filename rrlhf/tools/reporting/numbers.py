@@ -13,22 +13,14 @@ import math
 from collections.abc import Mapping
 
 from rrlhf.judging.content import RewardJudgement
-from rrlhf.tools.reporting.evaluation import Evaluation, Measured
+from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.tools.reporting.trainings import Training
 from rrlhf.types import Json
 
 FILES = METRICS, CURVES = "metrics.json", "curves.csv"
 COMPARED = ("gold", "proxy", "kl")
-COLUMNS = (
-    "gold",
-    "proxy",
-    "kl",
-    "score",
-    "spread",
-    "sigma",
-    "entropy",
-    "response_tokens",
-)  # of curves.csv, where known
+COLUMNS = ("gold", "proxy", "kl", "score", "spread", "sigma", "entropy", "response_tokens")  # of curves.csv, if known
+ENDS = ("", "_low", "_high")
 DIGITS = 6  # significant ones, which every difference worth a look survives
 
 
@@ -43,13 +35,14 @@ def texts(evaluation: Evaluation, trainings: Mapping[str, Training]) -> dict[str
 def metrics(evaluation: Evaluation) -> Json:
     """Return the means of the last comparison and the accuracies of the reward models, each with its 95 % interval.
 
-    policies.NAME.METRIC, METRIC_low, METRIC_high: means over prompts with t-intervals (intervals.py beside this).
+    policies.NAME.METRIC, METRIC_low, METRIC_high: means over prompts with t-intervals (Student).
     reward_models.NAME.READING, READING_low, READING_high: shares of held-out pairs in the right order, with Wilson's
     intervals. What is not known is left out.
     """
-    ranked = {_word(model["name"]): _ranked(model) for model in evaluation["reward_models"]}
-    ended = {policy["name"]: _ended(policy["metrics"]) for policy in evaluation["policies"]}
-    return {"policies": ended, "reward_models": ranked}
+    return {
+        "policies": {policy.name: _ended(policy) for policy in evaluation.policies},
+        "reward_models": {_word(model.name): _ranked(model) for model in evaluation.reward_models},
+    }
 
 
 def curves(evaluation: Evaluation, trainings: Mapping[str, Training]) -> str:
@@ -62,9 +55,9 @@ def curves(evaluation: Evaluation, trainings: Mapping[str, Training]) -> str:
     for arm, training in trainings.items():
         for row in training.rows:
             rows.setdefault((arm, int(row["step"])), {}).update(row)
-    for point in evaluation["curves"]:
-        known = {name: value for name, value in point.items() if isinstance(value, (int, float))}
-        rows.setdefault((point["policy"], point["update"]), {}).update(known)
+    for point in evaluation.curves:
+        known = {name: value for name in COLUMNS if (value := getattr(point, name, None)) is not None}
+        rows.setdefault((point.policy, point.update), {}).update(known)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["arm", "step", *COLUMNS])
@@ -75,30 +68,23 @@ def curves(evaluation: Evaluation, trainings: Mapping[str, Training]) -> str:
     return out.getvalue()
 
 
-def _ended(known: Mapping[str, Measured]) -> Json:
+def _ended(policy: Policy) -> Json:
     """Return a policy's metrics with their intervals."""
-    from rrlhf.judging.calibration import Estimate
-    from rrlhf.tools.reporting.intervals import mean_interval
+    from rrlhf.judging.calibration import mean_interval  # here: it imports torch, and a run with nothing to do does not
 
-    found: dict[str, float] = {}
-    for name in COMPARED:
-        if name in known:
-            low, high = mean_interval(Estimate(**known[name]))
-            found |= {name: known[name]["mean"], f"{name}_low": low, f"{name}_high": high}
-    return _flat(found)
+    known = {name: policy.metrics[name] for name in COMPARED if name in policy.metrics}
+    return _with_bounds({name: (value.mean, *mean_interval(value)) for name, value in known.items()})
 
 
 def _ranked(model: RewardJudgement) -> Json:
     """Return a reward model's accuracies, by reading; a single head has one."""
-    found: dict[str, float] = {}
-    for reading, share in model["accuracy"].items():
-        name = "accuracy" if reading == model["name"] else f"{_word(reading)}_accuracy"
-        found |= {name: share["mean"], f"{name}_low": share["low"], f"{name}_high": share["high"]}
-    return _flat(found)
+    names = {name: "accuracy" if name == model.name else f"{_word(name)}_accuracy" for name in model.accuracy}
+    return _with_bounds({names[name]: (share.mean, share.low, share.high) for name, share in model.accuracy.items()})
 
 
-def _flat(numbers: Mapping[str, float]) -> Json:
-    return {name: _short(value) for name, value in numbers.items() if math.isfinite(value)}
+def _with_bounds(known: Mapping[str, tuple[float, float, float]]) -> Json:
+    found = {f"{name}{end}": value for name, row in known.items() for end, value in zip(ENDS, row, strict=True)}
+    return {name: _short(value) for name, value in found.items() if math.isfinite(value)}
 
 
 def _short(value: float) -> float:

@@ -1,7 +1,6 @@
-"""The report's curves: what happened to each policy while it trained, as small SVG images that need no network.
+"""Every picture: a course as a line, an interval as a dot on a bar; no network, and nothing of pyplot's global state.
 
-Every chart is its own image, sized for one column of text, so that it stays readable on a phone. Raw updates are
-points; the line is the mean over three neighbouring updates, the same that the report's verdict reads.
+A chart of a page is its own SVG, sized for one column of text, so that it stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -13,39 +12,12 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple
 
 from rrlhf.judging.content import Measured
-
-NEIGHBOURS = 3  # updates that one smoothed value averages
-
-
-class Point(TypedDict):
-    """One PPO update of one arm: means over the responses that were sampled for it."""
-
-    policy: str
-    update: int
-    kl: float  # nats per response
-    proxy: float
-    sigma: float
-    words: float
-    second_opinion: float
-    heads: list[float]
-    gold: NotRequired[float]
-    gold_stderr: NotRequired[float]
-
-
-class Chosen(TypedDict):
-    """What the best of n gives at one n, by the reward of one arm: unbiased estimates, errors over prompts."""
-
-    policy: str
-    n: int
-    kl: float  # upper bound, nats per response
-    reward: Measured  # what decides
-    gold: NotRequired[Measured]
-
-
-Quantity = Literal["gold", "proxy", "sigma", "words", "second_opinion", "kl", "update", "gold_stderr"]
+from rrlhf.judging.evaluation import Evaluation, Point
+from rrlhf.tools.reporting.comparison import FIRST, METRICS
+from rrlhf.tools.reporting.differences import Quantity, gold_stderrs, having, neighbour_means, smoothed, values
 
 
 class Look(NamedTuple):
@@ -64,6 +36,15 @@ class Chart(NamedTuple):
     image: str  # data URI
 
 
+class Bar(NamedTuple):
+    """One interval and how it is drawn; without one, `half` is NaN."""
+
+    name: str
+    middle: float
+    half: float
+    look: Look
+
+
 REFERENCE_LOOK = Look("#595959", "o", "●")
 ARM_LOOKS = [
     Look("#D55E00", "o", "●"),
@@ -74,15 +55,7 @@ ARM_LOOKS = [
     Look("#56B4E9", "P", "✚"),
     Look("#000000", "X", "✖"),
 ]
-AXIS_LABELS: dict[Quantity, str] = {
-    "gold": "gold score",
-    "proxy": "proxy score",
-    "second_opinion": "second opinion",
-    "sigma": "σ of the reward",
-    "words": "words per response",
-    "kl": "√KL from the start (√nats)",
-    "update": "PPO update",
-}
+ACROSS: dict[Quantity, str] = {"kl": "√KL from the start (√nats)", "update": "PPO update"}
 PANELS: list[tuple[Quantity, Quantity, str, str]] = [
     ("gold", "kl", "Gold by distance", "What the judge says, the further a policy moves away from its start."),
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
@@ -92,164 +65,153 @@ PANELS: list[tuple[Quantity, Quantity, str, str]] = [
     ("sigma", "update", "Uncertainty of the reward", "Growth warns of responses unlike those the reward learned from."),
     ("words", "update", "Length of responses", "A policy that hacks its reward often ends in very short or long text."),
 ]
+BY_N: list[tuple[Literal["gold", "reward"], str, str]] = [
+    ("gold", "Gold by n", "What the judge says of the response that is chosen. A star marks each arm's peak."),
+    ("reward", "Reward by n", "What decides, each arm's own. It can only rise."),
+]
 
 
-def arm_looks(arms: Sequence[str]) -> dict[str, Look]:
-    """Give each trained arm its look, in order; an eighth arm starts over."""
-    return {name: ARM_LOOKS[i % len(ARM_LOOKS)] for i, name in enumerate(arms)}
+def looks_of(evaluation: Evaluation) -> dict[str, Look]:
+    """Give every policy its look: the start is grey, an eighth arm starts over."""
+    looks = {name: ARM_LOOKS[i % len(ARM_LOOKS)] for i, name in enumerate(evaluation.arms)}
+    return looks if evaluation.start is None else {evaluation.start: REFERENCE_LOOK, **looks}
 
 
-def courses(curves: Sequence[Point]) -> dict[str, list[Point]]:
-    """Group points by policy, in order of updates."""
-    grouped: dict[str, list[Point]] = {}
-    for point in sorted(curves, key=lambda point: point["update"]):
-        grouped.setdefault(point["policy"], []).append(point)
-    return {name: grouped[name] for name in dict.fromkeys(point["policy"] for point in curves)}
-
-
-def having(points: Sequence[Point], quantity: Quantity) -> list[Point]:
-    """Keep the points at which a quantity was measured and is finite."""
-    return [point for point in points if quantity in point and math.isfinite(point[quantity])]
-
-
-def neighbour_means(values: Sequence[float]) -> list[float]:
-    """Average every NEIGHBOURS values in a row; fewer values than that give one average of all."""
-    return [sum(window) / len(window) for window in _windows(values)]
-
-
-def neighbour_stderrs(stderrs: Sequence[float]) -> list[float]:
-    """Return the standard errors of `neighbour_means`, for independent values: sqrt(sum_i s_i^2) / n."""
-    return [math.hypot(*window) / len(window) for window in _windows(stderrs)]
-
-
-def progress_charts(
-    curves: Sequence[Point], looks: Mapping[str, Look], heldout_sigma: float | None = None
-) -> list[Chart]:
+def progress_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
     """Draw every panel for which some arm has numbers; sigma on held-out pairs is a line of its own."""
+    heldout = next((model.heads.sigma for model in evaluation.reward_models if model.heads), None)
     charts = []
-    for y, x, title, description in PANELS:
-        measured = {name: having(having(points, y), x) for name, points in courses(curves).items()}
-        if any(measured.values()):
-            level = heldout_sigma if y == "sigma" else None
-            said = f"{description} Dashed: on held-out pairs." if level is not None else description
-            charts.append(Chart(title, said, _progress_image(measured, looks, y, x, level)))
+    for y, x, title, said in PANELS:
+        arms = {name: having(points, y, x) for name, points in evaluation.courses.items()}
+        if not any(arms.values()):
+            continue
+        figure, axes = empty_chart(ACROSS[x], METRICS[y].axis)
+        if y == "sigma" and heldout is not None:
+            axes.axhline(heldout, color=REFERENCE_LOOK.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
+            said = f"{said} Dashed: on held-out pairs."
+        for name, points in arms.items():
+            across = positions(points, x)
+            draw_points(axes, across, values(points, y), looks[name])
+            judged = y == "gold" and x == "update"
+            halves = [2 * stderr for stderr in gold_stderrs(points)] if judged else None
+            draw_line(axes, neighbour_means(across), smoothed(points, y), looks[name], halves, star=judged)
+        charts.append(Chart(title, said, data_uri(figure)))
     return charts
 
 
-def head_charts(curves: Sequence[Point], looks: Mapping[str, Look]) -> list[Chart]:
+def head_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
     """Draw every head's score over updates, one chart per arm, all on the same scale."""
-    arms = {name: [point for point in points if point["heads"]] for name, points in courses(curves).items()}
-    scores = [score for points in arms.values() for point in points for score in point["heads"] if math.isfinite(score)]
-    if not scores:
-        return []
-    margin = 0.05 * (max(scores) - min(scores)) + 0.05
-    limits = (min(scores) - margin, max(scores) + margin)
-    return [
-        Chart(name, f"{len(points[0]['heads'])} heads", _heads_image(points, looks[name], limits))
-        for name, points in arms.items()
-        if points
-    ]
-
-
-def selection_charts(points: Sequence[Chosen], looks: Mapping[str, Look]) -> list[Chart]:
-    """Draw gold and the reward that decides against n: over-optimisation without any training."""
-    panels: list[tuple[Literal["gold", "reward"], str, str]] = [
-        ("gold", "Gold by n", "What the judge says of the response that is chosen. A star marks each arm's peak."),
-        ("reward", "Reward by n", "What decides, each arm's own. It can only rise."),
-    ]
+    arms = {name: [point for point in points if point.heads] for name, points in evaluation.courses.items()}
+    scores = [score for points in arms.values() for point in points for score in point.heads if math.isfinite(score)]
     charts = []
-    for quantity, title, description in panels:
-        told = {name: [p for p in points if p["policy"] == name] for name in dict.fromkeys(p["policy"] for p in points)}
-        known = {name: [(p["n"], p[quantity]) for p in some if quantity in p] for name, some in told.items()}
-        if any(known.values()):
-            said = f"{description} Shaded: two standard errors over prompts."
-            charts.append(Chart(title, said, _selection_image(known, looks, quantity)))
+    for name, points in arms.items():
+        if points and scores:
+            figure, axes = empty_chart(ACROSS["update"], "score of each head")
+            updates = [point.update for point in points]
+            for head in zip(*(point.heads for point in points), strict=True):
+                axes.plot(updates, head, color=looks[name].color, alpha=0.6, linewidth=1.2)
+            lowest = [min(point.heads) for point in points]
+            axes.plot(updates, lowest, color="#222222", linewidth=2.2, linestyle=(0, (4, 1.5)))
+            margin = 0.05 * (max(scores) - min(scores)) + 0.05
+            axes.set_ylim(min(scores) - margin, max(scores) + margin)
+            charts.append(Chart(name, f"{len(points[0].heads)} heads", data_uri(figure)))
     return charts
 
 
-def _selection_image(
-    arms: Mapping[str, list[tuple[int, Measured]]], looks: Mapping[str, Look], quantity: Literal["gold", "reward"]
-) -> str:
-    figure, axes = empty_chart("n (log scale)", "gold score" if quantity == "gold" else "reward")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
-    for name, points in arms.items():
-        look, across, up = looks[name], [n for n, _ in points], [found["mean"] for _, found in points]
-        wide = [2 * found["stderr"] for _, found in points]
-        axes.plot(across, up, color=look.color, linewidth=2)
-        axes.plot(across[-1:], up[-1:], look.marker, color=look.color, markersize=6)
-        low, high = [u - w for u, w in zip(up, wide, strict=True)], [u + w for u, w in zip(up, wide, strict=True)]
-        axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
-        if quantity == "gold":
-            peak = up.index(max(up))
-            axes.plot(across[peak], up[peak], "*", color=look.color, markersize=15, markeredgecolor="white")
-    return data_uri(figure)
+def selection_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
+    """Draw gold and the reward that decides against n: over-optimisation without any training."""
+    charts = []
+    for quantity, title, said in BY_N:
+        arms: dict[str, dict[int, Measured]] = {
+            name: {point.n: found for point in points if (found := getattr(point, quantity))}
+            for name, points in evaluation.selections.items()
+        }
+        if any(arms.values()):
+            figure, axes = empty_chart("n (log scale)", METRICS[quantity].axis)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
+            for name, found in arms.items():
+                means, halves = [one.mean for one in found.values()], [2 * one.stderr for one in found.values()]
+                draw_line(axes, [*found], means, looks[name], halves, star=quantity == "gold")
+                axes.plot([*found][-1:], means[-1:], looks[name].marker, color=looks[name].color, markersize=6)
+            charts.append(Chart(title, f"{said} Shaded: two standard errors over prompts.", data_uri(figure)))
+    return charts
 
 
-def _windows(values: Sequence[float]) -> list[Sequence[float]]:
-    starts = range(max(len(values) - NEIGHBOURS + 1, min(len(values), 1)))
-    return [values[start : start + NEIGHBOURS] for start in starts]
+def interval_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
+    """Draw every policy's mean with two standard errors on either side, for the metrics that tell most."""
+    charts = []
+    for metric in FIRST:
+        known = evaluation.measured(metric)
+        if len(known) > 1:
+            bars = [Bar(name, value.mean, 2 * value.stderr, looks[name]) for name, value in known.items()]
+            figure, axes = empty_chart("", "", (4.8, 0.7 + 0.35 * len(bars)))
+            draw_bars(axes, bars)
+            if evaluation.start in known:
+                axes.axvline(known[evaluation.start].mean, color=REFERENCE_LOOK.color, linewidth=1, linestyle=":")
+            charts.append(Chart(metric, METRICS[metric].meaning, data_uri(figure)))
+    return charts
 
 
-def _progress_image(
-    arms: Mapping[str, list[Point]], looks: Mapping[str, Look], y: Quantity, x: Quantity, level: float | None
-) -> str:
-    figure, axes = empty_chart(AXIS_LABELS[x], AXIS_LABELS[y])
-    if level is not None:
-        axes.axhline(level, color=REFERENCE_LOOK.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
-    for name, points in arms.items():
-        look = looks[name]
-        across, up = _positions(points, x), [point[y] for point in points]
-        smooth_across, smooth_up = neighbour_means(across), neighbour_means(up)
-        axes.plot(across, up, look.marker, color=look.color, alpha=0.35, markersize=4, markeredgewidth=0)
-        axes.plot(smooth_across, smooth_up, color=look.color, linewidth=2)
-        if y == "gold" and x == "update" and points:
-            _draw_band(axes, points, smooth_across, smooth_up, look)
-            peak = smooth_up.index(max(smooth_up))
-            axes.plot(
-                smooth_across[peak], smooth_up[peak], "*", color=look.color, markersize=15, markeredgecolor="white"
-            )
-    return data_uri(figure)
-
-
-def _draw_band(axes: Any, points: Sequence[Point], across: list[float], up: list[float], look: Look) -> None:
-    """Shade two standard errors on either side of smoothed gold."""
-    wide = [2 * stderr for stderr in neighbour_stderrs([point.get("gold_stderr", math.nan) for point in points])]
-    low, high = [u - w for u, w in zip(up, wide, strict=True)], [u + w for u, w in zip(up, wide, strict=True)]
-    axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
-
-
-def _positions(points: Sequence[Point], x: Quantity) -> list[float]:
+def positions(points: Sequence[Point], x: Quantity) -> list[float]:
     """Return where points stand on the horizontal axis: KL as its root, and noise below zero as zero."""
-    return [math.sqrt(max(point["kl"], 0)) if x == "kl" else float(point[x]) for point in points]
+    return [math.sqrt(max(value, 0)) if x == "kl" else value for value in values(points, x)]
 
 
-def _heads_image(points: Sequence[Point], look: Look, limits: tuple[float, float]) -> str:
-    figure, axes = empty_chart("PPO update", "score of each head")
-    updates = [point["update"] for point in points]
-    for scores in zip(*(point["heads"] for point in points), strict=True):
-        axes.plot(updates, scores, color=look.color, alpha=0.6, linewidth=1.2)
-    axes.plot(
-        updates, [min(point["heads"]) for point in points], color="#222222", linewidth=2.2, linestyle=(0, (4, 1.5))
-    )
-    axes.set_ylim(*limits)
-    return data_uri(figure)
+def draw_points(axes: Any, across: Sequence[float], up: Sequence[float], look: Look, size: float = 4) -> None:
+    """Draw what was measured, lightly."""
+    axes.plot(across, up, look.marker, color=look.color, alpha=0.35, markersize=size, markeredgewidth=0)
+
+
+def draw_line(
+    axes: Any,
+    across: Sequence[float],
+    up: Sequence[float],
+    look: Look,
+    halves: Sequence[float] | None = None,
+    *,
+    star: bool = False,
+    label: str | None = None,
+) -> None:
+    """Draw a line, shaded by so much on either side; with a star at its peak if asked."""
+    axes.plot(across, up, color=look.color, linewidth=2, label=label)
+    if halves is not None:
+        low, high = ([u + sign * half for u, half in zip(up, halves, strict=True)] for sign in (-1, 1))
+        axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
+    if star and up:
+        peak = up.index(max(up))
+        axes.plot(across[peak], up[peak], "*", color=look.color, markersize=15, markeredgecolor="white")
+
+
+def draw_bars(axes: Any, bars: Sequence[Bar], *, names: bool = True) -> None:
+    """Draw one interval a row, the first at the top."""
+    for row, bar in enumerate(bars):
+        half = 0.0 if math.isnan(bar.half) else bar.half
+        axes.errorbar(bar.middle, row, xerr=half, color=bar.look.color, marker=bar.look.marker, capsize=3)
+    axes.set_yticks(range(len(bars)) if names else [], [bar.name for bar in bars] if names else [])
+    axes.set_ylim(len(bars) - 0.5, -0.5)
 
 
 def empty_chart(across: str, up: str, size: tuple[float, float] = (4.8, 3.2)) -> tuple[Any, Any]:
-    """Return a figure of `size` inches and its axes, without pyplot: nothing global changes."""
+    """Return a figure of `size` inches and its axes."""
     from matplotlib.figure import Figure  # here, so that the terminal table does not wait for it
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
+    dress(axes, across, up)
+    return figure, axes
+
+
+def dress(axes: Any, across: str, up: str) -> None:
+    """Name the axes, and draw a grid and no frame."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_xlabel(across, fontsize=11)
     axes.set_ylabel(up, fontsize=11)
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across == AXIS_LABELS["update"]))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across in {ACROSS["update"], "rollout"}))
     axes.ticklabel_format(axis="x", scilimits=(-2, 5))  # a policy that hardly moved: labels would overlap
-    return figure, axes
 
 
 def write_study(folder: Path, name: str, study: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Path]:

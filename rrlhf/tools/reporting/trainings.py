@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.policy.health import EVENTS, Event
-from rrlhf.tools.reporting.plots import Chart, Look, data_uri, empty_chart, neighbour_means
+from rrlhf.tools.reporting.differences import neighbour_means
+from rrlhf.tools.reporting.plots import Chart, Look, data_uri, draw_line, draw_points, empty_chart
 from rrlhf.types import Metrics
 
 
@@ -65,25 +66,14 @@ def charts(trainings: Mapping[str, Training], looks: Mapping[str, Look]) -> list
     """Draw every panel for which some arm has numbers, with a dotted line where a detector fired."""
     drawn = []
     for metric, (title, description) in PANELS.items():
+        figure, axes = empty_chart("rollout", "", size=(2.9, 2.0))
+        axes.ticklabel_format(useOffset=False)
+        for name, training in trainings.items():
+            known = {row["step"]: row[metric] for row in training.rows if math.isfinite(row.get(metric, math.nan))}
+            draw_points(axes, [*known], [*known.values()], looks[name], size=3)
+            draw_line(axes, neighbour_means([*known]), neighbour_means([*known.values()]), looks[name])
+            for event in training.events:
+                axes.axvline(event.step, color=looks[name].color, linewidth=1.4, linestyle=":")
         if any(metric in row for training in trainings.values() for row in training.rows):
-            drawn.append(Chart(title, description, _image(trainings, looks, metric)))
+            drawn.append(Chart(title, description, data_uri(figure)))
     return drawn
-
-
-def _image(trainings: Mapping[str, Training], looks: Mapping[str, Look], metric: str) -> str:
-    figure, axes = empty_chart("rollout", "", size=(2.9, 2.0))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.label.set_size(10)
-    axes.ticklabel_format(useOffset=False)
-    for name, training in trainings.items():
-        look = looks[name]
-        measured = [row for row in training.rows if math.isfinite(row.get(metric, math.nan))]
-        _draw(axes, [row["step"] for row in measured], [row[metric] for row in measured], look)
-        for event in training.events:
-            axes.axvline(event.step, color=look.color, linewidth=1.4, linestyle=":")
-    return data_uri(figure)
-
-
-def _draw(axes: Any, across: Sequence[float], up: Sequence[float], look: Look) -> None:
-    axes.plot(across, up, look.marker, color=look.color, alpha=0.35, markersize=3, markeredgewidth=0)
-    axes.plot(neighbour_means(across), neighbour_means(up), color=look.color, linewidth=1.6)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rrlhf.files import write_if_new
+from rrlhf.judging.evaluation import Evaluation
 from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.tools.reporting import numbers
-from rrlhf.tools.reporting.evaluation import Evaluation
 from rrlhf.tools.reporting.trainings import Training
 
 

@@ -9,9 +9,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from rrlhf.files import write
+from rrlhf.judging.evaluation import Evaluation, read_evaluation
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.graph import DATA
@@ -20,7 +21,6 @@ from rrlhf.pipeline.plan import Planned, Project
 from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.server import database
-from rrlhf.tools.reporting.evaluation import Evaluation
 from rrlhf.tools.reporting.trainings import Training, health, training
 from rrlhf.tools.running.numbers import numbers_digests
 from rrlhf.types import Json
@@ -63,12 +63,6 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
     return Done({"ran": [], "folders": shown, "report": report}, artifacts, versions)
 
 
-def read_evaluation(project: Project, artifact: Artifact) -> Evaluation:
-    """Return the comparison that an artifact holds, with the profile's name."""
-    evaluation = json.loads((artifact.path / "evaluation.json").read_text(encoding="utf-8"))
-    return cast(Evaluation, evaluation | {"profile": project.profile})
-
-
 def report_file(project: Project) -> Path:
     """Return where a profile's report is written."""
     return project.root / "reports" / f"{project.profile}.html"
@@ -84,14 +78,15 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     """Print the comparison, what it says, what health saw, and the report's path; return them."""
     from rich.console import Console
 
-    from rrlhf.tools.reporting.report import samples, table
+    from rrlhf.tools.reporting import tables
+    from rrlhf.tools.reporting.comparison import samples, terminal_table
     from rrlhf.tools.reporting.verdict import verdict
 
-    evaluation = read_evaluation(project, artifacts["evaluate"])
+    evaluation = read_evaluation(artifacts["evaluate"].path)
     sentences = [*filter(None, [*verdict(evaluation), health(trainings_of(project, artifacts))])]
     shown = Shown(evaluation, sentences, str(report_file(project).relative_to(project.root)))
     console = Console(file=sys.stdout)
-    console.print(table(evaluation))
+    tables.show(terminal_table(evaluation), console)
     console.print(samples(evaluation))
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)

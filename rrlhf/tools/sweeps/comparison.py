@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
-from rrlhf.judging.calibration import Estimate, estimate
+from rrlhf.judging.calibration import estimate, mean_interval
 from rrlhf.judging.content import Measured
-from rrlhf.tools.reporting.intervals import mean_interval
-from rrlhf.tools.reporting.plots import Point
+from rrlhf.judging.evaluation import Point
+from rrlhf.tools.reporting.comparison import METRICS
 from rrlhf.types import Json
-
-METRICS = (
-    "gold", "second_opinion", "gold_at_length", "proxy", "reward", "sigma", "spread", "kl", "words", "repetition",
-    "finished",
-)  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -32,15 +29,29 @@ class Found(NamedTuple):
     alarm: int | None = None  # the update at which its training was first suspected of reward hacking
 
 
-class Group(TypedDict):
-    """One policy at one setting, over seeds."""
+@dataclass(frozen=True)
+class Setting:
+    """One policy at one setting, over seeds: what a row of any table is about."""
 
     policy: str
     settings: dict[str, Json]  # without seeds
+
+    @property
+    def name(self) -> str:
+        """The policy with the settings that change it."""
+        told = (f"{path.rpartition('.')[2]} {_plain(value)}" for path, value in self.settings.items())
+        return " ".join(filter(None, [self.policy, ", ".join(told)]))
+
+
+@dataclass(frozen=True)
+class Group(Setting):
+    """What was found of it."""
+
     found: list[Found]
 
 
-class Interval(TypedDict):
+@dataclass(frozen=True)
+class Interval:
     """A mean with its 95 % t-interval; bounds are None where there is one unit only."""
 
     mean: float
@@ -49,12 +60,16 @@ class Interval(TypedDict):
     n: int
     over: Literal["seeds", "prompts"]
 
+    @property
+    def half(self) -> float:
+        """Half of its width; NaN where there is none."""
+        return math.nan if self.high is None else self.high - self.mean
 
-class Row(TypedDict):
+
+@dataclass(frozen=True)
+class Row(Setting):
     """One row of the comparison."""
 
-    policy: str
-    settings: dict[str, Json]  # without seeds
     seeds: int  # points that it is made of
     diverged: int
     versions: list[str]
@@ -75,48 +90,41 @@ def grouped(found: Iterable[Found]) -> list[Group]:
     """Gather what was found by policy and setting, seeds together; a policy's settings stand together, in order."""
     groups: dict[str, Group] = {}
     for one in found:
-        told = {path: value for path, value in one.settings.items() if not is_seed(path)}
-        group = groups.setdefault(f"{one.policy} {told!r}", {"policy": one.policy, "settings": told, "found": []})
-        group["found"].append(one)
-    policies = list(dict.fromkeys(group["policy"] for group in groups.values()))
-    return sorted(groups.values(), key=lambda group: policies.index(group["policy"]))
+        settings = {path: value for path, value in one.settings.items() if not is_seed(path)}
+        groups.setdefault(f"{one.policy} {settings!r}", Group(one.policy, settings, [])).found.append(one)
+    policies = list(dict.fromkeys(group.policy for group in groups.values()))
+    return sorted(groups.values(), key=lambda group: policies.index(group.policy))
 
 
 def primary(rows: Iterable[Row]) -> str:
     """Return the metric that decides: gold where there is a judge."""
-    return "gold" if any("gold" in row["metrics"] for row in rows) else "proxy"
+    return "gold" if any("gold" in row.metrics for row in rows) else "proxy"
 
 
 def _row(group: Group) -> Row:
-    found = group["found"]
-    known = [one.metrics for one in found if one.metrics is not None]
-    names = [name for name in METRICS if any(name in metrics for metrics in known)]
-    return {
-        "policy": group["policy"],
-        "settings": group["settings"],
-        "seeds": len(found),
-        "diverged": len(found) - len(known),
-        "versions": [one.version for one in found if one.version],
-        "metrics": {name: _interval([metrics[name] for metrics in known if name in metrics]) for name in names},
-    }
+    known = [one.metrics for one in group.found if one.metrics is not None]
+    measured = {name: [metrics[name] for metrics in known if name in metrics] for name in METRICS}
+    return Row(
+        policy=group.policy,
+        settings=group.settings,
+        seeds=len(group.found),
+        diverged=len(group.found) - len(known),
+        versions=[one.version for one in group.found if one.version],
+        metrics={name: _interval(values) for name, values in measured.items() if values},
+    )
 
 
 def _interval(measured: Sequence[Measured]) -> Interval:
     """Return the interval over seeds where there are several, else the one over prompts."""
-    if len(measured) > 1:
-        found = estimate(torch.tensor([one["mean"] for one in measured], dtype=torch.float64))
-        return _with_bounds(found, "seeds")
-    [only] = measured
-    return _with_bounds(Estimate(only["mean"], only["stderr"], only["n"]), "prompts")
-
-
-def _with_bounds(found: Estimate, over: Literal["seeds", "prompts"]) -> Interval:
+    several = len(measured) > 1
+    means = torch.tensor([one.mean for one in measured], dtype=torch.float64)
+    found = estimate(means) if several else measured[0]
     low, high = mean_interval(found)
-    known = not math.isnan(low)
-    return {
-        "mean": found.mean,
-        "low": low if known else None,
-        "high": high if known else None,
-        "n": found.n,
-        "over": over,
-    }
+    over: Literal["seeds", "prompts"] = "seeds" if several else "prompts"
+    if math.isnan(low):
+        return Interval(found.mean, None, None, found.n, over)
+    return Interval(found.mean, low, high, found.n, over)
+
+
+def _plain(value: Json) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -25,11 +25,6 @@ class Point(NamedTuple):
     settings: dict[str, Json]
     overrides: dict[str, Json]
 
-    @property
-    def label(self) -> str:
-        """Name it by its settings."""
-        return " ".join(f"{path}={json.dumps(value)}" for path, value in self.settings.items())
-
 
 def parse_grid(texts: Iterable[str]) -> Grid:
     """Read "PATH=VALUE,VALUE,...", the values as YAML. Raises ParamsError with every mistake."""
@@ -74,16 +69,15 @@ def relevant(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> dict[s
     A setting does when two points that differ in nothing else make the policy differently, anywhere up to the data.
     """
     told = [_fingerprints(graph) for graph in graphs]
-    names = {node.name for graph in graphs for node in graph if node.arm or node.name == "sft"}
-    found: dict[str, list[str]] = {name: [] for name in sorted(names)}
+    names = sorted({node.name for graph in graphs for node in graph if node.arm or node.name == "sft"})
+    found: dict[str, list[str]] = {name: [] for name in names}
     for path in asked[0].settings:
-        alike: dict[str, list[dict[str, str]]] = {}
+        alike: dict[str, list[dict[str, str]]] = {}  # the points that differ in this setting alone
         for point, prints in zip(asked, told, strict=True):
-            others = {name: value for name, value in point.settings.items() if name != path}
-            alike.setdefault(json.dumps(others), []).append(prints)
-        for name, paths in found.items():
+            alike.setdefault(json.dumps(point.settings | {path: None}), []).append(prints)
+        for name in names:
             if any(len({prints.get(name) for prints in group}) > 1 for group in alike.values()):
-                paths.append(path)
+                found[name].append(path)
     return found
 
 
@@ -95,16 +89,16 @@ def shares(asked: Sequence[Point], graphs: Sequence[Sequence[Node]]) -> list[dic
     changes = relevant(asked, graphs)
     if len(asked) > 1 and not any(paths for name, paths in changes.items() if name != "sft"):
         raise ParamsError(f"{', '.join(asked[0].settings)}: no policy depends on it, so there is nothing to compare")
-    seen: set[str] = set()
+    seen: list[tuple[str, dict[str, Json]]] = []
     found = []
     for point, graph in zip(asked, graphs, strict=True):
-        new: dict[str, dict[str, Json]] = {}
-        for name in (node.name for node in graph if node.name in changes):
-            settings = {path: point.settings[path] for path in changes[name]}
-            mark = json.dumps([name, settings])
-            if mark not in seen:
-                new[name] = settings
-            seen.add(mark)
+        here = {name: {path: point.settings[path] for path in paths} for name, paths in changes.items()}
+        new = {
+            node.name: here[node.name]
+            for node in graph
+            if node.name in here and (node.name, here[node.name]) not in seen
+        }
+        seen += new.items()
         found.append(new)
     return found
 

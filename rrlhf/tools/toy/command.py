@@ -33,17 +33,17 @@ def toy(
     """
     from rich.console import Console
 
-    from rrlhf.tools.toy.show import table, verdict, write
-    from rrlhf.tools.toy.study import Setting, study
+    from rrlhf.tools.reporting.plots import write_study
+    from rrlhf.tools.reporting.tables import show
+    from rrlhf.tools.toy.study import Setting, figure, study, table, verdict
 
-    setting = Setting(seeds, steps, beta, heads, labelled, interaction)
-    found = study(setting)
-    write(found, out)
+    found = study(Setting(seeds, steps, beta, heads, labelled, interaction))
+    write_study(out, "toy", found.content(), {"toy": figure(found)})
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found.content(), indent=1))
         return
     console = Console()
-    console.print(table(found))
+    show(table(found), console)
     for sentence in verdict(found):
         console.print(sentence, highlight=False, markup=False)
     console.print(f"\npicture: {out / 'toy.png'}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,157 @@
+"""The comparison of policies as tables: METRICS says which numbers there are, what they mean, and where they stand."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from rich.table import Table as Drawn
+from rich.text import Text
+
+from rrlhf.judging.evaluation import Evaluation, Policy
+from rrlhf.tools.pages import visible
+from rrlhf.tools.reporting.tables import Table, figures
+
+
+class Metric(NamedTuple):
+    """One number of a policy. The order of METRICS is that of every table."""
+
+    meaning: str
+    stands: Literal["first", "where there is room", "on the page"] = "on the page"
+    axis: str = ""  # its label in a chart
+
+
+METRICS = {
+    "gold": Metric(
+        "Score by an independent judge that no policy is trained against: the nearest thing here to real quality.",
+        "first",
+        "gold score",
+    ),
+    "second_opinion": Metric(
+        "Score by a second judge, of another make, that no policy is trained against either.",
+        "where there is room",
+        "second opinion",
+    ),
+    "gold_at_length": Metric(
+        "Gold at the start's length: what mere length gains or loses is taken off.", "where there is room"
+    ),
+    "proxy": Metric(
+        "Score by the single reward head, which plain PPO is trained to please. High with low gold: hacking.",
+        "first",
+        "proxy score",
+    ),
+    "reward": Metric("The reward that this arm was trained on or chooses by.", "where there is room", "reward"),
+    "nominal": Metric("Score by the most confident head of the ensemble."),
+    "worst": Metric("Score by whichever head likes the response least."),
+    "mean": Metric("Average score over the heads of the ensemble."),
+    "spread": Metric("How much the heads disagree about a response (standard deviation). High: they are guessing."),
+    "sigma": Metric(
+        "How unsure the ensemble is of a score: its standard deviation. High: far from what it learned from.",
+        "where there is room",
+        "σ of the reward",
+    ),
+    "kl": Metric(
+        "How far the policy moved from its start, in nats per response. 0: not at all. Best of n: at most.", "first"
+    ),
+    "words": Metric("Words per response.", "first", "words per response"),
+    "repetition": Metric("Share of words that occurred before in the same response, 0 to 1.", "where there is room"),
+    "finished": Metric(
+        "Share of responses that came to an end instead of being cut off, 0 to 1.", "where there is room"
+    ),
+    "relevance": Metric("A part of gold: how near a response is to its topic, 0 to 1."),
+    "tone": Metric("A part of gold: from -1, cold, to 1, warm."),
+    "nonwords": Metric("A part of gold that costs: share of words that are no English where they stand, 0 to 1."),
+    "gibberish": Metric(
+        "A part of gold that costs: how unlikely the text is to the untouched base model, 0 to 1.",
+        "where there is room",
+    ),
+}
+FIRST = [name for name, metric in METRICS.items() if metric.stands == "first"]  # as many as a terminal is wide
+MOST_COLUMNS = 4  # policies that stand side by side in a terminal of 80 characters
+SAMPLES = 3  # prompts whose answers stand in the terminal
+
+
+class Row(NamedTuple):
+    """One metric of the comparison; a cell per policy."""
+
+    name: str
+    metric: Metric
+    cells: list[str]
+
+
+def rows(evaluation: Evaluation) -> list[Row]:
+    """Return a row for every metric that some policy has: first the known ones in order, then any others."""
+    present = [name for policy in evaluation.policies for name in policy.metrics]
+    found = []
+    for name in dict.fromkeys([*(name for name in METRICS if name in present), *present]):
+        known = evaluation.measured(name)
+        best = max(known, key=lambda policy: known[policy].mean, default=None) if name == "gold" else None
+        cells = [
+            f"{'★ ' if policy.name == best else ''}{figures(known[policy.name])}" if policy.name in known else "–"
+            for policy in evaluation.policies
+        ]
+        value = Metric(f"Value of the reward function {name.removeprefix('function_')}.", "where there is room")
+        found.append(Row(name, METRICS.get(name, value), cells))
+    return found
+
+
+def terminal_table(evaluation: Evaluation) -> Table:
+    """Return the comparison for the terminal: mean ± standard error.
+
+    A few policies are columns; more of them are rows, since a terminal is only so wide.
+    """
+    title, policies = "mean ± standard error over prompts", evaluation.policies
+    if len(policies) <= MOST_COLUMNS:
+        header = ["", *(f"{policy.name}\n{reward_in_words(policy)}" for policy in policies)]
+        told = [row for row in rows(evaluation) if row.metric.stands != "on the page"]
+        return Table(title, header, [[row.name, *row.cells] for row in told])
+    told = [row for row in rows(evaluation) if row.name in FIRST]
+    names = [policy.name for policy in policies]
+    return Table(title, ["", *(row.name for row in told)], [*zip(names, *(row.cells for row in told), strict=True)])
+
+
+def wide_table(evaluation: Evaluation) -> Table:
+    """Return the whole comparison, a row for each policy; what a terminal shows comes first."""
+    told = sorted(rows(evaluation), key=lambda row: row.name not in FIRST)
+    trained = [reward_in_words(policy) for policy in evaluation.policies]
+    names = [policy.name for policy in evaluation.policies]
+    lines = zip(names, *(row.cells for row in told), trained, strict=True)
+    title = "mean ± standard error over prompts, ★ the highest gold"
+    return Table(title, ["policy", *(row.name for row in told), "trained on"], [*lines])
+
+
+def samples(evaluation: Evaluation) -> Drawn:
+    """Return what every policy answered to the first prompts, for the terminal."""
+    judged = any(answer.gold is not None for sample in evaluation.samples for answer in sample.responses.values())
+    shown = Drawn(title="the same prompts, answered by each", title_justify="left", show_header=False, expand=True)
+    shown.add_column(no_wrap=True)
+    shown.add_column(ratio=1)
+    shown.add_column(justify="right", no_wrap=True)
+    for sample in evaluation.samples[:SAMPLES]:
+        shown.add_row("", Text(visible(sample.prompt), style="bold"), "gold" if judged else "")
+        for name, answer in sample.responses.items():
+            gold = "" if answer.gold is None else f"{answer.gold:z.2f}"
+            shown.add_row(Text(visible(name)), Text(visible(" ".join(answer.text.split()))), gold)
+        shown.add_section()
+    return shown
+
+
+def reward_in_words(policy: Policy) -> str:
+    """Say which reward trained a policy; a mixture names both weights."""
+    reward, settings = policy.reward, dict(policy.settings)
+    plain = {
+        "none": "the start",
+        "preferences": "DPO: the preferences, no reward model",
+        "single": "one reward head",
+        "constant": "no reward",
+    }
+    words = plain.get(reward, f"{reward} of heads").replace("_", " ")
+    if "nominal_weight" in settings:
+        weight = settings.pop("nominal_weight")
+        words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
+    functions = "".join(f" {weight:+g} {path}" for path, weight in sorted(policy.functions.items()))
+    if functions and reward == "constant":
+        words, functions = functions.strip(), ""
+    if policy.n is not None:
+        words = f"best of {policy.n} by {words}"
+    rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
+    return f"{words}{rest}{functions}"
