@@ -34,7 +34,7 @@ from rrlhf.judging.calibration import (
 from rrlhf.judging.content import Calibration, Coverage, GoldAgreement, Heads, RewardJudgement
 from rrlhf.losses import gaussian_log_odds
 from rrlhf.rewards.heads import Pairs, RewardHeads
-from rrlhf.robust import READINGS, Scores, difference_std, head_spread, joined, mean_reward
+from rrlhf.robust import READINGS, Scores, difference_std, head_spread, mean_reward
 from rrlhf.types import Metrics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
