@@ -108,7 +108,7 @@ def rrlhf_project(folder: Path, stages: int) -> list[str]:
 
 
 def fill(overrides: dict[str, str]) -> None:
-    """Make the data set by DVC, and an artifact that holds one small file for every other node."""
+    """Make an artifact that holds one small file for every node."""
     import yaml
 
     from rrlhf.environment import set_environment
@@ -116,15 +116,13 @@ def fill(overrides: dict[str, str]) -> None:
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.produce import produce
-    from rrlhf.pipeline.versioning.datasets import prepare_dataset
 
     root = Path.cwd()
     set_environment(root)
     changed = {name: yaml.safe_load(value) for name, value in overrides.items()}
     project = Project(root, "tiny", load_params(root, "tiny", changed))
-    document = project.document(project.nodes[0], {})
-    digests = {"data": prepare_dataset(root, project.place(document), document).digest}
-    for node in project.nodes[1:]:
+    digests: dict[str, str] = {}
+    for node in project.nodes:
 
         def compute(staged: Path, log: object, name: str = node.name) -> None:
             staged.mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +18,18 @@ from flows.pages import Pages
 from rrlhf.environment import find_root, set_environment
 from rrlhf.files import write
 from rrlhf.judging.evaluation import read_evaluation
-from rrlhf.pipeline.artifacts import Artifact, CopyError, git_commit
+from rrlhf.pipeline import dvc
+from rrlhf.pipeline.artifacts import Artifact, Store, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
 from rrlhf.pipeline.graph import DATA, Node
-from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.partial import Chosen, Part, chosen
-from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.produce import compare_again, produce
+from rrlhf.pipeline.plan import Planned, Project
+from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.stages import kind_of, telling
 from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
-from rrlhf.pipeline.versioning.datasets import digests, prepare_dataset, prepared, restorable
 from rrlhf.policy.health import DivergedError
 from rrlhf.progress import in_words, say
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
@@ -53,7 +52,6 @@ class Run:
     def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages) -> None:
         self.project, self.wanted, self.pages = project, wanted, pages
         self.tracking_id = ""  # of its run in MLflow, which one with nothing to do does without
-        self.dataset: Dataset | None = None
         self.artifacts: dict[str, Artifact] = {}
         self.made = made  # nodes that computed; all others were there already
         self.moved: list[str] = []  # aliases, in words
@@ -68,26 +66,25 @@ class Run:
     @property
     def digests(self) -> dict[str, str]:
         """Content digest of every node that is done."""
-        found = {name: artifact.digest for name, artifact in self.artifacts.items()}
-        return found | ({DATA: self.dataset.digest} if self.dataset else {})
+        return {name: artifact.digest for name, artifact in self.artifacts.items()}
 
     @property
     def summary(self) -> dict[str, Any]:
         """What ran, the folder of every result, and the report."""
         root = self.project.root
-        folders = {name: str(self.folder(name).relative_to(root)) for name in self.digests}
+        folders = {name: str(artifact.path.relative_to(root)) for name, artifact in self.artifacts.items()}
         return {"ran": self.made, "folders": folders, "report": self.report}
 
-    def folder(self, name: str) -> Path:
-        """Return the folder of a node that is done."""
-        return self.dataset.path if name == DATA and self.dataset else self.artifacts[name].path
+    def dataset_of(self, node: Node) -> Dataset | None:
+        """Return the data set that a node reads itself."""
+        return self.artifacts[DATA].dataset if DATA in node.inputs.values() else None
 
 
 class Started(NamedTuple):
     """A node whose task was handed to the task runner."""
 
     node: Node
-    key: str
+    planned: Planned
     future: PrefectFuture[State[None]]
 
 
@@ -124,13 +121,10 @@ def make(kind: str, run: Run) -> None:
     nodes = [node for node in run.project.nodes if kind_of(node.stage) == kind]
     at_once = run.project.params.launch.arms_at_once
     for together in (nodes[i : i + at_once] for i in range(0, len(nodes), at_once)):
-        mine = [node for node in together if takes_part(node, run)]
-        if kind == "prepare" and mine:
-            prepare(run.project.document(mine[0], {}), run)
-            run.project.check_columns(run.dataset)
-        elif mine:
-            finish([start(node, run, beside=len(together) - 1) for node in mine], run)
+        finish([start(node, run, beside=len(together) - 1) for node in together], run)
         run.pages.advance(run.digests)
+    if kind == "prepare" and DATA in run.artifacts:
+        run.project.check_columns(run.artifacts[DATA].path)
 
 
 @contextmanager
@@ -149,134 +143,94 @@ def tracked(run: Run, name: str) -> Iterator[None]:
         tracker.finish_flow(run.tracking_id, status)
 
 
-def takes_part(node: Node, run: Run) -> bool:
-    """Whether a node belongs to this run: it may compute, or is there already, or can be brought back.
+def start(node: Node, run: Run, beside: int) -> Started | None:
+    """Decide for a node, and hand it to the task runner; None when it is left out of this run.
 
-    Raises FileNotFoundError when it may compute but lacks an input.
+    Raises TamperedError when its artifact is there and was changed, FileNotFoundError when it lacks an input.
     """
-    missing = set(node.inputs.values()) - set(run.digests)
-    if node.name in run.wanted.allowed:
-        if missing:
-            raise FileNotFoundError(f"{node.name} needs {', '.join(sorted(missing))}, which this run leaves out")
-        return True
-    if missing:
-        return False
-    document = run.project.document(node, run.digests)
-    if node.name == DATA:
-        place = run.project.place(document)
-        there = prepared(run.project.root, place, document) or restorable(run.project.root, place, document)
-        return there is not None
-    return found(node, key_digest(document), run) is not None
-
-
-@task(task_run_name=DATA, cache_policy=NO_CACHE, persist_result=False)
-def prepare(document: Document, run: Run) -> State[None]:
-    """Have the data set ready: DVC decides whether its stage runs."""
-    project = run.project
-    place, key = project.place(document), key_digest(document)
-    run.dataset = prepared(project.root, place, document)
-    why = "" if run.dataset else reasons_of(project.nodes[0], document, key, run)
-    if run.dataset and DATA in run.wanted.forced:
-        why = "forced; "
-        compare_again(project, DATA, document, {}, digests(project.root, run.dataset.path))
-        run.made.append(DATA)
-    elif run.dataset is None:
-        run.dataset = prepare_dataset(project.root, place, document)
-        run.made.append(DATA)
-    return ended(DATA, run, f"{why}{run.dataset.name} {run.dataset.digest}")
-
-
-def ended(name: str, run: Run, said: str) -> State[None]:
-    """Return the state that Prefect's pages and log show: Cached where a result was found, and what is said of it."""
-    return Completed(message=said) if name in run.made else Completed(name="Cached", message=said)
-
-
-def start(node: Node, run: Run, beside: int) -> Started:
-    """Hand a node to the task runner; raises TamperedError when its artifact is there and was changed."""
-    document = run.project.document(node, run.digests)
-    key = key_digest(document)
-    there, forced = found(node, key, run), node.name in run.wanted.forced
-    why = "forced; " if forced else "" if there else reasons_of(node, document, key, run)
-    return Started(
-        node, key, produced.with_options(task_run_name=node.name).submit(key, node, document, run, beside, why)
-    )
-
-
-def reasons_of(node: Node, document: Document, key: str, run: Run) -> str:
-    """Say why a node computes, before its result is told."""
-    return "".join(f"{reason}; " for reason in run.project.reasons(node, document, key)[:MOST_REASONS])
-
-
-def found(node: Node, key: str, run: Run) -> Artifact | None:
-    """Return a result that is in the store, unchanged, or could be brought back to it.
-
-    A registered copy that is not what was registered is warned of, and does as if it was not there.
-    """
-    try:
-        return run.project.store.checked(node.stage, key) or run.tracker.bring_back(run.project.store, node.stage, key)
-    except CopyError as error:
-        say(f"{node.name}  {error}; it is left alone")
+    planned = run.project.decide(node, run.digests, run.wanted)
+    if planned.action == "skip":
         return None
+    if planned.action == "upstream":
+        raise FileNotFoundError(f"{node.name} comes {planned.reasons[0]}, which this run leaves out")
+    task = have.with_options(task_run_name=node.name)
+    return Started(node, planned, task.submit(node, planned, run, beside))
 
 
-def finish(started: Iterable[Started], run: Run) -> None:
+def finish(started: Iterable[Started | None], run: Run) -> None:
     """Wait for all, so that one failure does not lose the others' results, and then take every result."""
-    everything = list(started)
+    everything = [one for one in started if one]
     diverged: list[str] = []
     wait([one.future for one in everything])
-    for node, key, future in everything:
+    for one in everything:
         try:
-            future.result()
+            one.future.result()
         except DivergedError as error:
-            diverged.append(f"{node.name} {error}")
+            diverged.append(f"{one.node.name} {error}")
             continue
-        take(node, key, run)
+        take(one, run)
     if diverged:
         raise DivergedError("\n".join(diverged))
 
 
-def take(node: Node, key: str, run: Run) -> None:
-    """Add a finished result to a run."""
-    artifact = run.project.store.find(node.stage, key)
-    if artifact is None:
-        raise FileNotFoundError(f"{run.project.store.folder(node.stage, key)} vanished while the flow ran")
-    run.artifacts[node.name] = artifact
+def take(one: Started, run: Run) -> None:
+    """Add a finished result to a run; one that could not be brought back, and may not be made, is left out."""
+    artifact = run.project.store.find(one.node.stage, str(one.planned.key))
+    if artifact:
+        run.artifacts[one.node.name] = artifact
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def produced(key: str, node: Node, document: Document, run: Run, beside: int, why: str) -> State[None]:
-    """Run one stage and publish its artifact, unless another run just did; compare the two when that is forced."""
+def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
+    """Carry out what was decided for a node: reuse its result, bring it back, or compute it, and compare if forced.
+
+    DVC keeps copies of data sets, MLflow those of all others.
+    """
     check_stop()  # an arm may start after Ctrl-C
-    project = run.project
+    project, is_data = run.project, node.name == DATA
 
     def compute(staged: Path, log: Log) -> None:
-        inputs = {argument: run.folder(name) for argument, name in node.inputs.items()}
-        launch, limits = project.params.launch, project.params.limits
-        execute(document, inputs=inputs, out=staged, log=log, launch=launch, beside=beside, max_cut=limits.max_cut)
+        document = project.document(node, run.digests)
+        inputs = {argument: run.artifacts[name].path for argument, name in node.inputs.items()}
+        launch, max_cut = project.params.launch, 1.0 if is_data else project.params.limits.max_cut  # data cuts nothing
+        execute(document, inputs=inputs, out=staged, log=log, launch=launch, beside=beside, max_cut=max_cut)
 
-    artifact, computed = produce(
-        project.store,
-        node.name,
-        document,
+    def recorded(staged: Path) -> AbstractContextManager[Log]:
+        if is_data:
+            return nullcontext(lambda row: None)
+        return run.tracker.stage_run(run.tracking_id, node, str(planned.key), staged)
+
+    def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
+        return (dvc if is_data else run.tracker).bring_back(store, stage, key)
+
+    artifact, computed = carry_out(
+        project,
+        node,
+        planned,
+        run.wanted,
+        run.digests,
         compute,
-        recorded=lambda staged: run.tracker.stage_run(run.tracking_id, node, key, staged),
-        force=node.name in run.wanted.forced,
-        dataset=about(run.dataset, project.params.prepare) if run.dataset else {},
-        input_keys={argument: run.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
-        profile=project.profile,
+        bring_back=bring_back,
+        recorded=recorded,
+        dataset={} if is_data else about(run.artifacts[DATA].dataset, project.params.prepare),
+        input_keys={argument: run.artifacts[name].key for argument, name in node.inputs.items()},
     )
+    if artifact is None:
+        return Completed(name="Cached", message=f"left out: {planned.reasons[0]}, in vain")
+    if is_data and (computed or not dvc.pointer(artifact.path).exists()):
+        dvc.keep(project.root, artifact.path)
+    numbers = telling(node.stage, artifact.metrics) or "made"
     if computed:
         run.made.append(node.name)
-    manifest, numbers = artifact.manifest, telling(node.stage, artifact.metrics) or "made"
-    if computed:
-        return ended(node.name, run, f"{why}{numbers} in {in_words(manifest['seconds'])}")
-    return ended(node.name, run, f"{numbers}, made {manifest['created']}")
+        why = "".join(f"{reason}; " for reason in planned.reasons[:MOST_REASONS])
+        return Completed(message=f"{why}{numbers} in {in_words(artifact.manifest['seconds'])}")
+    return Completed(name="Cached", message=f"{numbers}, made {artifact.manifest['created']}")
 
 
 def register_all(run: Run) -> str | None:
-    """Make sure that MLflow knows every result; return the path of the report, if there is a comparison."""
+    """Make sure that MLflow knows every model; return the path of the report, if there is a comparison."""
     for node in run.project.nodes:
-        if node.name in run.artifacts:
+        if node.name in run.artifacts and node.name != DATA:
             register.with_options(task_run_name=f"register-{node.name}")(node, run)
     stay = "aliases stay with the settings as they stand; --take-aliases gives them to the models of this run"
     for line in run.moved or ([] if run.project.takes_aliases else [stay]):
@@ -288,8 +242,7 @@ def register_all(run: Run) -> str | None:
 def register(node: Node, run: Run) -> State[None]:
     """Make sure that MLflow knows an artifact, its metrics and its inputs; never trains."""
     project, artifact = run.project, run.artifacts[node.name]
-    dataset = run.dataset if DATA in node.inputs.values() else None
-    aliases = project.aliases_of(node)
+    aliases, dataset = project.aliases_of(node), run.dataset_of(node)
     made = run.tracker.register(artifact, dataset, profile=project.profile, aliases=aliases, parent=run.tracking_id)
     if made is None:
         return Completed(message="its run and files")
@@ -307,7 +260,7 @@ def report(run: Run) -> str:
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(run.artifacts["evaluate"].path)
-    ancestry = load(project.root, run.tracker.versions(), project.profile, strict=False)
+    ancestry = load(project.root, run.tracker.versions(), project.profile)
     candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(
@@ -349,7 +302,7 @@ def _facts(run: Run) -> dict[str, str]:
     times = {f"seconds for {name}": f"{item.manifest['seconds']:g}" for name, item in run.artifacts.items()}
     return {
         "git commit": str(last["git_commit"]),
-        "data set": run.dataset.digest if run.dataset else "",
+        "data set": run.artifacts[DATA].digest,
         "made": last["created"],
         "hardware": ", ".join(f"{name} {value}" for name, value in last["hardware"].items()),
         **{f"cut in {name}": told for name, item in run.artifacts.items() if (told := cut_in_words(item.metrics))},

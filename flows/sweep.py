@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.run import Run, prepare, start, take
+from flows.run import Run, start, take
 from rrlhf.config import Params
 from rrlhf.environment import find_root, set_environment
 from rrlhf.judging.evaluation import read_evaluation
@@ -36,7 +36,7 @@ from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
 from rrlhf.tools.sweeps.show import Sweep, as_markdown, print_tables, write
 from rrlhf.types import Json
 
-ORDER = tuple(dict.fromkeys(kind_of(stage) for stage in STAGES if stage != "prepare"))
+ORDER = tuple(dict.fromkeys(kind_of(stage) for stage in STAGES))
 User = tuple[Run, Node]
 
 
@@ -83,8 +83,6 @@ def sweep(
     for part in parts:
         part.project.check_sources(fetch=True)
     with grouped(profile, given, params, parts) as (runs, parent):
-        for run in runs:
-            prepare(run.project.document(run.project.nodes[0], {}), run)
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
         found = list(findings(runs, parts, register_all(runs)))
@@ -150,16 +148,18 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
                 users.setdefault(key, []).append((run, readable))
     keys = list(users)
     for together in (keys[i : i + at_once] for i in range(0, len(keys), at_once)):
-        started = {key: start(users[key][0][1], users[key][0][0], beside=len(together) - 1) for key in together}
-        wait([one.future for one in started.values()])
-        for key, one in started.items():
+        started = [(key, start(users[key][0][1], users[key][0][0], beside=len(together) - 1)) for key in together]
+        wait([one.future for _, one in started if one])
+        for key, one in started:
+            if one is None:
+                continue
             try:
                 one.future.result()
             except DivergedError as error:
                 print(f"{one.node.name} {error}", file=sys.stderr, flush=True)
                 continue
             for run, node in users[key]:
-                take(node, key, run)
+                take(one._replace(node=node), run)
 
 
 def reading_what_is_there(node: Node, run: Run) -> Node | None:
@@ -178,10 +178,11 @@ def register_all(runs: Sequence[Run]) -> dict[str, str]:
     for run in runs:
         for node in run.project.nodes:
             artifact = run.artifacts.get(node.name)
-            if artifact is None or artifact.key in versions:
+            if artifact is None or artifact.key in versions or node.name == DATA:
                 continue
-            dataset = run.dataset if DATA in node.inputs.values() else None
-            made = run.tracker.register(artifact, dataset, profile=run.project.profile, parent=run.tracking_id)
+            made = run.tracker.register(
+                artifact, run.dataset_of(node), profile=run.project.profile, parent=run.tracking_id
+            )
             versions[artifact.key] = f"{made.name}/{made.version}" if made else ""
     return versions
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rrlhf.environment import find_root, set_environment
-from rrlhf.pipeline.versioning.setup import follow_git
+from rrlhf.pipeline.dvc import follow_git
 from rrlhf.tools.chatting.command import chat
 from rrlhf.tools.command_line import USAGE, end, mendable, mending
 from rrlhf.tools.judging.command import evaluate_reward
@@ -23,7 +23,6 @@ from rrlhf.tools.running.command import accept, plan, relocate, report, run, sta
 from rrlhf.tools.signing.command import keygen, sign
 from rrlhf.tools.sweeps.command import experiment, sweep
 from rrlhf.tools.toy.command import toy
-from rrlhf.tools.versioning import key, prepare
 
 
 def serve(
@@ -64,8 +63,6 @@ app = typer.Typer(
 )
 for _command in COMMANDS:
     app.command(help=_paragraphs(_command))(mendable(_command))
-for _called_by_dvc in (key, prepare):
-    app.command(hidden=True)(mendable(_called_by_dvc))
 
 
 def main() -> None:

@@ -53,11 +53,11 @@ class Memory:
 class Memo:
     """Digests by path, from memory while the file is unchanged."""
 
-    def __init__(self, path: Path, algorithm: str = "sha256") -> None:
-        self._memory, self._algorithm = Memory(path), algorithm
+    def __init__(self, path: Path) -> None:
+        self._memory = Memory(path)
 
-    def digest(self, path: Path, expected: str | None = None) -> str:
-        """Return the file's digest in hex.
+    def sha256(self, path: Path, expected: str | None = None) -> str:
+        """Return the file's sha256 in hex.
 
         expected: what the file should have; when memory says otherwise, memory may be wrong, and the file is read.
         """
@@ -65,15 +65,11 @@ class Memo:
         known = self._memory.known.get(name)
         if mark and known and known[:4] == mark and expected in {None, known[4]}:
             return str(known[4])
-        digest = file_digest(path, self._algorithm)
+        digest = sha256(path)
         if mark:
             self._memory.known[name] = [*mark, digest]
             self._memory.grew = True
         return digest
-
-    def sha256(self, path: Path, expected: str | None = None) -> str:
-        """Return the file's sha256 in hex; see `digest`."""
-        return self.digest(path, expected)
 
     def forget(self, folder: Path) -> None:
         """Have the files in a folder read again."""
@@ -95,12 +91,7 @@ class Memo:
         self._memory.save()
 
 
-def file_digest(path: Path, algorithm: str) -> str:
-    """Return a file's digest in hex; md5 only where DVC asks for it."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-
-
 def sha256(path: Path) -> str:
     """Return the sha256 of a file, in hex."""
-    return file_digest(path, "sha256")
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -32,7 +32,7 @@ class Preference(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A prepared data set: folder of parquet files, and the digest by which DVC versions it ("md5:<hex>.dir")."""
+    """A prepared data set: the folder of its tables, and the digest of its content."""
 
     name: str
     path: Path

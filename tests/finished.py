@@ -6,6 +6,7 @@ import pytest
 
 from rrlhf.environment import set_environment
 from rrlhf.files import clear
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import key_digest
@@ -14,7 +15,6 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import aliases_of
 from rrlhf.pipeline.tracking import Tracker
-from rrlhf.pipeline.versioning.datasets import prepare_dataset
 
 
 @contextmanager
@@ -35,31 +35,34 @@ class Finished:
         self.tracker = Tracker.connect(root, "rrlhf")
         self.artifacts = {}
         project = self.project
-        data, *models = project.nodes
-        document = project.document(data, {})
-        self.data = prepare_dataset(root, project.place(document), document)
-        for node in models:
+        for node in project.nodes:
             self._make(project, node)
-            dataset = self.data if DATA in node.inputs.values() else None
+        dvc.keep(root, self.data.path)
+        for node in project.nodes[1:]:
+            dataset = self.data.dataset if DATA in node.inputs.values() else None
             aliases = aliases_of(node.arm, project.params.tracking.candidate)
             self.tracker.register(self.artifacts[node.name], dataset, profile="tiny", aliases=aliases)
 
     def _make(self, project, node):
-        folders = {DATA: self.data.path} | {name: made.path for name, made in self.artifacts.items()}
-        digests = {DATA: self.data.digest} | {name: made.digest for name, made in self.artifacts.items()}
+        digests = {name: made.digest for name, made in self.artifacts.items()}
         document = project.document(node, digests)
         staged = clear(project.store.staging(node.stage, key_digest(document)))
-        inputs = {argument: folders[name] for argument, name in node.inputs.items()}
+        inputs = {argument: self.artifacts[name].path for argument, name in node.inputs.items()}
         execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
         self.artifacts[node.name] = project.store.publish(
             node.name,
             document,
             staged,
             seconds=1.0,
-            dataset=about(self.data, project.params.prepare),
-            input_keys={argument: self.artifacts[name].key for argument, name in node.inputs.items() if name != DATA},
+            dataset=about(self.data.dataset, project.params.prepare) if node.inputs else {},
+            input_keys={argument: self.artifacts[name].key for argument, name in node.inputs.items()},
             profile="tiny",
         )
+
+    @property
+    def data(self):
+        """The data set."""
+        return self.artifacts[DATA]
 
     @property
     def project(self):

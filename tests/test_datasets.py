@@ -1,39 +1,63 @@
-"""DVC and the data sets: real DVC on rows that no model has to write."""
+"""Data sets, versioned by DVC: real DVC on rows that no model has to write."""
 
 import json
+import shutil
+from contextlib import nullcontext
 
 import pytest
+import yaml
 
 from rrlhf.environment import set_environment
 from rrlhf.located import ParamsError
-from rrlhf.pipeline.artifacts import TamperedError
+from rrlhf.pipeline import dvc
+from rrlhf.pipeline.accept import accept
+from rrlhf.pipeline.artifacts import CopyError, TamperedError
+from rrlhf.pipeline.former import former_digest
+from rrlhf.pipeline.keys import canonical, key_digest
+from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.versioning.datasets import PrepareError, prepare_dataset, prepared, restorable
-from rrlhf.pipeline.versioning.records import folder_digest, md5
+from rrlhf.pipeline.produce import carry_out
 
 ROWS = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 
 
 class Asked:
-    """A data set as a run with these overrides would ask for it."""
+    """A data set as a run with these overrides asks for it."""
 
-    def __init__(self, root, profile="tiny", **overrides):
+    def __init__(self, root, **overrides):
         self.root = root
-        project = Project(root, profile, load_params(root, profile, ROWS | overrides))
-        self.document = project.document(project.nodes[0], {})
-        self.place = project.place(self.document)
-
-    def make(self):
-        return prepare_dataset(self.root, self.place, self.document)
+        self.project = Project(root, "tiny", load_params(root, "tiny", ROWS | overrides))
+        self.node = self.project.nodes[0]
+        self.document = self.project.document(self.node, {})
+        self.folder = self.project.store.folder("prepare", key_digest(self.document))
 
     @property
-    def is_there(self):
-        return prepared(self.root, self.place, self.document)
+    def planned(self):
+        return self.project.decide(self.node, {}, chosen(Part(), self.project.nodes))
 
-    @property
-    def can_be_restored(self):
-        return restorable(self.root, self.place, self.document)
+    def have(self, bring_back=dvc.bring_back):
+        """Do what was decided; return the artifact, and whether it was computed."""
+
+        def compute(staged, log):
+            execute(self.document, inputs={}, out=staged, log=log, launch=self.project.params.launch)
+
+        wanted = chosen(Part(), self.project.nodes)
+        made, computed = carry_out(
+            self.project,
+            self.node,
+            self.planned,
+            wanted,
+            {},
+            compute,
+            bring_back=bring_back,
+            recorded=lambda staged: nullcontext(lambda row: None),
+            dataset={},
+            input_keys={},
+        )
+        dvc.keep(self.root, made.path)
+        return made, computed
 
 
 @pytest.fixture(scope="module")
@@ -52,100 +76,138 @@ def root(shared_project):
 @pytest.fixture(scope="module")
 def made(root):
     asked = Asked(root)
-    return asked, asked.make()
+    artifact, computed = asked.have()
+    assert computed
+    return asked, artifact
 
 
-def test_a_data_set_is_versioned(made):
-    asked, dataset = made
-    assert dataset.digest.startswith("md5:")
-    assert dataset.digest.endswith(".dir")
-    assert asked.is_there == dataset
+@pytest.fixture
+def missing(made):
+    """A data set whose folder is away; it is there again in the end, as it was."""
+    asked, artifact = made
+    known = dvc.pointer(artifact.path).read_text()
+    away = artifact.path.rename(asked.root / "away")
+    yield asked, artifact
+    shutil.rmtree(artifact.path, ignore_errors=True)
+    away.rename(artifact.path)
+    dvc.pointer(artifact.path).write_text(known)
 
 
-def test_making_it_again_runs_nothing(made, monkeypatch):
-    asked, dataset = made
-    stamp = (dataset.path / "summary.json").stat().st_mtime_ns
-    assert asked.make() == dataset
-    assert (dataset.path / "summary.json").stat().st_mtime_ns == stamp
+def test_a_data_set_is_an_artifact_that_dvc_versions(made):
+    asked, artifact = made
+    assert asked.project.data() == artifact
+    assert asked.planned.action == "reuse"
+    assert artifact.metrics["sft_rows"] > 0
+    [out] = yaml.safe_load(dvc.pointer(artifact.path).read_text())["outs"]
+    assert (out["path"], out["nfiles"]) == (artifact.key, len([*artifact.path.iterdir()]))
 
 
-def test_an_override_gets_a_place_of_its_own_and_a_version(root, made):
-    _, dataset = made
-    other = Asked(root, **{"seed": 2})
-    assert other.is_there is None
-    variant = other.make()
-    assert variant.path != dataset.path
-    assert variant.digest != dataset.digest
-    assert made[0].is_there == dataset
+def test_an_override_makes_another_beside_it(root, made):
+    other, computed = Asked(root, seed=2).have()
+    assert computed
+    assert other.digest != made[1].digest
+    assert dvc.pointer(other.path).exists()
+    assert made[0].planned.action == "reuse"
 
 
-def test_a_lost_data_set_is_brought_back_and_not_made_again(root, made):
-    asked, dataset = made
-    stamp = (dataset.path / "summary.json").read_bytes()
-    datasets_folder = dataset.path
-    for path in datasets_folder.iterdir():
-        path.unlink()
-    datasets_folder.rmdir()
-    assert asked.is_there is None
-    assert asked.can_be_restored == dataset
-    (root / "rows.jsonl").rename(root / "gone.jsonl")  # the command would fail now
+def test_a_lost_data_set_is_brought_back_and_not_made_again(missing):
+    asked, artifact = missing
+    planned = asked.planned
+    assert (planned.action, planned.digest) == ("restore", artifact.digest)
+    assert planned.reasons == ["artifact missing, kept by DVC"]
+    assert asked.have() == (artifact, False)
+
+
+def test_what_dvc_does_not_have_is_made_again(missing):
+    asked, artifact = missing
+    cache = (asked.root / ".dvc" / "cache").rename(asked.root / "cache")
     try:
-        assert asked.make() == dataset
+        assert (asked.planned.action, asked.planned.reasons) == ("run", ["artifact missing"])
+        again, computed = asked.have()
+        assert computed
+        assert again.digest == artifact.digest
     finally:
-        (root / "gone.jsonl").rename(root / "rows.jsonl")
-    assert (dataset.path / "summary.json").read_bytes() == stamp
+        shutil.rmtree(asked.root / ".dvc" / "cache", ignore_errors=True)
+        cache.rename(asked.root / ".dvc" / "cache")
 
 
-def test_going_back_to_old_settings_makes_nothing(root, made, monkeypatch):
-    asked, dataset = made
-    before = (root / "profiles" / "tiny.yaml").read_text()
-    project = Project(root, "tiny", load_params(root, "tiny", ROWS | {"prepare.limit": 40}))
-    document = project.document(project.nodes[0], {})
-    changed = prepare_dataset(root, asked.place, document)  # as if the profile itself had been edited
-    assert changed.digest != dataset.digest
-    assert asked.is_there is None
-    assert asked.can_be_restored == dataset
-    assert asked.make() == dataset
-    assert (root / "profiles" / "tiny.yaml").read_text() == before
+def test_a_copy_that_was_changed_is_never_brought_back(missing):
+    asked, artifact = missing
+    for path in (asked.root / ".dvc" / "cache" / "files").rglob("*"):
+        if path.is_file() and path.read_bytes() == (asked.root / "away" / "sft.parquet").read_bytes():
+            changed, sound = path, path.read_bytes()
+    changed.chmod(0o644)
+    changed.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    try:
+        with pytest.raises(CopyError, match=r"DVC's copy is not what was made: sft\.parquet: expected sha256"):
+            dvc.bring_back(asked.project.store, "prepare", artifact.key)
+        assert asked.have()[1]  # warned of, and made again
+    finally:
+        changed.write_bytes(sound)
 
 
 def test_a_changed_byte_is_found_and_named(made):
-    asked, dataset = made
-    path = dataset.path / "ppo.parquet"
+    asked, artifact = made
+    path = artifact.path / "ppo.parquet"
     sound = path.read_bytes()
     path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     try:
         with pytest.raises(TamperedError, match=r"ppo\.parquet.*\n.*nothing yet\n.*rm -r"):
-            _ = asked.is_there
+            _ = asked.planned
     finally:
         path.write_bytes(sound)
-    assert asked.is_there == dataset
+    assert asked.planned.action == "reuse"
 
 
-def test_a_failing_command_leaves_no_data_set(root, monkeypatch):
-    asked = Asked(root, **{"prepare.limit": 30})
-    monkeypatch.setitem(asked.document["params"]["prepare"], "source", "missing.jsonl")
-    with pytest.raises(PrepareError, match="the lines above say why"):
-        asked.make()
-    assert not asked.place.data.exists()
+def test_a_project_without_dvcs_files_is_told_before_anything_runs(project, monkeypatch):
+    monkeypatch.chdir(project)
+    (project / ".dvc" / "config").unlink()
+    with pytest.raises(ParamsError, match="copy the project with its hidden files"):
+        Project(project, "tiny", load_params(project, "tiny")).check_sources()
 
 
-def test_the_digest_is_the_one_that_dvc_computes(made):
-    _, dataset = made
-    files = {p.name: md5(p.read_bytes()) for p in dataset.path.iterdir()}
-    assert f"md5:{folder_digest(files)}" == dataset.digest
+@pytest.fixture
+def former(made, project, monkeypatch):
+    """A project of an earlier version: its data set lies in data/, and DVC's lock tells who made it."""
+    asked, artifact = made
+    monkeypatch.chdir(project)
+    shutil.copy(asked.root / "rows.jsonl", project)
+    data = project / "data" / "tiny"
+    shutil.copytree(artifact.path, data, ignore=shutil.ignore_patterns("artifact.json", "history.jsonl"))
+    text = canonical(asked.document | {"code": {"rrlhf.stages.prepare": "as it was"}})
+    (project / "data" / "tiny.key.json").write_text(text)
+    deps, outs = ([{"path": "x", "md5": digest}] for digest in (md5_of(text), former_digest(data)[4:]))
+    lock = {"schema": "2.0", "stages": {"prepare@tiny": {"cmd": "rrlhf prepare", "deps": deps, "outs": outs}}}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    return Asked(project), data
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "told"),
-    [
-        (".dvc/config", None, "copy the project with its hidden files"),
-        ("dvc.yaml", "stages: [", r"dvc\.yaml:2: not valid YAML"),
-        ("dvc.yaml", "", "expected a mapping"),
-        ("dvc.yaml", "stages: {prepare: 1}", "no list of profiles"),
-    ],
-)
-def test_what_dvc_lacks_is_told_by_a_plan(project, file, content, told):
-    (project / file).unlink() if content is None else (project / file).write_text(content)
-    with pytest.raises(ParamsError, match=told):
-        Project(project, "tiny", load_params(project, "tiny")).plan()
+def md5_of(text):
+    from hashlib import md5
+
+    return md5(text.encode()).hexdigest()
+
+
+def test_a_data_set_of_an_earlier_version_is_taken_over_with_what_was_made_from_it(former, made):
+    asked, data = former
+    assert "`rrlhf accept` takes over" in asked.planned.reasons[0]
+    project = Asked(asked.root).project
+    sft = project.nodes[1]
+    old = project.document(sft, {"data": former_digest(data)})
+    staged = project.store.staging("sft", "x")
+    staged.mkdir(parents=True)
+    (staged / "history.jsonl").write_text("")
+    project.store.publish("sft", old | {"code": {"rrlhf.stages.sft": "as it was"}}, staged, seconds=1.0)
+    accepted = [*accept(project, project.nodes[:2], "an upgrade", verify=False)]
+    assert [one.node for one in accepted] == ["data", "sft"]
+    assert project.data().digest == made[1].digest
+    assert dvc.pointer(asked.folder).exists()
+    data_, sft_, *_ = Asked(asked.root).project.plan()
+    assert (data_.action, sft_.action, sft_.reasons) == ("reuse", "reuse", ["accepted: an upgrade"])
+    assert [*accept(project, project.nodes[:2], "once more", verify=False)] == []
+
+
+def test_a_data_set_that_its_record_does_not_know_is_left_alone(former):
+    asked, data = former
+    (data / "summary.json").write_text("{}")
+    assert "never made here" in asked.planned.reasons[0]

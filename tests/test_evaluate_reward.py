@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from hashlib import md5
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +10,7 @@ from rrlhf.cli import app
 from rrlhf.data.tables import preferences, write_table
 from rrlhf.files import clear
 from rrlhf.pipeline.artifacts import Store
-from rrlhf.pipeline.keys import canonical, key_digest
+from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
@@ -30,20 +29,14 @@ def row(number):
 
 
 def prepared_by_hand(project, document):
-    """Put a data set there with the record that DVC keeps of one: no model has to write it."""
-    place = project.place(document)
-    place.data.mkdir(parents=True)
+    """Put a data set there: no model has to write it."""
+    staged = clear(project.store.staging("prepare", "by-hand"))
     for name, rows in {"preferences": range(40), "heldout": range(40, 60)}.items():
-        write_table(place.data, name, [row(n) for n in rows])
+        write_table(staged, name, [row(n) for n in rows])
     answers = [{"prompt": row(n)["prompt"], "response": row(n)["chosen"]} for n in range(8)]
-    write_table(place.data, "sft", answers)
-    files = [{"md5": md5(path.read_bytes()).hexdigest(), "relpath": path.name} for path in sorted(place.data.iterdir())]
-    digest = md5(json.dumps(files, sort_keys=True).encode()).hexdigest() + ".dir"
-    key = md5(canonical(document).encode()).hexdigest()
-    paths = [str(path.relative_to(project.root)) for path in (place.key, place.data)]
-    record = {"deps": [{"path": paths[0], "md5": key}], "outs": [{"path": paths[1], "md5": digest}]}
-    place.project.with_suffix(".lock").write_text(json.dumps({"schema": "2.0", "stages": {place.stage: record}}))
-    return project.dataset()
+    write_table(staged, "sft", answers)
+    (staged / "history.jsonl").write_text("")
+    return project.store.publish("data", document, staged, seconds=1.0, profile="tiny").dataset
 
 
 @pytest.fixture(scope="module")

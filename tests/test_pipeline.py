@@ -193,6 +193,13 @@ def test_without_a_server_a_run_with_nothing_to_do_starts_none_and_tells_the_sam
     ] == before
 
 
+def test_dvc_asks_for_a_data_set_by_the_same_command(first, shell):
+    alone = Shell(shell.root, {name: value for name, value in shell.environment.items() if name != "PREFECT_API_URL"})
+    assert "python -m rrlhf run --profile tiny --only data" in alone.dvc("repro", "prepare@tiny")
+    pointer = f"{first.folders['data']}.dvc"
+    assert alone.dvc("status", pointer) == "Data and pipelines are up to date.\n"
+
+
 def test_nothing_is_reported_that_is_not_so(first, shell):
     project = Project(shell.root, "tiny", load_params(shell.root, "tiny"))
     assert nothing_to_do(project, project.plan())

@@ -24,9 +24,9 @@ from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.produce import produce
+from rrlhf.pipeline.produce import carry_out
 
 PARAMS = load_params(Path(__file__).parents[1], "tiny")
 
@@ -244,30 +244,33 @@ def in_words(old, new):
 
 
 def run(world, forced):
-    """Do what the flow does, without Prefect: node by node, from the key to the result."""
-    project, digests, folders, ran, values = world.project(), {}, {}, [], {}
+    """Do what the flow does, without Prefect: decide for node after node, and carry it out."""
+    project, artifacts, ran = world.project(), {}, []
+    wanted = chosen(Part(force=tuple(forced)), project.nodes)
     for node in project.nodes:
-        document = project.document(node, digests)
-        project.store.checked(node.stage, key_digest(document))
-        inputs = {argument: folders[name] for argument, name in node.inputs.items()}
+        digests = {name: made.digest for name, made in artifacts.items()}
+        inputs = {argument: artifacts[name].path for argument, name in node.inputs.items()}
 
         def compute(staged, log, node=node, inputs=inputs):
             staged.mkdir(parents=True)
             (staged / HISTORY).write_text("")
             call(world.root, node, inputs, staged)
 
-        artifact, computed = produce(
-            project.store,
-            node.name,
-            document,
+        artifacts[node.name], computed = carry_out(
+            project,
+            node,
+            project.decide(node, digests, wanted),
+            wanted,
+            digests,
             compute,
+            bring_back=lambda store, stage, key: None,
             recorded=lambda staged: nullcontext(lambda row: None),
-            force=node.name in forced,
+            dataset={},
+            input_keys={},
         )
-        digests[node.name], folders[node.name] = artifact.digest, artifact.path
-        values[node.name] = json.loads((artifact.path / "value.json").read_text())
         ran += [node.name] if computed else []
-    return ran, values, folders
+    values = {name: json.loads((made.path / "value.json").read_text()) for name, made in artifacts.items()}
+    return ran, values
 
 
 def call(root, node, inputs, out):
@@ -405,7 +408,7 @@ def look_and_run(world, forced):
             run(world, forced)
         note_folders(world)
         return
-    ran, values, _ = run(world, forced)
+    ran, values = run(world, forced)
     assert (ran, values) == expected  # no false hit: every value is what a run from nothing would give
     surely = {name for name, action in planned.items() if action == "run"}
     perhaps = {name for name, action in planned.items() if action == "upstream"}

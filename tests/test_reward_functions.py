@@ -26,7 +26,7 @@ from rrlhf.policy.reward_functions import load_functions, metric_names
 from rrlhf.robust import AGGREGATIONS, Scores
 from rrlhf.sourcecode import code_behind
 from rrlhf.stages import best_of_n, evaluate, ppo
-from rrlhf.types import SUMMARY, Dataset
+from rrlhf.types import SUMMARY
 
 PROMPTS = [[{"role": "user", "content": "Say a"}], [{"role": "user", "content": "Say b"}]]
 OWN = {"my_rules", "checks", "broken", "script"}
@@ -126,12 +126,11 @@ def test_once_a_data_set_is_made_its_columns_are_held_against_the_arms(rules, tm
     rules("def solved(completions, solution): pass\n")
     arm = {"arms.robust.functions": {"my_rules:solved": 1.0}}
     project = Project(tmp_path, "tiny", load_params(Path(__file__).parents[1], "tiny", arm))
-    made = Dataset("hub", tmp_path, "md5:0.dir")
     (tmp_path / SUMMARY).write_text('{"columns": ["solution"]}')
-    project.check_columns(made)
+    project.check_columns(tmp_path)
     (tmp_path / SUMMARY).write_text('{"columns": ["level"]}')
     with pytest.raises(ParamsError, match=r"it needs solution; .* the data has the columns level"):
-        project.check_columns(made)
+        project.check_columns(tmp_path)
 
 
 def test_a_function_may_change_what_it_was_given(rules):
@@ -197,6 +196,8 @@ def test_a_run_tells_them_with_its_other_mistakes_before_it_computes(rules, tmp_
     chosen = {"arms.robust.functions": {"nowhere:f": 1}, "arms.single.functions": {"nowhere:f": 1, "my_rules:g": 1}}
     source = {"prepare.source": "nowhere.jsonl", "prepare.format": "rows"}
     rules("def f(**_): pass\n")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").touch()
     with pytest.raises(ParamsError) as error:
         Project(tmp_path, "tiny", load_params(Path(__file__).parents[1], "tiny", chosen | source)).check_sources()
     told = str(error.value).splitlines()

@@ -7,7 +7,6 @@ import json
 import sys
 import threading
 from contextlib import contextmanager
-from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from rrlhf.data.rows import FORMATS
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.models.sources import pinned_commit
-from rrlhf.pipeline.keys import canonical
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 
@@ -387,19 +385,13 @@ def test_a_function_s_column_is_asked_of_the_source_before_anything_runs(rrlhf, 
 
 
 def made_by_hand(project, changes, summary):
-    """Put a data set there with the record that DVC keeps of one."""
+    """Put a data set there that has no more than a summary."""
     found = Project(project, "tiny", load_params(project, "tiny", changes))
-    document = found.document(found.nodes[0], {})
-    place = found.place(document)
-    place.data.mkdir(parents=True)
-    (place.data / "summary.json").write_text(json.dumps(summary))
-    content = (place.data / "summary.json").read_bytes()
-    listed = json.dumps([{"md5": md5(content).hexdigest(), "relpath": "summary.json"}], sort_keys=True)
-    outs = [{"path": str(place.data.relative_to(project)), "md5": md5(listed.encode()).hexdigest() + ".dir"}]
-    deps = [{"path": "key.json", "md5": md5(canonical(document).encode()).hexdigest()}]
-    place.project.parent.mkdir(parents=True, exist_ok=True)
-    lock = {"schema": "2.0", "stages": {place.stage: {"deps": deps, "outs": outs}}}
-    place.project.with_suffix(".lock").write_text(json.dumps(lock))
+    staged = found.store.staging("prepare", "by-hand")
+    staged.mkdir(parents=True)
+    (staged / "summary.json").write_text(json.dumps(summary))
+    (staged / "history.jsonl").write_text("")
+    found.store.publish("data", found.document(found.nodes[0], {}), staged, seconds=1.0)
 
 
 def test_of_a_hub_data_set_the_columns_are_known_once_it_is_made(rrlhf, project):

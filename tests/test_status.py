@@ -76,23 +76,20 @@ A_RUN = """
 import sys, time
 from pathlib import Path
 from rrlhf.pipeline.partial import Part
-from rrlhf.pipeline.last_run import note_end, noted
+from rrlhf.pipeline.last_run import noted
 time.sleep(1)
 for ran in sys.argv[2:]:
     with noted(Path(sys.argv[1]), "tiny", {}, Part()) as names:
         names += filter(None, ran.split(","))
-time.sleep(1)
-note_end(Path(sys.argv[1]), "tiny")
 """
 
 
-def test_what_a_run_took_is_counted_from_the_start_of_its_process_to_its_end(tmp_path):
+def test_what_a_run_took_is_counted_from_the_start_of_its_process(tmp_path):
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", A_RUN, str(tmp_path), "sft"], check=True)
     whole = time.monotonic() - began
     found = last_run(tmp_path, "tiny")
-    assert 2 <= found["seconds"] <= whole
-    assert 1 <= found["start_up"] <= found["seconds"] - 0.9  # both are rounded
+    assert 1 <= found["start_up"] <= found["seconds"] <= whole + 0.1  # rounded
     subprocess.run([sys.executable, "-c", A_RUN, str(tmp_path), ""], check=True)  # nothing was to be done
     assert last_run(tmp_path, "tiny")["start_up"] == found["start_up"]
 

@@ -1,7 +1,8 @@
 """Results of other code taken as what the present code would make: on record, with the reason.
 
 A result that differs from what is wanted in its code alone gets a second key, that of the present code. Its files are
-the same; what was accepted, and why, stands in its manifest and card.
+the same; what was accepted, and why, stands in its manifest and card. Data sets that earlier versions of this package
+made, in data/, become artifacts in this way; models that name such a data set by its former digest are taken, too.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from rrlhf.located import UsageError
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import about
+from rrlhf.pipeline.former import take_over
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import Document, changes, key_digest
-from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.partial import chosen
+from rrlhf.pipeline.plan import EVERYTHING, Project
 from rrlhf.pipeline.produce import compare_again
-from rrlhf.pipeline.versioning.datasets import accept_dataset, digests, earlier_dataset
-from rrlhf.types import Json
 
 
 class Accepted(NamedTuple):
     """A node whose earlier result was accepted."""
 
     node: str
-    old: str  # key of the earlier result; of a data set its version
+    old: str  # key of the earlier result
     verified: bool
 
 
@@ -37,20 +39,25 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
     verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
     DifferentError when what was computed again is another result.
     """
-    known: dict[str, str] = {}
-    documents: dict[str, Document] = {}
+    take_over(project.store)
+    digests: dict[str, str] = {}
+    found: dict[str, Artifact | None] = {}  # None: has to be brought back
+    everything = chosen(EVERYTHING, project.nodes)
     for node in project.nodes:
-        if missing := sorted(set(node.inputs.values()) - set(known)):
+        if missing := sorted(set(node.inputs.values()) - set(digests)):
             if node in nodes:
                 raise UsageError(f"{node.name} reads {', '.join(missing)}, not up to date: accept or run that first")
             continue
-        documents[node.name] = document = project.document(node, known)
-        found = project.found(node, document)
-        if found is None and node in nodes:
-            one = _data if node.name == DATA else _model
-            yield one(project, node, documents, because, verify)
-            found = project.found(node, document)
-        known |= {node.name: found.digest} if found else {}
+        planned = project.decide(node, digests, everything)
+        if planned.action == "run" and node in nodes:
+            document = project.document(node, digests)
+            old = _earlier(project, node, document)
+            _publish(project, node, document, old, found, because, verify=verify)
+            yield Accepted(node.name, old.key, verify)
+            planned = planned._replace(digest=old.digest)
+        if planned.digest:
+            digests[node.name] = planned.digest
+            found[node.name] = project.store.find(node.stage, str(planned.key))
 
 
 def only_code(old: Document, new: Document) -> bool:
@@ -58,75 +65,58 @@ def only_code(old: Document, new: Document) -> bool:
     return {change.path[0] for change in changes(old, new)} <= {"code", "functions"}
 
 
-def _model(project: Project, node: Node, documents: Mapping[str, Document], because: str, verify: bool) -> Accepted:
-    store, document = project.store, documents[node.name]
-    key = key_digest(document)
-    made = (one for one in project.earlier if one.name == node.name)
-    old = next((one for one in made if only_code(one.manifest["document"], document)), None)
-    if old is None:
-        raise _none(project, node, document)
-    store.verify(old)
+def _earlier(project: Project, node: Node, document: Document) -> Artifact:
+    """Return the newest result that differs in code alone, checked."""
+    now = {former: made.digest for made in project.earlier if (former := made.manifest.get("formerly"))}
+    for old in (one for one in project.earlier if one.name == node.name):
+        inputs = {argument: now.get(digest, digest) for argument, digest in old.inputs.items()}
+        if only_code(old.manifest["document"] | {"inputs": inputs}, document):
+            project.store.verify(old)
+            return old
+    nearest = [reason for reason in project.closest(node, document)[0] if not reason.startswith("code: ")]
+    said = "; ".join(nearest) or "none is left here whole"
+    raise UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {said}")
+
+
+def _publish(
+    project: Project,
+    node: Node,
+    document: Document,
+    old: Artifact,
+    found: Mapping[str, Artifact | None],
+    because: str,
+    *,
+    verify: bool,
+) -> None:
+    """Publish an earlier result once more, under the key of the present code."""
+    store, key, data = project.store, key_digest(document), found.get(DATA)
+    read = {argument: artifact for argument, name in node.inputs.items() if (artifact := found[name])}
+    if away := [name for name in node.inputs.values() if found[name] is None]:
+        raise UsageError(f"{away[0]} has to be brought back first: rrlhf run --only {away[0]}")
     if store.notary:
         store.notary.check_making([node.name])
-    data = project.dataset()
-    read = {arg: _artifact(project, name, documents[name]) for arg, name in node.inputs.items() if name != DATA}
-    folders = {arg: artifact.path for arg, artifact in read.items()}
-    if DATA in node.inputs.values():
-        if data is None:
-            raise _away(DATA)
-        folders[DATA] = data.path
     with store.locked(key):
         if verify:
+            folders = {argument: artifact.path for argument, artifact in read.items()}
             compare_again(project, node.name, document, folders, old.manifest["files"])
         staged = store.staging(f"accept-{node.stage}", key)
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(old.path, staged, copy_function=os.link)
         for name in (CARD, MANIFEST, SIGNATURE):  # written anew
             (staged / name).unlink(missing_ok=True)
-        store.publish(
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        made = store.publish(
             node.name,
             document,
             staged,
             seconds=float(old.manifest["seconds"]),
-            dataset=about(data, project.params.prepare) if data else {},
-            input_keys={arg: artifact.key for arg, artifact in read.items()},
+            dataset=about(data.dataset, project.params.prepare) if data else {},
+            input_keys={argument: artifact.key for argument, artifact in read.items()},
             profile=project.profile,
             git_commit=old.manifest["git_commit"],
             hardware=old.manifest["hardware"],
-            accepted=_record(old.key, because, verify),
+            accepted={"from": old.key, "because": because, "verified": verify, "at": now},
+            formerly=str(old.manifest.get("formerly", "")),
         )
-    return Accepted(node.name, old.key, verify)
-
-
-def _data(project: Project, node: Node, documents: Mapping[str, Document], because: str, verify: bool) -> Accepted:
-    document = documents[DATA]
-    place = project.place(document)
-    old = earlier_dataset(project.root, lambda earlier: only_code(earlier, document))
-    if old is None:
-        raise _none(project, node, document)
-    if verify:
-        compare_again(project, DATA, document, {}, digests(project.root, old.path))
-    accept_dataset(project.root, place, old, document, _record(old.digest, because, verify))
-    return Accepted(DATA, old.digest, verify)
-
-
-def _none(project: Project, node: Node, document: Document) -> UsageError:
-    nearest = [reason for reason in project.closest(node, document)[0] if not reason.startswith("code: ")]
-    said = "; ".join(nearest) or "none is left here whole"
-    return UsageError(f"{node.name}: no result that is here differs in code alone; of the nearest: {said}")
-
-
-def _artifact(project: Project, name: str, document: Document) -> Artifact:
-    found = project.store.checked(document["stage"], key_digest(document))
-    if found is None:
-        raise _away(name)
-    return found
-
-
-def _away(name: str) -> UsageError:
-    return UsageError(f"{name} has to be brought back first: rrlhf run --only {name}")
-
-
-def _record(old: str, because: str, verified: bool) -> dict[str, Json]:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"from": old, "because": because, "verified": verified, "at": now}
+    if node.name == DATA:
+        dvc.keep(project.root, made.path)

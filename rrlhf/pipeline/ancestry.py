@@ -35,6 +35,7 @@ class Product:
     seconds: float = 0.0
     input_keys: Mapping[str, str] = field(default_factory=dict)  # argument -> key of the making that was read
     profile: str = ""  # for which it was made, where that is known
+    formerly: str = ""  # of a data set of an earlier version: by which digest older results name it
 
     @property
     def short(self) -> str:
@@ -77,7 +78,8 @@ class Graph:
         self._sources: dict[Product, list[Link]] = {}
         self._readers: defaultdict[Product, list[Link]] = defaultdict(list)
         for product in self.products:
-            self._of_content[product.digest].append(product)
+            for digest in filter(None, (product.digest, product.formerly)):
+                self._of_content[digest].append(product)
         for product in self.products:
             inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
             self._sources[product] = [Link(self._read(product, name, digest), name, product) for name, digest in inputs]
@@ -169,7 +171,7 @@ class Graph:
 
     def _beginning(self, start: str) -> list[Product]:
         """Return the newest product of each digest that begins so, or else those whose key does."""
-        newest = [same[0] for same in self._of_content.values()]
+        newest = dict.fromkeys(same[0] for same in self._of_content.values())
         found = [product for product in newest if product.digest.removeprefix("md5:").startswith(start)]
         return found or [product for product in self.products if product.key.startswith(start)]
 

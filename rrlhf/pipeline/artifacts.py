@@ -27,6 +27,7 @@ from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.seal import opened, sealed
 from rrlhf.progress import in_words
+from rrlhf.types import Dataset
 
 if TYPE_CHECKING:
     from rrlhf.pipeline.signatures import Notary
@@ -53,6 +54,7 @@ class Beside(TypedDict, total=False):
     input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
     profile: str  # for which it was made
     accepted: Mapping[str, Any]  # of a result of other code: its key, and why it was taken (rrlhf/pipeline/accept.py)
+    formerly: str  # of a data set that an earlier version of this package made: by which digest older results name it
     git_commit: str | None  # these two are then of the result that was accepted
     hardware: Mapping[str, str]
 
@@ -96,13 +98,23 @@ class Artifact:
 
     @property
     def made_from(self) -> list[str]:
-        """The inputs that are artifacts: neither the data set nor what lies outside the project."""
+        """The inputs that are models: neither the data set nor what lies outside the project."""
         return [argument for argument in self.inputs if argument not in {DATA, *EXTERNAL}]
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last value of every number that the stage logged."""
         return dict(self.manifest["metrics"])
+
+    @property
+    def accepted(self) -> str:
+        """Why a result of other code was taken for this one; empty where it was made."""
+        return str(self.manifest.get("accepted", {}).get("because", ""))
+
+    @property
+    def dataset(self) -> Dataset:
+        """A data set as those that read it record it: by the profile for which it was made."""
+        return Dataset(str(self.manifest.get("profile", "")), self.path, self.digest)
 
     @property
     def product(self) -> Product:
@@ -113,8 +125,10 @@ class Artifact:
             node=self.name,
             stage=self.stage,
             inputs=self.inputs,
+            names=(self.dataset.name,) if self.name == DATA and self.dataset.name else (),
             input_keys=self.input_keys,
             profile=self.manifest.get("profile", ""),
+            formerly=self.manifest.get("formerly", ""),
             document=self.manifest["document"],
             metrics=self.metrics,
             commit=self.manifest["git_commit"] or "",
@@ -142,13 +156,8 @@ class Store:
 
     def __init__(self, root: Path, notary: Notary | None = None) -> None:
         self.root, self.notary = root / "artifacts", notary
-        self._memo = Memo(root / ".rrlhf" / "digests.json")
+        self.memo = Memo(root / ".rrlhf" / "digests.json")  # of files, while they are unchanged
         self._made = root / ".rrlhf" / "made"
-
-    @property
-    def memo(self) -> Memo:
-        """Digests of files, remembered while they are unchanged."""
-        return self._memo
 
     def folder(self, stage: str, key: str) -> Path:
         """Return where the result with this key lies, published or not."""
@@ -187,16 +196,16 @@ class Store:
         deep: read every byte, also of files whose size, times and inode are those of an earlier look.
         """
         if deep:
-            self._memo.forget(artifact.path)
+            self.memo.forget(artifact.path)
         files: dict[str, str] = artifact.manifest["files"]
         try:
             for name, expected in files.items():
                 path = artifact.path / name
-                found = self._memo.sha256(path, expected) if path.is_file() else "no file"
+                found = self.memo.sha256(path, expected) if path.is_file() else "no file"
                 if found != expected:
                     return f"{path}: expected sha256 {expected}, found {found}"
         finally:
-            self._memo.save()
+            self.memo.save()
         for path in sorted(artifact.path.rglob("*")):
             if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
                 return f"{path}: expected no such file, {MANIFEST} does not list it"
@@ -214,9 +223,9 @@ class Store:
         """Return every such artifact as part of a lineage, the newest first."""
         return sorted((artifact.product for artifact in self.all()), key=lambda made: made.created, reverse=True)
 
-    def users(self, name: str) -> str:
-        """Name the artifacts that were made from what has this key or, as a data set, this digest."""
-        found = Graph(self.products()).built_on(name)
+    def users(self, key: str) -> str:
+        """Name the artifacts that were made from what has this key."""
+        found = Graph(self.products()).built_on(key)
         return ", ".join(f"{made.node} {made.key[:8]}" for made in found) or "nothing yet"
 
     def publish(
@@ -242,24 +251,18 @@ class Store:
         }
         if text := card(manifest, rows):
             (staged / CARD).write_text(text, encoding="utf-8")
-            files[CARD] = self._memo.sha256(staged / CARD)
+            files[CARD] = self.memo.sha256(staged / CARD)
         (staged / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
         if self.notary and self.notary.signs:
             self.notary.sign(staged)
         for path in staged.rglob("*"):
             sync(path)
-        final = self.folder(document["stage"], key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        staged.rename(final)
-        sync(final.parent)
-        self._memo.renamed(staged, final)
-        self._note(key)
-        return Artifact(final, manifest)
+        return self._placed(Artifact(staged, manifest))
 
     def digests(self, folder: Path) -> dict[str, str]:
         """Return the sha256 of every file in a folder, by its path inside, less a manifest and its signature."""
         return {
-            path.relative_to(folder).as_posix(): self._memo.sha256(path)
+            path.relative_to(folder).as_posix(): self.memo.sha256(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name not in {MANIFEST, SIGNATURE}
         }
@@ -280,16 +283,18 @@ class Store:
         problem = None if artifact.key == key else f"{MANIFEST} is that of another key, {artifact.key}"
         if problem := problem or self.fault(artifact):
             raise CopyError(problem.replace(f"{downloaded}/", ""))
-        final = self.folder(stage, key)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        downloaded.rename(final)
-        self._memo.renamed(downloaded, final)
-        self._note(key)
-        return Artifact(final, artifact.manifest)
+        return self._placed(artifact)
 
-    def _note(self, key: str) -> None:
+    def _placed(self, artifact: Artifact) -> Artifact:
+        """Rename a complete folder to where its key has it, and remember that it was made here."""
+        final = self.folder(artifact.stage, artifact.key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        artifact.path.rename(final)
+        sync(final.parent)
+        self.memo.renamed(artifact.path, final)
         self._made.mkdir(parents=True, exist_ok=True)
-        (self._made / key).touch()
+        (self._made / artifact.key).touch()
+        return Artifact(final, artifact.manifest)
 
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""

@@ -23,9 +23,11 @@ def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) ->
 
     What a run took is counted from the start of its process.
     """
+    import psutil
+
     before, ran = last_run(root, profile) or {}, list[str]()
-    start_up = 0.0 if before.get("process") == os.getpid() else _age_of_process()  # a process may run several
-    began = time.monotonic() - start_up
+    began = time.time() if before.get("process") == os.getpid() else psutil.Process().create_time()
+    start_up = round(time.time() - began, 1)  # 0 of all but the first that a process runs
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "process": os.getpid(),
@@ -42,30 +44,13 @@ def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) ->
         status = "interrupted"
         raise
     finally:
-        about |= {"start_up": round(start_up, 1)} if ran and start_up else {}
-        note(root, profile, about | {"status": status, "seconds": round(time.monotonic() - began, 1), "ran": ran})
-
-
-def note_end(root: Path, profile: str) -> None:
-    """Note that the process of a profile's last run ends now: stopping its services counts too."""
-    found = last_run(root, profile)
-    if found and found["process"] == os.getpid() and "seconds" in found:
-        note(root, profile, found | {"seconds": max(found["seconds"], round(_age_of_process(), 1))})
+        about |= {"start_up": start_up} if ran and start_up else {}
+        note(root, profile, about | {"status": status, "seconds": round(time.time() - began, 1), "ran": ran})
 
 
 def note(root: Path, profile: str, content: Mapping[str, Any]) -> None:
     """Write what is known of a profile's last run."""
     write(root / FOLDER / f"{profile}.json", json.dumps(content, indent=1))
-
-
-def _age_of_process() -> float:
-    """Return for how many seconds this process has run; 0 where the system does not tell."""
-    try:
-        ticks = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        up = Path("/proc/uptime").read_text(encoding="utf-8").split()[0]
-    except OSError:
-        return 0.0
-    return float(up) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def last_run(root: Path, profile: str) -> dict[str, Any] | None:

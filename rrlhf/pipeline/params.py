@@ -23,7 +23,6 @@ from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")  # it stands in commands of dvc.yaml, file names and addresses
-TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the others are folders in data/
 LONGEST_NAME = 200  # letters of a run's name; the settings themselves are kept with the run
 
 
@@ -40,10 +39,10 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     if profile not in profiles(root):
         raise ParamsError(f"unknown profile {profile!r}{did_you_mean(profile, profiles(root))}")
     file = Path("profiles", f"{profile}.yaml")
-    if (root / file).exists() and (profile in TAKEN or not NAME.fullmatch(profile)):
+    if (root / file).exists() and (profile == "default" or not NAME.fullmatch(profile)):
         raise ParamsError(
             f"{file}: rename it: the name of a profile is up to 40 letters (a to z), digits, - and _, begins with a "
-            f"letter or digit, and is none of {', '.join(sorted(TAKEN))}"
+            f"letter or digit, and is not default"
         )
     where: Where = {}
     mistakes: list[str] = []

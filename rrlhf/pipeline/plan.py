@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from rrlhf.config import Params, Prepare
 from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store
 from rrlhf.pipeline.cards import about
+from rrlhf.pipeline.decide import Action, Facts, decide
 from rrlhf.pipeline.external import external_digests
+from rrlhf.pipeline.former import former_data
 from rrlhf.pipeline.graph import DATA, EXTERNAL, Node, nodes
 from rrlhf.pipeline.keys import Document, differences, key_digest, key_document, our_modules, settings_here
 from rrlhf.pipeline.last_run import last_run
@@ -23,12 +26,9 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import aliases_of, profile_of
-from rrlhf.pipeline.versioning.datasets import Place, accepted_for, place_of, prepared, restorable
 from rrlhf.progress import in_words
 from rrlhf.types import Dataset, Json
 
-# "upstream": an input will run, and its result decides; "skip": left out of this run, and not up to date.
-Action = Literal["run", "reuse", "restore", "upstream", "skip"]
 EVERYTHING = Part()
 Size = tuple[frozenset[tuple[str, Any]], int, str | None, str | None]
 
@@ -41,6 +41,7 @@ class Planned(NamedTuple):
     reasons: list[str]
     seconds: float | None  # what it took the last time, or one like it
     key: str | None = None  # unknown while an input is
+    digest: str | None = None  # of its result, where there is one, here or elsewhere
 
     def as_json(self) -> Json:
         """Return it for scripts."""
@@ -53,18 +54,11 @@ class Planned(NamedTuple):
         }
 
 
-class Found(NamedTuple):
-    """A node's result that is there, or can be brought back without computing."""
-
-    digest: str
-    restored: str = ""  # where it has to be brought back from, in words
-    accepted: str = ""  # why a result of other code stands for it
-
-
 class Project:
     """A project folder's settings and results: finds the key of every node.
 
     graph, modules: another graph, and the package that its stages are modules of. takes_aliases: a run moves aliases.
+    as_filed: the graph is that of the files, without overrides.
     """
 
     def __init__(
@@ -76,8 +70,10 @@ class Project:
         graph: Sequence[Node] | None = None,
         modules: Modules | None = None,
         takes_aliases: bool = True,
+        as_filed: bool = True,
     ) -> None:
-        self.root, self.profile, self.params, self.takes_aliases = root, profile, params, takes_aliases
+        self.root, self.profile, self.params = root, profile, params
+        self.takes_aliases, self.as_filed = takes_aliases, as_filed
         self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
         self.notes: list[str] = []
@@ -89,7 +85,8 @@ class Project:
     ) -> Project:
         """Read the settings of a profile with overrides, whose runs leave aliases alone unless asked for them."""
         params = load_params(root, profile, overrides)
-        return cls(root, profile, params, takes_aliases=take_aliases or not overrides)
+        as_filed = not overrides or nodes(load_params(root, profile)) == nodes(params)
+        return cls(root, profile, params, takes_aliases=take_aliases or not overrides, as_filed=as_filed)
 
     def aliases_of(self, node: Node) -> list[str]:
         """Return the aliases that a run gives to a node's model."""
@@ -111,6 +108,11 @@ class Project:
 
         paths = [path for node in self.nodes for path in node.functions]
         mistakes: list[str] = []
+        if not (self.root / ".dvc" / "config").is_file():
+            mistakes.append(
+                f"{self.root / '.dvc' / 'config'}: no such file, without which DVC keeps no data set: copy the project "
+                "with its hidden files"
+            )
         for node in self.nodes:
             with collected(mistakes):
                 external_digests(node, self.store.memo)
@@ -118,7 +120,7 @@ class Project:
         with collected(mistakes):
             needed = [name for function in load_functions(paths) for name in function.needs]
         with collected(mistakes):
-            columns = self._columns(frozenset(needed), made=self.dataset() if not mistakes else None)
+            columns = self._columns(frozenset(needed), made=self.data() if not mistakes else None)
             if needed:
                 load_functions(paths, columns)
         with collected(mistakes):
@@ -130,7 +132,7 @@ class Project:
         if mistakes:
             raise ParamsError("\n".join(dict.fromkeys(mistakes)))
 
-    def check_columns(self, made: Dataset | None) -> None:
+    def check_columns(self, data: Path) -> None:
         """Raise ParamsError where a reward function needs a column that a data set has not, now that it is made.
 
         Before that, those of a data set on the hub are not known.
@@ -138,10 +140,9 @@ class Project:
         from rrlhf.data.load import further_columns
         from rrlhf.policy.reward_functions import load_functions
 
-        if made:
-            load_functions((path for node in self.nodes for path in node.functions), further_columns(made.path))
+        load_functions((path for node in self.nodes for path in node.functions), further_columns(data))
 
-    def _columns(self, wanted: frozenset[str], made: Dataset | None) -> Collection[str] | None:
+    def _columns(self, wanted: frozenset[str], made: Artifact | None) -> Collection[str] | None:
         """Return the columns that the data has for reward functions; None where only the stage can tell.
 
         made: the data set, if it is there; else the source is read as far as its first good row and those that are
@@ -166,11 +167,7 @@ class Project:
         """Raise ParamsError when the keys of `signatures` cannot be used, or would refuse what is to be made."""
         if self.store.notary:
             self.store.notary.check()
-            self.store.notary.check_making(one.node for one in planned if one.action == "run" and one.node != DATA)
-
-    def place(self, document: Document) -> Place:
-        """Return where the data set lies."""
-        return place_of(self.root, self.profile, self.nodes[0], document)
+            self.store.notary.check_making(one.node for one in planned if one.action == "run")
 
     def plan(self, part: Part = EVERYTHING) -> list[Planned]:
         """Return what would happen to every node, in order.
@@ -178,86 +175,52 @@ class Project:
         Raises ParamsError when a node that may run would read one that `part` leaves out and that is not up to date.
         """
         wanted = chosen(part, self.nodes)
-        digests: dict[str, str] = {}
         planned: list[Planned] = []
         for node in self.nodes:
-            missing = [name for name in node.inputs.values() if name not in digests]
-            if missing:
-                reasons = [f"after {', '.join(missing)}"]
-                planned.append(Planned(node.name, "upstream", reasons, self._usual_seconds(node)))
-            else:
-                document = self.document(node, digests)
-                making = [one for one in planned if one.action == "run" and one.node not in digests]
-                same = [one.node for one in making if one.key == key_digest(document)]
-                if same:
-                    reasons = [f"the same as {same[0]}"]
-                    planned.append(Planned(node.name, "upstream", reasons, None, key_digest(document)))
-                else:
-                    planned.append(self._planned(node, document, node.name in wanted.forced, digests))
-            if node.name not in wanted.allowed and planned[-1].action in {"run", "upstream"}:
-                planned[-1] = planned[-1]._replace(action="skip")
+            digests = {one.node: one.digest for one in planned if one.digest}
+            making = {one.key: one.node for one in planned if one.action == "run" and one.key and not one.digest}
+            one = self.decide(node, digests, wanted, making)
+            times = one.action not in {"reuse", "restore"} and one.key not in making
+            planned.append(one._replace(seconds=self._usual_seconds(node)) if times else one)
         self._check_part(planned, wanted)
         return planned
 
-    def artifact(self, name: str) -> Artifact | None:
-        """Return the checked result of a node under the present settings; None when a run would make it first."""
-        digests = self.known_digests()
-        node = next((node for node in self.nodes if node.name == name), None)
-        if node is None or not set(node.inputs.values()) <= set(digests):
-            return None
-        return self.store.checked(node.stage, key_digest(self.document(node, digests)))
+    def decide(
+        self, node: Node, digests: Mapping[str, str], wanted: Chosen, making: Mapping[str, str] | None = None
+    ) -> Planned:
+        """Decide what becomes of a node, given the digests of the results that there are.
 
-    def known_digests(self) -> dict[str, str]:
-        """Return the digest of every node's result that is there or can be brought back."""
-        digests: dict[str, str] = {}
-        for node in self.nodes:
-            if set(node.inputs.values()) <= set(digests):
-                found = self.found(node, self.document(node, digests))
-                digests |= {node.name: found.digest} if found else {}
-        return digests
+        making: the nodes that the same run computes before it, by key.
+        """
+        facts = Facts(
+            allowed=node.name in wanted.allowed,
+            forced=node.name in wanted.forced,
+            missing=[name for name in node.inputs.values() if name not in digests],
+        )
+        key = digest = None
+        if not facts.missing:
+            document = self.document(node, digests)
+            key = key_digest(document)
+            facts, digest = self._looked_up(facts, node, document, (making or {}).get(key, ""))
+        return Planned(node.name, *decide(facts), None, key, digest)
 
-    def dataset(self) -> Dataset | None:
-        """Return the data set of the present settings, checked, if it is there."""
-        document = self.document(self.nodes[0], {})
-        return prepared(self.root, self.place(document), document)
-
-    def closest(self, node: Node, document: Document) -> tuple[list[str], Artifact | None]:
-        """Return the differences to the most similar result that this node had before, and that result."""
-        if node.name == DATA:
-            known = [json.loads(path.read_bytes()) for path in (self.root / "data").glob(f"{self.profile}*.key.json")]
-            return min((differences(old, document) for old in known), key=len, default=["never made here"]), None
-        earlier = [
-            (differences(old.manifest["document"], document), old) for old in self.earlier if old.name == node.name
-        ]
-        return min(earlier, key=lambda item: len(item[0]), default=(["never made here"], None))
-
-    def _planned(self, node: Node, document: Document, forced: bool, digests: dict[str, str]) -> Planned:
-        """Plan a node whose inputs are known; note the digest of its result in `digests`, in place, if it is known."""
-        key, found = key_digest(document), self.found(node, document)
-        if found:
-            digests[node.name] = found.digest
-        if forced:
-            return Planned(node.name, "run", ["forced"], self._usual_seconds(node), key)
-        if found is None:
-            return Planned(node.name, "run", self.reasons(node, document, key), self._usual_seconds(node), key)
-        if found.restored:
-            return Planned(node.name, "restore", [f"artifact missing, {found.restored}"], None, key)
-        return Planned(node.name, "reuse", [f"accepted: {found.accepted}"] if found.accepted else [], None, key)
-
-    def found(self, node: Node, document: Document) -> Found | None:
-        """Find a node's result, here (checked) or where it can be brought back from."""
-        if node.name == DATA:
-            place = self.place(document)
-            if dataset := prepared(self.root, place, document):
-                return Found(dataset.digest, accepted=(accepted_for(self.root, document) or {}).get("because", ""))
-            dataset = restorable(self.root, place, document)
-            return Found(dataset.digest, "in DVC's cache") if dataset else None
+    def _looked_up(self, facts: Facts, node: Node, document: Document, twin: str) -> tuple[Facts, str | None]:
+        """Add what is known of the result of a key, and return its digest, too; nothing is asked that needs not be."""
         key = key_digest(document)
-        if artifact := self.store.checked(node.stage, key):
-            return Found(artifact.digest, accepted=artifact.manifest.get("accepted", {}).get("because", ""))
-        return self._registered(node, key)
+        if here := self.store.checked(node.stage, key):
+            return replace(facts, here=True, accepted=here.accepted), here.digest
+        if twin:
+            return replace(facts, twin=twin), None
+        if found := self._elsewhere(node, key):
+            digest, where = found
+            return replace(facts, elsewhere=where), digest
+        return replace(facts, lacking=self.reasons(node, document, key)), None
 
-    def _registered(self, node: Node, key: str) -> Found | None:
+    def _elsewhere(self, node: Node, key: str) -> tuple[str, str] | None:
+        """Return the digest of a result that is not here and can be brought back, and where from, in words."""
+        if node.name == DATA:
+            made = dvc.kept(self.store, node.stage, key)
+            return (made.digest, "kept by DVC") if made else None
         from rrlhf.pipeline.tracking.registry import registrations
 
         known = registrations(self.root, self.params.tracking.experiment, [key])
@@ -265,13 +228,34 @@ class Project:
         if not named:
             return None
         name, found = max(named, key=lambda each: profile_of(each[0], node.stage) == self.profile)
-        return Found(found.digest, f"registered as {name} v{found.version}")
+        return found.digest, f"registered as {name} v{found.version}"
+
+    def artifact(self, name: str) -> Artifact | None:
+        """Return the checked result of a node under the present settings; None when a run would make it first."""
+        planned = {one.node: one for one in self.plan()}
+        node = next((node for node in self.nodes if node.name == name), None)
+        return self.store.find(node.stage, key) if node and (key := planned[name].key) else None
+
+    def data(self) -> Artifact | None:
+        """Return the checked data set of the present settings, if it is here."""
+        node = self.nodes[0]
+        return self.store.checked(node.stage, key_digest(self.document(node, {})))
 
     def reasons(self, node: Node, document: Document, key: str) -> list[str]:
         """Say why a node whose result is not there has to compute."""
         if self.store.was_here(key):
             return ["artifact missing"]
         return self.closest(node, document)[0] or ["artifact missing"]
+
+    def closest(self, node: Node, document: Document) -> tuple[list[str], Artifact | None]:
+        """Return the differences to the most similar result that this node had before, and that result."""
+        earlier = [
+            (differences(old.manifest["document"], document), old) for old in self.earlier if old.name == node.name
+        ]
+        never = "never made here"
+        if node.name == DATA and any(former_data(self.root)):
+            never += " by this version, which keeps data sets in artifacts/: `rrlhf accept` takes over that in data/"
+        return min(earlier, key=lambda item: len(item[0]), default=([never], None))
 
     def _check_part(self, planned: Sequence[Planned], wanted: Chosen) -> None:
         """Raise ParamsError unless what may run finds its inputs."""
@@ -309,8 +293,8 @@ def size_of(node: Node, prepare: Prepare) -> Size:
 
     Rates and weights, which are numbers with a point, make nothing longer, and neither do seeds.
     """
-    data = about(Dataset("", Path(), ""), prepare)
-    return _counts(settings_here(node)), len(node.inputs), data["source"], data["limit"]
+    data = about(Dataset("", Path(), ""), prepare) if node.inputs else {}
+    return _counts(settings_here(node)), len(node.inputs), data.get("source"), data.get("limit")
 
 
 def size_of_made(made: Artifact) -> Size:

@@ -1,4 +1,4 @@
-"""Having a stage's result: found, or computed and published; computed again and compared when that is forced."""
+"""Having a stage's result as it was decided: found, brought back, or computed and published; forced: compared."""
 
 from __future__ import annotations
 
@@ -9,20 +9,62 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, Store
-from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, CopyError, Store
+from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.launch import execute
-from rrlhf.pipeline.versioning.datasets import digests
 from rrlhf.progress import say
 from rrlhf.types import Log
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.plan import Project
+    from rrlhf.pipeline.partial import Chosen
+    from rrlhf.pipeline.plan import Planned, Project
+
+BringBack = Callable[[Store, str, str], Artifact | None]
 
 
 class DifferentError(Exception):
     """A stage that was computed again gave another result."""
+
+
+def carry_out(
+    project: Project,
+    node: Node,
+    planned: Planned,
+    wanted: Chosen,
+    digests: Mapping[str, str],
+    compute: Callable[[Path, Log], None],
+    *,
+    bring_back: BringBack,
+    recorded: Callable[[Path], AbstractContextManager[Log]],
+    dataset: Mapping[str, str],
+    input_keys: Mapping[str, str],
+) -> tuple[Artifact | None, bool]:
+    """Do what was decided for a node whose inputs have these digests; return its result, and whether it was computed.
+
+    None where the run leaves it out. compute, recorded: as of `produce`; dataset, input_keys: as of `Beside`.
+    bring_back: from where copies are kept; one that is not what was made is warned of, and does as if it was not there.
+    """
+    forced, artifact = node.name in wanted.forced, None
+    if planned.action == "restore" and planned.key:
+        try:
+            artifact = bring_back(project.store, node.stage, planned.key)
+        except CopyError as error:
+            say(f"{node.name}  {error}; it is left alone")
+    if artifact or (planned.action != "reuse" and node.name not in wanted.allowed):
+        return artifact, False
+    document = project.document(node, digests)
+    return produce(
+        project.store,
+        node.name,
+        document,
+        compute,
+        recorded=recorded,
+        force=forced,
+        dataset=dataset,
+        input_keys=input_keys,
+        profile=project.profile,
+    )
 
 
 def produce(
@@ -63,15 +105,11 @@ def produce(
 def compare_again(
     project: Project, name: str, document: Document, inputs: Mapping[str, Path], stored: Mapping[str, str]
 ) -> None:
-    """Compute a stage once more, beside the stored result, and compare the two; see `compare`.
-
-    stored: the digest of every file by its name, of a data set as DVC has it.
-    """
+    """Compute a stage once more, beside the stored result, and compare the two; see `compare`."""
     store = project.store
     staged = store.staging(f"again-{document['stage']}", key_digest(document))
     execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
-    again = digests(project.root, staged) if name == DATA else store.digests(staged)
-    compare(name, stored, again, staged, store)
+    compare(name, stored, store.digests(staged), staged, store)
 
 
 def compare(name: str, stored: Mapping[str, str], again: Mapping[str, str], staged: Path, store: Store) -> None:

@@ -112,7 +112,7 @@ def full_disk(path: Path) -> str:
 
 
 def _busy() -> type[Exception]:
-    from rrlhf.pipeline.versioning.datasets import BusyError
+    from rrlhf.pipeline.dvc import BusyError
 
     return BusyError
 
@@ -124,13 +124,13 @@ def _different() -> type[Exception]:
 
 
 def _mendable() -> tuple[type[Exception], ...]:
+    from rrlhf.pipeline.dvc import DataError
     from rrlhf.pipeline.processes import LaunchError
     from rrlhf.pipeline.tracking import TrackingError
-    from rrlhf.pipeline.versioning.datasets import PrepareError
     from rrlhf.policy.health import DivergedError
     from rrlhf.tools.serving import ServeError
 
-    return DivergedError, PrepareError, LaunchError, ServeError, TrackingError, ValueError
+    return DataError, DivergedError, LaunchError, ServeError, TrackingError, ValueError
 
 
 def end(code: int, message: str) -> NoReturn:

@@ -1,22 +1,22 @@
 """The audit: is everything that is kept what was made? Bytes, records against each other, all the way up.
 
 Links are looked at in the order in which things were made, so the first broken one is where the trouble begins:
-DVC's records and files, key documents, artifacts, then MLflow's tags, links and copies.
+artifacts, data sets before all others, with DVC's copies of these, then MLflow's tags, links and copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rrlhf.memo import sha256
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
 from rrlhf.pipeline.tracking import Tracker, Version, tag_fault
-from rrlhf.tools.auditing.data import data_faults, record_faults
 from rrlhf.tools.lineage.text import line
 from rrlhf.types import Json
 
@@ -66,7 +66,7 @@ class Audit:
     def run(self, start: Product | None = None) -> Report:
         """Check a product with everything above it, or everything that is here or registered."""
         products = self.graph.up(start) if start else in_order(self.graph)
-        broken = list(self._of_records(products))
+        broken: list[Broken] = []
         seen: set[Path] = set()
         for product in products:
             broken += [self._broken(problem, product) for problem in self._faults(product, seen)]
@@ -74,24 +74,11 @@ class Audit:
             broken += self._strays(seen)
         return Report(len(products), self.files, self.bytes, broken, self.notes)
 
-    def _of_records(self, products: Iterable[Product]) -> Iterator[Broken]:
-        """Check what DVC wrote down as a whole; its data sets come later, one by one."""
-        data = [product for product in products if product.stage == "prepare"]
-        for problem, name in record_faults(self.root):
-            of = next((product for product in data if name in product.names), None)
-            yield self._broken(problem, of) if of else Broken(problem, "DVC's records", [])
-
     def _faults(self, product: Product, seen: set[Path]) -> Iterator[str]:
         if not product.stage:
             if product.node not in EXTERNAL:
                 readers = ", ".join(line(link.made) for link in self.graph.readers(product)[:3])
                 yield f"{product.node} {product.digest}, an input of {readers}, is neither here nor registered"
-        elif product.node == DATA:
-            for counted in data_faults(self.root, product, deep=self.deep):
-                if isinstance(counted, Path):
-                    self._count(counted)
-                else:
-                    yield counted
         else:
             yield from self._artifact_faults(product, seen)
 
@@ -111,11 +98,18 @@ class Audit:
                 if versions:
                     yield f"{folder}: expected digest {product.digest}, as registered, found {artifact.digest}"
                 artifact = None
+        elif product.node == DATA and dvc.kept(self.store, product.stage, product.key):
+            self.notes.append(f"{product.title} is kept by DVC and its files are not here; a run would bring them back")
         elif not versions:
             yield f"{folder}: expected an artifact, found nothing"
         for version in versions:
             yield from self._version_faults(version, artifact)
-        if self.deep and artifact and (versions or not spec_of(artifact.stage).model):
+        if self.deep and artifact and artifact.name == DATA:
+            try:
+                yield from filter(None, [dvc.fault(self.store, artifact)])
+            except FileNotFoundError:
+                self.notes.append(f"DVC keeps no files of {product.title} {product.short}")
+        elif self.deep and artifact and (versions or not spec_of(artifact.stage).model):
             yield from self._copy_faults(artifact)
 
     def _folder_faults(self, artifact: Artifact, product: Product) -> Iterator[str]:

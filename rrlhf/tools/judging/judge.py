@@ -114,7 +114,7 @@ def _stored_scores(artifact: Artifact, features: Artifact, limit: int | None) ->
 
 def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> LabelledPairs:
     """Return the pairs that a model was not trained on, when the profile's data set is the one that it came from."""
-    dataset = project.dataset()
+    dataset = project.data()
     if dataset is None or dataset.digest != features.inputs[DATA]:
         raise UsageError(
             "--perturb needs the texts of the held-out pairs, and the data set of this model is not that of profile "

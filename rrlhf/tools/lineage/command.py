@@ -121,7 +121,7 @@ def audit(
 
     root = Path.cwd()
     notary = notary_of(root, load_params(root, profile).signatures)
-    graph, tracker, versions = _graph(profile, strict=False)
+    graph, tracker, versions = _graph(profile)
     start = graph.find(model, profile) if model else None
     report = auditing.Audit(root, graph, versions, tracker, deep=deep, notary=notary).run(start)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
@@ -129,7 +129,7 @@ def audit(
         raise SystemExit(VERIFICATION_FAILED)
 
 
-def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, Tracker, list[Version]]:
+def _graph(profile: str) -> tuple[Graph, Tracker, list[Version]]:
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.tracking import Tracker
     from rrlhf.tools.lineage.load import load
@@ -137,7 +137,7 @@ def _graph(profile: str, *, strict: bool = True) -> tuple[Graph, Tracker, list[V
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions, profile, strict=strict), tracker, versions
+    return load(root, versions, profile), tracker, versions
 
 
 def _row(graph: Graph, row: str, format: Format) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rrlhf.config import Params
 from rrlhf.located import UsageError
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact
+from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.signatures import notary_of
 
 
@@ -56,7 +58,7 @@ class Lookup:
         if not found.key:
             raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         try:
-            artifact = tracker.bring_back(self.store, found.stage, found.key)
+            artifact = (dvc if found.node == DATA else tracker).bring_back(self.store, found.stage, found.key)
         except CopyError as error:
             raise CopyError(f"{error}\n`rrlhf run` with the settings that it was made with makes it again") from None
         if artifact is None:

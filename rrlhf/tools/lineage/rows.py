@@ -12,8 +12,8 @@ from rrlhf.data.fingerprints import row_hash, tables_with
 from rrlhf.data.tables import SCHEMAS
 from rrlhf.located import UsageError
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.stages import spec_of
-from rrlhf.pipeline.versioning.records import Record, files_of, locks, run_records
 from rrlhf.tools.lineage.text import line
 from rrlhf.types import Json
 
@@ -52,17 +52,18 @@ def digest_start(text: str) -> str:
 
 
 def files_by_version(root: Path) -> dict[str, Mapping[str, Path]]:
-    """Return the files of every data set that is in the folder or in DVC's cache, by the version's digest."""
-    records: dict[str, Record] = {}
-    for record in [*locks(root), *run_records(root)]:
-        records.setdefault(record.digest, record)
-    return {digest: files for digest, record in records.items() if (files := files_of(root, record))}
+    """Return the files of every data set that is here, by its digest."""
+    return {
+        made.digest: {name: made.path / name for name in made.manifest["files"]}
+        for made in Store(root).all()
+        if made.stage == "prepare"
+    }
 
 
 def sightings(graph: Graph, start: str, files: Mapping[str, Mapping[str, Path]]) -> list[Sighting]:
     """Return where each row whose hash begins with `start` is, and who saw it.
 
-    files: of every data set, by the digest of its version.
+    files: of every data set, by its digest.
     """
     return [
         Sighting(row, data, sorted(tables), _seen(graph, data, tables))

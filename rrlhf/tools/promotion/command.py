@@ -142,7 +142,7 @@ def faults(project: Project, tracker: Tracker, versions: Sequence[Version], vers
     from rrlhf.tools.auditing.audit import Audit
     from rrlhf.tools.lineage.load import load
 
-    graph = load(project.root, versions, project.profile, strict=False)
+    graph = load(project.root, versions, project.profile)
     audit = Audit(project.root, graph, versions, tracker, notary=project.store.notary)
     return [broken.problem for broken in audit.run(graph.find(f"{version.name}/{version.version}")).broken]
 
@@ -212,7 +212,7 @@ def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> Yardstic
     from rrlhf.config import Model
     from rrlhf.tools.promotion.measure import Yardstick
 
-    dataset = project.dataset()
+    dataset = project.data()
     if dataset is None or dataset.digest != artifact.inputs["data"]:
         raise ValueError(
             f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "

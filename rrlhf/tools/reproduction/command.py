@@ -54,13 +54,13 @@ def reproduce(
     artifact = lookup.find(version)
     from rrlhf.tools.reproduction.rebuild import rebuild, steps  # and with it torch
 
-    found = steps(root, lookup, artifact, whole=not only)
+    found = steps(lookup, artifact, whole=not only)
     order = found[-1:] if only else found
     changes = _tell_changes(root, order, found)
     beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=_made(root / ".rrlhf")))
     rebuilt: list[Rebuilt] = []
     try:
-        kept = {step.identity: step.kept for step in found}
+        kept = {step.key: step.kept for step in found}
         for one in rebuild(order, kept, beside, launch=params.launch, tolerance=tolerance):
             rebuilt.append(one)
             print(_line(one), file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -12,23 +12,22 @@ from rrlhf.config import Launch
 from rrlhf.memo import Memo
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.external import external_digests
-from rrlhf.pipeline.graph import DATA, Node
+from rrlhf.pipeline.graph import EXTERNAL, Node
 from rrlhf.pipeline.keys import Document, differences, key_document
-from rrlhf.pipeline.launch import call, execute, typed_sections
+from rrlhf.pipeline.launch import execute, typed_sections
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.reproduction.compare import Comparison, compare, first_step
-from rrlhf.tools.reproduction.data import find_data
 
 
 class Step(NamedTuple):
     """One result to make again: its key document, and what is kept of it."""
 
     name: str
-    identity: str  # its key; of data, the digest of the version
+    key: str
     document: Document
     kept: Path
     files: list[str]
-    made_from: dict[str, str]  # identity of each input that is rebuilt or kept, by argument
+    made_from: dict[str, str]  # key of each input that is rebuilt or kept, by argument
     commit: str | None
 
 
@@ -41,7 +40,7 @@ class Rebuilt(NamedTuple):
     seconds: float
 
 
-def steps(root: Path, lookup: Lookup, artifact: Artifact, *, whole: bool) -> list[Step]:
+def steps(lookup: Lookup, artifact: Artifact, *, whole: bool) -> list[Step]:
     """Return the steps that lead to an artifact, every input before what is made from it; itself last.
 
     whole: the whole way up, and not only the direct inputs.
@@ -54,11 +53,8 @@ def steps(root: Path, lookup: Lookup, artifact: Artifact, *, whole: bool) -> lis
             return
         read: dict[str, str] = {}
         if whole or made is artifact:
-            inputs = {argument: lookup.input_of(made, argument) for argument in made.made_from}
+            inputs = {argument: lookup.input_of(made, argument) for argument in made.inputs if argument not in EXTERNAL}
             read = {argument: parent.key for argument, parent in inputs.items()}
-            if (data := made.inputs.get(DATA)) is not None:
-                read[DATA] = data
-                found[data] = found.get(data) or _data(root, data)
             for parent in inputs.values():
                 add(parent)
         manifest = made.manifest
@@ -66,8 +62,7 @@ def steps(root: Path, lookup: Lookup, artifact: Artifact, *, whole: bool) -> lis
         found[made.key] = Step(made.name, made.key, manifest["document"], made.path, files, read, commit)
 
     add(artifact)
-    order = list(found.values())
-    return sorted(order, key=lambda step: step.name != DATA)
+    return list(found.values())
 
 
 def changed(root: Path, step: Step, functions: Sequence[str]) -> list[str]:
@@ -89,31 +84,17 @@ def rebuild(
 ) -> Iterator[Rebuilt]:
     """Make every step again in `beside`, from what was rebuilt before where that is part of `order`, else as kept.
 
-    kept: the folder of every input by its identity. Ends after a step that differs: what follows says nothing more.
+    kept: the folder of every input by its key. Ends after a step that differs: what follows says nothing more.
     """
     made = dict(kept)
     for number, step in enumerate(order):
         out = beside / f"{number:02d}-{step.name}"
-        inputs = {argument: made[identity] for argument, identity in step.made_from.items()}
+        inputs = {argument: made[key] for argument, key in step.made_from.items()}
         began = time.monotonic()
-        _make(step, inputs, out, launch)
+        execute(step.document, inputs=inputs, out=out, log=lambda row: None, launch=launch)
         comparison = compare(step.kept, out, step.files, tolerance)
         parted = None if comparison.verdict == "bit-equal" else first_step(step.kept, out)
         yield Rebuilt(step.name, comparison, parted, time.monotonic() - began)
         if comparison.verdict == "differs":
             return
-        made[step.identity] = out
-
-
-def _make(step: Step, inputs: dict[str, Path], out: Path, launch: Launch) -> None:
-    if step.name == DATA:
-        out.mkdir()
-        call(step.document, inputs={}, out=out, log=lambda row: None)
-    else:
-        execute(step.document, inputs=inputs, out=out, log=lambda row: None, launch=launch)
-
-
-def _data(root: Path, digest: str) -> Step:
-    dataset, document = find_data(root, digest)
-    files = sorted(path.relative_to(dataset.path).as_posix() for path in dataset.path.rglob("*") if path.is_file())
-    return Step(DATA, digest, document, dataset.path, files, {}, None)
+        made[step.key] = out

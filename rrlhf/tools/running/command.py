@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import sys
@@ -83,7 +82,7 @@ def plan(
 ) -> None:
     """Show what a run would do, and why, without running anything.
 
-    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC's cache. upstream: an input
+    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC. upstream: an input
     will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
 
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
@@ -200,47 +199,35 @@ def run_flow(
     as_json: bool = False,
     take_aliases: bool = False,
 ) -> None:
-    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else."""
+    """Run the flow in this process; with `as_json`, stdout holds its result and nothing else.
+
+    With nothing to do, its result is told without the flow; a server that was named is told all the same.
+    """
+    from rrlhf.pipeline.last_run import noted
     from rrlhf.pipeline.partial import Part
+    from rrlhf.pipeline.plan import total
+    from rrlhf.progress import say
+    from rrlhf.tools.running.starting import started
+    from rrlhf.tools.running.uptodate import nothing_to_do, show
 
     part = part or Part()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        result = _found_done(profile, overrides, part, take_aliases) or _run(profile, overrides, part, take_aliases)
+        project = _project(profile, overrides, take_aliases)
+        planned = project.plan(part)
+        project.check_keys(planned)
+        done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
+        if done:
+            with noted(project.root, profile, overrides, part):
+                show(project, done.artifacts)
+            say("nothing to do: every stage is up to date and registered")
+            result = done.result
+        else:
+            say(total(planned) or "nothing to compute; what is here is registered and reported")
+            flow = started(project.root, project.params.tracking.experiment, "flows.pipeline").pipeline
+            asked = {name: [*names] for name, names in part._asdict().items() if names}
+            result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
     if as_json:
         print(json.dumps(result, indent=1))
-
-
-def _found_done(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
-    """Return a run's result if nothing is to be done; None starts it. Raises what a run would, before it starts."""
-    from rrlhf.pipeline.last_run import noted
-    from rrlhf.pipeline.plan import total
-    from rrlhf.progress import say
-    from rrlhf.tools.running.uptodate import nothing_to_do, show
-
-    project = _project(profile, overrides, take_aliases)
-    planned = project.plan(part)
-    project.check_keys(planned)
-    done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
-    if done is None:
-        say(total(planned) or "nothing to compute; what is here is registered and reported")
-        return None
-    with noted(project.root, profile, overrides, part):
-        show(project, done.artifacts)
-    print("nothing to do: every stage is up to date and registered", file=sys.stderr)
-    return done.result
-
-
-def _run(profile: str, overrides: dict[str, Json], part: Part, take_aliases: bool) -> Json:
-    from rrlhf.pipeline.last_run import note_end
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.running.starting import started
-
-    root = Path.cwd()
-    atexit.register(note_end, root, profile)  # before the services, which are then stopped earlier
-    pipeline = started(root, load_params(root, profile, overrides).tracking.experiment, "flows.pipeline").pipeline
-    asked = {name: [*names] for name, names in part._asdict().items() if names}
-    result: Json = pipeline(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
-    return result
 
 
 def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:

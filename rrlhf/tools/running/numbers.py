@@ -7,10 +7,7 @@ from pathlib import Path
 
 from rrlhf.files import write_if_new
 from rrlhf.judging.evaluation import Evaluation
-from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
-from rrlhf.pipeline.graph import nodes
-from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.tools.reporting import numbers
 from rrlhf.tools.reporting.trainings import Training
@@ -21,14 +18,14 @@ def write_numbers(project: Project, evaluation: Evaluation, trainings: Mapping[s
 
     Those of an override (--set) would stand beside settings that did not give them.
     """
-    if _is_as_filed(project):
+    if project.as_filed:
         for name, text in numbers.texts(evaluation, trainings).items():
             write_if_new(_folder(project) / name, text)
 
 
 def numbers_digests(project: Project) -> dict[str, str] | None:
     """Return digests of what `write_numbers` wrote; None when something is missing."""
-    if not _is_as_filed(project):
+    if not project.as_filed:
         return {}
     paths = [_folder(project) / name for name in numbers.FILES]
     return {path.name: sha256(path) for path in paths} if all(path.is_file() for path in paths) else None
@@ -36,11 +33,3 @@ def numbers_digests(project: Project) -> dict[str, str] | None:
 
 def _folder(project: Project) -> Path:
     return project.root / "reports" / project.profile
-
-
-def _is_as_filed(project: Project) -> bool:
-    """Whether the graph is the one that params.yaml and profiles/ now give, without overrides."""
-    try:
-        return nodes(load_params(project.root, project.profile)) == project.nodes
-    except ParamsError:
-        return False  # edited while a run was going on

@@ -16,7 +16,7 @@ from rrlhf.pipeline.params import load_params, option, profiles
 from rrlhf.pipeline.plan import Project
 from rrlhf.progress import in_words
 
-FOLDERS = ("artifacts", "data", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
+FOLDERS = ("artifacts", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
 
 
 class ProfileStatus(TypedDict):

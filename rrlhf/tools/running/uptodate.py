@@ -5,7 +5,6 @@ Whatever cannot be known for certain makes it an ordinary run.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from rrlhf.files import write
 from rrlhf.judging.evaluation import Evaluation, read_evaluation
 from rrlhf.memo import sha256
+from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import key_digest
@@ -24,6 +24,8 @@ from rrlhf.pipeline.tracking.server import database
 from rrlhf.tools.reporting.trainings import Training, health, training
 from rrlhf.tools.running.numbers import numbers_digests
 from rrlhf.types import Json
+
+Registered = dict[str, Registration | None]  # by node
 
 
 class Done(NamedTuple):
@@ -47,20 +49,38 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
     if any(one.action != "reuse" for one in planned):
         return None
     artifacts = _artifacts(project, planned)
-    dataset = project.dataset()
-    if dataset is None or len(artifacts) + 1 != len(project.nodes):
+    known, noted = registered(project, artifacts), _stamp_file(project)
+    stamp = _stamp(project, artifacts, known)
+    if known is None or stamp is None or not noted.is_file() or noted.read_text(encoding="utf-8") != stamp:
         return None
-    known = _registered(project, artifacts)
-    report_now = _report_of(project, artifacts, known) if known is not None else None
-    if known is None or report_now is None or report_now != _noted_report(project):
-        return None
-    folders = {DATA: dataset.path} | {name: artifact.path for name, artifact in artifacts.items()}
-    shown: Json = {name: str(path.relative_to(project.root)) for name, path in folders.items()}
+    folders: Json = {name: str(artifact.path.relative_to(project.root)) for name, artifact in artifacts.items()}
     report = str(report_file(project).relative_to(project.root))
-    versions = {
-        name: f"{model_name(artifacts[name].stage, project.profile)}/{one.version}" for name, one in known.items()
-    }
-    return Done({"ran": [], "folders": shown, "report": report}, artifacts, versions)
+    names = {name: model_name(artifacts[name].stage, project.profile) for name in known}
+    versions = {name: f"{names[name]}/{one.version}" for name, one in known.items() if one}
+    return Done({"ran": [], "folders": folders, "report": report}, artifacts, versions)
+
+
+def unregistered(project: Project, planned: list[Planned]) -> list[str]:
+    """Return the nodes whose results are here and not all registered, as far as that can be told without a server."""
+    found = _artifacts(project, [one for one in planned if one.action == "reuse"])
+    return [name for name, registration in (registered(project, found) or {}).items() if registration is None]
+
+
+def registered(project: Project, artifacts: Mapping[str, Artifact]) -> Registered | None:
+    """Return how every model is registered, None where something is left to do; None when that cannot be told."""
+    if database(project.root) is None:
+        return None  # only the server can tell
+    nodes = {node.name: node for node in project.nodes}
+    models = {name: artifact for name, artifact in artifacts.items() if name != DATA}
+    known = registrations(
+        project.root, project.params.tracking.experiment, [artifact.key for artifact in models.values()]
+    )
+    found: Registered = {}
+    for name, artifact in models.items():
+        one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
+        whole = one and one.digest == artifact.digest and one.complete
+        found[name] = one if one and whole and {*project.aliases_of(nodes[name])} <= {*one.aliases} else None
+    return found
 
 
 def report_file(project: Project) -> Path:
@@ -96,12 +116,7 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
 
 def note_report(project: Project, artifacts: Mapping[str, Artifact]) -> None:
     """Remember what the report that was just written is made of."""
-    known = _registered(project, artifacts)
-    path = _note_of(project)
-    if known is None:
-        path.unlink(missing_ok=True)
-        return
-    write(path, json.dumps(_report_of(project, artifacts, known)))
+    write(_stamp_file(project), _stamp(project, artifacts, registered(project, artifacts)) or "")
 
 
 def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
@@ -111,67 +126,25 @@ def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact}
 
 
-def _registered(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration] | None:
-    """Return how every artifact is registered; None when something is left to do there, or cannot be told."""
-    known = _known(project, artifacts)
-    found = {name: one for name, one in (known or {}).items() if one}
-    aliased = all(
-        {*project.aliases_of(node)} <= {*found[node.name].aliases} for node in project.nodes if node.name in found
-    )
-    return found if len(found) == len(artifacts) and aliased else None
-
-
-def unregistered(project: Project, planned: list[Planned]) -> list[str]:
-    """Return the nodes whose results are here and not registered, as far as that can be told without a server."""
-    found = _artifacts(project, [one for one in planned if one.action == "reuse"])
-    return [name for name, registration in (_known(project, found) or {}).items() if registration is None]
-
-
-def _known(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Registration | None] | None:
-    """Return how every artifact is registered, all that belongs to it included; None when that cannot be told."""
-    if database(project.root) is None:
-        return None  # only the server can tell
-    experiment = project.params.tracking.experiment
-    known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
-    found: dict[str, Registration | None] = {}
-    for name, artifact in artifacts.items():
-        one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
-        found[name] = one if one and one.digest == artifact.digest and one.complete else None
-    return found
-
-
-def _report_of(
-    project: Project, artifacts: Mapping[str, Artifact], known: Mapping[str, Registration]
-) -> dict[str, str] | None:
-    """Return digests of the report and of all that it shows; None when it or the numbers beside it are not there."""
+def _stamp(project: Project, artifacts: Mapping[str, Artifact], known: Registered | None) -> str | None:
+    """Return a digest of the report and of all that it shows; None when something is not there or not registered."""
     html, numbers = report_file(project), numbers_digests(project)
-    if not html.is_file() or numbers is None:
+    whole = html.is_file() and numbers is not None and dvc.pointer(artifacts[DATA].path).exists()
+    if known is None or not whole or None in known.values():
         return None
+    made_by = ("rrlhf.tools.reporting.report", "rrlhf.tools.reporting.numbers", "rrlhf.tools.lineage.load")
     templates = sorted((Path(__file__).parents[2] / "templates").glob("*.j2"))
     shown: dict[str, Any] = {
+        "report": sha256(html),
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [one.version, one.digest, one.aliases] for name, one in known.items()},
-        "code": _report_code(project),
+        "registered": {name: [one.version, one.digest, one.aliases] for name, one in known.items() if one},
+        "code": project.modules.closure(*made_by),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},
     }
-    return {"report": sha256(html), "of": key_digest(shown)}
+    return key_digest(shown)
 
 
-def _report_code(project: Project) -> dict[str, str]:
-    """Return the digests of the modules that make the report and the numbers beside it."""
-    made_by = ("rrlhf.tools.reporting.report", "rrlhf.tools.reporting.numbers", "rrlhf.tools.lineage.load")
-    return project.modules.closure(*made_by)
-
-
-def _noted_report(project: Project) -> dict[str, str] | None:
-    try:
-        found: dict[str, str] = json.loads(_note_of(project).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found
-
-
-def _note_of(project: Project) -> Path:
-    return project.root / ".rrlhf" / "reports" / f"{project.profile}.json"
+def _stamp_file(project: Project) -> Path:
+    return project.root / ".rrlhf" / "reports" / f"{project.profile}.sha256"

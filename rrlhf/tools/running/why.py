@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rrlhf.pipeline.graph import DATA, Node
+from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.plan import Planned, Project
 
 
@@ -20,26 +20,20 @@ def explained(project: Project, planned: Sequence[Planned], name: str) -> Iterat
     elif one.action == "run":
         yield f"{name} will run:"
         yield from (f"  {reason}" for reason in one.reasons)
-        yield from _compared(project, nodes, plans, one)
+        yield from _compared(project, nodes[name], planned, one)
     else:
         yield f"{name} depends on what will run before it; with equal results it is not run:"
         yield from _causes(nodes, plans, name)
 
 
 def _where(project: Project, node: Node, one: Planned) -> str:
-    if node.name == DATA:
-        dataset = project.dataset()
-        return f"{dataset.path.relative_to(project.root)}, {dataset.digest}" if dataset else "in DVC's cache"
     artifact = project.store.find(node.stage, str(one.key))
-    if artifact is None:
-        return str(one.key)
-    return artifact.made
+    return artifact.made if artifact else str(one.key)
 
 
-def _compared(project: Project, nodes: dict[str, Node], plans: dict[str, Planned], one: Planned) -> Iterator[str]:
+def _compared(project: Project, node: Node, planned: Sequence[Planned], one: Planned) -> Iterator[str]:
     """Say with which earlier result a node was compared."""
-    node = nodes[one.node]
-    digests = project.known_digests()
+    digests = {each.node: each.digest for each in planned if each.digest}
     _, closest = project.closest(node, project.document(node, digests))
     if closest and one.reasons != ["artifact missing"]:
         yield f"compared with the closest earlier result: {closest.key[:12]}, made {closest.manifest['created']}"

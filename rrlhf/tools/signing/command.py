@@ -58,12 +58,14 @@ def sign(
 
     A signature vouches: look at them first (`rrlhf audit --deep`). All are checked before the first is signed. One
     that another key has signed is refused; to change keys, verify it with the old key, then remove its model.sig.
-    MLflow's copies get the signature too.
+    MLflow's and DVC's copies get the signature too.
 
     Example: rrlhf sign
 
     Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
     """
+    from rrlhf.pipeline import dvc
+    from rrlhf.pipeline.graph import DATA
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.signatures import notary_of
 
@@ -79,6 +81,8 @@ def sign(
     new = _unsigned(root, artifacts, notary)
     for artifact in new:
         notary.sign(artifact.path)
+        if artifact.name == DATA:
+            dvc.keep(root, artifact.path)
         print(f"signed {artifact.name} {artifact.digest[:8]}")
     copies = _in_mlflow(root, params, artifacts)
     print(f"{len(new)} signed, {len(artifacts) - len(new)} had a signature; {copies} copies in MLflow have it too")

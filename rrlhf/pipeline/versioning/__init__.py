@@ -1,1 +1,0 @@
-"""Versions of data sets, by DVC."""
