@@ -197,7 +197,7 @@ def test_a_data_set_of_an_earlier_version_is_taken_over_with_what_was_made_from_
     staged = project.store.staging("sft", "x")
     staged.mkdir(parents=True)
     (staged / "history.jsonl").write_text("")
-    project.store.publish("sft", old | {"code": {}}, staged, seconds=1.0)
+    project.store.publish("sft", old | {"code": {"rrlhf.stages.sft": "as it was"}}, staged, seconds=1.0)
     accepted = [*accept(project, project.nodes[:2], "an upgrade", verify=False)]
     assert [one.node for one in accepted] == ["data", "sft"]
     assert project.data().digest == made[1].digest

@@ -46,7 +46,7 @@ def carry_out(
     bring_back: from where copies are kept; one that is not what was made is warned of, and does as if it was not there.
     """
     forced, artifact = node.name in wanted.forced, None
-    if planned.action != "reuse" and planned.key and not forced:  # "run", too: a server is first asked here
+    if planned.action == "restore" and planned.key:
         try:
             artifact = bring_back(project.store, node.stage, planned.key)
         except CopyError as error:

@@ -138,7 +138,7 @@ def _stamp(project: Project, artifacts: Mapping[str, Artifact], known: Registere
         "report": sha256(html),
         "params": project.params.model_dump(),
         "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [one.version, one.digest, sorted(one.aliases)] for name, one in known.items() if one},
+        "registered": {name: [one.version, one.digest, one.aliases] for name, one in known.items() if one},
         "code": project.modules.closure(*made_by),
         "numbers": numbers,
         "templates": {path.name: sha256(path) for path in templates},
