@@ -89,7 +89,7 @@ def start(inputs: dict[str, str], out: Path, trains: str) -> subprocess.Popen[by
 
 def run_stage(job: dict[str, Any]) -> None:
     """Run ppo as a flow does, and note in a file when each phase begins and ends."""
-    from rrlhf.config import Arm, Launch
+    from rrlhf.config import Launch, typed_arm
     from rrlhf.pipeline.launch import execute
     from rrlhf.pipeline.params import load_params
     from rrlhf.policy import checkpoint
@@ -115,7 +115,7 @@ def run_stage(job: dict[str, Any]) -> None:
         "model": params.model.model_copy(update={"base": "random:3x64"}),
         "ppo": params.ppo.model_copy(update=changed),
         "health": params.health.model_copy(update={"checkpoint_every": 1, "patience": 100}),
-        "arm": Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1),
+        "arm": typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1),
     }
     document = {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}
     folders = {name: Path(folder) for name, folder in job["inputs"].items()}

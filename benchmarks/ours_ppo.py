@@ -22,7 +22,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - loaded on demand
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf.config import Arm, Model, Ppo
+from rrlhf.config import Model, Ppo, typed_arm
 from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.learner import Learner, prepare_learner
@@ -60,7 +60,7 @@ def train(job: Job) -> Job:
     libraries_mib = _peak_mib()
     language, settings = load_model(Path(job["folder"])), _settings(job)
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
-    model, arm = _model(job), Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
+    model, arm = _model(job), typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
     torch.manual_seed(job["seed"])
     engine = accelerator(model)
     learner = _learner(engine, language, model, settings, job)

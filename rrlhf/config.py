@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
-from typing import Annotated, Any, Literal
+from functools import reduce
+from inspect import signature
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    TypeAdapter,
+    create_model,
+    model_serializer,
+)
+
+from rrlhf.robust import AGGREGATIONS
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -24,23 +42,15 @@ def _day(value: object) -> object:
 
 Day = Annotated[str, BeforeValidator(_day)]  # 2025-01-31
 
-RewardName = Literal[
-    "single",
-    "robust",
-    "batch_robust",
-    "nominal",
-    "worst",
-    "mean",
-    "median",
-    "uwo",
-    "mean_minus_std",
-    "lower_bound",
-    "entropic",
-    "gaussian_entropic",
-    "constant",
-    "ellipsoid",
-]
-REWARD_SETTINGS = ("nominal_weight", "credible", "uncertainty_weight", "temperature")  # of an arm; each reward has some
+# Of an arm's reward. Which of them a reward of rrlhf/robust.py has, its arguments tell.
+REWARD_SETTINGS: dict[str, Any] = {
+    "nominal_weight": Share,  # share of the most confident head's reward
+    "credible": NonNegative,  # how far the worst case goes, in sigma
+    "uncertainty_weight": NonNegative,  # what disagreement costs
+    "temperature": PositiveFloat,  # low means careful
+}
+NOT_ARMS = ("candidate", "data", "latest", "sft")  # names and aliases of something else
+REWARDS = {"single": ()} | {name: tuple(signature(reward).parameters)[1:] for name, reward in AGGREGATIONS.items()}
 
 
 class Section(BaseModel):
@@ -168,12 +178,41 @@ class Member(HeadTraining):
 
 
 class Ensemble(Member):
-    """The ensemble of reward models; heads on one trunk are the Bayesian reward model ensemble (BRME)."""
+    """The ensemble of reward models, of one of four kinds."""
 
-    kind: Literal["heads", "members", "lora", "warm"]
+    kind: str
     heads: PositiveInt
-    freeze_backbone: bool
+    freeze_backbone: Literal[True]
+    diversity: Annotated[float, Field(ge=0, le=0)]  # of kind lora alone
+
+
+class HeadEnsemble(Ensemble):
+    """Heads on one trunk: the Bayesian reward model ensemble (BRME)."""
+
+    kind: Literal["heads"]
+    freeze_backbone: bool  # type: ignore[assignment]
+
+
+class LoraEnsemble(Ensemble):
+    """Adapters beside one trunk, each with a head."""
+
+    kind: Literal["lora"]
     diversity: NonNegative
+
+
+class MemberEnsemble(Ensemble):
+    """Reward models of their own, side by side."""
+
+    kind: Literal["members"]
+
+
+class WarmEnsemble(Ensemble):
+    """Reward models of their own, of which the weights are averaged."""
+
+    kind: Literal["warm"]
+
+
+AnyEnsemble = Annotated[HeadEnsemble | LoraEnsemble | MemberEnsemble | WarmEnsemble, Discriminator("kind")]
 
 
 class Ppo(Section):
@@ -246,37 +285,99 @@ class BestOfN(Section):
     missing_eos_score: float
 
 
-Method = Literal["ppo", "dpo", "best_of_n"]
+def _arm_name(text: str) -> str:
+    if not re.fullmatch(r"(?!v\d+$)[a-z0-9][a-z0-9_-]{0,39}", text) or text in NOT_ARMS:
+        raise ValueError(
+            "use lower-case letters, digits, - and _, which MLflow takes as an alias; not v1, v2 and so on, "
+            + ", ".join(NOT_ARMS)
+        )
+    return text
+
+
+def _import_path(text: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", text):
+        raise ValueError("write module:function, for example my_rules:no_lists")
+    return text
 
 
 class Arm(Section):
-    """One policy of the comparison: how it is made, the reward that it sees, and its seed."""
+    """One policy of the comparison: how it is made, and its seed."""
 
-    method: Method = "ppo"
-    reward: RewardName | None = None  # null: it sees none (dpo)
-    n: PositiveInt | None = None  # best_of_n: responses to choose from
-    nominal_weight: Share | None = None  # robust, batch_robust: share of the most confident head's reward
-    credible: NonNegative | None = None  # robust, batch_robust, worst, ellipsoid: how far the worst case goes, in sigma
-    uncertainty_weight: NonNegative | None = None  # uwo, mean_minus_std, lower_bound: what disagreement costs
-    temperature: PositiveFloat | None = None  # entropic, gaussian_entropic: low means careful
-    functions: dict[str, Finite] = {}  # by "module:function": what one unit of its value adds to the reward
+    method: Literal["ppo", "dpo", "best_of_n"]
     seed: int  # that of the run where none is given
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what is as usual: it belongs to no key."""
+        fields: dict[str, Any] = dumped(self)
+        return {name: value for name, value in fields.items() if value != type(self).model_fields[name].default}
+
+
+class DpoArm(Arm):
+    """A policy that learns from the preferences themselves and sees no reward."""
+
+    method: Literal["dpo"]
+
+
+class PaidArm(Arm):
+    """A policy that is paid, by a reward whose settings are fields of the class that `_by_reward` makes for it."""
+
+    reward: str
+    functions: dict[
+        Annotated[str, AfterValidator(_import_path)], Finite
+    ] = {}  # what one unit of each adds to the reward
 
     @property
     def settings(self) -> dict[str, float]:
         """The settings of its reward, by name."""
-        given = {name: getattr(self, name) for name in REWARD_SETTINGS}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: getattr(self, name) for name in REWARDS[self.reward]}
 
-    @model_serializer(mode="wrap")
-    def _without_unused(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not set, and the usual method: it belongs to no key."""
-        fields: dict[str, Any] = dumped(self)
-        if not self.functions:
-            del fields["functions"]
-        if self.method == "ppo":
-            del fields["method"]
-        return {name: value for name, value in fields.items() if value is not None}
+
+class PpoArm(PaidArm):
+    """A policy trained by PPO."""
+
+    method: Literal["ppo"] = "ppo"
+
+
+class BestOfNArm(PaidArm):
+    """The best of n responses of the SFT model."""
+
+    method: Literal["best_of_n"]
+    n: PositiveInt
+
+
+def _by_reward(method: type[PaidArm]) -> Any:
+    """Return the union of a method's arms: a class for all rewards that have the same settings."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for reward, settings in REWARDS.items():
+        alike.setdefault(settings, []).append(reward)
+    arms = []
+    for settings, rewards in alike.items():
+        fields: dict[str, Any] = {name: (REWARD_SETTINGS[name], ...) for name in settings}
+        fields["reward"] = (Literal[tuple(rewards)], ...)
+        arms.append(create_model(method.__name__, __base__=method, **fields))
+    return Annotated[reduce(or_, arms), Discriminator("reward")]
+
+
+def method(arm: Any) -> str | None:
+    """Return the method of an arm, as it is written or read."""
+    return arm.get("method", "ppo") if isinstance(arm, dict) else getattr(arm, "method", None)
+
+
+if TYPE_CHECKING:
+    AnyArm = Arm
+else:
+    AnyArm = Annotated[
+        Annotated[_by_reward(PpoArm), Tag("ppo")]
+        | Annotated[DpoArm, Tag("dpo")]
+        | Annotated[_by_reward(BestOfNArm), Tag("best_of_n")],
+        Discriminator(method),
+    ]
+
+
+def typed_arm(**settings: Any) -> Arm:
+    """Return an arm of the class that its method and reward name."""
+    return TypeAdapter(AnyArm).validate_python(settings)
 
 
 class Evaluate(Section):
@@ -336,12 +437,12 @@ class Params(Section):
     gold: Gold
     sft: Sft
     reward: Reward
-    ensemble: Ensemble
+    ensemble: AnyEnsemble
     ppo: Ppo
     health: Health
     dpo: Dpo
     best_of_n: BestOfN
-    arms: dict[str, Arm]
+    arms: Annotated[dict[Annotated[str, AfterValidator(_arm_name)], AnyArm], Field(min_length=1)]
     evaluate: Evaluate
     gates: Gates
     tracking: Tracking

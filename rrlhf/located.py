@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import SafeConstructor
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -37,7 +38,7 @@ def read(path: Path, where: Where, mistakes: list[str]) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise ParamsError(f"{path.name}: expected a mapping of sections")
     _note_lines(node, (), path.name, where, mistakes)
-    content: dict[str, Any] = load_yaml(path)
+    content: dict[str, Any] = SafeConstructor().construct_document(node)
     return content
 
 

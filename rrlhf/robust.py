@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # config.py reads here which settings a reward takes, and whoever reads settings loads no torch
+    from torch import Tensor
 
 
 class Scores(NamedTuple):
@@ -20,7 +20,7 @@ class Scores(NamedTuple):
     mean: Tensor  # [batch, heads]
     std: Tensor  # [batch, heads]
     # [batch, spaces, inner]: what the standard deviations are the lengths of, where they are those of a posterior. The
-    # covariance of two rewards is the product of these (reward_models/posterior.py).
+    # covariance of two rewards is the product of these (rewards/posterior.py).
     offset: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Scores:
@@ -32,16 +32,9 @@ class Scores(NamedTuple):
         return self.each(lambda part: part[rows])
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
-    """Return the scores of several batches as those of one."""
-    offsets = [part.offset for part in parts if part.offset is not None]
-    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
-    return Scores(mean, std, torch.cat(offsets) if offsets else None)
-
-
 def certain(scores: Scores) -> Scores:
     """Return the means with standard deviations of 0."""
-    return Scores(scores.mean, torch.zeros_like(scores.std))
+    return Scores(scores.mean, scores.std.new_zeros(scores.std.shape))
 
 
 def difference_std(one: Scores, other: Scores) -> Tensor:
@@ -50,8 +43,8 @@ def difference_std(one: Scores, other: Scores) -> Tensor:
     Rewards of a posterior go together; without one they are taken for independent.
     """
     if one.offset is None or other.offset is None:
-        return torch.hypot(one.std, other.std)
-    length: Tensor = torch.linalg.vector_norm(one.offset - other.offset, dim=2)
+        return one.std.hypot(other.std)
+    length: Tensor = (one.offset - other.offset).norm(dim=2)
     return length.expand_as(one.std)
 
 
@@ -94,7 +87,7 @@ def robust_reward(scores: Scores, nominal_weight: float, credible: float) -> Ten
     The weight is the paper's lambda: 1 is the nominal reward alone, 0 the worst case alone. Of one head it is
     mu - (1 - nominal_weight) * credible * sigma.
     """
-    return torch.lerp(worst_reward(scores, credible), nominal_reward(scores), nominal_weight)
+    return worst_reward(scores, credible).lerp(nominal_reward(scores), nominal_weight)
 
 
 def batch_robust_reward(scores: Scores, nominal_weight: float, credible: float) -> Tensor:
@@ -103,7 +96,8 @@ def batch_robust_reward(scores: Scores, nominal_weight: float, credible: float) 
     Its average over the batch is eq. 7 to the letter: E[min_i r_i] <= min_i E[r_i], so this one is the kinder.
     """
     low = scores.mean - credible * scores.std
-    return torch.lerp(low[:, low.mean(dim=0).argmin()], nominal_reward(scores), nominal_weight)
+    lowest: Tensor = low[:, low.mean(dim=0).argmin()]
+    return lowest.lerp(nominal_reward(scores), nominal_weight)
 
 
 def ellipsoid_reward(scores: Scores, credible: float) -> Tensor:
@@ -116,8 +110,9 @@ def ellipsoid_reward(scores: Scores, credible: float) -> Tensor:
     """
     if scores.offset is None:
         raise ValueError("reward ellipsoid needs ensemble.sigma posterior")
-    towards = torch.nn.functional.normalize(scores.offset.mean(dim=0), dim=1)  # [spaces, inner]
-    along = (scores.offset * towards).sum(dim=2)  # [batch, spaces]
+    centre = scores.offset.mean(dim=0)  # [spaces, inner]
+    towards = centre / centre.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    along: Tensor = (scores.offset * towards).sum(dim=2)  # [batch, spaces]
     return (scores.mean - credible * along).amin(dim=1)
 
 
@@ -146,7 +141,7 @@ def entropic_reward(scores: Scores, temperature: float) -> Tensor:
     to 0.
     """
     heads = scores.mean.shape[1]
-    return -temperature * (torch.logsumexp(-scores.mean / temperature, dim=1) - math.log(heads))
+    return -temperature * ((-scores.mean / temperature).logsumexp(dim=1) - math.log(heads))
 
 
 def gaussian_entropic_reward(scores: Scores, temperature: float) -> Tensor:
@@ -160,7 +155,7 @@ def gaussian_entropic_reward(scores: Scores, temperature: float) -> Tensor:
 
 def constant_reward(scores: Scores) -> Tensor:
     """Return 0 for every response, [batch]: with a KL penalty, the policy that is safe because it learns nothing."""
-    return torch.zeros_like(scores.mean[:, 0])
+    return scores.mean.new_zeros(len(scores.mean))
 
 
 # The ways to read an ensemble that need no setting; every one is judged on held-out pairs.
@@ -171,7 +166,7 @@ READINGS: dict[str, Callable[[Scores], Tensor]] = {
 }
 
 # Every reward that an arm may name, besides "single", which reads no ensemble. The arguments after the scores are the
-# arm's settings of the same names.
+# arm's settings of the same names (rrlhf/config.py).
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
     **READINGS,
     "batch_robust": batch_robust_reward,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf.config import Arm
+from rrlhf.config import typed_arm
 from rrlhf.data.tables import prompts
 from rrlhf.models.load import load_model
 from rrlhf.models.text import Texts
@@ -21,7 +21,7 @@ from rrlhf.stages import ensemble, evaluate, reward
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT, "tiny", {"model.base": "random:3x32", "best_of_n.samples": 9, "best_of_n.batch_size": 8})
-ARM = Arm(method="best_of_n", reward="robust", nominal_weight=0.4, credible=2.0, n=4, seed=1)
+ARM = typed_arm(method="best_of_n", reward="robust", nominal_weight=0.4, credible=2.0, n=4, seed=1)
 PROMPTS, SAMPLES = 4, 9
 
 
@@ -157,6 +157,6 @@ def test_the_evaluation_reads_the_chosen_responses_and_the_curve(made, models, t
 
 def test_a_reward_without_an_opinion_chooses_the_first(models, tmp_path):
     settings = PARAMS.best_of_n.model_copy(update={"missing_eos_score": 0.0, "samples": None})
-    run(models, tmp_path / "out", Arm(method="best_of_n", reward="constant", n=3, seed=1), settings)
+    run(models, tmp_path / "out", typed_arm(method="best_of_n", reward="constant", n=3, seed=1), settings)
     found = read_candidates(tmp_path / "out")
     assert found.chosen == [0, 3, 6, 9]

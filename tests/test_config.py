@@ -1,19 +1,18 @@
 """Settings: every mistake at once, with its place and the way out."""
 
-import inspect
+import json
+import re
 import shlex
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from rrlhf.checks import NEEDED
-from rrlhf.config import Arm, RewardName
+from rrlhf.config import REWARDS, typed_arm
 from rrlhf.located import ParamsError
 from rrlhf.pipeline.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
-from rrlhf.robust import AGGREGATIONS
 
 ROOT = Path(__file__).parents[1]
 CHOOSY = {"method": "best_of_n", "reward": "single", "n": 4, "seed": 1}
@@ -143,53 +142,65 @@ def test_a_weight_is_a_finite_number(value):
         ({"prepare__shares__sft": 0.5}, "sum to"),
         ({"prepare__format": "hh"}, "together"),
         ({"tracking__candidate": "robst"}, "did you mean robust"),
-        ({"arms": {"single": None, "robust": None}}, "not an arm"),
+        ({"arms": {"single": None, "robust": None}}, "at least 1 item"),
         *(({f"arms__{name}": {"reward": "single", "seed": 1}}, "lower-case") for name in ("Bad Name", "v2", "latest")),
         ({"arms": {"robust.4": {"reward": "single", "seed": 1}}, "tracking__candidate": "robust.4"}, "lower-case"),
-        ({"arms__single__nominal_weight": 0.5}, "reward single has no nominal_weight"),
-        ({"arms__robust__nominal_weight": None}, "reward robust needs nominal_weight"),
+        ({"arms__single__nominal_weight": 0.5}, "not a setting (for ppo, single): leave it out, or null"),
+        ({"arms__robust__nominal_weight": None}, "arms.robust.nominal_weight: is missing (for ppo, robust)"),
         (
             {"ensemble__loss": "gaussian_nll", "ensemble__margin": 0.1},
-            "ensemble.margin belongs to the loss bradley_terry",
+            "ensemble.margin: it belongs to the loss bradley_terry",
         ),
-        ({"reward__trunk": "full", "reward__train_layers": 16}, "train_layers 16 is more than the 15 layers"),
+        ({"reward__trunk": "full", "reward__train_layers": 16}, "16 is more than the 15 layers"),
         ({"reward__revision": "abc"}, "reward.base, which is null"),
         ({"ensemble__freeze_backbone": False}, "set reward.trunk to lora or full"),
-        ({"ensemble__freeze_backbone": False, "ensemble__kind": "members"}, "freeze_backbone is for kind heads"),
-        ({"ensemble__diversity": 0.1}, "diversity is for kind lora"),
+        (
+            {"ensemble__freeze_backbone": False, "ensemble__kind": "members"},
+            "input should be True, found False (for members)",
+        ),
+        ({"ensemble__diversity": 0.1}, "input should be less than or equal to 0, found 0.1 (for heads)"),
         ({"ensemble__kind": "warm", "ensemble__hidden": 8}, "averages linear heads"),
         ({"ppo__estimator": "rloo"}, "ppo.estimator rloo compares responses to one prompt"),
         ({"ppo__responses_per_prompt": 3, "ppo__minibatch_size": 64}, "prompts_per_update 24 * responses_per_prompt 3"),
         ({"ppo__kl_in": "loss"}, "k1 has a gradient of expectation 0"),
-        ({"ppo__kl_target": 6.0, "ppo__kl_weight": 0.0}, "ppo.kl_weight 0 stays 0"),
-        ({"ppo__kl_target": 6.0, "ppo__max_kl": 5.0}, "max_kl 5 ends the training before ppo.kl_target 6"),
+        ({"ppo__kl_target": 6.0, "ppo__kl_weight": 0.0}, "ppo.kl_weight: 0 stays 0"),
+        ({"ppo__kl_target": 6.0, "ppo__max_kl": 5.0}, "5 ends the training before ppo.kl_target 6"),
         (
             {"ppo__prompts_per_update": 5, "ppo__responses_per_prompt": 4, "ppo__minibatch_size": 4}
             | {"launch__processes": 2, "launch__arms_at_once": 1},
-            "ppo.prompts_per_update 5 is not a multiple of launch.processes 2",
+            "ppo.prompts_per_update: 5 is not a multiple of launch.processes 2",
         ),
-        ({"arms__robust__credible": None}, "reward robust needs credible"),
+        ({"arms__robust__reward": "robst"}, "there is no 'robst': did you mean robust?"),
         (
             {"arms__a": {"reward": "ellipsoid", "credible": 2.0, "seed": 1}, "ensemble__sigma": "learned"},
             "set ensemble.sigma to posterior",
         ),
-        ({"arms__robust__reward": "uwo"}, "reward uwo needs uncertainty_weight"),
-        ({"arms__robust__functions": {"no_lists": 0.5}}, "'no_lists' is not module:function"),
-        ({"arms__robust__functions": {"my_rules.py:no_lists()": 0.5}}, "is not module:function"),
+        ({"arms__robust__reward": "uwo"}, "arms.robust.uncertainty_weight: is missing (for ppo, uwo)"),
+        (
+            {"arms__robust__functions": {"no_lists": 0.5}},
+            "write module:function, for example my_rules:no_lists, found 'no_lists'",
+        ),
+        ({"arms__robust__functions": {"my_rules.py:no_lists()": 0.5}}, "write module:function"),
         ({"arms__robust__functions": {"my_rules:no_lists": "0.5"}}, "arms.robust.functions.my_rules:no_lists"),
-        ({"arms__robust__functions": {"my_rules:no_lists": float("inf")}}, "a finite number"),
-        ({"arms__single__reward": None}, "arms.single: method ppo needs a reward"),
-        ({"arms__single__n": 4}, "method ppo has no n"),
-        ({"arms__a": {"method": "dpo", "reward": "single", "seed": 1}}, "arms.a: method dpo sees no reward"),
-        ({"arms__a": {"method": "dpo", "nominal_weight": 0.4, "seed": 1}}, "method dpo has no nominal_weight"),
-        ({"arms__a": {"method": "best_of_n", "reward": "single", "seed": 1}}, "best_of_n needs n"),
-        ({"arms__a": {"method": "best_of_n", "n": 4, "seed": 1}}, "method best_of_n needs a reward"),
-        ({"arms__a": CHOOSY, "best_of_n__samples": 3}, "n 4 is more than best_of_n.samples 3"),
+        ({"arms__robust__functions": {"my_rules:no_lists": float("inf")}}, "finite number"),
+        ({"arms__single__reward": None}, "arms.single.reward: is missing (for ppo)"),
+        ({"arms__single__n": 4}, "not a setting (for ppo, single)"),
+        ({"arms__a": {"method": "dpo", "reward": "single", "seed": 1}}, "arms.a.reward: not a setting (for dpo)"),
+        (
+            {"arms__a": {"method": "dpo", "nominal_weight": 0.4, "seed": 1}},
+            "arms.a.nominal_weight: not a setting (for dpo)",
+        ),
+        ({"arms__a": {"method": "best_of_n", "reward": "single", "seed": 1}}, "arms.a.n: is missing"),
+        ({"arms__a": {"method": "best_of_n", "n": 4, "seed": 1}}, "arms.a.reward: is missing (for best_of_n)"),
+        ({"arms__a": CHOOSY, "best_of_n__samples": 3}, "arms.a.n: 4 is more than best_of_n.samples 3"),
         ({"arms__a": CHOOSY, "tracking__candidate": "a"}, "'a' chooses the best of n and is no model of its own"),
-        ({"dpo__loss": "ipo", "dpo__label_smoothing": 0.1}, "label_smoothing belongs to the loss sigmoid, not to ipo"),
+        (
+            {"dpo__loss": "ipo", "dpo__label_smoothing": 0.1},
+            "label_smoothing: it belongs to the loss sigmoid, not to ipo",
+        ),
         (
             {"dpo__pairs_per_batch": 5, "launch__processes": 2, "launch__arms_at_once": 1},
-            "dpo.pairs_per_batch 5 is not a multiple of launch.processes 2",
+            "dpo.pairs_per_batch: 5 is not a multiple of launch.processes 2",
         ),
     ],
 )
@@ -218,9 +229,9 @@ def test_a_reward_function_is_named_by_import_path():
     ],
 )
 def test_an_arm_is_written_without_what_its_method_does_not_use(arm, written):
-    known = Arm(**arm)
+    known = typed_arm(**arm)
     assert known.model_dump() == written
-    assert Arm.model_validate_json(known.model_dump_json()) == known
+    assert typed_arm(**json.loads(known.model_dump_json())) == known
 
 
 def test_an_override_is_read_as_yaml():
@@ -240,7 +251,23 @@ def test_a_file_that_is_no_mapping_is_refused(project, content):
     assert mistakes(project)[0].startswith("params.yaml")
 
 
-def test_the_rewards_of_arms_are_the_aggregations_with_their_arguments():
-    assert set(get_args(RewardName)) == {"single", *AGGREGATIONS}
-    for name, aggregation in AGGREGATIONS.items():
-        assert set(list(inspect.signature(aggregation).parameters)[1:]) == NEEDED.get(name, set())
+@pytest.mark.parametrize("reward", REWARDS)
+def test_an_arm_takes_the_settings_of_its_reward_and_no_other(reward):
+    given = dict.fromkeys(REWARDS[reward], 0.5)
+    for made in ({"method": "ppo"}, {"method": "best_of_n", "n": 2}):
+        arm = typed_arm(reward=reward, seed=1, **made, **given)
+        assert (arm.reward, arm.settings) == (reward, given)
+    all_of_them = {name for each in REWARDS.values() for name in each}
+    for name in all_of_them - set(given):
+        with pytest.raises(ValidationError):
+            typed_arm(reward=reward, seed=1, **given, **{name: 0.5})
+    for name in given:
+        with pytest.raises(ValidationError):
+            typed_arm(reward=reward, seed=1, **{other: 0.5 for other in given if other != name})
+
+
+def test_the_readme_tells_every_reward_with_its_settings():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| `reward` |")[1].split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    told = {name: set(re.findall(r"`(\w+)`", row[-1])) for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert told == {name: set(settings) for name, settings in REWARDS.items()}

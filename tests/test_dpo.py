@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from rrlhf.config import Arm, Launch
+from rrlhf.config import Launch, typed_arm
 from rrlhf.data.tables import preferences
 from rrlhf.models.load import load_base, load_model
 from rrlhf.models.text import Texts
@@ -20,7 +20,7 @@ from rrlhf.policy.reward import read_arm
 from rrlhf.stages import dpo as stage
 
 ROOT = Path(__file__).parents[1]
-ARM = Arm(method="dpo", seed=1)
+ARM = typed_arm(method="dpo", seed=1)
 PAIRS = 40  # of the fixture `start`
 
 
@@ -83,7 +83,7 @@ def test_only_the_top_layers_train_and_the_folder_is_a_policy(trained, start, tm
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_policy(trained, start, model, settings, tmp_path):
     _, again = run(start, model, settings, tmp_path / "again")
-    _, other = run(start, model, settings, tmp_path / "other", Arm(method="dpo", seed=2))
+    _, other = run(start, model, settings, tmp_path / "other", typed_arm(method="dpo", seed=2))
     assert all(torch.equal(trained[1][name], tensor) for name, tensor in again.items())
     assert not all(torch.equal(trained[1][name], tensor) for name, tensor in other.items())
     assert read_arm(tmp_path / "again")[0] == ARM

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rrlhf.config import Arm, Launch, Ppo
+from rrlhf.config import Launch, Ppo, typed_arm
 from rrlhf.pipeline import processes
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_document
@@ -45,7 +45,7 @@ def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
     node = next(node for node in nodes(params) if node.name == "ppo-robust")
     execute(key_document(node, {}), inputs={"data": tmp_path}, out=tmp_path / "out", log=print, launch=HERE)
     assert isinstance(seen["ppo"], Ppo)
-    assert seen["arm"] == Arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
+    assert seen["arm"] == typed_arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
     assert seen["data"] == tmp_path
 
 

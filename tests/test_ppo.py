@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rrlhf.config import Arm
+from rrlhf.config import typed_arm
 from rrlhf.kl import adapted_weight
 from rrlhf.models.adapters import merged
 from rrlhf.models.load import load_base
@@ -51,13 +51,13 @@ def single(scores):
 )
 def test_an_arm_sees_the_reward_that_it_names(reward, settings):
     scores = RewardScores(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
-    seen = arm_reward(Arm(reward=reward, seed=1, **settings), Accelerator(cpu=True))(scores)
+    seen = arm_reward(typed_arm(reward=reward, seed=1, **settings), Accelerator(cpu=True))(scores)
     assert torch.equal(seen, AGGREGATIONS[reward](scores.ensemble, **settings))
 
 
 def test_the_single_reward_reads_no_ensemble():
     scores = RewardScores(torch.randn(4), Scores(torch.randn(4, 3), torch.rand(4, 3)))
-    assert torch.equal(arm_reward(Arm(reward="single", seed=1), Accelerator(cpu=True))(scores), scores.single)
+    assert torch.equal(arm_reward(typed_arm(reward="single", seed=1), Accelerator(cpu=True))(scores), scores.single)
 
 
 @pytest.mark.parametrize("trains", WAYS)
@@ -245,7 +245,7 @@ def test_with_a_kl_term_the_policy_ends_at_the_optimum_in_between(model, ppo, re
 
 def test_the_responses_to_a_prompt_stand_together(model, ppo, rewards):
     ppo = ppo.model_copy(update={"prompts_per_update": 3, "responses_per_prompt": 4, "estimator": "grpo"})
-    arm = Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
+    arm = typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
     _, rows, kept = trained(model, ppo, rewards, arm_reward(arm, Accelerator(cpu=True)))
     assert rows[0]["optimizer_steps"] == ppo.epochs * 12 / ppo.minibatch_size
     asked = [row.prompt for row in kept if row.update == 0]

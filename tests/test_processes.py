@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from rrlhf.config import Arm, Model, Ppo
+from rrlhf.config import typed_arm, Model, Ppo
 from rrlhf.models.load import accelerator, load_base
 from rrlhf.models.rollout import Samples
 from rrlhf.policy.reward import Prompts, arm_reward, load_reward_models
@@ -45,7 +45,7 @@ Learner.sample = sample
 rewards = load_reward_models(Path(sys.argv[5]), Path(sys.argv[6]), engine.device)
 learner = prepare_learner(engine, load_base(model), rewards, model=model, ppo=ppo, seed=0)
 learner.generator.manual_seed(0)
-arm = Arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, seed=0)
+arm = typed_arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, seed=0)
 rows = [row for row, _ in train(learner, Prompts([[3, 9, 12], [4, 7, 8, 20], [5, 30, 31]]), arm_reward(arm, engine))]
 if engine.is_main_process:
     save_file({name: weight.detach().contiguous() for name, weight in learner.top.named_parameters()}, out)

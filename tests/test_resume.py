@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import save_random_heads
 
-from rrlhf.config import Arm, Launch
+from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Store
@@ -51,7 +51,7 @@ def document(every=2, **changed):
     params = load_params(ROOT, "tiny")
     model = params.model.model_copy(update={"base": "random:3x32"})
     ppo = params.ppo.model_copy(update={"updates": UPDATES, "learning_rate": 1e-3} | changed)
-    arm = Arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
+    arm = typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
     health = params.health.model_copy(update=HEALTH | {"checkpoint_every": every})
     sections = {"model": model, "ppo": ppo, "health": health, "arm": arm}
     return {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}

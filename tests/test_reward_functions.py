@@ -14,7 +14,7 @@ from conftest import save_random_heads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.config import Arm
+from rrlhf.config import typed_arm
 from rrlhf.data.tables import read_table, write_table
 from rrlhf.located import ParamsError
 from rrlhf.models.load import load_base, save_model
@@ -236,7 +236,7 @@ def test_an_arm_is_paid_its_reward_plus_the_weighted_functions(weights, drawn):
         ("robust", {"nominal_weight": 0.4, "credible": 0.0}, robust),
         ("constant", {}, [0.0, 0.0]),
     ):
-        arm = Arm(reward=reward, functions=weights, seed=1, **chosen)
+        arm = typed_arm(reward=reward, functions=weights, seed=1, **chosen)
         paid = arm_reward(arm, ALONE)(found)
         expected = [b + math.fsum(w * functions[p][i].item() for p, w in weights.items()) for i, b in enumerate(base)]
         torch.testing.assert_close(paid, torch.tensor(expected), atol=1e-4, rtol=1e-6)
@@ -246,7 +246,7 @@ def test_the_order_in_which_functions_are_named_changes_no_bit():
     functions = {name: torch.randn(50) for name in ("a:f", "b:f", "c:f")}
     found = RewardScores(torch.randn(50), Scores(torch.randn(50, 3), torch.rand(50, 3)), functions)
     one, other = (
-        Arm(reward="single", functions={name: 0.1 * ord(name[0]) for name in order}, seed=1)
+        typed_arm(reward="single", functions={name: 0.1 * ord(name[0]) for name in order}, seed=1)
         for order in (["a:f", "b:f", "c:f"], ["c:f", "a:f", "b:f"])
     )
     assert torch.equal(arm_reward(one, ALONE)(found), arm_reward(other, ALONE)(found))
@@ -255,7 +255,7 @@ def test_the_order_in_which_functions_are_named_changes_no_bit():
 def test_each_process_adds_the_values_of_its_own_responses():
     """The ensemble's part is computed on everybody's responses, the functions' part on each process's own."""
     scores, value = Scores(torch.randn(6, 3), torch.rand(6, 3)), torch.randn(6)
-    arm = Arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, functions={"a:f": 2.0}, seed=1)
+    arm = typed_arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, functions={"a:f": 2.0}, seed=1)
     parts = []
     for rank, own in enumerate((slice(0, 3), slice(3, 6))):
         everyone = iter([value, *scores])
@@ -312,7 +312,7 @@ def test_a_policy_says_what_a_rule_pays_for(rules, letters, tmp_path):
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")}
 
     def shares(weight):
-        arm = Arm(reward="constant", functions={"my_rules:share_of_e": weight}, seed=1)
+        arm = typed_arm(reward="constant", functions={"my_rules:share_of_e": weight}, seed=1)
         out, rows = tmp_path / str(weight), []
         out.mkdir()
         ppo.run(model=params.model, ppo=params.ppo, health=params.health, arm=arm, **inputs, out=out, log=rows.append)
@@ -347,7 +347,7 @@ def test_every_response_is_read_with_the_columns_of_its_own_prompt(rules, letter
         ("chosen", best_of_n, {"best_of_n": params.best_of_n.model_copy(update={"samples": 3})}),
     ):
         chosen = {"method": "best_of_n", "n": 2} if stage is best_of_n else {}
-        arm = Arm(reward="constant", functions={"my_rules:as_asked": 1.0}, seed=1, **chosen)
+        arm = typed_arm(reward="constant", functions={"my_rules:as_asked": 1.0}, seed=1, **chosen)
         policies[name] = tmp_path / name
         policies[name].mkdir()
         stage.run(model=params.model, arm=arm, **sections, **inputs, out=policies[name], log=rows.append)
@@ -371,11 +371,11 @@ def test_every_response_is_read_with_the_columns_of_its_own_prompt(rules, letter
 def test_a_column_that_the_data_set_lacks_ends_a_stage_before_it_begins(rules, letters, tmp_path, stage):
     rules("def solved(completions, solution): return [0.0] * len(completions)\n")
     root, params = letters
-    arm = Arm(reward="constant", functions={"my_rules:solved": 1.0}, seed=1)
+    arm = typed_arm(reward="constant", functions={"my_rules:solved": 1.0}, seed=1)
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")}
     sections = {
         ppo: {"ppo": params.ppo, "health": params.health, "arm": arm},
-        best_of_n: {"best_of_n": params.best_of_n, "arm": arm},
+        best_of_n: {"best_of_n": params.best_of_n, "arm": typed_arm(method="best_of_n", n=2, **arm.model_dump())},
         evaluate: {"seed": 1, "gold": params.gold, "evaluate": params.evaluate, "policies": {"robust": tmp_path}},
     }[stage]
     write_arm(tmp_path, arm)

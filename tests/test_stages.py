@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rrlhf.config import Arm
+from rrlhf.config import typed_arm
 from rrlhf.data.fingerprints import row_hash
 from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.data.tasks import WritingTask
@@ -239,7 +239,7 @@ def test_the_curves_retell_what_training_logged(made):
 
 def test_a_policy_folder_says_what_it_was_trained_for(made):
     arm, scale = read_arm(made[0] / "robust")
-    assert arm == Arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
+    assert arm == typed_arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
     assert scale.mean < 0 < scale.std  # of the least reward of several, over the reference responses
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
 
@@ -250,7 +250,7 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, 
     monkeypatch.setattr(sys, "path", [*sys.path])
     rule = "def length(completions, **_):\n    return [len(one[0]['content']) for one in completions]\n"
     (tmp_path / "length_rule.py").write_text(rule)
-    arm = Arm(reward="single", functions={"length_rule:length": 0.5}, seed=1)
+    arm = typed_arm(reward="single", functions={"length_rule:length": 0.5}, seed=1)
     policies = {"single": root / "single", "rules": tmp_path / "rules"}
     shutil.copytree(root / "single", policies["rules"])
     write_arm(policies["rules"], arm)

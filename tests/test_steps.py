@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf import stopping
-from rrlhf.config import Arm, Launch
+from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
 from rrlhf.memo import sha256
 from rrlhf.pipeline.launch import execute
@@ -29,7 +29,7 @@ DOCUMENTS = {
     "sft": {"stage": "sft", "params": {"seed": 1, "model": MODEL, "sft": PARAMS.sft.model_dump()}},
     "dpo": {
         "stage": "dpo",
-        "params": {"model": MODEL, "dpo": DPO.model_dump(), "arm": Arm(method="dpo", seed=1).model_dump()},
+        "params": {"model": MODEL, "dpo": DPO.model_dump(), "arm": typed_arm(method="dpo", seed=1).model_dump()},
     },
 }
 PROGRAM = """

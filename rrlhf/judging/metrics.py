@@ -8,7 +8,7 @@ that reward's were: the fitted temperature says by which factor they are off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from rrlhf.judging.calibration import (
 from rrlhf.judging.content import Calibration, Coverage, GoldAgreement, Heads, RewardJudgement
 from rrlhf.losses import gaussian_log_odds
 from rrlhf.rewards.heads import Pairs, RewardHeads
-from rrlhf.robust import READINGS, Scores, difference_std, head_spread, joined, mean_reward
+from rrlhf.robust import READINGS, Scores, difference_std, head_spread, mean_reward
 from rrlhf.types import Metrics
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -162,3 +162,10 @@ def _coverage(mean: Tensor, std: Tensor, target: Tensor, prompts: Tensor) -> lis
 def _mean_off_diagonal(correlation: list[list[float | None]]) -> float | None:
     known = [value for i, row in enumerate(correlation) for j, value in enumerate(row) if i != j and value is not None]
     return sum(known) / len(known) if known else None
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return the scores of several batches as those of one."""
+    offsets = [part.offset for part in parts if part.offset is not None]
+    mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
+    return Scores(mean, std, torch.cat(offsets) if offsets else None)

@@ -30,8 +30,8 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # here, since only publishing pays for it
 
-    stage, params = manifest["document"]["stage"], manifest["document"]["params"]
-    spec = spec_of(stage)
+    stage, params, inputs = (manifest["document"][name] for name in ("stage", "params", "inputs"))
+    spec, metrics = spec_of(stage), last_values(rows)
     if not spec.model:
         return None
     environment = Environment(  # Markdown: what others wrote goes through `code`
@@ -43,7 +43,6 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
     )
     environment.filters["code"] = code
     settings = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
-    inputs = manifest["document"]["inputs"]
     return environment.get_template("card.md.j2").render(
         manifest=manifest,
         stage=stage,
@@ -51,15 +50,14 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
         front_matter=_front_matter(manifest),
         title=title(manifest),
         what=what(manifest),
-        makes=spec.makes,
-        is_policy=spec.is_policy,
-        registered=_registered(manifest),
+        spec=spec,
+        registered=f"models:/{model_name(stage, manifest.get('profile', 'default'))}/VERSION",  # the number comes later
         data=_data(manifest),
         base=_base(manifest).get("base"),
         parents={name: digest for name, digest in inputs.items() if name != DATA},
-        metrics={name: value for name, value in last_values(rows).items() if name not in CLOCKS},
+        metrics={name: value for name, value in metrics.items() if name not in CLOCKS},
         unit=unit,
-        cut=cut_in_words(last_values(rows)),
+        cut=cut_in_words(metrics),
         health=in_words(rows) if "health" in params else "no detector watched it",
         made_with={**manifest["document"].get("numerics", {}), **manifest.get("hardware", {})},
         settings=settings,
@@ -70,19 +68,15 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
 def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:
     """Return what a card tells of a data set; `hub` where its source is on the Hugging Face hub."""
     told = {"name": dataset.name, "digest": dataset.digest, "limit": str(prepare.limit or "")}
-    told["left_out"] = _left_out(dataset.path / SUMMARY)
+    summary = dataset.path / SUMMARY
+    rejected = json.loads(summary.read_bytes()).get("rejected", {}) if summary.is_file() else {}
+    told["left_out"] = ", ".join(f"{count} {rule}" for rule, count in rejected.items())
     if prepare.revision:
         part = "".join(f", {name} {value}" for name in ("config", "split") if (value := getattr(prepare, name)))
         return told | {"source": f"{prepare.source}@{prepare.revision}{part}", "hub": prepare.source}
     if prepare.source == "written":
         return told | {"source": "tasks of rrlhf/data/tasks.py"}
     return told | {"source": Path(prepare.source).name}  # of a file, not where this machine has it
-
-
-def _left_out(summary: Path) -> str:
-    """Return how many rows of a source were bad, by the rule that they break."""
-    counts = json.loads(summary.read_bytes()).get("rejected", {}) if summary.is_file() else {}
-    return ", ".join(f"{count} {rule}" for rule, count in counts.items())
 
 
 def title(manifest: Mapping[str, Any]) -> str:
@@ -132,13 +126,13 @@ def _front_matter(manifest: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     stage, data, base = manifest["document"]["stage"], _data(manifest), _base(manifest)
-    spec = spec_of(stage)
+    spec, data_name = spec_of(stage), data["hub"] or data["name"]
     is_hub_id = base.get("revision") and re.fullmatch(r"[\w.-]+/[\w.-]+", base["base"])
     known = ModelCardData(
         library_name="transformers" if spec.makes == "language model" else "rrlhf",
         pipeline_tag="text-classification" if spec.makes == "reward model" else "text-generation",
         base_model=base["base"] if is_hub_id else None,
-        datasets=[data["hub"] or data["name"]] if data["hub"] or data["name"] else None,
+        datasets=[data_name] if data_name else None,
         tags=["rlhf", spec.tag, f"rrlhf-{stage.replace('_', '-')}"],
     )
     return str(known.to_yaml()).strip()
@@ -159,15 +153,9 @@ def _reward(arm: Mapping[str, Any]) -> str:
     return code(f"{arm.get('reward')}{given}{functions}")
 
 
-def _registered(manifest: Mapping[str, Any]) -> str:
-    """Return the address of a model in MLflow's registry, which gives it the number of its version later."""
-    return f"models:/{model_name(manifest['document']['stage'], manifest.get('profile', 'default'))}/VERSION"
-
-
 def _data(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is known of the data set: its names, where it is from, its version, and if the stage read it."""
     read = manifest["document"]["inputs"].get(DATA)
-    known: dict[str, Any] = dict.fromkeys(("name", "source", "hub", "digest", "limit", "left_out")) | manifest.get(
-        "dataset", {}
-    )
+    unknown = dict.fromkeys(("name", "source", "hub", "digest", "limit", "left_out"))
+    known: dict[str, Any] = unknown | manifest.get("dataset", {})
     return known | {"version": read or known["digest"], "read": read is not None}

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import Model, Params
+from rrlhf.config import LoraEnsemble, Model, Params
 from rrlhf.memo import Memo, Memory
 from rrlhf.models.sources import base_digest, base_location
 from rrlhf.pipeline.keys import key_digest
@@ -43,7 +43,7 @@ def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tupl
     if own != params.model:
         section = "reward" if params.reward.base else "model"
         trunk = facts(own, section, root, memo, fetch=fetch)
-    mistakes = [*model.problems, *_policies(params, model), *trunk.problems, *_reward(params, trunk)]
+    mistakes = [*model.problems, *trunk.problems, *_misfits(params, model, trunk)]
     return [*dict.fromkeys(mistakes)], [*dict.fromkeys([*model.notes, *trunk.notes])]
 
 
@@ -58,40 +58,35 @@ def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) ->
     if key not in memory.known:
         found = _looked_at(model, section, fetch=fetch)
         if found is None:
-            return Facts(
-                notes=[f"{section}.base {model.base}: not looked at, its files are not here; a run does first"]
-            )
+            note = f"{section}.base {model.base}: not looked at, its files are not here; a run does first"
+            return Facts(notes=[note])
         memory.known[key], memory.grew = found._asdict(), True
         memory.save()
     return Facts(**memory.known[key])
 
 
-def _policies(params: Params, model: Facts) -> Iterator[str]:
+def _misfits(params: Params, model: Facts, trunk: Facts) -> Iterator[str]:
+    """Say which settings ask a model for layers, or maps to adapt, that it does not have."""
+    ppo, dpo, reward = params.ppo, params.dpo, params.reward
     methods = {arm.method for arm in params.arms.values()}
-    if "ppo" in methods and params.ppo.trains != "full":
-        yield from _too_many("ppo.train_layers", params.ppo.train_layers, model)
-    if "ppo" in methods and params.ppo.trains == "lora" and not model.adapts:
-        yield f"ppo.trains lora: {_no_maps(params.model.base)}; set it to layers or full"
-    if "dpo" in methods:
-        yield from _too_many("dpo.train_layers", params.dpo.train_layers, model)
-
-
-def _reward(params: Params, trunk: Facts) -> Iterator[str]:
-    reward, base = params.reward, params.reward.base or params.model.base
-    yield from _too_many("reward.layer", reward.layer, trunk)
-    if reward.trunk == "lora" and not trunk.adapts:
-        yield f"reward.trunk lora: {_no_maps(base)}; set it to frozen or full"
-    if params.ensemble.kind == "lora" and not trunk.adapts:
-        yield f"ensemble.kind lora: {_no_maps(base)}; choose another kind"
-
-
-def _too_many(setting: str, layers: int, model: Facts) -> Iterator[str]:
-    if model.layers is not None and layers > model.layers:
-        yield f"{setting} {layers}: the model has {model.layers} layers; set it to at most that"
-
-
-def _no_maps(base: str) -> str:
-    return f"adapters stand beside the maps q_proj and v_proj, which the layers of {base} do not have"
+    for setting, layers, base, matters in (
+        ("ppo.train_layers", ppo.train_layers, model, "ppo" in methods and ppo.trains != "full"),
+        ("dpo.train_layers", dpo.train_layers, model, "dpo" in methods),
+        ("reward.layer", reward.layer, trunk, True),
+    ):
+        if matters and base.layers is not None and layers > base.layers:
+            yield f"{setting} {layers}: the model has {base.layers} layers; set it to at most that"
+    for setting, base, adapted in (
+        ("ppo.trains", model, "ppo" in methods and ppo.trains == "lora"),
+        ("reward.trunk", trunk, reward.trunk == "lora"),
+        ("ensemble.kind", trunk, isinstance(params.ensemble, LoraEnsemble)),
+    ):
+        if adapted and not base.adapts:
+            name = params.model.base if base is model else reward.base or params.model.base
+            yield (
+                f"{setting} lora: adapters stand beside the maps q_proj and v_proj, which the layers of {name} do not "
+                "have; set it to something else"
+            )
 
 
 def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
@@ -116,17 +111,14 @@ def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
         Texts(language, model).prompt(QUESTION)
         notes += _unmarked(language)
     except TemplateError as error:
-        asked = "a system turn" if model.system_prompt is not None else "a user's turn"
-        way_out = "; set model.system_prompt to null" if model.system_prompt is not None else ""
-        problems.append(f"{section}.base {model.base}: its chat template refuses {asked} ({error}){way_out}")
+        told = f"a user's turn ({error})"
+        if model.system_prompt is not None:
+            told = f"a system turn ({error}); set model.system_prompt to null"
+        problems.append(f"{section}.base {model.base}: its chat template refuses {told}")
     except ValueError as error:
         problems.append(f"{section}.{error}")
-    return Facts(
-        problems,
-        [f"{section}.base {model.base}: {note}" for note in notes],
-        language.layers,
-        can_adapt(language.network),
-    )
+    notes = [f"{section}.base {model.base}: {note}" for note in notes]
+    return Facts(problems, notes, language.layers, can_adapt(language.network))
 
 
 def _unmarked(language: LanguageModel) -> Iterator[str]:

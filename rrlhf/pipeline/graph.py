@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rrlhf.config import Arm, Member, Params, Section, TrunkTraining
+from rrlhf.config import Arm, HeadEnsemble, LoraEnsemble, Member, PaidArm, Params, Section, TrunkTraining, WarmEnsemble
 from rrlhf.pipeline.stages import STAGES
 
 DATA = "data"
@@ -60,7 +60,7 @@ def _node(name: str, stage: str, sections: Mapping[str, Any]) -> Node:
 
 def _policy(name: str, arm: Arm, sections: Mapping[str, Any]) -> Node:
     node = _node(f"{arm.method}-{name}", arm.method, {**sections, "arm": arm})
-    return node._replace(functions=tuple(sorted(arm.functions)), arm=name)
+    return node._replace(functions=tuple(sorted(arm.functions)) if isinstance(arm, PaidArm) else (), arm=name)
 
 
 def _reward_ensemble(params: Params, sections: Mapping[str, Any]) -> list[Node]:
@@ -68,25 +68,20 @@ def _reward_ensemble(params: Params, sections: Mapping[str, Any]) -> list[Node]:
 
     A member knows neither how many there are nor what becomes of them: one more trains one, and averaging trains none.
     """
-    seed, ensemble = params.seed, params.ensemble
+    ensemble, node = params.ensemble, _node("ensemble", "ensemble", sections)
     trunk = TrunkTraining.model_validate(params.reward.model_dump(include=set(TrunkTraining.model_fields)))
-    node = _node("ensemble", "ensemble", sections)
-    if ensemble.kind in {"members", "warm"}:
-        member = Member.model_validate(ensemble.model_dump(include=set(Member.model_fields)))
-        members = [
-            _node(
-                f"member-{number}",
-                "member",
-                {**sections, "seed": 1000 * seed + number, "member": member, "trunk": trunk},
-            )
-            for number in range(ensemble.heads)
-        ]
-        inputs = {**node.inputs, **{each.name: each.name for each in members}}
-        if ensemble.kind == "warm":
-            node = node._replace(sections={**node.sections, "trunk": trunk})
-            inputs = {DATA: DATA, **inputs}
-        return [*members, node._replace(inputs=inputs)]
-    if ensemble.kind == "lora" or not ensemble.freeze_backbone:
-        inputs = {DATA: DATA, "sft": "sft", **node.inputs}
-        return [node._replace(sections={**node.sections, "trunk": trunk}, inputs=inputs)]
-    return [node]
+    with_trunk = node._replace(sections={**node.sections, "trunk": trunk})
+    if isinstance(ensemble, HeadEnsemble) and ensemble.freeze_backbone:
+        return [node]
+    if isinstance(ensemble, HeadEnsemble | LoraEnsemble):
+        return [with_trunk._replace(inputs={DATA: DATA, "sft": "sft", **node.inputs})]
+    member = Member.model_validate(ensemble.model_dump(include=set(Member.model_fields)))
+    own = {**sections, "member": member, "trunk": trunk}
+    members = [
+        _node(f"member-{number}", "member", {**own, "seed": 1000 * params.seed + number})
+        for number in range(ensemble.heads)
+    ]
+    inputs = {**node.inputs, **{each.name: each.name for each in members}}
+    if isinstance(ensemble, WarmEnsemble):
+        return [*members, with_trunk._replace(inputs={DATA: DATA, **inputs})]
+    return [*members, node._replace(inputs=inputs)]

@@ -15,7 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rrlhf.config import Arm, Launch, Member, Params, Section, TrunkTraining
+from pydantic import TypeAdapter
+
+from rrlhf.config import AnyArm, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.environment import release_memory
 from rrlhf.files import CHECKPOINT
 from rrlhf.pipeline.artifacts import HISTORY
@@ -65,12 +67,9 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
 
 def typed_sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
     """Rebuild the typed sections from the settings of a key document."""
-    classes: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
-    classes |= {"arm": Arm, "member": Member, "trunk": TrunkTraining}
-    return {
-        name: classes[name].model_validate(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-    }
+    types: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+    types |= {"arm": AnyArm, "member": Member, "trunk": TrunkTraining}
+    return {name: TypeAdapter(types[name]).validate_python(value) for name, value in settings.items()}
 
 
 def _arguments(inputs: Mapping[str, Path]) -> dict[str, Any]:

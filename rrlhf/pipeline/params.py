@@ -12,15 +12,19 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from rrlhf.checks import contradictions
-from rrlhf.config import Arm, Params
+from rrlhf.config import Params
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
 from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")  # it stands in commands of dvc.yaml, file names and addresses
 TAKEN = {"default", "keys", "variants"}  # the first is params.yaml itself, the others are folders in data/
@@ -56,18 +60,13 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
         for depth in range(1, len(path)):
             where.setdefault(path[:depth], f"--set {dotted}")  # a section that there is not
         where[path] = f"--set {dotted}"
-    arms = merged.get("arms")
-    if isinstance(arms, dict):
-        seed = {"seed": merged["seed"]} if "seed" in merged else {}
-        merged["arms"] = {
-            name: seed | arm if isinstance(arm, dict) else arm for name, arm in arms.items() if arm is not None
-        }
+    _complete_arms(merged)
     try:
         params = Params.model_validate(merged)
     except ValidationError as error:
-        mistakes += [_explain(detail, where) for detail in error.errors()]
+        mistakes += [_explain(detail, merged, where) for detail in error.errors()]
         raise ParamsError("\n".join(mistakes)) from None
-    mistakes += [f"{place(path, where)}: {text}" for path, text in contradictions(params)]
+    mistakes += [_told(tuple(name.split(".")), text, where) for name, text in contradictions(params)]
     if mistakes:
         raise ParamsError("\n".join(mistakes))
     return params
@@ -111,24 +110,71 @@ def _nested(path: tuple[str, ...], value: Json) -> Json:
     return value
 
 
-def _explain(detail: Any, where: Where) -> str:
-    path = tuple(str(part) for part in detail["loc"])
-    at, name, value = place(path, where), ".".join(path), detail["input"]
-    if detail["type"] == "extra_forbidden":
-        text = f"{name}: unknown setting{did_you_mean(path[-1], _fields(path[:-1]))}"
-    elif detail["type"] == "missing":
-        text = f"{name} is missing"
+def _complete_arms(merged: dict[str, Any]) -> None:
+    """Leave out arms and settings of arms that are null, and give each arm a seed, in place."""
+    arms = merged.get("arms")
+    if not isinstance(arms, dict):
+        return
+    seed = {"seed": merged["seed"]} if "seed" in merged else {}
+    for name, arm in arms.items():
+        if isinstance(arm, dict):
+            arms[name] = seed | {setting: value for setting, value in arm.items() if value is not None}
+    merged["arms"] = {name: arm for name, arm in arms.items() if arm is not None}
+
+
+def _explain(detail: ErrorDetails, merged: Mapping[str, Any], where: Where) -> str:
+    """Say what a setting that pydantic refused should be."""
+    kind, value, context, loc = detail["type"], detail["input"], detail.get("ctx", {}), detail["loc"]
+    if kind.startswith("union_tag"):  # it lacks what its class is chosen by: a method, a reward or a kind
+        loc = (*loc, context["discriminator"].strip("'()"))
+    path, tags = _path(loc, merged)
+    of = f" (for {', '.join(tags)})" if tags else ""
+    if kind == "extra_forbidden":
+        known = _fields(Params, path[:-1])
+        elsewhere = path[-1] in known
+        text = (
+            f"not a setting{of}: leave it out, or null"
+            if elsewhere
+            else f"unknown setting{did_you_mean(path[-1], known)}"
+        )
+    elif kind in {"missing", "union_tag_not_found"}:
+        text = f"is missing{of}"
+    elif kind == "union_tag_invalid":
+        known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
+        text = f"there is no {context['tag']!r}{did_you_mean(context['tag'], known)}"
     else:
-        text = f"{name}: {detail['msg'][0].lower()}{detail['msg'][1:]}, found {value!r}"
+        said = detail["msg"].removeprefix("Value error, ")
+        text = f"{said[0].lower()}{said[1:]}, found {value!r}{of}"
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
-            mantissa, exponent = value.split("e")
-            text += f" (text to YAML; write {mantissa}.0e{exponent})"
-    return f"{at}: {text.removeprefix(f'{name}: ') if at == f'--set {name}' else text}"
+            text += f" (text to YAML; write {value.replace('e', '.0e')})"
+    return _told(path, text, where)
 
 
-def _fields(path: tuple[str, ...]) -> list[str]:
-    model: Any = Params
-    for part in path:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = Arm if path[0] == "arms" else annotation
-    return list(getattr(model, "model_fields", {}))
+def _path(loc: tuple[int | str, ...], merged: Mapping[str, Any]) -> tuple[tuple[str, ...], list[str]]:
+    """Return the path of a setting as it is written, and the members of unions that pydantic names on the way."""
+    path: list[str] = []
+    tags: list[str] = []
+    level: Any = merged
+    *above, last = (str(part) for part in loc if part != "[key]")
+    for part in above:
+        if isinstance(level.get(part), dict):
+            path.append(part)
+            level = level[part]
+        else:
+            tags.append(part)
+    return (*path, last), tags
+
+
+def _told(path: tuple[str, ...], text: str, where: Where) -> str:
+    at, name = place(path, where), ".".join(path)
+    return f"{at}: {text}" if at == f"--set {name}" else f"{at}: {name}: {text}"
+
+
+def _fields(annotation: Any, path: tuple[str, ...]) -> list[str]:
+    """Return the names that settings may have at a path: those of a section, or of any member of a union."""
+    fields: dict[str, FieldInfo] | None = getattr(annotation, "model_fields", None)
+    if fields is None:
+        return list(dict.fromkeys(name for each in get_args(annotation) for name in _fields(each, path)))
+    if not path:
+        return list(fields)
+    return _fields(fields[path[0]].annotation if path[0] in fields else annotation, path[1:])

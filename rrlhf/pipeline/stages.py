@@ -12,28 +12,16 @@ from typing import Literal, NamedTuple
 NORMALISED = "normalised score"
 SHARE = "share, 0 to 1"
 NONE = "–"
-CUT = {"cut_prompts": SHARE, "cut_responses": SHARE, "cut_pairs": SHARE}  # of every stage that reads texts
+CUT = ("cut_prompts", "cut_responses", "cut_pairs")  # shares, of every stage that reads texts
 _REWARD_MODEL = {
-    "loss": "nats, or squared reward",
-    "trunk_loss": "as `loss`",
-    "heldout_accuracy": SHARE,
-    "heldout_accuracy_READING": SHARE,
-    "heldout_accuracy_stderr": "share",
-    "heldout_accuracy_READING_stderr": "share",
-    "heldout_ece": SHARE,
-    "heldout_mce": SHARE,
-    "heldout_brier": "0 to 1",
-    "heldout_nll": "nats",
-    "head_correlation": "−1 to 1",
-    "head_spread": NORMALISED,
-    "head_std": NORMALISED,
-}
-_PREFERENCES = {
-    "loss": "nats per pair; with `dpo.loss` `ipo` squared",
-    "accuracy": SHARE,
-    "margin": "implicit reward",
-    "chosen_reward": "implicit reward",
-    "rejected_reward": "implicit reward",
+    SHARE: ("heldout_accuracy", "heldout_accuracy_READING", "heldout_ece", "heldout_mce"),
+    "share": ("heldout_accuracy_stderr", "heldout_accuracy_READING_stderr"),
+    "0 to 1": ("heldout_brier",),
+    "−1 to 1": ("head_correlation",),
+    "nats": ("heldout_nll",),
+    "nats, or squared reward": ("loss",),
+    "as `loss`": ("trunk_loss",),
+    NORMALISED: ("head_spread", "head_std"),
 }
 _PAIRS = ("preferences", "heldout")
 
@@ -55,7 +43,7 @@ class StageSpec(NamedTuple):
     about: str = ""  # how a model was made, for its card; see `rrlhf.pipeline.cards.what`
     tag: str = "reward-model"  # by which the Hugging Face hub finds its models
     telling: tuple[str, ...] | None = None  # the numbers that say most of a result; None: a policy's gold or proxy
-    units: Mapping[str, str] = {}  # of every number that it logs, as docs/metrics.md has them
+    units: Mapping[str, tuple[str, ...]] = {}  # the names in each unit, as docs/metrics.md has them
 
     @property
     def is_policy(self) -> bool:
@@ -77,7 +65,7 @@ STAGES = {
         about="The base model, fine-tuned on demonstrations. Every policy starts here; KL is measured from here.",
         tag="sft",
         telling=("loss",),
-        units={"loss": "nats per token", "tokens": "tokens"},
+        units={"nats per token": ("loss",), "tokens": ("tokens",)},
     ),
     "reward": StageSpec(
         settings=("seed", "model", "reward"),
@@ -130,35 +118,20 @@ STAGES = {
         tag="ppo",
         telling=("proxy", "kl"),
         units={
-            "score": NORMALISED,
-            "score_std": NORMALISED,
-            "proxy": NORMALISED,
-            "nominal": NORMALISED,
-            "worst": NORMALISED,
-            "spread": NORMALISED,
-            "sigma": NORMALISED,
-            "head_N": NORMALISED,
-            "function_NAME": "of the function",
-            "head_N_nominal": SHARE,
-            "kl": "nats per response",
-            "kl_k3": "nats per response",
-            "kl_weight": "reward per nat",
-            "kl_loss": "nats per token",
-            "kl_budget_exceeded": "0 or 1",
-            "entropy": "nats per token",
-            "repetition": SHARE,
-            "response_tokens": "tokens per response",
-            "finished": SHARE,
-            "policy_loss": "advantage",
-            "value_loss": "squared reward",
-            "explained_variance": "share, up to 1",
-            "clip_fraction": SHARE,
-            "step_kl": "nats per token",
-            "optimizer_steps": "steps",
-            "skipped_steps": "steps",
-            "tokens_per_second": "tokens / s",
-            "health_NAME": "1",
-            "diverged": "1",
+            NORMALISED: ("score", "score_std", "proxy", "nominal", "worst", "spread", "sigma", "head_N"),
+            SHARE: ("head_N_nominal", "repetition", "finished", "clip_fraction"),
+            "of the function": ("function_NAME",),
+            "nats per response": ("kl", "kl_k3"),
+            "nats per token": ("kl_loss", "entropy", "step_kl"),
+            "reward per nat": ("kl_weight",),
+            "tokens per response": ("response_tokens",),
+            "tokens / s": ("tokens_per_second",),
+            "advantage": ("policy_loss",),
+            "squared reward": ("value_loss",),
+            "share, up to 1": ("explained_variance",),
+            "steps": ("optimizer_steps", "skipped_steps"),
+            "0 or 1": ("kl_budget_exceeded",),
+            "1": ("health_NAME", "diverged"),
         },
     ),
     "dpo": StageSpec(
@@ -173,7 +146,14 @@ STAGES = {
         about="The SFT model after direct preference optimisation (loss `{loss}`). It saw no reward model.",
         tag="dpo",
         telling=("heldout_accuracy", "loss"),
-        units=_PREFERENCES | {f"heldout_{name}": unit for name, unit in _PREFERENCES.items()},
+        units={
+            SHARE: ("accuracy", "heldout_accuracy"),
+            "nats per pair; with `dpo.loss` `ipo` squared": ("loss", "heldout_loss"),
+            "implicit reward": (
+                *("margin", "chosen_reward", "rejected_reward"),
+                *("heldout_margin", "heldout_chosen_reward", "heldout_rejected_reward"),
+            ),
+        },
     ),
     "best_of_n": StageSpec(
         settings=("model", "best_of_n", "arm"),
@@ -188,7 +168,7 @@ STAGES = {
         "evaluation prompt.",
         tag="best-of-n",
         telling=("reward", "kl_bound"),
-        units={"reward": "the arm's reward", "kl_bound": "nats per response"},
+        units={"the arm's reward": ("reward",), "nats per response": ("kl_bound",)},
     ),
     "evaluate": StageSpec(
         settings=("seed", "model", "gold", "evaluate"),
@@ -232,7 +212,8 @@ def unit(stage: str, metric: str) -> str:
     name = re.sub(r"^head_\d+", "head_N", metric)
     name = re.sub(r"^(heldout_accuracy)_(?!stderr$)[a-z]+", r"\1_READING", name)
     name = re.sub(r"^(health|function)_.*", r"\1_NAME", name)
-    return (CUT | {**spec_of(stage).units}).get(name, NONE)
+    units = {SHARE: CUT} if name in CUT else spec_of(stage).units
+    return next((unit for unit, names in units.items() if name in names), NONE)
 
 
 def model_name(stage: str, profile: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rrlhf.config import Arm
+from rrlhf.config import Arm, PaidArm, typed_arm
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples
 from rrlhf.models.text import decode
@@ -112,13 +112,11 @@ def load_reward_models(
     return RewardModels(single, several, shared_layer((single, several), reward), functions)
 
 
-def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
+def reference_scale(arm: PaidArm, reward: Path, ensemble: Path) -> Scale:
     """Return the scale of an arm's reward, so that a penalty or a KL weight means the same beside each of them.
 
     Scores of the heads have it by themselves; a minimum, or a mean less a penalty, has not.
     """
-    if arm.reward is None:
-        return NO_SCALE
     single = RewardHeads.load(reward).score(PairFeatures.load(reward).reference).mean[:, 0]
     known = PairFeatures.load(folder_of(ensemble, reward)).reference
     found = aggregated(arm, single, RewardHeads.load(ensemble).score(known))
@@ -126,12 +124,12 @@ def reference_scale(arm: Arm, reward: Path, ensemble: Path) -> Scale:
     return Scale(found.mean().item(), std) if std > LEAST_STD else Scale(found.mean().item())
 
 
-def aggregated(arm: Arm, single: Tensor, ensemble: Scores) -> Tensor:
+def aggregated(arm: PaidArm, single: Tensor, ensemble: Scores) -> Tensor:
     """Return what an arm makes of the reward models' normalised scores, [batch], before it is put to scale."""
-    return single if arm.reward == "single" else AGGREGATIONS[str(arm.reward)](ensemble, **arm.settings)
+    return single if arm.reward == "single" else AGGREGATIONS[arm.reward](ensemble, **arm.settings)
 
 
-def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Reward:
+def arm_reward(arm: PaidArm, engine: Accelerator, scale: Scale = NO_SCALE) -> Reward:
     """Return the reward [batch] that an arm's policy sees; all processes' responses count as one batch.
 
     To what the reward models say, each function of the arm adds its weight times its value.
@@ -146,7 +144,7 @@ def arm_reward(arm: Arm, engine: Accelerator, scale: Scale = NO_SCALE) -> Reward
     return reward
 
 
-def paid(arm: Arm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
+def paid(arm: PaidArm, scale: Scale, aggregated: Tensor, functions: Mapping[str, Tensor]) -> Tensor:
     """Return (aggregated - mean) / std + sum over the arm's functions of weight * value, [batch], in a fixed order."""
     reward = (aggregated - scale.mean) / scale.std
     for path, weight in sorted(arm.functions.items()):
@@ -181,4 +179,4 @@ def write_arm(folder: Path, arm: Arm, scale: Scale = NO_SCALE) -> None:
 def read_arm(folder: Path) -> tuple[Arm, Scale]:
     """Read what `write_arm` wrote."""
     record = json.loads((folder / FILE).read_bytes())
-    return Arm.model_validate(record["arm"]), Scale(**record["reference"])
+    return typed_arm(**record["arm"]), Scale(**record["reference"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from rrlhf.config import Arm, BestOfN, Model
+from rrlhf.config import BestOfN, BestOfNArm, Model
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import columns_of, read_table
 from rrlhf.models.load import accelerator, autocast, load_model
@@ -29,7 +29,7 @@ def run(
     *,
     model: Model,
     best_of_n: BestOfN,
-    arm: Arm,
+    arm: BestOfNArm,
     data: Path,
     sft: Path,
     reward: Path,
@@ -38,7 +38,7 @@ def run(
     log: Log,
 ) -> None:
     """Sample responses to the evaluation prompts, score them, choose, and save all of it; nothing is trained."""
-    n = arm.n or 1
+    n = arm.n
     samples = best_of_n.samples or n
     functions = load_functions(arm.functions, further_columns(data))
     engine, language = accelerator(model), load_model(sft)

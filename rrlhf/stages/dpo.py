@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rrlhf import losses
-from rrlhf.config import Arm, Dpo, Model
+from rrlhf.config import Dpo, DpoArm, Model
 from rrlhf.data.tables import preferences
 from rrlhf.judging.calibration import correct
 from rrlhf.models.load import accelerator, load_model, microbatches, save_model
@@ -47,7 +47,7 @@ class Pairs(NamedTuple):
         return found.sum(1).view(2, len(part)).T
 
 
-def run(*, model: Model, dpo: Dpo, arm: Arm, data: Path, sft: Path, out: Path, log: Log) -> None:
+def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path, log: Log) -> None:
     """Train one policy from the SFT model on the preference pairs, and save it; goes on from a checkpoint in `out`."""
     torch.manual_seed(arm.seed)
     engine, language = accelerator(model), load_model(sft)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from rrlhf.config import Ensemble, Model, TrunkTraining
+from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, TrunkTraining, WarmEnsemble
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models.adapters import adapted, diversity
 from rrlhf.models.load import accelerator
@@ -23,35 +25,29 @@ from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs
 from rrlhf.rewards.finetune import finetune, trainable
 from rrlhf.rewards.gather import averaged, side_by_side
 from rrlhf.rewards.heads import RewardHeads, bootstrap_weights, fit
-from rrlhf.rewards.objectives import stage2_loss
+from rrlhf.rewards.objectives import PairLoss, stage2_loss
 from rrlhf.rewards.trunk import Trunk, link_trunk, load_trunk, save_trunk
 from rrlhf.robust import Scores, head_spread
 from rrlhf.types import Log, Metrics
 
 
-def run(
-    *,
-    seed: int,
-    model: Model,
-    ensemble: Ensemble,
-    reward: Path,
-    out: Path,
-    log: Log,
-    trunk: TrunkTraining | None = None,
-    data: Path | None = None,
-    sft: Path | None = None,
-    members: dict[str, Path] | None = None,
-) -> None:
-    """Train the ensemble that `ensemble.kind` names, or gather it from its members, and save it.
+def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path, log: Log, **inputs: Any) -> None:
+    """Train the ensemble of this kind, or gather it from its members, and save it.
 
-    trunk, data, sft: given where a trunk trains or runs anew; members: their folders by name.
+    inputs: what its kind reads besides, which the function for that names.
     """
-    if ensemble.kind == "members" and members:
-        heads, own = side_by_side(members, reward, out)
-    elif ensemble.kind == "warm" and members and data and trunk:
-        heads, own = _averaged(members, reward, trunk, data, out)
+    own: PairFeatures | None = None  # of a trunk that is no longer the reward model's
+    if isinstance(ensemble, MemberEnsemble):
+        heads, own = side_by_side(reward=reward, out=out, **inputs)
+    elif isinstance(ensemble, WarmEnsemble):
+        heads, own = average(reward=reward, out=out, **inputs)
     else:
-        heads, own = _trained(seed, model, ensemble, reward, log, out, trunk=trunk, data=data, sft=sft)
+        fitted = fit_heads(seed, model, ensemble, reward, log)
+        heads = fitted.heads
+        if isinstance(ensemble, LoraEnsemble) or not ensemble.freeze_backbone:
+            own = train_trunk(fitted, ensemble, reward=reward, out=out, log=log, **inputs)
+        else:
+            link_trunk(reward, out, **inputs)
     features = own or PairFeatures.load(reward)
     heads = heads.cpu().eval()
     heads.normalise(features.reference)
@@ -64,22 +60,18 @@ def run(
         own.save(out)
 
 
-def _trained(
-    seed: int,
-    model: Model,
-    ensemble: Ensemble,
-    reward: Path,
-    log: Log,
-    out: Path,
-    *,
-    trunk: TrunkTraining | None,
-    data: Path | None,
-    sft: Path | None,
-) -> tuple[RewardHeads, PairFeatures | None]:
-    """Train K heads in one pass over the stored features, then their trunk or adapters if these train.
+class Fitted(NamedTuple):
+    """Heads that were fitted to the stored features, and what they were fitted with."""
 
-    Writes the trunk; returns the heads, and the features of a trunk that is no longer the reward model's.
-    """
+    heads: RewardHeads
+    loss: PairLoss
+    weights: Tensor  # [pairs, heads]
+    generator: torch.Generator
+    engine: Accelerator
+
+
+def fit_heads(seed: int, model: Model, ensemble: Ensemble, reward: Path, log: Log) -> Fitted:
+    """Train K heads in one pass over the stored features."""
     features = PairFeatures.load(reward)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -104,9 +96,22 @@ def _trained(
     )
     for row in track(rows, ensemble.epochs, "ensemble"):
         log(row)
-    if trunk is None or data is None:
-        link_trunk(reward, out)
-        return heads, None
+    return Fitted(heads, loss, weights, generator, engine)
+
+
+def train_trunk(
+    fitted: Fitted,
+    ensemble: Ensemble,
+    *,
+    trunk: TrunkTraining,
+    data: Path,
+    sft: Path,
+    reward: Path,
+    out: Path,
+    log: Log,
+) -> PairFeatures:
+    """Train the heads' trunk, or an adapter of it for each head, with the heads, in place; return its features."""
+    heads, loss, weights, generator, engine = fitted
     started = load_trunk(reward, sft)
     train, heldout = read_pairs(started, data)
     started, tuning, penalty = _tuning(started, ensemble, trunk)
@@ -118,14 +123,14 @@ def _trained(
             log(row)
     own = pair_features(started, train, heldout, trunk.batch_size, "ensemble: trained features")
     save_trunk(started, out, own=True)
-    return heads, own
+    return own
 
 
 def _tuning(
     trunk: Trunk, ensemble: Ensemble, settings: TrunkTraining
 ) -> tuple[Trunk, AbstractContextManager[None], Callable[[], Tensor] | None]:
     """Make ready what trains with the heads: an adapter for each, or the trunk that all share."""
-    if ensemble.kind != "lora":
+    if not isinstance(ensemble, LoraEnsemble):
         return trunk, trainable(trunk, settings), None
     layers = range(trunk.layer - settings.train_layers, trunk.layer)
     language = adapted(trunk.language, layers, settings.lora_rank, ensemble.heads)
@@ -133,16 +138,17 @@ def _tuning(
     return trunk._replace(language=language), nullcontext(), penalty
 
 
-def _averaged(
-    members: dict[str, Path], reward: Path, settings: TrunkTraining, data: Path, out: Path
+def average(
+    *, members: dict[str, Path], reward: Path, trunk: TrunkTraining, data: Path, out: Path
 ) -> tuple[RewardHeads, PairFeatures | None]:
-    heads, trunk = averaged(members)
-    if trunk is None:
+    """Average the weights of the members, and of their trunks where these trained."""
+    heads, mean = averaged(members)
+    if mean is None:
         link_trunk(reward, out)
         return heads, None
-    train, heldout = read_pairs(trunk, data)
-    own = pair_features(trunk, train, heldout, settings.batch_size, "ensemble: averaged features")
-    save_trunk(trunk, out, own=True)
+    train, heldout = read_pairs(mean, data)
+    own = pair_features(mean, train, heldout, trunk.batch_size, "ensemble: averaged features")
+    save_trunk(mean, out, own=True)
     return heads, own
 
 

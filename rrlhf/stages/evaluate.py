@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.config import Arm, Evaluate, Gold, Model
+from rrlhf.config import Arm, BestOfNArm, Evaluate, Gold, Model, PaidArm, PpoArm
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
@@ -52,18 +52,17 @@ def run(
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
     rows = read_table(data, "evaluate")
     paid_by = {name: read_arm(folder) for name, folder in policies.items()}
-    arms = {name: arm for name, (arm, _) in paid_by.items()}
-    functions = load_functions((path for arm in arms.values() for path in arm.functions), further_columns(data))
+    paths = [path for arm, _ in paid_by.values() if isinstance(arm, PaidArm) for path in arm.functions]
+    functions = load_functions(paths, further_columns(data))
     judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
-    trained, selecting = (
-        {name: policies[name] for name, arm in arms.items() if arm.method == method} for method in ("ppo", "best_of_n")
-    )
+    trained = {name: policies[name] for name, (arm, _) in paid_by.items() if isinstance(arm, PpoArm)}
+    selecting = {name: arm for name, (arm, _) in paid_by.items() if isinstance(arm, BestOfNArm)}
     readings: dict[str, Reading] = {}
     for name, folder in {"sft": sft, **policies}.items():
-        chosen = name in selecting
-        sampled = None if chosen else sample_responses(folder, name, rows, model, evaluate, seed)
+        arm = selecting.get(name)
+        sampled = None if arm else sample_responses(folder, name, rows, model, evaluate, seed)
         reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
-        bound = torch.full_like(reading.kl, best_of_n_kl(arms[name].n or 1)) if chosen else reading.kl
+        bound = torch.full_like(reading.kl, best_of_n_kl(arm.n)) if arm else reading.kl
         readings[name] = reading._replace(kl=bound)
     second = SecondJudge(preferences(data, "heldout"))
     opinions = {
@@ -81,9 +80,7 @@ def run(
             for name, folder in trained.items()
             for point in _curve(name, folder, data, judges.gold, second, evaluate.curve_responses)
         ],
-        selection=[
-            point for name, folder in selecting.items() for point in _selection(name, folder, rows, judges.gold)
-        ],
+        selection=[point for name in selecting for point in _selection(name, policies[name], rows, judges.gold)],
         samples=[_sample(number, row, readings) for number, row in enumerate(rows[: evaluate.samples_shown])],
         excerpts={name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges.gold))},
         reward_models=_judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
@@ -129,16 +126,17 @@ def _policy(
         columns = {"gold": reading.gold, **columns, "gold_at_length": at_length}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
-    if arm and (arm.reward not in {None, "single"} or arm.functions):
+    if isinstance(arm, PaidArm) and (arm.reward != "single" or arm.functions):
         columns["reward"] = paid(arm, scale, aggregated(arm, reading.proxy, reading.scores), reading.functions)
+    reward = arm.reward if isinstance(arm, PaidArm) else "preferences" if arm else "none"
     return Policy(
         name=name,
-        reward=(arm.reward or "preferences") if arm else "none",
-        settings=arm.settings if arm else {},
+        reward=reward,
+        settings=arm.settings if isinstance(arm, PaidArm) else {},
         metrics={key: estimate(column, reading.prompt) for key, column in columns.items()},
-        functions=arm.functions if arm else {},
+        functions=arm.functions if isinstance(arm, PaidArm) else {},
         method=arm.method if arm else None,
-        n=arm.n if arm else None,
+        n=arm.n if isinstance(arm, BestOfNArm) else None,
         gold_by_prompt=() if reading.gold is None else group_means(reading.gold, reading.prompt).tolist(),
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rrlhf.advantages import estimate, has_critic
-from rrlhf.config import Arm, Health, Model, Ppo
+from rrlhf.config import Health, Model, Ppo, PpoArm
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import columns_of, read_table
 from rrlhf.environment import give_back_memory
@@ -54,7 +54,7 @@ def run(
     model: Model,
     ppo: Ppo,
     health: Health,
-    arm: Arm,
+    arm: PpoArm,
     data: Path,
     sft: Path,
     reward: Path,

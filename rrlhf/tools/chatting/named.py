@@ -10,9 +10,10 @@ from rrlhf.config import Model, Params
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.stages import STAGES
 from rrlhf.tools.lineage.lookup import Lookup
 
-ANSWERS = ("sft", "ppo", "dpo")  # stages whose artifact is a model that answers
+ANSWERS = [stage for stage, spec in STAGES.items() if spec.makes == "language model"]
 
 
 class Named(NamedTuple):
