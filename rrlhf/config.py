@@ -303,7 +303,7 @@ def _import_path(text: str) -> str:
 class Arm(Section):
     """One policy of the comparison: how it is made, and its seed."""
 
-    method: str
+    method: Literal["ppo", "dpo", "best_of_n"]
     seed: int  # that of the run where none is given
 
     @model_serializer(mode="wrap")

@@ -164,7 +164,7 @@ def _mean_off_diagonal(correlation: list[list[float | None]]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
+def joined(parts: Sequence[Scores]) -> Scores:
     """Return the scores of several batches as those of one."""
     offsets = [part.offset for part in parts if part.offset is not None]
     mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])

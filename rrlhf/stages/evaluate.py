@@ -128,13 +128,13 @@ def _policy(
     columns |= {names[path]: value for path, value in reading.functions.items()}
     if isinstance(arm, PaidArm) and (arm.reward != "single" or arm.functions):
         columns["reward"] = paid(arm, scale, aggregated(arm, reading.proxy, reading.scores), reading.functions)
-    paid_arm = arm if isinstance(arm, PaidArm) else None
+    reward = arm.reward if isinstance(arm, PaidArm) else "preferences" if arm else "none"
     return Policy(
         name=name,
-        reward=paid_arm.reward if paid_arm else "preferences" if arm else "none",
-        settings=paid_arm.settings if paid_arm else {},
+        reward=reward,
+        settings=arm.settings if isinstance(arm, PaidArm) else {},
         metrics={key: estimate(column, reading.prompt) for key, column in columns.items()},
-        functions=paid_arm.functions if paid_arm else {},
+        functions=arm.functions if isinstance(arm, PaidArm) else {},
         method=arm.method if arm else None,
         n=arm.n if isinstance(arm, BestOfNArm) else None,
         gold_by_prompt=() if reading.gold is None else group_means(reading.gold, reading.prompt).tolist(),
