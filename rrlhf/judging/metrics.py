@@ -138,7 +138,7 @@ def _judgement(name: str, pairs: PairScores, readings: dict[str, Callable[[Score
 def _heads(pairs: PairScores) -> Heads:
     margin = pairs.chosen.mean - pairs.rejected.mean
     sigma = difference_std(pairs.chosen, pairs.rejected)
-    responses = _joined([pairs.chosen, pairs.rejected])
+    responses = joined([pairs.chosen, pairs.rejected])
     correlation = head_correlation(responses.mean).tolist()
     wrong = 1 - correct(margin.mean(1))
     # Each head's interval is asked whether it holds each of the others' margins.
