@@ -14,7 +14,7 @@ import typer
 from rrlhf.environment import find_root, set_environment
 from rrlhf.pipeline.dvc import follow_git
 from rrlhf.tools.chatting.command import chat
-from rrlhf.tools.command_line import USAGE, end, mendable, mending
+from rrlhf.tools.command_line import USAGE, end, mending
 from rrlhf.tools.judging.command import evaluate_reward
 from rrlhf.tools.lineage.command import audit, diff, lineage
 from rrlhf.tools.promotion.command import promote
@@ -62,7 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in COMMANDS:
-    app.command(help=_paragraphs(_command))(mendable(_command))
+    app.command(help=_paragraphs(_command))(mending()(_command))
 
 
 def main() -> None:

@@ -15,8 +15,16 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Where = dict[tuple[str, ...], str]  # path of a key -> "params.yaml:12"
 
 
-class UsageError(ValueError):
+class MendableError(Exception):
+    """What a person can mend, as the message says; a command ends with it and this exit code."""
+
+    exit_code = 1
+
+
+class UsageError(MendableError, ValueError):
     """What a person typed cannot be meant: a name, a file, an option."""
+
+    exit_code = 2
 
 
 class ParamsError(UsageError):

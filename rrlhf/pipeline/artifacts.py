@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from rrlhf import hardware
 from rrlhf.files import sync
+from rrlhf.located import MendableError
 from rrlhf.locks import locked
 from rrlhf.memo import Memo
 from rrlhf.pipeline.ancestry import Graph, Product
@@ -39,8 +40,10 @@ CARD = "README.md"  # what the artifact says of itself to people
 BESIDE = frozenset({HISTORY, CARD})  # files that tell of the content: checked like all others, but not in its digest
 
 
-class TamperedError(Exception):
+class TamperedError(MendableError):
     """A stored file is not what its manifest says."""
+
+    exit_code = 3
 
 
 class CopyError(TamperedError):

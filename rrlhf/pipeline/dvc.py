@@ -19,6 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrlhf.files import clear, write_if_new
+from rrlhf.located import MendableError
 from rrlhf.locks import holder
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, TamperedError, read_artifact
 from rrlhf.pipeline.seal import opened
@@ -34,12 +35,14 @@ Found = TypeVar("Found")
 NO_GIT = {"core": {"no_scm": True}}  # so that all of this works in a copy that git does not know, too
 
 
-class DataError(RuntimeError):
+class DataError(MendableError):
     """DVC cannot do what it is asked; the message is its own."""
 
 
-class BusyError(RuntimeError):
+class BusyError(MendableError):
     """DVC's locks cannot be had: another command holds them, or their file is broken."""
+
+    exit_code = 4
 
 
 def pointer(folder: Path) -> Path:

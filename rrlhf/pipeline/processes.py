@@ -14,6 +14,7 @@ from typing import Any
 
 from rrlhf import progress
 from rrlhf.environment import end_with_parent
+from rrlhf.located import MendableError
 from rrlhf.pipeline.keys import Document
 from rrlhf.policy.health import DivergedError
 from rrlhf.sourcecode import changed_since
@@ -25,7 +26,7 @@ LAST_LINES = 15
 INTERRUPTED = 130
 
 
-class LaunchError(RuntimeError):
+class LaunchError(MendableError):
     """A stage's processes ended with an error."""
 
 

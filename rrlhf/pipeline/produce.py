@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from rrlhf.located import MendableError
 from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import Document, key_digest
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 BringBack = Callable[[Store, str, str], Artifact | None]
 
 
-class DifferentError(Exception):
+class DifferentError(MendableError):
     """A stage that was computed again gave another result."""
+
+    exit_code = 3
 
 
 def carry_out(

@@ -7,20 +7,17 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, NoReturn
 
 import typer
 
 from rrlhf.environment import ROOM, free_bytes
 from rrlhf.types import Json
 
-P = ParamSpec("P")
-
-FAILED, USAGE, VERIFICATION_FAILED, BUSY, SIGNALLED = 1, 2, 3, 4, 128
+FAILED, USAGE, VERIFICATION_FAILED, SIGNALLED = 1, 2, 3, 128
 FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
 
 Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
@@ -40,35 +37,17 @@ def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
     return parsed
 
 
-def mendable(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
-
-    @wraps(command)
-    def wrapped(*arguments: P.args, **options: P.kwargs) -> None:
-        with mending():
-            command(*arguments, **options)
-
-    return wrapped
-
-
 @contextmanager
 def mending() -> Iterator[None]:
-    """End the command with a message and an exit code for what people can mend; see `mendable`."""
+    """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
     from rrlhf import stopping
-    from rrlhf.located import UsageError
-    from rrlhf.pipeline.artifacts import TamperedError
+    from rrlhf.located import MendableError
 
     try:
         yield
-    except UsageError as error:
-        end(USAGE, str(error))
-    except TamperedError as error:
-        end(VERIFICATION_FAILED, str(error))
-    except _busy() as error:
-        end(BUSY, str(error))
-    except _different() as error:
-        end(VERIFICATION_FAILED, str(error))
-    except _mendable() as error:
+    except MendableError as error:
+        end(error.exit_code, str(error))
+    except ValueError as error:
         end(FAILED, str(error))
     except BrokenPipeError:  # of `rrlhf plan | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more as it ends
@@ -106,31 +85,6 @@ def full_disk(path: Path) -> str:
         f"{path}: no room on the disk, {free:,} bytes are free and a run starts with {ROOM:,} or more. Make room and "
         "give the same command again: what is finished stays"
     )
-
-
-# Looked up when something was raised, for their modules take time to import.
-
-
-def _busy() -> type[Exception]:
-    from rrlhf.pipeline.dvc import BusyError
-
-    return BusyError
-
-
-def _different() -> type[Exception]:
-    from rrlhf.pipeline.produce import DifferentError
-
-    return DifferentError
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    from rrlhf.pipeline.dvc import DataError
-    from rrlhf.pipeline.processes import LaunchError
-    from rrlhf.pipeline.tracking import TrackingError
-    from rrlhf.policy.health import DivergedError
-    from rrlhf.tools.serving import ServeError
-
-    return DataError, DivergedError, LaunchError, ServeError, TrackingError, ValueError
 
 
 def end(code: int, message: str) -> NoReturn:

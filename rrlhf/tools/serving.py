@@ -19,6 +19,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 
 from rrlhf.environment import check_room, end_with_parent
+from rrlhf.located import MendableError
 from rrlhf.locks import locked
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.pipeline.tracking.server import PAGES
@@ -42,7 +43,7 @@ Start a run from another shell:
 Ctrl-C stops everything."""
 
 
-class ServeError(RuntimeError):
+class ServeError(MendableError):
     """Something that serving needs did not start."""
 
 

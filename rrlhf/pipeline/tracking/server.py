@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from rrlhf.located import MendableError
 from rrlhf.locks import locked
 
 SQLITE = "sqlite:///"
@@ -28,7 +29,7 @@ ENVIRONMENT = {
 }
 
 
-class TrackingError(Exception):
+class TrackingError(MendableError):
     """The tracking server does not answer or refuses; the message says how to go on."""
 
 
