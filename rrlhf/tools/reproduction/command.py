@@ -14,10 +14,11 @@ import typer
 
 from rrlhf.located import UsageError
 from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
-from rrlhf.types import Json
 
 if TYPE_CHECKING:
-    from rrlhf.tools.reproduction.rebuild import Rebuilt, Step
+    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.tools.lineage.lookup import Lookup
+    from rrlhf.tools.reproduction.rebuild import Rebuilt
 
 
 def reproduce(
@@ -52,95 +53,75 @@ def reproduce(
         raise UsageError(f"--keep {keep}: it exists already; name a new folder")
     lookup = Lookup(root, profile, params)
     artifact = lookup.find(version)
-    from rrlhf.tools.reproduction.rebuild import rebuild, steps  # and with it torch
+    from rrlhf.tools.reproduction.rebuild import ancestry, rebuild  # and with it torch
 
-    found = steps(lookup, artifact, whole=not only)
-    order = found[-1:] if only else found
-    changes = _tell_changes(root, order, found)
-    beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=_made(root / ".rrlhf")))
+    order = [artifact] if only else ancestry(lookup, artifact)
+    changes = _changes(root, lookup, order)
+    (root / ".rrlhf").mkdir(exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=root / ".rrlhf"))
     rebuilt: list[Rebuilt] = []
     try:
-        kept = {step.key: step.kept for step in found}
-        for one in rebuild(order, kept, beside, launch=params.launch, tolerance=tolerance):
+        for one in rebuild(lookup, order, beside, launch=params.launch, tolerance=tolerance):
             rebuilt.append(one)
-            print(_line(one), file=sys.stderr if as_json else sys.stdout, flush=True)
+            where = f"  {one.differences[0]}" if one.differences else ""
+            said = f"{one.name:16}  {one.verdict:22}  {one.seconds:.1f} s{where}"
+            print(said, file=sys.stderr if as_json else sys.stdout, flush=True)
         if keep:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(beside, keep)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    if as_json:
-        print(json.dumps(_as_json(version, rebuilt, changes), indent=1))
-    else:
-        print(conclusion(version, rebuilt))
-    if rebuilt[-1].comparison.verdict == "differs":
+    print(json.dumps(_as_json(version, rebuilt, changes), indent=1) if as_json else conclusion(version, rebuilt))
+    if worst(rebuilt).verdict == "differs":
         raise SystemExit(1)
 
 
-def verdict(rebuilt: Sequence[Rebuilt]) -> str:
-    """Return the worst of the steps' verdicts."""
-    said = {one.comparison.verdict for one in rebuilt}
-    return next(worst for worst in ("differs", "equal within tolerance", "bit-equal") if worst in said)
+def worst(rebuilt: Sequence[Rebuilt]) -> Rebuilt:
+    """Return the first of those whose verdict is the worst."""
+    order = ("differs", "equal within tolerance", "bit-equal")
+    return min(rebuilt, key=lambda one: order.index(one.verdict))
 
 
 def conclusion(version: str, rebuilt: Sequence[Rebuilt]) -> str:
     """Say in one sentence what was found, and where results first part."""
-    worst = verdict(rebuilt)
-    if worst == "bit-equal":
+    first = worst(rebuilt)
+    if not first.differences:
         return f"{version} is bit-equal to what its key documents make."
-    first = next(one for one in rebuilt if one.comparison.verdict == worst)
-    difference = first.comparison.differences[0]
-    size = f" by {difference.by:.3g}" if difference.by < float("inf") else ""
     parted = f"; its training first parted at {first.parted}" if first.parted else ""
-    said = "is equal within tolerance; the first bits that are not" if worst != "differs" else "differs; it first does"
-    return f"{version} {said} in {first.name}: {difference.file}, {difference.where}{size}{parted}."
+    differs = first.verdict == "differs"
+    said = "differs; it first does" if differs else "is equal within tolerance; the first bits that are not"
+    return f"{version} {said} in {first.name}: {first.differences[0]}{parted}."
 
 
-def _tell_changes(root: Path, order: Sequence[Step], found: Sequence[Step]) -> dict[str, list[str]]:
-    """Say on stderr what is not as the key documents have it."""
+def _changes(root: Path, lookup: Lookup, order: Sequence[Artifact]) -> dict[str, list[str]]:
+    """Return what is not as the key documents have it, and say so on stderr."""
     from rrlhf.pipeline.artifacts import git_commit
-    from rrlhf.tools.reproduction.rebuild import changed, functions_of
+    from rrlhf.tools.reproduction.rebuild import changed
 
-    everything = sorted({path for step in found for path in functions_of(step)})
     changes = {}
-    for step in order:
-        functions = everything if step.document["stage"] == "evaluate" else functions_of(step)
-        if reasons := changed(root, step, functions):
-            changes[step.name] = reasons
-            commit = f" (it was made at commit {step.commit}, here is {git_commit(root)})" if step.commit else ""
-            print(f"{step.name} is not what it was made with: {'; '.join(reasons)}{commit}", file=sys.stderr)
+    for made in order:
+        if reasons := changed(root, lookup, made):
+            changes[made.name], commit = reasons, made.manifest["git_commit"]
+            where = f" (it was made at commit {commit}, here is {git_commit(root)})" if commit else ""
+            print(f"{made.name} is not what it was made with: {'; '.join(reasons)}{where}", file=sys.stderr)
     if changes:
         print("it is rebuilt with what is here, so it may differ", file=sys.stderr, flush=True)
     return changes
 
 
-def _line(one: Rebuilt) -> str:
-    found = one.comparison
-    first = found.differences[0] if found.differences else None
-    where = (
-        f"  {first.file}: {first.where}" + (f" by {first.by:.3g}" if first.by < float("inf") else "") if first else ""
-    )
-    return f"{one.name:16}  {found.verdict:22}  {found.files} files, {one.seconds:.1f} s{where}"
-
-
-def _as_json(version: str, rebuilt: Sequence[Rebuilt], changes: dict[str, list[str]]) -> dict[str, Json]:
-    listed: list[Json] = []
-    for one in rebuilt:
-        differences: list[Json] = [
-            {"file": each.file, "where": each.where, "by": _finite(each.by), "tolerated": each.tolerated}
-            for each in one.comparison.differences[:20]
-        ]
-        told: dict[str, Json] = {"name": one.name, "verdict": one.comparison.verdict, "files": one.comparison.files}
-        told |= {"seconds": round(one.seconds, 1), "first_logged_difference": one.parted, "differences": differences}
-        listed.append(told)
-    changed: dict[str, Json] = {name: [*reasons] for name, reasons in changes.items()}
-    return {"version": version, "verdict": verdict(rebuilt), "changed": changed, "stages": listed}
+def _as_json(version: str, rebuilt: Sequence[Rebuilt], changes: dict[str, list[str]]) -> dict[str, object]:
+    stages = [
+        {
+            "name": one.name,
+            "verdict": one.verdict,
+            "seconds": round(one.seconds, 1),
+            "first_logged_difference": one.parted,
+            "differences": [each._asdict() | {"by": _finite(each.by)} for each in one.differences[:20]],
+        }
+        for one in rebuilt
+    ]
+    return {"version": version, "verdict": worst(rebuilt).verdict, "changed": changes, "stages": stages}
 
 
 def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

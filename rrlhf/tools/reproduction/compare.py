@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rrlhf.memo import sha256
@@ -18,43 +18,37 @@ from rrlhf.pipeline.artifacts import BESIDE, HISTORY
 
 CLOCKS = {"seconds", "tokens_per_second"}  # of the machine, not of the training
 
-Verdict = Literal["bit-equal", "equal within tolerance", "differs"]
-
 
 class Difference(NamedTuple):
     """The largest difference in one part of a file."""
 
     file: str
-    where: str  # a tensor, a place in JSON, a column and row
+    where: str  # a tensor, or a place in JSON or in a table
     by: float  # absolute; infinity where there is nothing to subtract
     tolerated: bool
 
-
-class Comparison(NamedTuple):
-    """What the comparison of two folders came to."""
-
-    verdict: Verdict
-    differences: list[Difference]  # the first one to look at first: those that are not tolerated lead
-    files: int
+    def __str__(self) -> str:
+        return f"{self.file}, {self.where}" + (f" by {self.by:.3g}" if self.by < math.inf else "")
 
 
-def compare(kept: Path, rebuilt: Path, files: Iterable[str], tolerance: float) -> Comparison:
+def compare(kept: Path, rebuilt: Path, files: Iterable[str], tolerance: float) -> list[Difference]:
     """Compare the files of two folders; history and card, which hold times, are left out.
 
-    Numbers a and b are equal within tolerance t when |a - b| <= t + t |b|.
+    Numbers a and b are equal within tolerance t when |a - b| <= t + t |b|. What is not tolerated comes first.
     """
-    names = sorted(set(files) - BESIDE)
     found: list[Difference] = []
-    for name in names:
+    for name in sorted(set(files) - BESIDE):
         if not (rebuilt / name).is_file():
             found.append(Difference(name, "the file is missing", math.inf, tolerated=False))
         elif sha256(kept / name) != sha256(rebuilt / name):
             found += _in_file(kept / name, rebuilt / name, name, tolerance)
-    found.sort(key=lambda difference: difference.tolerated)
-    if not found:
-        return Comparison("bit-equal", [], len(names))
-    equal = all(difference.tolerated for difference in found)
-    return Comparison("equal within tolerance" if equal else "differs", found, len(names))
+    return sorted(found, key=lambda difference: difference.tolerated)
+
+
+def verdict(found: Iterable[Difference]) -> str:
+    """Say in words what a comparison came to."""
+    tolerated = [difference.tolerated for difference in found]
+    return "bit-equal" if not tolerated else "equal within tolerance" if all(tolerated) else "differs"
 
 
 def first_step(kept: Path, rebuilt: Path) -> str | None:
@@ -74,48 +68,30 @@ def _rows(history: Path) -> list[dict[str, Any]]:
 
 def _in_file(kept: Path, rebuilt: Path, name: str, tolerance: float) -> list[Difference]:
     """Return the differences of two files with different bytes: at least one."""
-    readers = {".safetensors": _tensors, ".json": _json, ".parquet": _parquet}
-    read = readers.get(kept.suffix)
-    if read is None:
+    old, new = _parts(kept), _parts(rebuilt)
+    if old is None or new is None:
         return [Difference(name, "bytes", math.inf, tolerated=False)]
-    old, new = read(kept), read(rebuilt)
-    found = []
-    for where in old | new:
-        by, tolerated = _apart(old.get(where), new.get(where), tolerance)
-        if by:
-            found.append(Difference(name, where, by, tolerated))
+    apart = {where: _apart(old.get(where), new.get(where), tolerance) for where in old | new}
+    found = [Difference(name, where, by, tolerated) for where, (by, tolerated) in apart.items() if by]
     return found or [Difference(name, "layout: the values are equal", 0.0, tolerated=True)]
 
 
-def _apart(old: Any, new: Any, tolerance: float) -> tuple[float, bool]:
-    """Return the largest difference of two values, and whether it is tolerated."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        if old.shape != new.shape or old.dtype != new.dtype:
-            return math.inf, False
-        apart = (old.double() - new.double()).abs()
-        same = (apart <= tolerance + tolerance * new.double().abs()) | (old == new) | (old.isnan() & new.isnan())
-        largest = float(apart.nan_to_num(math.inf).max()) if apart.numel() else 0.0
-        return (0.0 if torch.equal(old, new) else largest), bool(same.all())
-    if isinstance(old, float) and isinstance(new, float | int) and not isinstance(new, bool):
-        close = abs(old - new) <= tolerance + tolerance * abs(new) or old == new or (old != old and new != new)
-        return (0.0 if old == new else abs(old - new)), close
-    return (0.0, True) if old == new and type(old) is type(new) else (math.inf, False)
+def _parts(path: Path) -> dict[str, Any] | None:
+    """Return what a file holds by its place: tensors, numbers, texts. None for another kind of file."""
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    if path.suffix == ".json":
+        return dict(_leaves(json.loads(path.read_bytes())))
+    return dict(_leaves(pq.read_table(path).to_pydict())) if path.suffix == ".parquet" else None
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dictionary)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(_leaves(json.loads(path.read_bytes()), ""))
-
-
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield every number and text of a JSON value with its place; an integer is a number like any other."""
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every number and text of a JSON value with its place; a list of numbers is a tensor."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(part, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list) and value and all(isinstance(part, float) for part in value):
+        yield place, torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, list):
         yield f"{place}, its length", len(value)
         for i, part in enumerate(value):
@@ -124,14 +100,15 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         yield place or "value", value
 
 
-def _parquet(path: Path) -> dict[str, Any]:
-    """Return numbers by column as one tensor each, and all else by column and row."""
-    table = pq.read_table(path)
-    found: dict[str, Any] = {"rows": table.num_rows}
-    for name in table.column_names:
-        values = table.column(name).to_pylist()
-        if values and all(isinstance(value, float) for value in values):
-            found[f"column {name}"] = torch.tensor(values, dtype=torch.float64)
-        else:
-            found |= {f"column {name}, {place}": value for place, value in _leaves(values, "row ")}
-    return found
+def _apart(old: Any, new: Any, tolerance: float) -> tuple[float, bool]:
+    """Return the largest difference of two values, and whether it is tolerated."""
+    if isinstance(old, float) and type(new) in {int, float}:
+        old, new = (torch.tensor(value, dtype=torch.float64) for value in (old, new))
+    if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+        return (0.0, True) if old == new and type(old) is type(new) else (math.inf, False)
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return math.inf, False
+    old, new = old.double(), new.double()
+    close = torch.allclose(old, new, rtol=tolerance, atol=tolerance, equal_nan=True)
+    by = (old - new).abs().masked_fill(old == new, 0).masked_fill(old.isnan() & new.isnan(), 0)
+    return float(by.nan_to_num(nan=math.inf, posinf=math.inf).max()) if by.numel() else 0.0, close
