@@ -56,13 +56,13 @@ def change(path, region):
 
 
 class Changes:
-    """Changes a file in each of its regions, one after the other, and puts it right again."""
+    """Changes a file at its start and at its end, one after the other, and puts it right again."""
 
     def __init__(self, path):
         self.path = path
 
     def __iter__(self):
-        for region in REGIONS:
+        for region in ("start", "end"):
             sound = change(self.path, region)
             try:
                 yield region
@@ -110,7 +110,6 @@ def test_a_finished_project_is_sound_and_has_no_other_kinds_of_files(finished):
     report = finished.audit()
     assert (report.broken, report.notes) == ([], [])
     assert {path.name for path in finished.root.glob("artifacts/*/*/*")} == {*PAYLOADS, *DATA}
-    assert report.files > 100
     assert finished.use() == []
 
 

@@ -107,9 +107,9 @@ class Graph:
         """Return the links to what was made from a product."""
         return self._readers.get(product, [])
 
-    def up(self, product: Product) -> list[Product]:
-        """Return a product with everything it was made from, inputs before what they made."""
-        return _ordered([product], lambda each: [link.source for link in self.sources(each)])
+    def up(self, *products: Product) -> list[Product]:
+        """Return products with everything they were made from, inputs before what they made."""
+        return _ordered(products, lambda each: [link.source for link in self.sources(each)])
 
     def down(self, *products: Product) -> list[Product]:
         """Return products with everything made from them, inputs before what they made."""

@@ -1,7 +1,6 @@
 """The audit: is everything that is kept what was made? Bytes, records against each other, all the way up.
 
-Links are looked at in the order in which things were made, so the first broken one is where the trouble begins:
-artifacts, data sets before all others, with DVC's copies of these, then MLflow's tags, links and copies.
+Products are looked at in the order in which they were made, so the first broken link is where the trouble begins.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
 from rrlhf.pipeline.tracking import Tracker, Version, tag_fault
 from rrlhf.tools.lineage.text import line
-from rrlhf.types import Json
 
 if TYPE_CHECKING:
     from rrlhf.pipeline.signatures import Notary
 
+REPLACE = "remove the folder, and `rrlhf run` restores it or computes it again"
+
 
 class Broken(NamedTuple):
-    """A broken link: what is wrong with whose record or file, and everything made from that."""
+    """A broken link: what is wrong with what, how to mend it, and everything made from that."""
 
     problem: str
+    mend: str
     of: str
     downstream: list[str]
 
 
 class Report(NamedTuple):
-    """What an audit looked at and found."""
+    """What an audit found."""
 
     products: int
-    files: int
-    bytes: int
     broken: list[Broken]  # upstream first
-    notes: list[str]  # what could not be looked at
+    notes: list[str]  # what could not be looked at, and what was accepted
 
 
 class Audit:
@@ -55,174 +54,157 @@ class Audit:
         deep: bool = False,
         notary: Notary | None = None,
     ) -> None:
-        self.root, self.graph, self.tracker, self.deep = root, graph, tracker, deep
+        self.graph, self.tracker, self.deep = graph, tracker, deep
         self.store = Store(root, notary)
-        self.files = self.bytes = 0
         self.notes: list[str] = []
         self._versions: dict[tuple[str, str], list[Version]] = {}
         for version in versions:
             self._versions.setdefault((version.digest, version.key), []).append(version)
+        self.checks = [  # what yields what is wrong with a product, and the way to mend it
+            (self._absence, "`rrlhf run` with its settings makes it again; `rrlhf accept` takes over what is in data/"),
+            (self._folder, REPLACE),
+            (self._registration, "remove the version in MLflow, and `rrlhf run` registers it again"),
+            (self._aliases, "remove the alias in MLflow, or have it earned: `rrlhf promote`"),
+            *([(self._copy, "remove this copy, and `rrlhf run` keeps a new one")] if deep else []),
+        ]
 
     def run(self, start: Product | None = None) -> Report:
         """Check a product with everything above it, or everything that is here or registered."""
-        products = self.graph.up(start) if start else in_order(self.graph)
-        broken: list[Broken] = []
-        seen: set[Path] = set()
+        products = self.graph.up(*([start] if start else self.graph.products))
+        broken = []
         for product in products:
-            broken += [self._broken(problem, product) for problem in self._faults(product, seen)]
+            for check, mend in self.checks:
+                found = [*check(product)]
+                below = [line(each) for each in self.graph.down(product)[1:]] if found else []
+                broken += [Broken(problem, mend, line(product), below) for problem in found]
         if start is None:
-            broken += self._strays(seen)
-        return Report(len(products), self.files, self.bytes, broken, self.notes)
+            broken += self._strays({self._place(product) for product in products})
+        return Report(len(products), broken, self.notes)
 
-    def _faults(self, product: Product, seen: set[Path]) -> Iterator[str]:
+    def _absence(self, product: Product) -> Iterator[str]:
         if not product.stage:
             if product.node not in EXTERNAL:
                 readers = ", ".join(line(link.made) for link in self.graph.readers(product)[:3])
                 yield f"{product.node} {product.digest}, an input of {readers}, is neither here nor registered"
-        else:
-            yield from self._artifact_faults(product, seen)
+        elif not self._place(product).exists():
+            kept = product.node == DATA and dvc.kept(self.store, product.stage, product.key)
+            if not (kept or self._of(product)):
+                yield f"{self._place(product)}: expected an artifact, found nothing"
+            elif self.deep:
+                self.notes.append(f"{line(product)} is kept and its files are not here; a run would bring them back")
 
-    def _artifact_faults(self, product: Product, seen: set[Path]) -> Iterator[str]:
-        folder = self.store.folder(product.stage, product.key)
-        seen.add(folder)
-        versions = self._versions.get((product.digest, product.key), [])
-        artifact = None
-        if folder.exists():
-            try:
-                artifact = read_artifact(folder)
-            except TamperedError as error:
-                yield str(error).partition("\n")[0]
-                return
-            yield from self._folder_faults(artifact, product)
-            if artifact.digest != product.digest:
-                if versions:
-                    yield f"{folder}: expected digest {product.digest}, as registered, found {artifact.digest}"
-                artifact = None
-        elif product.node == DATA and dvc.kept(self.store, product.stage, product.key):
-            self.notes.append(f"{product.title} is kept by DVC and its files are not here; a run would bring them back")
-        elif not versions:
-            yield f"{folder}: expected an artifact, found nothing"
-        for version in versions:
-            yield from self._version_faults(version, artifact)
-        if self.deep and artifact and artifact.name == DATA:
+    def _folder(self, product: Product) -> Iterator[str]:
+        """Compare the files with the manifest, and this with the registry."""
+        folder = self._place(product)
+        if not (product.stage and folder.exists()):
+            return
+        try:
+            artifact = read_artifact(folder)
+        except TamperedError as error:
+            yield str(error).partition("\n")[0]
+            return
+        if (artifact.stage, artifact.key) != (product.stage, folder.name):
+            yield f"{folder / MANIFEST}: expected stage {product.stage} and key {folder.name}, found {artifact.key}"
+        if problem := self.store.fault(artifact, deep=self.deep):
+            yield problem
+        if artifact.digest != product.digest and self._of(product):
+            yield f"{folder}: expected digest {product.digest}, as registered, found {artifact.digest}"
+        if accepted := artifact.manifest.get("accepted"):
+            self.notes.append(f"{line(product)} was accepted from {accepted['from'][:8]}: {accepted['because']}")
+
+    def _registration(self, product: Product) -> Iterator[str]:
+        """Compare what MLflow's registry tells of an artifact that is here, and to what it links it."""
+        if (artifact := self._sound(product)) is None:
+            return
+        for version in self._of(product):
+            where = f"{version.name}/{version.version} in MLflow"
+            if profile_of(version.name, artifact.stage) is None:
+                yield f"{where}: expected the name of a model of stage {artifact.stage}"
+            if problem := tag_fault(artifact, version.tags):
+                yield f"{where}, {problem}"
+            if self.deep and version.run_id and (problem := self.tracker.kept.link_fault(artifact, version.run_id)):
+                yield f"{where}, {problem}"
+
+    def _aliases(self, product: Product) -> Iterator[str]:
+        """Hold aliases against gates; those of its arm and of the candidate are given by every run."""
+        arm = arm_of(product.node)
+        given = aliases_of(arm, candidate=arm)
+        for version in self._of(product) if self._sound(product) else []:
+            for alias in sorted({*version.aliases} - {*given}):
+                if problem := self.tracker.alias_fault(version, alias):
+                    yield f"{version.name}/{version.version} in MLflow, {problem}"
+
+    def _copy(self, product: Product) -> Iterator[str]:
+        """Compare the copy from which a lost artifact is brought back: DVC's of a data set, MLflow's of others."""
+        artifact = self._sound(product)
+        if artifact is None or (spec_of(artifact.stage).model and not self._of(product)):
+            return
+        if artifact.name == DATA:
             try:
                 yield from filter(None, [dvc.fault(self.store, artifact)])
             except FileNotFoundError:
-                self.notes.append(f"DVC keeps no files of {product.title} {product.short}")
-        elif self.deep and artifact and (versions or not spec_of(artifact.stage).model):
-            yield from self._copy_faults(artifact)
-
-    def _folder_faults(self, artifact: Artifact, product: Product) -> Iterator[str]:
-        where = artifact.path / MANIFEST
-        if (artifact.stage, artifact.key) != (product.stage, artifact.path.name):
-            yield f"{where}: expected stage {product.stage} and key {artifact.path.name}, found {artifact.key}"
-        if problem := self.store.fault(artifact, deep=self.deep):
-            yield problem
-        if accepted := artifact.manifest.get("accepted"):
-            name = f"{artifact.name} {artifact.key[:8]}"
-            self.notes.append(f"{name} was accepted from {accepted['from'][:8]}: {accepted['because']}")
-        for path in artifact.path.rglob("*"):
-            self._count(path)
-
-    def _version_faults(self, version: Version, artifact: Artifact | None) -> Iterator[str]:
-        name = f"{version.name}/{version.version}"
-        if artifact is None:
-            if self.deep:
-                self.notes.append(f"{name} is registered and its files are not here; a run would bring them back")
+                self.notes.append(f"DVC keeps no files of {line(product)}")
             return
-        if profile_of(version.name, artifact.stage) is None:
-            yield f"{name} in MLflow: expected the name of a model of stage {artifact.stage}"
-        if problem := tag_fault(artifact, version.tags):
-            yield f"{name} in MLflow, {problem}"
-        yield from (f"{name} in MLflow, {problem}" for problem in self._alias_faults(version, artifact))
-        if self.deep and version.run_id and (problem := self.tracker.kept.link_fault(artifact, version.run_id)):
-            yield f"{name} in MLflow, {problem}"
-
-    def _alias_faults(self, version: Version, artifact: Artifact) -> Iterator[str]:
-        """Hold aliases against gates; those of its arm and of the candidate are given by every run."""
-        arm = arm_of(artifact.name)
-        given = aliases_of(arm, candidate=arm)
-        for alias in sorted({*version.aliases} - {*given}):
-            if problem := self.tracker.alias_fault(version, alias):
-                yield problem
-
-    def _copy_faults(self, artifact: Artifact) -> Iterator[str]:
-        """Compare MLflow's copy, from which a lost artifact is brought back."""
         with self.tracker.kept.copy(artifact) as found:
             if found is None:
-                self.notes.append(f"MLflow keeps no files of {artifact.name} {artifact.digest[:8]}")
+                self.notes.append(f"MLflow keeps no files of {line(product)}")
                 return
             folder, description = found
-            names = {**artifact.manifest["files"], MANIFEST: sha256(artifact.path / MANIFEST)}
-            for name, expected in names.items():
-                path = folder / name
-                self._count(path)
-                digest = sha256(path) if path.is_file() else "no file"
-                if digest != expected:
-                    yield f"{path}, MLflow's copy: expected sha256 {expected}, found {digest}"
-                    return
-            if self.store.notary and (problem := self.store.notary.fault(folder, deep=True)):
+            try:
+                copy = read_artifact(folder)
+                problem = self.store.fault(copy, deep=True)
+                if problem is None and copy.manifest != artifact.manifest:
+                    problem = f"{folder / MANIFEST}: not that of {artifact.path}"
+            except TamperedError as error:
+                problem = str(error).partition("\n")[0]
+            if problem:
                 yield f"MLflow's copy: {problem}"
             expected = self.tracker.kept.mlmodel_digest(artifact)
-            if description and expected:
-                digest = sha256(description) if description.is_file() else "no file"
-                if digest != expected:
-                    yield f"{description}: expected sha256 {expected}, found {digest}"
+            digest = sha256(description) if description and description.is_file() else "no file"
+            if description and expected not in {None, digest}:
+                yield f"{description}: expected sha256 {expected}, found {digest}"
 
-    def _strays(self, seen: set[Path]) -> Iterator[Broken]:
+    def _strays(self, known: set[Path]) -> Iterator[Broken]:
         """Check the folders of artifacts that the graph does not have, because their manifests cannot be read."""
-        for folder in sorted(self.store.root.glob("[!.]*/*")):
-            if folder in seen or not folder.is_dir() or folder.parent.name.startswith("."):
+        for folder in sorted(self.store.root.glob("[!.]*/*/")):
+            if folder in known:
                 continue
             try:
-                artifact = read_artifact(folder)
-                problem = f"{folder / MANIFEST}: expected the folder of its key, {artifact.key}"
+                problem = f"{folder / MANIFEST}: expected the folder of its key, {read_artifact(folder).key}"
             except TamperedError as error:
                 problem = str(error).partition("\n")[0]
             downstream = [line(each) for each in self.graph.built_on(folder.name)]
-            yield Broken(problem, f"{folder.parent.name} {folder.name[:8]}", downstream)
+            yield Broken(problem, REPLACE, f"{folder.parent.name} {folder.name[:8]}", downstream)
 
-    def _broken(self, problem: str, product: Product) -> Broken:
-        return Broken(problem, line(product), [line(each) for each in self.graph.down(product)[1:]])
+    def _place(self, product: Product) -> Path:
+        return self.store.folder(product.stage, product.key)
 
-    def _count(self, path: Path) -> None:
-        if path.is_file():
-            self.files += 1
-            self.bytes += path.stat().st_size
+    def _of(self, product: Product) -> list[Version]:
+        """Return the versions under which a product is registered."""
+        return self._versions.get((product.digest, product.key), [])
 
-
-def in_order(graph: Graph) -> list[Product]:
-    """Return all products and everything that they name, inputs before what they made."""
-    found: dict[Product, None] = {}
-    for product in reversed(graph.products):
-        if product not in found:
-            found |= dict.fromkeys(graph.up(product))
-    return list(found)
+    def _sound(self, product: Product) -> Artifact | None:
+        """Return the artifact of a product when it is here, with the content that the product has."""
+        try:
+            artifact = read_artifact(self._place(product)) if product.stage else None
+        except TamperedError:
+            return None
+        return artifact if artifact and artifact.digest == product.digest else None
 
 
 def as_text(report: Report) -> str:
     """Return a report for people."""
-    looked = f"{report.products} products, {report.files} files, {report.bytes / 1e6:.1f} MB"
     lines = [f"note: {note}" for note in report.notes]
     if not report.broken:
-        return "\n".join([*lines, f"sound: {looked}"])
+        return "\n".join([*lines, f"sound: {report.products} products"])
     first, *others = report.broken
-    lines += [f"first broken link: {first.problem}", f"of: {first.of}"]
+    lines += [f"first broken link: {first.problem}", f"of: {first.of}", f"to mend it: {first.mend}"]
     lines += ["downstream:", *(f"    {each}" for each in first.downstream or ["nothing yet"])]
-    lines += [f"also broken: {each.problem} (of {each.of})" for each in others]
-    return "\n".join([*lines, f"{len(report.broken)} broken in {looked}"])
+    lines += [f"also broken: {each.problem} (of {each.of}); to mend it: {each.mend}" for each in others]
+    return "\n".join([*lines, f"{len(report.broken)} broken in {report.products} products"])
 
 
-def as_json(report: Report) -> Json:
+def as_json(report: Report) -> dict[str, object]:
     """Return a report for scripts."""
-    broken: list[Json] = [
-        {"problem": each.problem, "of": each.of, "downstream": [*each.downstream]} for each in report.broken
-    ]
-    return {
-        "sound": not report.broken,
-        "products": report.products,
-        "files": report.files,
-        "bytes": report.bytes,
-        "broken": broken,
-        "notes": [*report.notes],
-    }
+    broken = [each._asdict() for each in report.broken]
+    return {"sound": not broken, "products": report.products, "broken": broken, "notes": report.notes}
