@@ -219,12 +219,13 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
         return Completed(name="Cached", message=f"left out: {planned.reasons[0]}, in vain")
     if is_data and (computed or not dvc.pointer(artifact.path).exists()):
         dvc.keep(project.root, artifact.path)
-    numbers = telling(node.stage, artifact.metrics) or "made"
+    numbers = telling(node.stage, artifact.metrics)
     if computed:
         run.made.append(node.name)
         why = "".join(f"{reason}; " for reason in planned.reasons[:MOST_REASONS])
-        return Completed(message=f"{why}{numbers} in {in_words(artifact.manifest['seconds'])}")
-    return Completed(name="Cached", message=f"{numbers}, made {artifact.manifest['created']}")
+        return Completed(message=f"{why}{numbers or 'made'} in {in_words(artifact.manifest['seconds'])}")
+    made = f"made {artifact.manifest['created']}"
+    return Completed(name="Cached", message=f"{numbers}, {made}" if numbers else made)
 
 
 def register_all(run: Run) -> str | None:

@@ -130,7 +130,7 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
     time.sleep(0.02)  # longer than the clock's tick
     digest = memo.sha256(path)
     memo.save()
-    monkeypatch.setattr("rrlhf.memo.file_digest", lambda path, algorithm: pytest.fail("read again"))
+    monkeypatch.setattr("rrlhf.memo.sha256", lambda path: pytest.fail("read again"))
     assert Memo(tmp_path / "memo.json").sha256(path) == digest
 
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from rrlhf.environment import set_environment
+from rrlhf.judging.content import Measured
+from rrlhf.judging.evaluation import Evaluation, Point, Policy
 from rrlhf.pipeline.dvc import RWLOCK, BusyError, bring_back, follow_git, is_under_git, keep, pointer
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
@@ -73,10 +75,9 @@ class Repository:
 
     def finish(self, gold):
         """Leave what a run leaves whose policy has this gold score."""
-        metrics = {"gold": {"mean": gold, "stderr": 0.1, "n": 9}}
-        policies = [{"name": "robust", "settings": {}, "reward": "robust", "metrics": metrics}]
-        curves = [{"policy": "robust", "update": step, "kl": 0.1, "proxy": gold * step} for step in range(3)]
-        evaluation = {"policies": policies, "curves": curves, "samples": [], "reward_models": []}
+        robust = Policy("robust", "robust", {}, {"gold": Measured(gold, 0.1, 9)})
+        curves = [Point("robust", step, kl=0.1, proxy=gold * step, words=9.0, heads=[]) for step in range(3)]
+        evaluation = Evaluation([robust], curves, samples=[], reward_models=[])
         write_numbers(self.project, evaluation, {})
 
 

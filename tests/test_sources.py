@@ -199,7 +199,7 @@ def test_what_belongs_to_the_hub_means_nothing_for_a_file(shards, tmp_path):
         "prepare.config",
         "prepare.split",
     ]
-    with pytest.raises(ParamsError, match=r"prepare\.split belongs to a hub data set; written tasks have none"):
+    with pytest.raises(ParamsError, match=r"prepare\.split: it belongs to a hub data set; written tasks have none"):
         load_params(ROOT, "tiny", {"prepare.split": "train"})
 
 

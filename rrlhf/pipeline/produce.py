@@ -99,8 +99,8 @@ def produce(
         with recorded(staged) as log:
             compute(staged, log)
             seconds = time.monotonic() - began
-            if there is None:
-                return store.publish(name, document, staged, seconds=seconds, **beside), True
+        if there is None:  # published when the record is closed, which reads the folder
+            return store.publish(name, document, staged, seconds=seconds, **beside), True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
         return there, True
 
