@@ -75,7 +75,7 @@ def logged(node, folders, out):
 def test_the_glossary_names_what_ppo_logs_and_no_other(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rules_of_the_glossary.py").write_text("def short(completions, **_): return [-1.0] * len(completions)")
-    found = {f"{MARK}NAME", DIVERGED}  # tests/test_health.py provokes these
+    found = {f"{MARK}NAME", DIVERGED}  # tests/policy/test_health.py provokes these
     for name, options in POLICIES.items():
         params = load_params(ROOT, "tiny", {"ppo.updates": 1, "arms.single": None, **options})
         node = next(node for node in nodes(params) if node.name == "ppo-robust")
@@ -162,7 +162,7 @@ def test_every_setting_that_is_named_exists():
 def test_every_test_that_a_page_names_exists(page):
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / page).read_text()))
     there = {
-        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     assert len(named) > 14
     assert named <= there

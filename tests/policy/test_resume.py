@@ -1,0 +1,159 @@
+"""A PPO run that was killed and started again ends as if it never had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import save_random_heads
+
+from rrlhf.config import Launch, typed_arm
+from rrlhf.files import CHECKPOINT
+from rrlhf.memo import sha256
+from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.params import load_params
+
+ROOT = Path(__file__).parents[2]
+UPDATES = 6
+HEALTH = {"patience": 100}  # a random model's rewards can be constant for a few rollouts
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from rrlhf.config import Launch
+from rrlhf.pipeline.launch import execute
+job = json.loads(sys.argv[1])
+inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
+execute(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: print(row["step"], flush=True),
+        launch=Launch(**job["launch"]), beside=job["beside"])
+"""
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def inputs(start):
+    for name, heads in (("reward", 1), ("ensemble", 3)):
+        save_random_heads(start / name, heads)
+    return {name: start / name for name in ("data", "sft", "reward", "ensemble")}
+
+
+def document(every=2, **changed):
+    params = load_params(ROOT, "tiny")
+    model = params.model.model_copy(update={"base": "random:3x32"})
+    ppo = params.ppo.model_copy(update={"updates": UPDATES, "learning_rate": 1e-3} | changed)
+    arm = typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=1)
+    health = params.health.model_copy(update=HEALTH | {"checkpoint_every": every})
+    sections = {"model": model, "ppo": ppo, "health": health, "arm": arm}
+    return {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}
+
+
+def launch(processes=1):
+    return Launch(processes=processes, threads=1, arms_at_once=1)
+
+
+def run(inputs, out, log=lambda row: None, every=2, **changed):
+    execute(document(every, **changed), inputs=inputs, out=out, log=log, launch=launch())
+
+
+def started(inputs, out, beside=0, processes=1):
+    """Run the stage in a process of its own, as the flow does."""
+    job = {"document": document(), "inputs": {name: str(folder) for name, folder in inputs.items()}, "out": str(out)}
+    job |= {"launch": launch(processes).model_dump(), "beside": beside}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def result(out):
+    """What must be equal: weights and responses to the last bit, and every row but for its times."""
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in row.items() if k not in {"seconds", "tokens_per_second"}} for row in rows]
+    assert [row["step"] for row in rows] == list(range(UPDATES))
+    assert not (out / CHECKPOINT).exists()
+    return sha256(out / "model.safetensors"), pq.read_table(out / "rollouts.parquet").to_pylist(), timeless
+
+
+def stops_at(step):
+    def log(row):
+        if row["step"] == step:
+            raise KilledError
+
+    return log
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    run(inputs, out)
+    return result(out)
+
+
+@pytest.mark.parametrize("steps", [(0,), (3,), (1, 2, 5)])
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, whole, steps):
+    for step in steps:
+        with pytest.raises(KilledError):
+            run(inputs, tmp_path, stops_at(step))
+    run(inputs, tmp_path)
+    assert result(tmp_path) == whole
+
+
+def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path, monkeypatch):
+    from rrlhf.stages import ppo
+
+    with pytest.raises(KilledError):
+        run(inputs, tmp_path, stops_at(4))
+    computed, collect = [], ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *arguments: computed.append(1) or collect(*arguments))
+    run(inputs, tmp_path)
+    assert len(computed) == 2
+
+
+@pytest.mark.parametrize("beside", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole, beside):
+    draw = random.Random(beside)
+    process = started(inputs, tmp_path, beside)
+    for _ in range(draw.randrange(1, UPDATES - 1)):
+        process.stdout.readline()
+    time.sleep(draw.uniform(0, 0.05))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    run(inputs, tmp_path)
+    assert result(tmp_path) == whole
+
+
+@pytest.mark.parametrize("harm", ["half-written", "changed", "no manifest"])
+def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, tmp_path, whole, harm):
+    with pytest.raises(KilledError):
+        run(inputs, tmp_path, stops_at(3))
+    (saved,) = (tmp_path / CHECKPOINT).glob("00000004*")
+    if harm == "half-written":
+        saved.rename(tmp_path / CHECKPOINT / ".partial")
+    elif harm == "changed":
+        (saved / "shared.pt").write_bytes(b"half")
+    else:
+        (saved / "checkpoint.json").unlink()
+    run(inputs, tmp_path)
+    assert result(tmp_path) == whole
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(inputs, tmp_path, whole, capsys):
+    with pytest.raises(KilledError):
+        run(inputs, tmp_path, stops_at(3), kl_weight=0.5)
+    run(inputs, tmp_path)
+    assert "made with other settings (ppo)" in capsys.readouterr().err
+    assert result(tmp_path) == whole
+
+
+def test_other_settings_are_prepared_in_another_folder(tmp_path):
+    folders = {Store(tmp_path).staging("ppo", key_digest(document(kl_weight=weight))) for weight in (0.1, 0.2)}
+    assert len(folders) == 2
