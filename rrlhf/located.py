@@ -50,11 +50,6 @@ def read(path: Path, where: Where, mistakes: list[str]) -> dict[str, Any]:
     return content
 
 
-def load_yaml(path: Path) -> Any:
-    """Parse a YAML file, ten times faster than yaml.safe_load where the C library is there."""
-    return yaml.load(path.read_bytes(), Loader=LOADER)
-
-
 def _note_lines(node: yaml.Node, path: tuple[str, ...], file: str, where: Where, mistakes: list[str]) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
