@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from statistics import fmean, linear_regression, variance
+from statistics import fmean, variance
 from typing import NamedTuple
 
 from rrlhf.config import Health
 from rrlhf.types import Metrics
 
-WINDOW = 5  # rollouts at the start and at the end that hacking compares
+WINDOW = 3  # rollouts at the start and at the end that hacking compares
 STANDARD_ERRORS = 3.0
-SIGMA_RISE, SLOPE_ERRORS = 0.1, 2.5  # of sigma with the distance from the start, by a line through all rollouts
 SUSPECTED = "hacking_suspected"  # the finding that only warns
 EVENTS = "health.json"  # what a stage noticed, in its folder: a list of {step, name, detail, action}
 MARK = "health_"  # begins the name of the metric that a row has where a detector fired
@@ -100,52 +99,31 @@ _LASTING: dict[str, Callable[[Metrics, Metrics, Health], str]] = {
 def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     """Return a warning where the reward rose and something that should stay drifted with it, or None.
 
-    Compares the last WINDOW rollouts with the first: the score rose by more than three standard errors of the
-    difference, and so did mean length, up or down by half, or repetition, by .05; or sigma grows with the policy's
-    distance from its start, sqrt(KL), and has by SIGMA_RISE. A policy that becomes better can do this too: it says
-    where to look, and changes nothing.
+    Compares the last WINDOW rollouts with the first: the mean score rose, and sigma grew by a tenth, repetition by .05,
+    or length moved up or down by half; each by more than three standard errors of the difference. A policy that becomes
+    better can do this too: it says where to look, and changes nothing.
     """
     if len(rows) < 2 * WINDOW:
         return None
-    first, last = rows[:WINDOW], rows[-WINDOW:]
-    if _rise(first, last, "score") <= 0:
-        return None
-    drifted = _growth_of_sigma(rows)
-    for name, least in (("response_tokens", 0.5), ("repetition", 0.0)):
-        before, now = fmean(row[name] for row in first), fmean(row[name] for row in last)
-        enough = abs(now - before) > (0.05 if name == "repetition" else least * before)
-        signed = abs(_rise(first, last, name)) if name == "response_tokens" else _rise(first, last, name)
-        if enough and signed > 0:
-            drifted.append(f"{name.replace('_', ' ')} from {before:.2f} to {now:.2f}")
-    if not drifted:
-        return None
-    scores = [fmean(row["score"] for row in part) for part in (first, last)]
-    return Finding(SUSPECTED, f"score from {scores[0]:.2f} to {scores[1]:.2f} with {', '.join(drifted)}")
+    change = {name: _change(rows, name) for name in ("score", "sigma", "repetition", "response_tokens")}
+    before = {name: fmean(row[name] for row in rows[:WINDOW]) for name in change}
+    drifted = {
+        "sigma": change["sigma"] > 0.1 * before["sigma"],
+        "repetition": change["repetition"] > 0.05,
+        "response_tokens": abs(change["response_tokens"]) > 0.5 * before["response_tokens"],
+    }
+    told = {name: f"from {before[name]:.2f} to {before[name] + change[name]:.2f}" for name in change}
+    moved = [f"{name.replace('_', ' ')} {told[name]}" for name, has in drifted.items() if has]
+    return (
+        Finding(SUSPECTED, f"score {told['score']} with {', '.join(moved)}") if change["score"] > 0 and moved else None
+    )
 
 
-def _growth_of_sigma(rows: Sequence[Metrics]) -> list[str]:
-    """Say by how much sigma grew with sqrt(KL), where that is beyond chance.
-
-    A line through all rollouts tells it from their noise long before two windows do: the first of them alone are at the
-    start.
-    """
-    distance, sigma = [math.sqrt(max(row["kl"], 0.0)) for row in rows], [row["sigma"] for row in rows]
-    if min(distance) == max(distance):
-        return []
-    slope, before = linear_regression(distance, sigma)
-    left = sum((s - before - slope * d) ** 2 for d, s in zip(distance, sigma, strict=True)) / (len(rows) - 2)
-    error = math.sqrt(left / ((len(rows) - 1) * variance(distance)))
-    now = before + slope * fmean(distance[-WINDOW:])
-    grew = slope > SLOPE_ERRORS * error and now - before > SIGMA_RISE * before
-    return [f"sigma from {before:.2f} to {now:.2f}"] if grew else []
-
-
-def _rise(first: Sequence[Metrics], last: Sequence[Metrics], name: str) -> float:
-    """Return by how much a metric changed where that is beyond chance, else 0."""
-    before, now = [row[name] for row in first], [row[name] for row in last]
-    error = math.sqrt((variance(before) + variance(now)) / WINDOW)
+def _change(rows: Sequence[Metrics], name: str) -> float:
+    """Return by how much a metric's mean over the last rollouts differs from the first where beyond chance, else 0."""
+    before, now = [row[name] for row in rows[:WINDOW]], [row[name] for row in rows[-WINDOW:]]
     change = fmean(now) - fmean(before)
-    return change if abs(change) > STANDARD_ERRORS * error else 0.0
+    return change if abs(change) > STANDARD_ERRORS * math.sqrt((variance(before) + variance(now)) / WINDOW) else 0.0
 
 
 def in_words(rows: Iterable[Metrics]) -> str:

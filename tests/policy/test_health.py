@@ -100,7 +100,6 @@ def test_hacking_is_suspected_where_the_score_rises_and_something_drifts(drift, 
                 name: noisy(HEALTHY.get(name, EXTRA.get(name)) if n < WINDOW else value, 0.01, generator)
                 for name, value in end.items()
             }
-            | {"kl": 0.0 if n < WINDOW else 9.0}
             for n in range(3 * WINDOW)
         ]
 
@@ -109,17 +108,9 @@ def test_hacking_is_suspected_where_the_score_rises_and_something_drifts(drift, 
     assert hacking_suspected(log(0, end | {"score": 0.1})) is None  # without a higher score nothing was hacked
 
 
-@pytest.mark.parametrize(("growth", "suspected"), [(0.3, True), (0.05, False), (-0.3, False)])
-def test_sigma_that_grows_with_the_distance_is_told_at_the_tenth_rollout(growth, suspected):
-    """KL jumps in the first updates, so all but the first rollouts are far away, and one rollout's sigma is noisy."""
-    kls = [0.0, 9.0, 16.0, 16.0, 20.0, 25.0, 25.0, 25.0, 25.0, 25.0]
-    generator = torch.Generator().manual_seed(1)
-    sigma = [noisy(1.2 * (1 + growth * (kl / 25) ** 0.5), 0.06, generator) for kl in kls]
-    log = rows(*({"kl": kl, "sigma": s, "score": 0.2 * n} for n, (kl, s) in enumerate(zip(kls, sigma, strict=True))))
-    found = hacking_suspected(log)
-    assert bool(found) is suspected
-    if found:
-        assert "sigma from 1.2" in found.detail
+def test_hacking_can_be_suspected_from_the_sixth_rollout_on():
+    log = rows(*[{}] * WINDOW, *[{"score": 2.0, "sigma": 0.4}] * WINDOW)
+    assert "sigma from 0.30 to 0.40" in hacking_suspected(log).detail
     assert hacking_suspected(log[:-1]) is None
 
 
