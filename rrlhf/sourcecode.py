@@ -6,7 +6,6 @@ import ast
 import hashlib
 import importlib
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.machinery import ModuleSpec
@@ -16,7 +15,7 @@ from pathlib import Path
 from pkgutil import get_importer, iter_modules
 from typing import NamedTuple
 
-from rrlhf.canonical import Names, canonical, imported, names_bound, names_of_imports
+from rrlhf.canonical import canonical, imports
 from rrlhf.located import ParamsError, did_you_mean
 
 OURS = "rrlhf"
@@ -46,11 +45,11 @@ def code_behind(module: str, root: Path) -> Code:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = source_file(name, root) if name not in seen else None
-        seen.add(name)
-        if path is None or _is_standard(path):
-            continue
         top = name.partition(".")[0]
+        path = source_file(name, root) if name not in seen and top not in sys.stdlib_module_names else None
+        seen.add(name)
+        if path is None:
+            continue
         if top == OURS:
             ours.add(name)
             continue
@@ -60,7 +59,8 @@ def code_behind(module: str, root: Path) -> Code:
             versions |= _versions(top)
         elif path.suffix == ".py":
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-            waiting += [*packages(name), *(each for node in ast.walk(parsed(path)) for each in imported(node, package))]
+            found = [each for node in ast.walk(parsed(path)) for _, _, each in imports(node, package)]
+            waiting += [above for each in (name, *found) for above in (each, *packages(each))]
     return Code(dict(sorted(sources.items())), versions, tuple(sorted(ours)))
 
 
@@ -94,12 +94,10 @@ def not_found(module: str, root: Path) -> str:
     package = spec_of(above, root) if above else None
     if above and package is None:
         return not_found(above, root)
-    folders = [*(package.submodule_search_locations or ())] if package else [str(root)]
+    folders = (package.submodule_search_locations or [f"{above}, which is no package"]) if package else [str(root)]
     known = sorted({found.name for found in iter_modules(folders)})
     where = ", ".join(folders) if package else f"{root} or among what is installed"
-    return (
-        f"no module {module} in {where or f'{above}, which is no package'}{did_you_mean(last, known) if known else ''}"
-    )
+    return f"no module {module} in {where}{did_you_mean(last, known) if known else ''}"
 
 
 def importable(root: Path) -> None:
@@ -109,15 +107,10 @@ def importable(root: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Return a digest of a source file's syntax tree, or of the bytes of any other file."""
-    return tree_digest(parsed(path)) if path.suffix == ".py" else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def tree_digest(tree: ast.Module) -> str:
-    """Return a digest of what a whole module says."""
-    names: Names = {name: {f".{name}"} for statement in tree.body for name in names_bound(statement)}
-    names |= {name: {target} for node in ast.walk(tree) for name, target in names_of_imports(node, "")}
-    texts = [canonical([*ast.walk(statement)], names, "")[0] for statement in tree.body]
+    """Return a digest of what a source file says, or of the bytes of any other file."""
+    if path.suffix != ".py":
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    texts = [canonical(statement, {}, "")[0] for statement in parsed(path).body]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
@@ -143,11 +136,6 @@ def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
 
 def _is_installed(path: Path) -> bool:
     return bool({"site-packages", "dist-packages"} & set(path.parts))
-
-
-def _is_standard(path: Path) -> bool:
-    folders = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
-    return not _is_installed(path) and any(path.is_relative_to(folder) for folder in folders)
 
 
 def _versions(top: str) -> dict[str, str]:

@@ -11,12 +11,12 @@ import ast
 import hashlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from rrlhf.canonical import FUNCTIONS, SCOPES, Names, canonical, imported, names_bound, names_of_imports, walk
+from rrlhf.canonical import FUNCTIONS, canonical, imports, names_bound, walk
 from rrlhf.memo import Memory
 from rrlhf.sourcecode import packages, parsed
 
@@ -40,19 +40,7 @@ WITHOUT_EFFECT = {
 }
 WHOLE = "(whole)"  # in a closure: the digest of all definitions and of how they refer to each other
 OTHER_LINES = "(other lines)"  # of a module: what it does on import beside defining
-# What may be called on import and does nothing but return a value; all other calls count wherever they are imported.
-PURE = {"classmethod", "dict", "frozenset", "len", "property", "staticmethod", "tuple"} | {
-    "contextlib.contextmanager",
-    "dataclasses.dataclass",
-    "functools.cache",
-    "functools.lru_cache",
-    "functools.partial",
-    "pathlib.Path",
-    "re.compile",
-    "torch.no_grad",
-    "types.MappingProxyType",
-    "typing.TypeVar",
-}
+DEFINING = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 SKIPPED = {"TYPE_CHECKING", "__name__ == '__main__'"}  # conditions that no import meets
 SHOWN = 8  # hex digits of a definition's digest
 
@@ -74,23 +62,22 @@ class Module:
     def __init__(self, path: Path, name: str, top: str) -> None:
         self.name = name
         self._top, self._package = top, name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
-        body = parsed(path).body if path.is_file() else []
-        self._nodes = {statement: [*ast.walk(statement)] for statement in body}
-        used = {node.id for nodes in self._nodes.values() for node in nodes if isinstance(node, ast.Name)}
-        statements = [one for one in body if not _is_skipped(one)]
-        self.imports = {each for one in walk(statements, FUNCTIONS) for each in imported(one, self._package)}
-        self.bindings: Names = defaultdict(set)
-        for one in walk(statements, SCOPES):
-            for bound, target in names_of_imports(one, self._package):
-                self.bindings[bound].add(target)
+        body = [one for one in (parsed(path).body if path.is_file() else []) if not _is_skipped(one)]
+        self.imports: set[str] = set()
+        self.bindings: dict[str, set[str]] = defaultdict(set)
         self.defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name, all statements that bind it
-        for statement in statements:
-            for bound in names_bound(statement):
-                self.defined[bound].append(statement)
-                self.bindings[bound].add(f"{name}.{bound}")
-        if effects := [one for one in statements if self._has_effect(one, used)]:
-            self.defined[OTHER_LINES] = effects
         self._known: dict[ast.stmt, Statement] = {}
+        for node in walk(body, FUNCTIONS):
+            for bound, target, module in imports(node, self._package):
+                self.bindings[bound].add(target)
+                self.imports.add(module)
+        for statement in body:
+            bound_here = names_bound(statement)
+            for each in bound_here:
+                self.defined[each].append(statement)
+                self.bindings[each].add(f"{name}.{each}")
+            if _acts(statement, bound_here):
+                self.defined[OTHER_LINES].append(statement)
 
     def statements(self, name: str) -> list[Statement]:
         """Return what binds a name."""
@@ -98,35 +85,13 @@ class Module:
 
     def _statement(self, statement: ast.stmt) -> Statement:
         if statement not in self._known:
-            nodes = [node for node in self._nodes[statement] if isinstance(node, ast.Import | ast.ImportFrom)]
-            modules = {each for node in nodes for each in imported(node, self._package)}
-            names = {bound: {*targets} for bound, targets in self.bindings.items()} if nodes else self.bindings
-            for node in nodes:
-                for bound, target in names_of_imports(node, self._package):
-                    names.setdefault(bound, set()).add(target)
-            self._known[statement] = Statement(*canonical(self._nodes[statement], names, self._top), modules)
+            inside = [each for node in ast.walk(statement) for each in imports(node, self._package)]
+            names = {bound: {*targets} for bound, targets in self.bindings.items()} if inside else self.bindings
+            for bound, target, _ in inside:
+                names.setdefault(bound, set()).add(target)
+            text, uses = canonical(statement, names, self._top)
+            self._known[statement] = Statement(text, uses, {module for _, _, module in inside})
         return self._known[statement]
-
-    def _has_effect(self, statement: ast.stmt, used: set[str]) -> bool:
-        """Whether a statement does more on import than to bind names to values; `used`: all that the module writes."""
-        match statement:
-            case ast.Import() | ast.ImportFrom():
-                bound = {name for name, _ in names_of_imports(statement, self._package)}
-                return not bound & used and getattr(statement, "module", "") != "__future__"
-            case ast.Expr(value=ast.Constant()):
-                return False
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Assign() | ast.AnnAssign():
-                return _changes_objects(statement) or not all(map(self._is_pure, _called(statement)))
-        return True
-
-    def _is_pure(self, function: ast.expr) -> bool:
-        if isinstance(function, ast.Name) and all(map(_is_named_tuple, self.defined.get(function.id, [None]))):
-            return True
-        first, _, rest = ast.unparse(function).partition(".")
-        targets = self.bindings.get(first, {first})
-        return isinstance(getattr(function, "value", None), ast.Constant) or all(
-            ".".join(filter(None, (target, rest))) in PURE for target in targets
-        )
 
 
 class Modules:
@@ -156,18 +121,21 @@ class Modules:
         return {**self._closures[key]}
 
     def reached(self, *roots: str) -> dict[Place, list[Used]]:
-        """Return every definition that the roots use at any depth, and what each of them uses itself."""
+        """Return every definition that the roots use at any depth, and what each of them uses itself.
+
+        They come in an order that follows from what they say, and not from where they lie.
+        """
         found: dict[Place, list[Used]] = {}
-        executed: set[str] = set()
         waiting = [place for root in roots for place in self._behind(root)[1]]
         while waiting:
-            place = waiting.pop()
-            if place in found:
-                continue
-            statements = self._statements(place)
-            found[place] = [self._behind(use) for statement in statements for use in statement.uses]
-            waiting += [target for _, targets in found[place] for target in targets]
-            waiting += self._effects({place[0], *(each for one in statements for each in one.imports)}, executed)
+            while waiting:
+                place = waiting.pop()
+                if place not in found:
+                    found[place] = [self._behind(use) for one in self._statements(place) for use in one.uses]
+                    waiting += [target for _, targets in found[place] for target in targets]
+            inside = (one.imports for place in found for one in self._statements(place))
+            acting = self._acting({place[0] for place in found}.union(*inside)) - found.keys()
+            waiting = sorted(acting, key=lambda place: ([one.text for one in self._statements(place)], place))
         return found
 
     def exists(self, module: str) -> bool:
@@ -180,21 +148,17 @@ class Modules:
             place: _sha256(*(one.text for one in self._statements(place)), *(name for name, _ in uses))
             for place, uses in reached.items()
         }
-        # How definitions refer to each other: digests that take in those of what is used, one step further each time,
-        # until no more definitions are told apart (colour refinement; equal ones do the same at any depth).
-        deep, classes = own, 0
-        while len({*deep.values()}) > classes:
-            classes = len({*deep.values()})
-            deep = {
-                place: _sha256(own[place], *(" ".join(deep[target] for target in targets) for _, targets in uses))
-                for place, uses in reached.items()
-            }
-        first = [deep[place] for root in roots for place in self._behind(root)[1]]
+        # How definitions refer to each other: by their numbers in the order in which they are met.
+        numbers = {place: str(number) for number, place in enumerate(reached)}
+        whole = [
+            " ".join([own[place], *(numbers[target] for _, targets in uses for target in targets)])
+            for place, uses in reached.items()
+        ]
         by_name: dict[str, list[str]] = defaultdict(list)
         for (_, name), digest in own.items():
             by_name[name].append(digest[:SHOWN])
         found = {name: " ".join(sorted(digests)) for name, digests in sorted(by_name.items())}
-        return found | {WHOLE: _sha256(*first, "", *sorted({*deep.values()}))[:32]}
+        return found | {WHOLE: _sha256(*whole)[:32]}
 
     def _statements(self, place: Place) -> list[Statement]:
         module = self._module(place[0])
@@ -218,18 +182,19 @@ class Modules:
         imported = [place for each in elsewhere for place in self._behind(each)[1]]
         return ".".join(parts), [*((module.name, each) for each in here), *imported]
 
-    def _effects(self, names: Iterable[str], executed: set[str]) -> Iterator[Place]:
-        """Yield what happens when modules are imported and has not yet; notes the modules in `executed`."""
-        waiting = [*names]
+    def _acting(self, names: Iterable[str]) -> set[Place]:
+        """Return what happens when modules are imported, and with them what they import."""
+        found, seen, waiting = set[Place](), set[str](), [*names]
         while waiting:
             name = waiting.pop()
             module = self._module(name)
-            if module is None or name in executed or name in WITHOUT_EFFECT:
+            if name in seen or name in WITHOUT_EFFECT:
                 continue
-            executed.add(name)
-            waiting += [*packages(name), *module.imports]
-            if OTHER_LINES in module.defined:
-                yield name, OTHER_LINES
+            seen.add(name)
+            waiting += [*packages(name), *(module.imports if module else ())]
+            if module and OTHER_LINES in module.defined:
+                found.add((name, OTHER_LINES))
+        return found
 
     def _module(self, name: str) -> Module | None:
         if name not in self._read:
@@ -279,23 +244,12 @@ def _is_skipped(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED
 
 
-def _is_named_tuple(statement: ast.stmt | None) -> bool:
-    return isinstance(statement, ast.ClassDef) and [*map(ast.unparse, statement.bases)] == ["NamedTuple"]
-
-
-def _changes_objects(statement: ast.stmt) -> bool:
-    """Whether a statement sets an attribute or an item."""
-    nodes = (node for node in walk([statement], FUNCTIONS) if isinstance(node, ast.Attribute | ast.Subscript))
-    return any(not isinstance(node.ctx, ast.Load) for node in nodes)
-
-
-def _called(statement: ast.stmt) -> Iterator[ast.expr]:
-    """Yield what a statement calls when it is executed, decorators included."""
-    for node in walk([statement], FUNCTIONS):
-        if isinstance(node, ast.Call):
-            yield node.func
-        for decorator in getattr(node, "decorator_list", []):
-            yield decorator.func if isinstance(decorator, ast.Call) else decorator
+def _acts(statement: ast.stmt, bound: set[str]) -> bool:
+    """Whether a statement at the top of a module does more than to define what it binds."""
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
+        return not bound  # an attribute or an item is set
+    is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return not (is_text or isinstance(statement, DEFINING))
 
 
 def _sha256(*parts: str) -> str:

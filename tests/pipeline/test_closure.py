@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import rrlhf
-from rrlhf.canonical import imported
+from rrlhf.canonical import imports
 from rrlhf.pipeline.modules import WITHOUT_EFFECT, Modules
 from rrlhf.sourcecode import parsed, source_file
 
@@ -40,7 +40,7 @@ def test_no_function_that_a_stage_calls_is_missing_from_its_key(found):
 def test_what_is_taken_to_be_without_effect_does_not_compute():
     modules = Modules(PACKAGE)
     nodes = [node for name in WITHOUT_EFFECT for node in ast.walk(parsed(source_file(name, PACKAGE.parent)))]
-    behind = {each for node in nodes for each in imported(node, "") if modules.exists(each)}
+    behind = {each for node in nodes for _, _, each in imports(node, "") if modules.exists(each)}
     names_of_rewards = {"rrlhf.robust"}  # config.py reads these, and those of their arguments, and calls none of them
     assert behind <= {*WITHOUT_EFFECT, *names_of_rewards, "rrlhf"}
 
