@@ -20,10 +20,11 @@ from prefect.exceptions import PrefectException
 
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.plan import Planned, total
+from rrlhf.pipeline.plan import Planned, computing, total
+from rrlhf.progress import in_words
+from rrlhf.tools.pages import visible
 from rrlhf.tools.reporting.markdown import ancestry, comparison
 from rrlhf.tools.reporting.tables import escaped
-from rrlhf.tools.running.table import percent_done, plan_rows
 
 
 class Pages:
@@ -41,11 +42,11 @@ class Pages:
     def plan(self, planned: Sequence[Planned], start_up: float | None = None) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
         self._planned = planned
-        rows, expected = plan_rows(planned), total(planned, start_up) or "Nothing is to be done."
-        self._tell(lambda: create_table_artifact(rows, self._key("plan"), expected))
+        expected = total(planned, start_up) or "Nothing is to be done."
+        self._tell(lambda: create_table_artifact(plan_rows(planned), self._key("plan"), expected))
         self._progress = self._tell(
             lambda: create_progress_artifact(
-                percent_done(planned, ()), self._key("progress"), "Done, by expected time."
+                percent_done(planned, ()), self._key("progress"), "Done, of the stages that compute."
             )
         )
 
@@ -91,3 +92,22 @@ class Pages:
             print(f"Prefect's server takes no artifacts; the run goes on without ({reason})", file=sys.stderr)
             return None
         return made
+
+
+def plan_rows(planned: Sequence[Planned]) -> list[dict[str, str]]:
+    """Return a plan as the rows of a table."""
+    return [
+        {
+            "node": visible(one.node),
+            "action": one.action,
+            "first reason": visible(one.reasons[0]) if one.reasons else "",
+            "expected time": in_words(one.seconds) if one.seconds is not None else "",
+        }
+        for one in planned
+    ]
+
+
+def percent_done(planned: Sequence[Planned], done: Collection[str]) -> float:
+    """Return how much of a plan's computing is done, 0 to 100."""
+    work = computing(planned)
+    return 100 * sum(one.node in done for one in work) / len(work) if work else 100.0

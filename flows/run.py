@@ -33,14 +33,7 @@ from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
 from rrlhf.policy.health import DivergedError
 from rrlhf.progress import in_words, say
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
-from rrlhf.tools.running.numbers import write_numbers
-from rrlhf.tools.running.uptodate import (
-    note_report,
-    nothing_to_do,
-    report_file,
-    show,
-    trainings_of,
-)
+from rrlhf.tools.running.uptodate import note_report, nothing_to_do, report_file, show, trainings_of, write_numbers
 from rrlhf.types import Dataset, Log
 
 MOST_REASONS = 3  # of a stage that are told in Prefect's pages

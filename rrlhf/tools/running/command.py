@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from rrlhf.tools.command_line import FAILED, USAGE, AsJson, Profile, Set, end, o
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
+    from rrlhf.pipeline.graph import Node
     from rrlhf.pipeline.partial import Part
     from rrlhf.pipeline.plan import Planned, Project
 
@@ -90,8 +92,7 @@ def plan(
     from rrlhf.pipeline.plan import total
     from rrlhf.tools.running.uptodate import unregistered
 
-    changed = overrides(profile, set_)
-    project = _project(profile, changed)
+    project = _project(profile, overrides(profile, set_))
     planned = project.plan(_part(from_, until, only, force))
     if as_json:
         print(json.dumps([one.as_json() for one in planned], indent=1))
@@ -117,16 +118,14 @@ def why(
     Example: rrlhf why evaluate --set sft.epochs=3
     """
     from rrlhf.pipeline.partial import matching, unknown
-    from rrlhf.tools.running.why import explained
 
-    changed = overrides(profile, set_)
-    project = _project(profile, changed)
+    project = _project(profile, overrides(profile, set_))
     these = matching(stage, project.nodes)
     if not these:
         end(USAGE, unknown(stage, project.nodes))
     planned = project.plan()
     for node in these:
-        print("\n".join(explained(project, planned, node.name)))
+        print("\n".join(_explained(project, planned, node)))
 
 
 def status(as_json: AsJson = False) -> None:
@@ -243,6 +242,31 @@ def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = Fals
     project.check_keys()
     project.check_sources()
     return project
+
+
+def _explained(project: Project, planned: Sequence[Planned], node: Node) -> Iterator[str]:
+    """Yield lines on what would happen to a node and why; `planned` is the whole plan."""
+    from rrlhf.pipeline.partial import Part, chosen
+
+    one = next(one for one in planned if one.node == node.name)
+    if one.action == "reuse":
+        here = project.store.find(node.stage, str(one.key))
+        yield f"{node.name} is up to date: {here.made if here else one.key}"
+    elif one.action == "upstream":
+        yield f"{node.name} depends on what will run before it; with equal results it is not run:"
+        above = chosen(Part(until=(node.name,)), project.nodes).allowed
+        yield from (
+            f"  {each.node}: {'; '.join(each.reasons)}"
+            for each in planned
+            if each.node in above and each.action == "run"
+        )
+    else:
+        yield f"{node.name} will {'be restored' if one.action == 'restore' else 'run'}:"
+        yield from (f"  {reason}" for reason in one.reasons)
+        document = project.document(node, {each.node: each.digest for each in planned if each.digest})
+        _, closest = project.closest(node, document)
+        if closest and one.action == "run" and one.reasons != ["artifact missing"]:
+            yield f"compared with the closest earlier result: {closest.key[:12]}, made {closest.manifest['created']}"
 
 
 def _line(one: Planned, width: int, verbose: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -55,61 +54,64 @@ def overview(root: Path) -> Overview:
     names: dict[str, list[str]] = {}
     states = [_profile(root, profile, names) for profile in profiles(root)]
     work = [*_works(root, names)]
-    differing = sorted(str(path.relative_to(root)) for path in (root / "artifacts" / ".differing").glob("*"))
+    sizes = {
+        name: sum(path.lstat().st_size for path in [root / name, *(root / name).rglob("*")])
+        for name in FOLDERS
+        if (root / name).exists()
+    }
     return {
         "profiles": states,
         "running": [each for each in work if each["holder"]],
         "interrupted": [each for each in work if not each["holder"] and each["steps"] is not None],
-        "differing": differing,
-        "disk_bytes": {name: size for name in FOLDERS if (size := _bytes(root / name))},
+        "differing": sorted(str(path.relative_to(root)) for path in (root / "artifacts" / ".differing").glob("*")),
+        "disk_bytes": sizes,
     }
 
 
 def told(found: Overview) -> Iterator[str]:
     """Yield an overview as lines."""
+    from rich.filesize import decimal
+
     for state in found["profiles"]:
-        yield from _told_profile(state)
+        done, to_do = f"{len(state['reuse'])} of {state['nodes']} up to date", [*state["to_do"].items()]
+        first = f"; first to do: {to_do[0][0]}, {to_do[0][1]}" if to_do else ""
+        yield f"{state['profile']}: {state['problem'] or done + first}"
+        if run := state["last_run"]:
+            yield f"  last run {run['started']}: {_run_in_words(run)}"
     for work in found["running"]:
-        yield f"running: {_told_work(work)} ({work['holder']})"
+        yield f"running: {_work_in_words(work)} ({work['holder']})"
     for work in found["interrupted"]:
         again = f"; goes on with `rrlhf run --profile {work['nodes'][0].partition('/')[0]}`" if work["nodes"] else ""
-        yield f"interrupted: {_told_work(work)}, saved after step {work['steps']}{again}"
+        yield f"interrupted: {_work_in_words(work)}, saved after step {work['steps']}{again}"
     for path in found["differing"]:
         yield f"computed again with another result than the stored one: {path}"
-    sizes = ", ".join(f"{name} {_in_units(size)}" for name, size in found["disk_bytes"].items())
-    yield f"disk: {sizes}"
+    yield f"disk: {', '.join(f'{name} {decimal(size)}' for name, size in found['disk_bytes'].items())}"
 
 
 def _profile(root: Path, profile: str, names: dict[str, list[str]]) -> ProfileStatus:
     """Return a profile's state; note which keys are its nodes' in `names`, in place."""
-    state: ProfileStatus = {
-        "profile": profile,
-        "nodes": 0,
-        "reuse": [],
-        "to_do": {},
-        "problem": None,
-        "last_run": last_run(root, profile),
-    }
+    problem, planned = None, []
     try:
         planned = Project(root, profile, load_params(root, profile)).plan()
     except (ParamsError, TamperedError) as error:
-        state["problem"] = str(error).partition("\n")[0]
-        return state
+        problem = str(error).partition("\n")[0]
     for one in planned:
         if one.key:
             names.setdefault(one.key, []).append(f"{profile}/{one.node}")
-    state["nodes"] = len(planned)
-    state["reuse"] = [one.node for one in planned if one.action == "reuse"]
-    state["to_do"] = {one.node: f"{one.action}: {one.reasons[0]}" for one in planned if one.action != "reuse"}
-    return state
+    return {
+        "profile": profile,
+        "nodes": len(planned),
+        "reuse": [one.node for one in planned if one.action == "reuse"],
+        "to_do": {one.node: f"{one.action}: {one.reasons[0]}" for one in planned if one.action != "reuse"},
+        "problem": problem,
+        "last_run": last_run(root, profile),
+    }
 
 
 def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
     """Yield what lies in the store's staging folder: a folder per result, STAGE-KEY."""
     for staged in sorted((root / "artifacts" / ".staging").glob("*-*")):
         stage, _, key = staged.name.rpartition("-")
-        if len(key) != 64:
-            continue
         saved = [int(path.name[:8]) for path in (staged / CHECKPOINT).glob("[0-9]" * 8) if path.is_dir()]
         yield {
             "stage": stage,
@@ -120,42 +122,13 @@ def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
         }
 
 
-def _told_profile(state: ProfileStatus) -> Iterator[str]:
-    name = state["profile"]
-    if state["problem"]:
-        yield f"{name}: {state['problem']}"
-    elif not state["to_do"]:
-        yield f"{name}: all {state['nodes']} up to date"
-    else:
-        node, what = next(iter(state["to_do"].items()))
-        yield f"{name}: {len(state['reuse'])} of {state['nodes']} up to date; first to do: {node}, {what}"
-    if run := state["last_run"]:
-        took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
-        ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
-        with_ = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
-        running = run["status"] == "running" and not is_alive(int(run["process"]))
-        yield f"  last run {run['started']}: {'killed' if running else run['status']}{took}{ran}{with_}"
+def _run_in_words(run: Mapping[str, Any]) -> str:
+    killed = run["status"] == "running" and not is_alive(int(run["process"]))
+    took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
+    ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
+    given = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
+    return f"{'killed' if killed else run['status']}{took}{ran}{given}"
 
 
-def _told_work(work: Work) -> str:
+def _work_in_words(work: Work) -> str:
     return f"{', '.join(work['nodes']) or work['stage'] + ' of other settings'} {work['key'][:8]}"
-
-
-def _bytes(path: Path) -> int:
-    """Return the disk that a file or folder takes; a file with two names counts once."""
-    if path.is_file():
-        return path.stat().st_size
-    sizes: dict[tuple[int, int], int] = {}
-    for folder, _, files in os.walk(path):
-        for name in files:
-            stat = Path(folder, name).lstat()
-            sizes[stat.st_dev, stat.st_ino] = 512 * stat.st_blocks
-    return sum(sizes.values())
-
-
-def _in_units(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} GiB"

@@ -1,6 +1,6 @@
-"""The run in which nothing is to be done: found out, and told like any other, without Prefect, MLflow or torch.
+"""How a run ends: what is told and remembered of it. A run in which nothing is to be done is found out and told alike.
 
-Whatever cannot be known for certain makes it an ordinary run.
+That goes without Prefect, MLflow or torch. Whatever cannot be known for certain makes it an ordinary run.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from rrlhf.files import write
+from rrlhf.files import write, write_if_new
 from rrlhf.judging.evaluation import Evaluation, read_evaluation
 from rrlhf.memo import sha256
 from rrlhf.pipeline import dvc
@@ -21,8 +21,8 @@ from rrlhf.pipeline.plan import Planned, Project
 from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.server import database
+from rrlhf.tools.reporting import numbers
 from rrlhf.tools.reporting.trainings import Training, health, training
-from rrlhf.tools.running.numbers import numbers_digests
 from rrlhf.types import Json
 
 Registered = dict[str, Registration | None]  # by node
@@ -49,14 +49,13 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
     if any(one.action != "reuse" for one in planned):
         return None
     artifacts = _artifacts(project, planned)
-    known, noted = registered(project, artifacts), _stamp_file(project)
-    stamp = _stamp(project, artifacts, known)
-    if known is None or stamp is None or not noted.is_file() or noted.read_text(encoding="utf-8") != stamp:
+    stamp, noted = _stamp(project, artifacts), _stamp_file(project)
+    if not stamp or not noted.is_file() or noted.read_text(encoding="utf-8") != stamp:
         return None
     folders: Json = {name: str(artifact.path.relative_to(project.root)) for name, artifact in artifacts.items()}
     report = str(report_file(project).relative_to(project.root))
-    names = {name: model_name(artifacts[name].stage, project.profile) for name in known}
-    versions = {name: f"{names[name]}/{one.version}" for name, one in known.items() if one}
+    known = registered(project, artifacts) or {}
+    versions = {name: f"{one.name}/{one.version}" for name, one in known.items() if one and one.name}
     return Done({"ran": [], "folders": folders, "report": report}, artifacts, versions)
 
 
@@ -70,22 +69,36 @@ def registered(project: Project, artifacts: Mapping[str, Artifact]) -> Registere
     """Return how every model is registered, None where something is left to do; None when that cannot be told."""
     if database(project.root) is None:
         return None  # only the server can tell
-    nodes = {node.name: node for node in project.nodes}
-    models = {name: artifact for name, artifact in artifacts.items() if name != DATA}
-    known = registrations(
-        project.root, project.params.tracking.experiment, [artifact.key for artifact in models.values()]
-    )
-    found: Registered = {}
-    for name, artifact in models.items():
+    experiment, found = project.params.tracking.experiment, Registered()
+    known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
+    for node in project.nodes:
+        artifact = artifacts.get(node.name)
+        if artifact is None or node.name == DATA:
+            continue
         one = known.get((artifact.key, model_name(artifact.stage, project.profile)))
         whole = one and one.digest == artifact.digest and one.complete
-        found[name] = one if one and whole and {*project.aliases_of(nodes[name])} <= {*one.aliases} else None
+        found[node.name] = one if one and whole and {*project.aliases_of(node)} <= {*one.aliases} else None
     return found
 
 
 def report_file(project: Project) -> Path:
     """Return where a profile's report is written."""
     return project.root / "reports" / f"{project.profile}.html"
+
+
+def numbers_files(project: Project) -> dict[str, Path]:
+    """Return where the numbers lie that git keeps, for `dvc metrics diff` and `dvc plots diff`.
+
+    Those of an override (--set) would stand beside settings that did not give them, and are not kept.
+    """
+    folder = project.root / "reports" / project.profile
+    return {name: folder / name for name in numbers.FILES} if project.as_filed else {}
+
+
+def write_numbers(project: Project, evaluation: Evaluation, trainings: Mapping[str, Training]) -> None:
+    """Write the files that commits are compared by, if a profile's own settings gave these numbers."""
+    for name, path in numbers_files(project).items():
+        write_if_new(path, numbers.texts(evaluation, trainings)[name])
 
 
 def trainings_of(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Training]:
@@ -116,7 +129,7 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
 
 def note_report(project: Project, artifacts: Mapping[str, Artifact]) -> None:
     """Remember what the report that was just written is made of."""
-    write(_stamp_file(project), _stamp(project, artifacts, registered(project, artifacts)) or "")
+    write(_stamp_file(project), _stamp(project, artifacts))
 
 
 def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
@@ -126,24 +139,20 @@ def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
     return {name: artifact for name, artifact in found.items() if artifact}
 
 
-def _stamp(project: Project, artifacts: Mapping[str, Artifact], known: Registered | None) -> str | None:
-    """Return a digest of the report and of all that it shows; None when something is not there or not registered."""
-    html, numbers = report_file(project), numbers_digests(project)
-    whole = html.is_file() and numbers is not None and dvc.pointer(artifacts[DATA].path).exists()
-    if known is None or not whole or None in known.values():
-        return None
-    made_by = ("rrlhf.tools.reporting.report", "rrlhf.tools.reporting.numbers", "rrlhf.tools.lineage.load")
-    templates = sorted((Path(__file__).parents[2] / "templates").glob("*.j2"))
-    shown: dict[str, Any] = {
-        "report": sha256(html),
-        "params": project.params.model_dump(),
-        "artifacts": {name: sha256(artifact.path / "artifact.json") for name, artifact in artifacts.items()},
-        "registered": {name: [one.version, one.digest, one.aliases] for name, one in known.items() if one},
-        "code": project.modules.closure(*made_by),
-        "numbers": numbers,
-        "templates": {path.name: sha256(path) for path in templates},
-    }
-    return key_digest(shown)
+def _stamp(project: Project, artifacts: Mapping[str, Artifact]) -> str:
+    """Return a digest of the report and of all that it shows; "" when something is not there or not registered."""
+    known = registered(project, artifacts)
+    files = [report_file(project), dvc.pointer(artifacts[DATA].path), *numbers_files(project).values()]
+    if known is None or None in known.values() or not all(path.is_file() for path in files):
+        return ""
+    return key_digest(
+        {
+            "files": [sha256(path) for path in files],
+            "params": project.params.model_dump(),
+            "artifacts": {name: artifact.key for name, artifact in artifacts.items()},
+            "registered": known,
+        }
+    )
 
 
 def _stamp_file(project: Project) -> Path:
