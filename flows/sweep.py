@@ -27,9 +27,8 @@ from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker
-from rrlhf.policy.health import SUSPECTED, DivergedError
+from rrlhf.policy.health import DivergedError, suspected_at
 from rrlhf.stopping import STOPPING, stop_between_steps
-from rrlhf.tools.reporting.trainings import training
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.evidence import evidence
 from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
@@ -200,9 +199,8 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
             if evaluation is None or artifact is None or name not in judged:
                 yield Found(settings, name, version, None)
                 continue
-            trained, policy, curve = training(artifact), judged[name], evaluation.courses.get(name, ())
-            alarms = [event.step for event in trained.events if event.name == SUSPECTED] if trained else []
-            alarm = min(alarms, default=None)
+            policy, curve = judged[name], evaluation.courses.get(name, ())
+            alarm = suspected_at(artifact.history()) if artifact.stage == "ppo" else None
             yield Found(settings, name, version, policy.metrics, policy.gold_by_prompt, curve, alarm)
 
 

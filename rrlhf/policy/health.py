@@ -16,9 +16,9 @@ from rrlhf.types import Metrics
 
 WINDOW = 3  # rollouts at the start and at the end that hacking compares
 STANDARD_ERRORS = 3.0
-SUSPECTED = "hacking_suspected"  # the finding that only warns
 EVENTS = "health.json"  # what a stage noticed, in its folder: a list of {step, name, detail, action}
 MARK = "health_"  # begins the name of the metric that a row has where a detector fired
+NONFINITE = f"{MARK}nonfinite"  # a row so marked lacks what was not finite: no log can hold it
 DIVERGED = "diverged"  # the metric of a row with which a training ended for good
 
 
@@ -103,6 +103,7 @@ def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     or length moved up or down by half; each by more than three standard errors of the difference. A policy that becomes
     better can do this too: it says where to look, and changes nothing.
     """
+    rows = [row for row in rows if NONFINITE not in row]
     if len(rows) < 2 * WINDOW:
         return None
     change = {name: _change(rows, name) for name in ("score", "sigma", "repetition", "response_tokens")}
@@ -114,9 +115,14 @@ def hacking_suspected(rows: Sequence[Metrics]) -> Finding | None:
     }
     told = {name: f"from {before[name]:.2f} to {before[name] + change[name]:.2f}" for name in change}
     moved = [f"{name.replace('_', ' ')} {told[name]}" for name, has in drifted.items() if has]
-    return (
-        Finding(SUSPECTED, f"score {told['score']} with {', '.join(moved)}") if change["score"] > 0 and moved else None
-    )
+    if change["score"] <= 0 or not moved:
+        return None
+    return Finding("hacking_suspected", f"score {told['score']} with {', '.join(moved)}")
+
+
+def suspected_at(rows: Sequence[Metrics]) -> int | None:
+    """Return the step of the row at which a training's log first has hacking suspected, or None."""
+    return next((int(row["step"]) for n, row in enumerate(rows, start=1) if hacking_suspected(rows[:n])), None)
 
 
 def _change(rows: Sequence[Metrics], name: str) -> float:

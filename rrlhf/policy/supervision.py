@@ -22,14 +22,23 @@ from rrlhf.config import Health
 from rrlhf.policy.checkpoint import Checkpoints, State
 from rrlhf.policy.excerpts import FILE as EXCERPTS
 from rrlhf.policy.excerpts import RolloutResponse, excerpts
-from rrlhf.policy.health import DIVERGED, EVENTS, MARK, Event, Finding, findings, hacking_suspected, is_healthy
+from rrlhf.policy.health import (
+    DIVERGED,
+    EVENTS,
+    MARK,
+    NONFINITE,
+    Event,
+    Finding,
+    findings,
+    hacking_suspected,
+    is_healthy,
+)
 from rrlhf.policy.learner import Learner, Trained
 from rrlhf.progress import is_main_process, say
 from rrlhf.stopping import Interrupted, stop
 from rrlhf.types import Message, Metrics
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # what a kill costs at most; a run that is asked to stop saves its last step
-NONFINITE = f"{MARK}nonfinite"  # marks the rows that lack what was not finite
 ADVICE = "a smaller ppo.learning_rate or a larger ppo.kl_weight may help; docs/metrics.md tells what each name means"
 
 
@@ -136,7 +145,7 @@ def _look(learner: Learner, history: History, checkpoints: Checkpoints, health: 
     row |= {f"{MARK}{finding.name}": 1.0 for finding in found}
     if found:
         _roll_back(learner, history, checkpoints, found, health)
-    warning = None if found else hacking_suspected([row for row in rows if NONFINITE not in row])
+    warning = None if found else hacking_suspected(rows)
     if warning and all(event.name != warning.name for event in history.events):
         row[f"{MARK}{warning.name}"] = 1.0
         _tell(history, [warning], "warned")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rrlhf.models.load import load_base
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.checkpoint import Checkpoints
-from rrlhf.policy.health import WINDOW, findings, hacking_suspected, is_healthy
+from rrlhf.policy.health import WINDOW, findings, hacking_suspected, is_healthy, suspected_at
 from rrlhf.policy.learner import prepare_learner
 from rrlhf.policy.reward import Prompts, load_reward_models
 from rrlhf.policy.supervision import resumed, supervised
@@ -112,6 +112,8 @@ def test_hacking_can_be_suspected_from_the_sixth_rollout_on():
     log = rows(*[{}] * WINDOW, *[{"score": 2.0, "sigma": 0.4}] * WINDOW)
     assert "sigma from 0.30 to 0.40" in hacking_suspected(log).detail
     assert hacking_suspected(log[:-1]) is None
+    assert suspected_at([row | {"step": n} for n, row in enumerate(log + log)]) == 5
+    assert suspected_at([]) is None
 
 
 # Real trainings
