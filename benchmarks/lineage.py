@@ -34,7 +34,7 @@ from rrlhf.pipeline.artifacts import HISTORY, Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.tracking import Tracker, Version
 from rrlhf.tools.auditing.audit import Audit
-from rrlhf.tools.lineage.load import from_versions, load
+from rrlhf.tools.lineage.load import graph_of
 from rrlhf.tools.lineage.openlineage import as_lines
 from rrlhf.tools.lineage.rows import sightings
 from rrlhf.tools.lineage.text import as_json, mermaid, page, tree
@@ -109,9 +109,9 @@ def row_files(folder: Path, graph: Graph) -> tuple[dict[str, dict[str, Path]], s
 
 def measure_lineage() -> dict[str, dict[str, float]]:
     versions = registry(NODES)
-    found = {"make the graph from 10,000 versions": seconds(lambda: from_versions(versions))}
+    found = {"make the graph from 10,000 versions": seconds(lambda: graph_of(versions))}
     newest, oldest = f"rrlhf-policy/{6 * NODES // 10}", "rrlhf-sft/1"
-    fresh = [from_versions(versions) for _ in range(TURNS)]
+    fresh = [graph_of(versions) for _ in range(TURNS)]
     found["the first query: up, tree"] = [
         _once(lambda graph=graph: tree(graph, graph.find(newest)), time.process_time) for graph in fresh
     ]
@@ -169,7 +169,7 @@ def measure_audit() -> dict[str, float]:
 
         def audit() -> None:
             versions = tracker.versions()
-            report = Audit(root, load(root, versions, strict=False), versions, tracker, deep=True).run()
+            report = Audit(root, graph_of(versions, here=Store(root).products()), versions, tracker, deep=True).run()
             assert not report.broken
 
         plain(folders)

@@ -249,12 +249,12 @@ def register(node: Node, run: Run) -> State[None]:
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
-    from rrlhf.tools.lineage.load import load
+    from rrlhf.tools.lineage.load import graph_of
     from rrlhf.tools.reporting.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(run.artifacts["evaluate"].path)
-    ancestry = load(project.root, run.tracker.versions(), project.profile)
+    ancestry = graph_of(run.tracker.versions(), project.profile, project.store.products())
     candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(

@@ -162,8 +162,8 @@ class Graph:
 
     def _of_profile(self, node: str, profile: str) -> Product:
         made = [product for product in self.products if product.node == node]
-        found = next((product for product in made if profile in product.profiles), None)
-        if found is None:
+        found = next((each for each in made if any(profile in user.profiles for user in self.down(each))), None)
+        if found is None:  # profiles share results: one is also theirs whose models were made from it
             others = ", ".join(sorted({each for product in made for each in product.profiles}))
             way = f"name another with --profile: {others}" if others else "name one by the start of its digest"
             raise UsageError(f"profile {profile} has no {node} yet; {way}")

@@ -35,7 +35,7 @@ from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.relocate import relocate
 from rrlhf.policy.health import DivergedError
 from rrlhf.tools.auditing.audit import Audit
-from rrlhf.tools.lineage.load import from_versions, load
+from rrlhf.tools.lineage.load import graph_of
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.lineage.text import line as in_a_line
 from rrlhf.tools.lineage.text import tree
@@ -158,7 +158,7 @@ def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, trac
     assert len(list((root / "mlartifacts" / "models").iterdir())) == 3
     one, two = (client.get_model_version(name, "1") for name in ("rrlhf-sft", "rrlhf-tiny-sft"))
     assert one.source == two.source
-    graph = from_versions(tracker.versions())
+    graph = graph_of(tracker.versions())
     assert graph.find("sft", "tiny").key == other.key
     assert graph.find("sft").key == sft.key
     with pytest.raises(ValueError, match="profile hh has no reward yet; name another with --profile: default, tiny"):
@@ -173,7 +173,7 @@ def test_versions_tell_their_identity_and_ancestry(tracker, family):
     assert (version.digest, version.key, version.made["stage"]) == (policy.digest, policy.key, "ppo")
     assert (version.tags["rrlhf.node"], version.tags["rrlhf.data"]) == ("ppo-robust", "default")
     assert (version.made["inputs"], version.made["input_keys"]) == (policy.inputs, policy.input_keys)
-    graph = from_versions(versions)
+    graph = graph_of(versions)
     drawn = tree(graph, graph.find("rrlhf-policy/1"))
     assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
     assert drawn.count("(see above)") == 2
@@ -720,7 +720,7 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
         for artifact in made.values():
             tracker.register(artifact, None, profile="default")
         versions = tracker.versions()
-        graph = load(root, versions)
+        graph = graph_of(versions, here=Store(root).products())
         pages = {version.key: client.get_run(version.run_id).inputs.model_inputs for version in versions}
         for key, artifact in made.items():
             product = graph.find(key)

@@ -14,7 +14,7 @@ from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_di
 from rrlhf.pipeline.seal import sealed
 from rrlhf.pipeline.signatures import Notary
 from rrlhf.tools.auditing.audit import Audit, as_text
-from rrlhf.tools.lineage.load import load
+from rrlhf.tools.lineage.load import graph_of
 from rrlhf.tools.signing.command import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
@@ -26,14 +26,14 @@ class Audited(Finished):
 
     def audit(self, deep=True, model=None, notary=None):
         versions = self.tracker.versions()
-        graph = load(self.root, versions)
+        graph = graph_of(versions, here=Store(self.root).products())
         audit = Audit(self.root, graph, versions, self.tracker, deep=deep, notary=notary)
         return audit.run(graph.find(model, "tiny") if model else None)
 
     def use(self):
         """Look for results as every run does first; what a run would make again counts as found."""
         left = [node.node for node in self.project.plan() if node.action != "reuse"]
-        load(self.root, self.tracker.versions())
+        graph_of(self.tracker.versions(), here=Store(self.root).products())
         return left
 
 

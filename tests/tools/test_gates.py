@@ -13,7 +13,7 @@ from rrlhf.config import Gates
 from rrlhf.judging.calibration import mean_interval
 from rrlhf.judging.content import Measured
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.promotion.command import Asked, check, named
+from rrlhf.tools.promotion.command import check, named
 from rrlhf.tools.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
 
 LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_sigma": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
@@ -118,13 +118,13 @@ def test_the_audit_passes_only_when_it_found_nothing():
 @pytest.mark.parametrize("to", ["latest", "candidate", "robust", "No", "", "a b", "v2"])
 def test_an_alias_that_runs_move_or_that_is_none_is_refused(to):
     with pytest.raises(ValueError, match="--to"):
-        check(Asked("rrlhf-policy/1", to, None), ["single", "robust"])
+        check(to, None, ["single", "robust"])
 
 
 def test_an_override_needs_a_reason():
     with pytest.raises(ValueError, match="reason"):
-        check(Asked("rrlhf-policy/1", "champion", " "), [])
-    check(Asked("rrlhf-policy/1", "champion", "wanted"), [])
+        check("champion", " ", [])
+    check("champion", "wanted", [])
 
 
 @pytest.mark.parametrize(

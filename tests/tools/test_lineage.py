@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.lineage.load import from_versions
+from rrlhf.tools.lineage.load import graph_of
 from rrlhf.tools.lineage.rows import digest_start
 from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree
 
@@ -38,7 +38,7 @@ VERSIONS = [LOST, POLICY, REWARD, SFT]
 
 @pytest.fixture
 def graph():
-    return from_versions(VERSIONS)
+    return graph_of(VERSIONS)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_an_input_that_nobody_registered_is_named_by_its_digest(graph):
     ],
 )
 def test_a_product_is_found_by_alias_number_digest_or_node(reference):
-    assert from_versions([POLICY, LOST, REWARD, SFT]).find(reference).names == ("rrlhf-policy/2",)
+    assert graph_of([POLICY, LOST, REWARD, SFT]).find(reference).names == ("rrlhf-policy/2",)
 
 
 @pytest.mark.parametrize("reference", ["default", "data", "d41d8c", "md5:d41d8cd98f", DATA])
@@ -95,9 +95,17 @@ def test_a_data_set_is_found_by_name_or_digest(graph, reference):
     assert graph.find(reference).digest == DATA
 
 
+def test_a_data_set_that_two_profiles_share_is_found_by_both():
+    """It carries the name of the one for which it was made."""
+    graph = graph_of([version("rrlhf-tiny-sft", "1", "sft", "a", {"data": DATA}), *VERSIONS])
+    assert graph.find("data", "tiny") is graph.find("data") is graph.find("default")
+    with pytest.raises(ValueError, match="profile hh has no data yet"):
+        graph.find("data", "hh")
+
+
 def test_versions_of_one_making_are_one_product(graph):
     again = version("rrlhf-sft", "2", "sft", "a", {"data": DATA}, ["best"])
-    found = from_versions([again, *VERSIONS]).find("aaaaaa")
+    found = graph_of([again, *VERSIONS]).find("aaaaaa")
     assert (found.names, found.aliases) == (("rrlhf-sft/2", "rrlhf-sft/1"), ("rrlhf-sft@best",))
 
 
@@ -106,7 +114,7 @@ def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_da
     twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"}, key="another")
     reads = {"sft": "a" * 64, "data": other}  # the other data, and yet it read the first model
     policy = version("rrlhf-policy", "2", "ppo-robust", "c", reads, input_keys={"sft": "A" * 64})
-    graph = from_versions([twin, policy, SFT])
+    graph = graph_of([twin, policy, SFT])
     above = {each.digest for each in graph.up(graph.find("rrlhf-sft/1"))}
     assert graph.sources(graph.find("rrlhf-policy/2"))[1].source is graph.find("rrlhf-sft/1")
     assert DATA in above
@@ -119,10 +127,10 @@ def test_the_latest_of_a_name_is_its_highest_number_whatever_else_a_model_is_cal
     """An old model of one profile that another registers today."""
     again = version("rrlhf-tiny-sft", "1", "sft", "a", {"data": DATA})
     newer = version("rrlhf-sft", "2", "sft", "f", {"data": DATA})
-    graph = from_versions([again, newer, SFT])
+    graph = graph_of([again, newer, SFT])
     assert graph.find("rrlhf-sft@latest") is graph.find("rrlhf-sft/2")
     assert graph.find("rrlhf-tiny-sft@latest") is graph.find("rrlhf-sft/1")
-    assert from_versions([again, newer, SFT], "tiny").find("rrlhf-sft/1").title == "rrlhf-tiny-sft v1"
+    assert graph_of([again, newer, SFT], "tiny").find("rrlhf-sft/1").title == "rrlhf-tiny-sft v1"
     assert graph.find("rrlhf-tiny-sft/1").title == "rrlhf-sft v1"
 
 
@@ -134,12 +142,12 @@ def test_an_unknown_reference_gets_the_close_ones(graph):
 def test_a_digest_start_that_fits_two_products_is_refused():
     one, two = SFT, version("rrlhf-sft", "2", "sft", "a" * 10 + "b" * 54, {})
     with pytest.raises(ValueError, match="begins several digests"):
-        from_versions([two, one]).find("aaaaaa")
+        graph_of([two, one]).find("aaaaaa")
 
 
 def test_an_empty_server_says_so():
     with pytest.raises(ValueError, match="none is registered yet"):
-        from_versions([]).find("rrlhf-policy@candidate")
+        graph_of([]).find("rrlhf-policy@candidate")
 
 
 def test_json_holds_the_whole_ancestry_inputs_first(graph, policy):
@@ -164,7 +172,7 @@ HOSTILE = 'a"]; <script>alert(1)</script> #quot; `b` \\ |x| %%'
 def hostile():
     tags = {"rrlhf.data": HOSTILE, "rrlhf.node": HOSTILE}
     bad = POLICY._replace(tags=POLICY.tags | tags, aliases=(HOSTILE,))
-    graph = from_versions([bad, REWARD, SFT])
+    graph = graph_of([bad, REWARD, SFT])
     return graph, graph.find("rrlhf-policy/2")
 
 

@@ -11,7 +11,7 @@ from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.lineage.load import from_versions
+from rrlhf.tools.lineage.load import graph_of
 from rrlhf.tools.reporting.markdown import ancestry, comparison
 from rrlhf.tools.reporting.tables import Table, escaped, fenced, markdown
 from rrlhf.tools.sweeps.comparison import Found, compared
@@ -99,7 +99,7 @@ def test_what_decides_stands_before_the_other_columns():
 def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
     made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
     tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
-    graph = from_versions([Version("rrlhf-sft", "1", ("latest",), tags)])
+    graph = graph_of([Version("rrlhf-sft", "1", ("latest",), tags)])
     [read] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
     assert read.content.startswith("rrlhf-sft v1")
     linked = ancestry(graph, graph.find("rrlhf-sft/1"), "http://127.0.0.1:5000")

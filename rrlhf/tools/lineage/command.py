@@ -130,14 +130,15 @@ def audit(
 
 
 def _graph(profile: str) -> tuple[Graph, Tracker, list[Version]]:
+    from rrlhf.pipeline.artifacts import Store
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.tracking import Tracker
-    from rrlhf.tools.lineage.load import load
+    from rrlhf.tools.lineage.load import graph_of
 
     root = Path.cwd()
     tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
     versions = tracker.versions()
-    return load(root, versions, profile), tracker, versions
+    return graph_of(versions, profile, Store(root).products()), tracker, versions
 
 
 def _row(graph: Graph, row: str, format: Format) -> str:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import Artifact, Store
+from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.seal import opened
 from rrlhf.pipeline.stages import profile_of
@@ -21,26 +21,21 @@ from rrlhf.pipeline.tracking import Tracker, Version
 Identity = tuple[str, str]  # digest of the content, key
 
 
-def from_versions(versions: Sequence[Version], profile: str = "default") -> Graph:
-    """Return the graph of registered versions alone; they come newest first.
+def graph_of(versions: Sequence[Version], profile: str = "default", here: Iterable[Product] = ()) -> Graph:
+    """Return the graph of registered versions, which come newest first, and of what is `here` in the store.
 
     profile: whose names stand first, where a model has those of several.
     """
-    return Graph([*_registered(versions, profile).values(), *_named_data_sets(versions)])
-
-
-def load(root: Path, versions: Sequence[Version], profile: str = "default") -> Graph:
-    """Return the graph of registered versions and of the folder's artifacts.
-
-    profile: whose names stand first, where a model has those of several.
-    """
-    products = _registered(versions, profile)
-    for product in Store(root).products():
+    makings: dict[Identity, list[Version]] = {}
+    for version in versions:
+        makings.setdefault((version.digest, version.key), []).append(version)
+    products = {identity: _product(same, profile) for identity, same in makings.items()}
+    for product in here:
         identity = product.digest, product.key
         known = products.get(identity, product)
         products[identity] = replace(product, names=known.names, aliases=known.aliases)
-    here = {*products, *((product.formerly, "") for product in products.values())}
-    elsewhere = [product for product in _named_data_sets(versions) if (product.digest, product.key) not in here]
+    known_data = {*products, *((product.formerly, "") for product in products.values())}
+    elsewhere = [data for data in _named_data_sets(versions) if (data.digest, data.key) not in known_data]
     return Graph([*products.values(), *elsewhere])
 
 
@@ -56,14 +51,6 @@ def described(graph: Graph, wanted: Collection[Product], tracker: Tracker, versi
         return replace(told, names=product.names, aliases=product.aliases)
 
     return Graph(map(asked, graph.products))
-
-
-def _registered(versions: Iterable[Version], profile: str) -> dict[Identity, Product]:
-    """Return one product for all versions of one content and key, as their tags tell it."""
-    same: dict[Identity, list[Version]] = {}
-    for version in versions:
-        same.setdefault((version.digest, version.key), []).append(version)
-    return {identity: _product(each, profile) for identity, each in same.items()}
 
 
 def _product(versions: Sequence[Version], profile: str) -> Product:

@@ -51,10 +51,10 @@ class Lookup:
     def _registered(self, reference: str) -> Artifact:
         """Find a version in MLflow, and bring its files back when they are not here."""
         from rrlhf.pipeline.tracking import Tracker
-        from rrlhf.tools.lineage.load import from_versions
+        from rrlhf.tools.lineage.load import graph_of
 
         tracker = Tracker.connect(self._root, self._experiment)
-        found = from_versions(tracker.versions(), self._profile).find(reference, self._profile)
+        found = graph_of(tracker.versions(), self._profile).find(reference, self._profile)
         if not found.key:
             raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         try:

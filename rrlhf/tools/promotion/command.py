@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,41 +21,11 @@ if TYPE_CHECKING:
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Tracker, Version
     from rrlhf.tools.lineage.lookup import Lookup
-    from rrlhf.tools.promotion.gates import Gate
     from rrlhf.tools.promotion.measure import Yardstick
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
 
-
-class Decision(TypedDict):
-    """A decision with its evidence, as it is kept."""
-
-    version: str
-    digest: str
-    to: str
-    against: str
-    against_digest: str
-    decision: str  # promoted, refused or overridden
-    override: str | None  # the reason that was given
-    failed: list[str]
-    gates: list[Gate]
-    means: dict[str, dict[str, float]]  # by version and quantity
-    judge: str
-    prompts: int
-    samples_per_prompt: int
-    seed: int
-    dataset: str
-    inputs: dict[str, str]  # digests of the SFT model and the reward models that measured
-    git_commit: str | None
-    when: str
-
-
-class Asked(NamedTuple):
-    """What a person asked for."""
-
-    reference: str
-    to: str
-    override: str | None
+Decision = dict[str, Any]  # with its evidence, as it is kept: JSON
 
 
 def promote(
@@ -80,7 +50,7 @@ def promote(
     from rrlhf.pipeline.params import load_params
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
-    decision = decide(Path.cwd(), profile, params, Asked(version, to, override))
+    decision = decide(Path.cwd(), profile, params, version, to=to, override=override)
     if as_json:
         print(json.dumps(decision, indent=1))
     else:
@@ -90,7 +60,7 @@ def promote(
         raise SystemExit(1)
 
 
-def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
+def decide(root: Path, profile: str, params: Params, reference: str, *, to: str, override: str | None) -> Decision:
     """Hold a version against the gates, keep the evidence, and move the alias when it may be moved.
 
     Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
@@ -99,52 +69,43 @@ def decide(root: Path, profile: str, params: Params, asked: Asked) -> Decision:
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Tracker
 
-    check(asked, list(params.arms))
+    check(to, override, list(params.arms))
     with locked(root / ".rrlhf" / "promoting"):
         tracker = Tracker.connect(root, params.tracking.experiment)
         versions = tracker.versions()
-        version = named(asked.reference, profile, versions)
-        decision = _weigh(Project(root, profile, params), tracker, versions, version, asked)
-        file = f"{EVIDENCE}/{asked.to}-{decision['when'].replace(':', '')}.json"
-        kept: Any = decision
-        tracker.keep_decision(version, kept, file, tags_of(decision, file))  # first: no champion is ever without it
-        if decision["decision"] != "refused":
-            tracker.give(version, asked.to)
+        version = named(reference, profile, versions)
+        found = _weigh(Project(root, profile, params), tracker, versions, version, to)
+        outcome = "promoted" if not found["failed"] else "overridden" if override else "refused"
+        decision = {**found, "decision": outcome, "override": override if outcome == "overridden" else None}
+        file = f"{EVIDENCE}/{to}-{decision['when'].replace(':', '')}.json"
+        tracker.keep_decision(version, decision, file, tags_of(decision, file))  # first: no champion is without it
+        if outcome != "refused":
+            tracker.give(version, to)
     return decision
 
 
-def check(asked: Asked, arms: Sequence[str]) -> None:
+def check(to: str, override: str | None, arms: Sequence[str]) -> None:
     """Raise UsageError for an alias that is not free, or an empty reason."""
-    if not re.fullmatch(r"(?!v\d+$)[a-z][a-z0-9_-]{0,39}", asked.to):
-        raise UsageError(f"--to {asked.to!r}: use lower-case letters, digits, - and _; not v1, v2 and so on")
-    if asked.to in {"latest", "candidate", *arms}:
-        raise UsageError(f"--to {asked.to!r}: every run gives this alias anew; choose another, for example champion")
-    if asked.override is not None and not asked.override.strip():
+    if not re.fullmatch(r"(?!v\d+$)[a-z][a-z0-9_-]{0,39}", to):
+        raise UsageError(f"--to {to!r}: use lower-case letters, digits, - and _; not v1, v2 and so on")
+    if to in {"latest", "candidate", *arms}:
+        raise UsageError(f"--to {to!r}: every run gives this alias anew; choose another, for example champion")
+    if override is not None and not override.strip():
         raise UsageError("--override needs a reason in words, which is recorded with the version")
 
 
 def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises UsageError when there is none, or more than one."""
-    from rrlhf.tools.lineage.load import from_versions
+    from rrlhf.tools.lineage.load import graph_of
 
-    found = from_versions(versions, profile).find(reference, profile)
+    found = graph_of(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
     wanted = reference.removeprefix("models:/")  # a model may have names of several profiles
     names = sorted(found.names, key=lambda name: not name.startswith(f"{wanted.partition('@')[0]}/"))
-    names = [name for name in (wanted, *names) if name in known]
-    if not names:
+    version = next((known[name] for name in (wanted, *names) if name in known), None)
+    if version is None:
         raise UsageError(f"{reference!r} is {found.title}, which is not registered; name a registered policy")
-    return known[names[0]]
-
-
-def faults(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version) -> list[str]:
-    """Say what an audit finds wrong with a version and all that it was made from."""
-    from rrlhf.tools.auditing.audit import Audit
-    from rrlhf.tools.lineage.load import load
-
-    graph = load(project.root, versions, project.profile)
-    audit = Audit(project.root, graph, versions, tracker, notary=project.store.notary)
-    return [broken.problem for broken in audit.run(graph.find(f"{version.name}/{version.version}")).broken]
+    return version
 
 
 def tags_of(decision: Decision, file: str) -> dict[str, str]:
@@ -153,16 +114,17 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
     from rrlhf.tools.promotion.gates import in_words
 
     failed = f": {', '.join(decision['failed'])}" if decision["failed"] else ""
-    told: dict[str, Any] = {name: dict(decision)[name] for name in ("to", "against", "judge", "when", "override")}
+    told = {name: decision[name] for name in ("to", "against", "judge", "when", "override")}
     told |= {gate["name"]: in_words(gate)[:500] for gate in decision["gates"]}
-    tags = {PREFIX: f"{decision['decision']}{failed}"}
-    tags |= {f"{PREFIX}.{name}": str(value) for name, value in told.items() if value is not None}
-    return tags | {f"{PREFIX}.evidence": file}
+    tags = {f"{PREFIX}.{name}": str(value) for name, value in told.items() if value is not None}
+    return {PREFIX: f"{decision['decision']}{failed}", **tags, f"{PREFIX}.evidence": file}
 
 
-def _weigh(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version, asked: Asked) -> Decision:
+def _weigh(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version, to: str) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
     from rrlhf.pipeline.artifacts import git_commit
+    from rrlhf.tools.auditing.audit import Audit
+    from rrlhf.tools.lineage.load import graph_of
     from rrlhf.tools.lineage.lookup import Lookup
     from rrlhf.tools.promotion.gates import clean
     from rrlhf.tools.promotion.measure import measure
@@ -171,25 +133,23 @@ def _weigh(project: Project, tracker: Tracker, versions: Sequence[Version], vers
     if version.made["stage"] not in {"ppo", "dpo"}:
         raise UsageError(f"{name} is no trained policy; name a version of a policy")
     artifact = lookup.find(name)
-    holder = next((each for each in versions if each.name == version.name and asked.to in each.aliases), None)
+    holder = next((each for each in versions if each.name == version.name and to in each.aliases), None)
     if holder == version:
-        raise ValueError(f"{name} is the {asked.to} already")
+        raise ValueError(f"{name} is the {to} already")
     against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
     yardstick = _yardstick(lookup, project, artifact)
     found = measure(yardstick, artifact.path, opponent.path, project.params)
-    gates = [*found.gates, clean(faults(project, tracker, versions, version))]
-    failed = [gate["name"] for gate in gates if not gate["passed"]]
-    outcome = "promoted" if not failed else "overridden" if asked.override else "refused"
+    graph = graph_of(versions, project.profile, project.store.products())
+    audit = Audit(project.root, graph, versions, tracker, notary=project.store.notary).run(graph.find(name))
+    gates = [*found.gates, clean([broken.problem for broken in audit.broken])]
     return {
         "version": name,
         "digest": artifact.digest,
-        "to": asked.to,
+        "to": to,
         "against": against,
         "against_digest": opponent.digest,
-        "decision": outcome,
-        "override": asked.override if outcome == "overridden" else None,
-        "failed": failed,
+        "failed": [gate["name"] for gate in gates if not gate["passed"]],
         "gates": gates,
         "means": found.means,
         "judge": found.judge,
