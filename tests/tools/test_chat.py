@@ -12,8 +12,7 @@ from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import RewardModel
 from rrlhf.rewards.trunk import Trunk
 from rrlhf.tools.chatting.chat import Chat
-from rrlhf.tools.chatting.command import in_words, prompts
-from rrlhf.tools.chatting.named import find_models
+from rrlhf.tools.chatting.command import find_models, in_words, prompts
 
 ROOT = Path(__file__).parents[2]
 

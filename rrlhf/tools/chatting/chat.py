@@ -9,11 +9,11 @@ import torch
 
 from rrlhf.hardware import device_kind
 from rrlhf.models.load import LanguageModel, load_model
-from rrlhf.models.rollout import Response, most_likely, sample_in_batches
+from rrlhf.models.rollout import most_likely, sample_in_batches
 from rrlhf.models.text import Texts, decode
-from rrlhf.rewards.scoring import RewardModel, load_reward_model
+from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward
-from rrlhf.tools.chatting.named import Judge, Named
+from rrlhf.tools.chatting.command import Judge, Named
 from rrlhf.types import Message
 
 
@@ -51,30 +51,28 @@ class Chat:
         The most likely tokens; with a seed, a sample at temperature 1, as in training.
         """
         asked = [Message(role="user", content=prompt)]
-        said = [_response(named, language, asked, seed) for named, language in self.speakers]
-        texts = [decode(language, each.tokens) for (_, language), each in zip(self.speakers, said, strict=True)]
-        scores = _scores(self.ensemble, asked, texts) if self.ensemble else [None for _ in texts]
-        return [
-            {"model": named.name, "text": text, "finished": each.finished, "score": score}
-            for (named, _), text, each, score in zip(self.speakers, texts, said, scores, strict=True)
-        ]
+        return [self._answer(named, language, asked, seed) for named, language in self.speakers]
 
+    def _answer(self, named: Named, language: LanguageModel, asked: list[Message], seed: int | None) -> Answer:
+        texts = Texts(language, named.model)
+        tokens = texts.prompt(asked)
+        texts.told(named.name)
+        if seed is None:
+            said = most_likely(language, tokens, named.model.response_tokens)
+            finished = said[-1] in language.ends
+        else:
+            [sampled] = sample_in_batches(language, [tokens], named.model, batch_size=1, seed=seed, label="sampling")
+            said, finished = sampled.tokens, sampled.finished
+        text = decode(language, said)
+        return {"model": named.name, "text": text, "finished": finished, "score": self._score(asked, text)}
 
-def _response(named: Named, language: LanguageModel, asked: list[Message], seed: int | None) -> Response:
-    texts = Texts(language, named.model)
-    tokens = texts.prompt(asked)
-    texts.told(named.name)
-    if seed is not None:
-        [sampled] = sample_in_batches(language, [tokens], named.model, batch_size=1, seed=seed, label="sampling")
-        return sampled
-    said = most_likely(language, tokens, named.model.response_tokens)
-    return Response(said, finished=said[-1] in language.ends, logprob=0.0)
-
-
-def _scores(ensemble: RewardModel, asked: list[Message], texts: Sequence[str]) -> list[Score]:
-    scores = ensemble.score([asked for _ in texts], texts)
-    columns = zip(mean_reward(scores), worst_reward(scores), head_spread(scores), scores.mean, strict=True)
-    return [
-        {"mean": mean.item(), "worst": worst.item(), "spread": spread.item(), "heads": heads.tolist()}
-        for mean, worst, spread, heads in columns
-    ]
+    def _score(self, asked: list[Message], text: str) -> Score | None:
+        if self.ensemble is None:
+            return None
+        scores = self.ensemble.score([asked], [text])
+        return {
+            "mean": mean_reward(scores).item(),
+            "worst": worst_reward(scores).item(),
+            "spread": head_spread(scores).item(),
+            "heads": scores.mean[0].tolist(),
+        }

@@ -1,4 +1,7 @@
-"""`rrlhf chat`: prompts from the command line, from stdin, or from a terminal."""
+"""`rrlhf chat`: prompts from the command line, from stdin, or from a terminal, for models that were found by name.
+
+They are found before torch is imported, for that takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,37 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from rrlhf.located import UsageError
+from rrlhf.pipeline.stages import STAGES
 from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
 
 if TYPE_CHECKING:
+    from rrlhf.config import Model, Params
+    from rrlhf.pipeline.artifacts import Artifact
     from rrlhf.tools.chatting.chat import Answer
+    from rrlhf.tools.lineage.lookup import Lookup
+
+ANSWERS = [stage for stage, spec in STAGES.items() if spec.makes == "language model"]
+
+
+class Named(NamedTuple):
+    """A model that can answer, under the name that it was asked for by."""
+
+    name: str
+    folder: Path
+    model: Model
+    artifact: Artifact | None  # None: a plain transformers folder
+
+
+class Judge(NamedTuple):
+    """The reward model that scores the answers."""
+
+    artifact: Artifact
+    sft: Path  # whose layers its heads may read
 
 
 def chat(
@@ -46,7 +71,6 @@ def chat(
     Example: echo "Write about rain." | rrlhf chat rrlhf-policy@champion --json
     """
     from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.chatting.named import find_models
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     asked = prompts(prompt)
@@ -61,6 +85,53 @@ def chat(
             print(json.dumps({"prompt": text, "ensemble": scored_by, "answers": found}), flush=True)
         else:
             _show(found, scored_by)
+
+
+def find_models(
+    root: Path, profile: str, params: Params, models: Sequence[str], ensemble: str | None
+) -> tuple[list[Named], Judge | None]:
+    """Return the models, and the ensemble that judges them: the one named, the first model's own, or the profile's.
+
+    models: registered versions, aliases, digests, or folders of an artifact or of transformers. Raises UsageError that
+    says what to do, and TamperedError when a stored file was changed.
+    """
+    from rrlhf.pipeline.plan import Project
+    from rrlhf.tools.lineage.lookup import Lookup
+
+    lookup = Lookup(root, profile, params)
+    found = [_model(lookup, reference, params.model) for reference in models]
+    own = (each.artifact for each in found if each.artifact and "ensemble" in each.artifact.inputs)
+    judge: Artifact | None
+    if ensemble:
+        judge = lookup.find(ensemble)
+        if judge.stage not in {"ensemble", "reward"}:
+            raise UsageError(
+                f"--ensemble {ensemble!r} is made by stage {judge.stage}; name an ensemble or reward model"
+            )
+    elif policy := next(own, None):
+        judge = lookup.input_of(policy, "ensemble")
+    else:
+        judge = Project(root, profile, params).artifact("ensemble")
+    if judge is None:
+        return found, None
+    reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
+    return found, Judge(judge, lookup.input_of(reward, "sft").path)
+
+
+def _model(lookup: Lookup, reference: str, usual: Model) -> Named:
+    from rrlhf.config import Model
+    from rrlhf.pipeline.artifacts import MANIFEST
+
+    folder = Path(reference)
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+        return Named(reference, folder, usual, None)
+    artifact = lookup.find(reference)
+    if artifact.stage not in ANSWERS:
+        raise UsageError(
+            f"{reference!r} is made by stage {artifact.stage}, which answers nothing; name one of {', '.join(ANSWERS)}"
+        )
+    own = Model.model_validate(artifact.manifest["document"]["params"]["model"])
+    return Named(reference, artifact.path, own.model_copy(update={"device": usual.device}), artifact)
 
 
 def prompts(given: str | None) -> Iterator[str]:
