@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -21,10 +21,12 @@ from prefect.exceptions import PrefectException
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.plan import Planned, computing, total
+from rrlhf.pipeline.tracking import version_page
 from rrlhf.progress import in_words
+from rrlhf.tools.lineage.text import tree
 from rrlhf.tools.pages import visible
-from rrlhf.tools.reporting.markdown import ancestry, comparison
-from rrlhf.tools.reporting.tables import escaped
+from rrlhf.tools.reporting.comparison import table
+from rrlhf.tools.reporting.tables import escaped, fenced, markdown
 
 
 class Pages:
@@ -111,3 +113,18 @@ def percent_done(planned: Sequence[Planned], done: Collection[str]) -> float:
     """Return how much of a plan's computing is done, 0 to 100."""
     work = computing(planned)
     return 100 * sum(one.node in done for one in work) / len(work) if work else 100.0
+
+
+def comparison(evaluation: Evaluation, sentences: Iterable[str], report: str, links: Mapping[str, str]) -> str:
+    """Return the comparison of policies as Markdown, their pages in MLflow, and what it says."""
+    pages = ", ".join(f"[{escaped(name)}]({page})" for name, page in links.items())
+    said = "\n".join(f"- {escaped(sentence)}" for sentence in sentences)
+    told = [markdown(table(evaluation)), f"in MLflow: {pages}" if pages else "", said]
+    return "\n\n".join(filter(None, [*told, f"report: {escaped(report)}"]))
+
+
+def ancestry(graph: Graph, product: Product, mlflow: str | None) -> str:
+    """Return what a product was made from as a tree in Markdown, with links to the models' pages in MLflow."""
+    models = [made for made in graph.up(product) if mlflow and "/" in "".join(made.names[:1])]
+    links = [f"- [{escaped(made.title)}]({version_page(str(mlflow), made.names[0])})" for made in reversed(models)]
+    return "\n".join([*links, "", fenced(tree(graph, product))])

@@ -6,13 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from flows.pages import percent_done, plan_rows
+from flows.pages import ancestry, comparison, percent_done, plan_rows
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.lineage.load import graph_of
-from rrlhf.tools.reporting.markdown import ancestry, comparison
 from rrlhf.tools.reporting.tables import Table, escaped, fenced, markdown
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.show import Sweep, as_markdown
@@ -71,36 +70,26 @@ def policy(name, gold, **others):
 
 def compare(*policies, **more):
     evaluation = Evaluation([*policies], curves=[], samples=[], reward_models=[])
-    return comparison(evaluation, more.get("said", []), "reports/tiny.html", more.get("links"))
+    return comparison(evaluation, more.get("said", []), "reports/tiny.html", more.get("links", {}))
 
 
-def test_the_comparison_has_a_row_for_each_policy_and_marks_the_best():
+def test_the_comparison_has_a_column_for_each_policy_and_marks_the_best():
     policies = policy("one", 1.0), policy("a_|b|", 2.0, kl=Measured(0.5, 0.25, 9)), policy("other", None)
     links = {"one": "http://127.0.0.1:5000/#/models/rrlhf-policy/versions/3"}
     shown = compare(*policies, said=["a_|b| ends highest."], links=links)
     header, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert header == "| policy | gold | kl | trained on |"
-    assert rows == [
-        "| one | 1.00 ± 0.10 | – | one reward head |",
-        r"| a\_\|b\| | ★ 2.00 ± 0.10 | 0.50 ± 0.25 | one reward head |",
-        "| other | – | – | one reward head |",
-    ]
+    assert header == r"|  | one one reward head | a\_\|b\| one reward head | other one reward head |"
+    assert rows == ["| gold | 1.00 ± 0.10 | ★ 2.00 ± 0.10 | – |", "| kl | – | 0.50 ± 0.25 | – |"]
     assert f"in MLflow: [one]({links['one']})" in shown
     assert r"- a\_\|b\| ends highest." in shown
     assert shown.endswith("report: reports/tiny.html")
-
-
-def test_what_decides_stands_before_the_other_columns():
-    others = {name: Measured(0.5, 0.25, 9) for name in ("words", "spread", "kl", "proxy", "worst")}
-    shown = compare(policy("one", 1.0, **others))
-    assert "| policy | gold | proxy | kl | words | worst | spread | trained on |" in shown
 
 
 def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
     made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
     tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
     graph = graph_of([Version("rrlhf-sft", "1", ("latest",), tags)])
-    [read] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"))) if token.type == "fence"]
+    [read] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"), None)) if token.type == "fence"]
     assert read.content.startswith("rrlhf-sft v1")
     linked = ancestry(graph, graph.find("rrlhf-sft/1"), "http://127.0.0.1:5000")
     assert linked.startswith("- [rrlhf-sft v1](http://127.0.0.1:5000/#/models/rrlhf-sft/versions/1)\n\n```")

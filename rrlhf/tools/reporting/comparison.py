@@ -66,7 +66,6 @@ METRICS = {
     ),
 }
 FIRST = [name for name, metric in METRICS.items() if metric.stands == "first"]  # as many as a terminal is wide
-MOST_COLUMNS = 4  # policies that stand side by side in a terminal of 80 characters
 SAMPLES = 3  # prompts whose answers stand in the terminal
 
 
@@ -94,29 +93,11 @@ def rows(evaluation: Evaluation) -> list[Row]:
     return found
 
 
-def terminal_table(evaluation: Evaluation) -> Table:
-    """Return the comparison for the terminal: mean ± standard error.
-
-    A few policies are columns; more of them are rows, since a terminal is only so wide.
-    """
-    title, policies = "mean ± standard error over prompts", evaluation.policies
-    if len(policies) <= MOST_COLUMNS:
-        header = ["", *(f"{policy.name}\n{reward_in_words(policy)}" for policy in policies)]
-        told = [row for row in rows(evaluation) if row.metric.stands != "on the page"]
-        return Table(title, header, [[row.name, *row.cells] for row in told])
-    told = [row for row in rows(evaluation) if row.name in FIRST]
-    names = [policy.name for policy in policies]
-    return Table(title, ["", *(row.name for row in told)], [*zip(names, *(row.cells for row in told), strict=True)])
-
-
-def wide_table(evaluation: Evaluation) -> Table:
-    """Return the whole comparison, a row for each policy; what a terminal shows comes first."""
-    told = sorted(rows(evaluation), key=lambda row: row.name not in FIRST)
-    trained = [reward_in_words(policy) for policy in evaluation.policies]
-    names = [policy.name for policy in evaluation.policies]
-    lines = zip(names, *(row.cells for row in told), trained, strict=True)
-    title = "mean ± standard error over prompts, ★ the highest gold"
-    return Table(title, ["policy", *(row.name for row in told), "trained on"], [*lines])
+def table(evaluation: Evaluation) -> Table:
+    """Return the comparison for the terminal and for Markdown: a column for each policy."""
+    header = ["", *(f"{policy.name}\n{reward_in_words(policy)}" for policy in evaluation.policies)]
+    told = [[row.name, *row.cells] for row in rows(evaluation) if row.metric.stands != "on the page"]
+    return Table("mean ± standard error over prompts, ★ the highest gold", header, told)
 
 
 def samples(evaluation: Evaluation) -> Drawn:

@@ -9,15 +9,17 @@ import base64
 import io
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from rrlhf.judging.content import Measured
-from rrlhf.judging.evaluation import Evaluation, Point
-from rrlhf.tools.reporting.comparison import FIRST, METRICS
-from rrlhf.tools.reporting.differences import Quantity, gold_stderrs, having, neighbour_means, smoothed, values
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rrlhf.files import write
+from rrlhf.judging.evaluation import Evaluation
+from rrlhf.tools.reporting.comparison import METRICS
+from rrlhf.tools.reporting.courses import columns, smoothed, smoothed_stderr
 
 
 class Look(NamedTuple):
@@ -34,6 +36,9 @@ class Chart(NamedTuple):
     title: str
     description: str
     image: str  # data URI
+
+
+Panel = tuple[str, str, str, str]  # a quantity, what it is drawn against, title, words
 
 
 class Bar(NamedTuple):
@@ -55,19 +60,39 @@ ARM_LOOKS = [
     Look("#56B4E9", "P", "✚"),
     Look("#000000", "X", "✖"),
 ]
-ACROSS: dict[Quantity, str] = {"kl": "√KL from the start (√nats)", "update": "PPO update"}
-PANELS: list[tuple[Quantity, Quantity, str, str]] = [
+ACROSS = {"kl": "√KL from the start (√nats)", "update": "PPO update", "step": "rollout", "n": "n (log scale)"}
+COURSES: list[Panel] = [
     ("gold", "kl", "Gold by distance", "What the judge says, the further a policy moves away from its start."),
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
     ("second_opinion", "update", "The second judge", "Of another make than gold: the two should agree."),
-    ("proxy", "kl", "Proxy by distance", "What the single reward head says. Rising here while gold falls: hacking."),
+    ("proxy", "kl", "Proxy by distance", "What the single head says. Rising here while gold falls: hacking."),
     ("proxy", "update", "Proxy over training", "The same, over time."),
-    ("sigma", "update", "Uncertainty of the reward", "Growth warns of responses unlike those the reward learned from."),
-    ("words", "update", "Length of responses", "A policy that hacks its reward often ends in very short or long text."),
+    (
+        "sigma",
+        "update",
+        "Uncertainty of the reward",
+        "Growth warns of responses unlike those it learned from; dashed: held-out pairs.",
+    ),
+    ("words", "update", "Length of responses", "A hacked reward often ends in very short or long text."),
 ]
-BY_N: list[tuple[Literal["gold", "reward"], str, str]] = [
-    ("gold", "Gold by n", "What the judge says of the response that is chosen. A star marks each arm's peak."),
-    ("reward", "Reward by n", "What decides, each arm's own. It can only rise."),
+HEALTH: list[Panel] = [
+    ("score", "step", "Score", "what the arm is paid, before KL"),
+    ("score_std", "step", "Spread of the score", "over the responses of a rollout"),
+    ("kl", "step", "KL", "nats per response to the start"),
+    ("entropy", "step", "Entropy", "nats per token"),
+    ("response_tokens", "step", "Length", "tokens per response"),
+    ("finished", "step", "Finished", "share of responses with an end"),
+    ("repetition", "step", "Repetition", "share of token pairs said before"),
+    ("sigma", "step", "Uncertainty", "standard deviation of the reward"),
+    ("spread", "step", "Spread of the heads", "how much they disagree"),
+    ("explained_variance", "step", "Explained variance", "of returns, by the value function"),
+    ("clip_fraction", "step", "Clip fraction", "share of tokens clipped"),
+    ("step_kl", "step", "KL of an update", "nats per token"),
+    ("gradient_norm", "step", "Gradient norm", "before clipping"),
+]
+BY_N: list[Panel] = [
+    ("gold", "n", "Gold by n", "What the judge says of the response that is chosen. A star marks each arm's peak."),
+    ("reward", "n", "Reward by n", "What decides, each arm's own. It can only rise."),
 ]
 
 
@@ -77,25 +102,36 @@ def looks_of(evaluation: Evaluation) -> dict[str, Look]:
     return looks if evaluation.start is None else {evaluation.start: REFERENCE_LOOK, **looks}
 
 
-def progress_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
-    """Draw every panel for which some arm has numbers; sigma on held-out pairs is a line of its own."""
-    heldout = next((model.heads.sigma for model in evaluation.reward_models if model.heads), None)
+def course_charts(
+    panels: Sequence[Panel],
+    arms: Mapping[str, Sequence[Mapping[str, Any]]],
+    looks: Mapping[str, Look],
+    *,
+    levels: Mapping[str, Sequence[float]] | None = None,
+    fired: Mapping[str, Sequence[int]] | None = None,
+) -> list[Chart]:
+    """Draw each panel for which some arm has numbers: its rows lightly, and a line of means over neighbouring ones.
+
+    levels: by quantity, where dashed lines lie. fired: by arm, at which steps dotted lines stand.
+    """
     charts = []
-    for y, x, title, said in PANELS:
-        arms = {name: having(points, y, x) for name, points in evaluation.courses.items()}
-        if not any(arms.values()):
-            continue
-        figure, axes = empty_chart(ACROSS[x], METRICS[y].axis)
-        if y == "sigma" and heldout is not None:
-            axes.axhline(heldout, color=REFERENCE_LOOK.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
-            said = f"{said} Dashed: on held-out pairs."
-        for name, points in arms.items():
-            across = positions(points, x)
-            draw_points(axes, across, values(points, y), looks[name])
-            judged = y == "gold" and x == "update"
-            halves = [2 * stderr for stderr in gold_stderrs(points)] if judged else None
-            draw_line(axes, neighbour_means(across), smoothed(points, y), looks[name], halves, star=judged)
-        charts.append(Chart(title, said, data_uri(figure)))
+    for y, x, title, said in panels:
+        small, judged = x == "step", (y, x) == ("gold", "update")
+        names = [x, y, "gold_stderr"] if judged else [x, y]
+        known = {name: found for name, rows in arms.items() if (found := columns(rows, *names))[0].size}
+        figure, axes = empty_chart(ACROSS[x], *(("", (2.9, 2.0)) if small else (METRICS[y].axis,)))
+        for name, (across, up, *stderr) in known.items():
+            across = np.sqrt(across.clip(min=0)) if x == "kl" else across
+            axes.plot(across, up, looks[name].marker, color=looks[name].color, alpha=0.35, markersize=4, mew=0)
+            halves = 2 * smoothed_stderr(stderr[0]) if judged else None
+            draw_line(axes, smoothed(across), smoothed(up), looks[name], halves, star=judged)
+        for name, steps in (fired or {}).items():
+            for step in steps:
+                axes.axvline(step, color=looks[name].color, linewidth=1.4, linestyle=":")
+        for level in (levels or {}).get(y, ()):
+            axes.axhline(level, color=REFERENCE_LOOK.color, linewidth=1.4, linestyle=(0, (4, 2.5)))
+        if known:
+            charts.append(Chart(title, said, data_uri(figure)))
     return charts
 
 
@@ -107,88 +143,57 @@ def head_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart
     for name, points in arms.items():
         if points and scores:
             figure, axes = empty_chart(ACROSS["update"], "score of each head")
-            updates = [point.update for point in points]
-            for head in zip(*(point.heads for point in points), strict=True):
-                axes.plot(updates, head, color=looks[name].color, alpha=0.6, linewidth=1.2)
-            lowest = [min(point.heads) for point in points]
-            axes.plot(updates, lowest, color="#222222", linewidth=2.2, linestyle=(0, (4, 1.5)))
+            updates, heads = [point.update for point in points], np.array([point.heads for point in points])
+            axes.plot(updates, heads, color=looks[name].color, alpha=0.6, linewidth=1.2)
+            axes.plot(updates, heads.min(1), color="#222222", linewidth=2.2, linestyle=(0, (4, 1.5)))
             margin = 0.05 * (max(scores) - min(scores)) + 0.05
             axes.set_ylim(min(scores) - margin, max(scores) + margin)
-            charts.append(Chart(name, f"{len(points[0].heads)} heads", data_uri(figure)))
+            charts.append(Chart(name, f"{heads.shape[1]} heads", data_uri(figure)))
     return charts
 
 
 def selection_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
     """Draw gold and the reward that decides against n: over-optimisation without any training."""
     charts = []
-    for quantity, title, said in BY_N:
-        arms: dict[str, dict[int, Measured]] = {
-            name: {point.n: found for point in points if (found := getattr(point, quantity))}
-            for name, points in evaluation.selections.items()
-        }
-        if any(arms.values()):
-            figure, axes = empty_chart("n (log scale)", METRICS[quantity].axis)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
-            for name, found in arms.items():
-                means, halves = [one.mean for one in found.values()], [2 * one.stderr for one in found.values()]
-                draw_line(axes, [*found], means, looks[name], halves, star=quantity == "gold")
-                axes.plot([*found][-1:], means[-1:], looks[name].marker, color=looks[name].color, markersize=6)
+    for y, x, title, said in BY_N:
+        figure, axes = empty_chart(ACROSS[x], METRICS[y].axis)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda n, _: f"{n:g}")
+        for name, points in evaluation.selections.items():
+            found = {point.n: value for point in points if (value := getattr(point, y))}
+            means, halves = [one.mean for one in found.values()], [2 * one.stderr for one in found.values()]
+            draw_line(axes, [*found], means, looks[name], halves, star=y == "gold")
+            axes.plot([*found][-1:], means[-1:], looks[name].marker, color=looks[name].color, markersize=6)
+        if any(getattr(point, y) for point in evaluation.selection):
             charts.append(Chart(title, f"{said} Shaded: two standard errors over prompts.", data_uri(figure)))
     return charts
 
 
-def interval_charts(evaluation: Evaluation, looks: Mapping[str, Look]) -> list[Chart]:
-    """Draw every policy's mean with two standard errors on either side, for the metrics that tell most."""
-    charts = []
-    for metric in FIRST:
-        known = evaluation.measured(metric)
-        if len(known) > 1:
-            bars = [Bar(name, value.mean, 2 * value.stderr, looks[name]) for name, value in known.items()]
-            figure, axes = empty_chart("", "", (4.8, 0.7 + 0.35 * len(bars)))
-            draw_bars(axes, bars)
-            if evaluation.start in known:
-                axes.axvline(known[evaluation.start].mean, color=REFERENCE_LOOK.color, linewidth=1, linestyle=":")
-            charts.append(Chart(metric, METRICS[metric].meaning, data_uri(figure)))
-    return charts
-
-
-def positions(points: Sequence[Point], x: Quantity) -> list[float]:
-    """Return where points stand on the horizontal axis: KL as its root, and noise below zero as zero."""
-    return [math.sqrt(max(value, 0)) if x == "kl" else value for value in values(points, x)]
-
-
-def draw_points(axes: Any, across: Sequence[float], up: Sequence[float], look: Look, size: float = 4) -> None:
-    """Draw what was measured, lightly."""
-    axes.plot(across, up, look.marker, color=look.color, alpha=0.35, markersize=size, markeredgewidth=0)
-
-
 def draw_line(
     axes: Any,
-    across: Sequence[float],
-    up: Sequence[float],
+    across: ArrayLike,
+    up: ArrayLike,
     look: Look,
-    halves: Sequence[float] | None = None,
+    halves: ArrayLike | None = None,
     *,
     star: bool = False,
     label: str | None = None,
 ) -> None:
     """Draw a line, shaded by so much on either side; with a star at its peak if asked."""
-    axes.plot(across, up, color=look.color, linewidth=2, label=label)
+    x, y = np.asarray(across), np.asarray(up)
+    axes.plot(x, y, color=look.color, linewidth=2, label=label)
     if halves is not None:
-        low, high = ([u + sign * half for u, half in zip(up, halves, strict=True)] for sign in (-1, 1))
-        axes.fill_between(across, low, high, color=look.color, alpha=0.15, linewidth=0)
-    if star and up:
-        peak = up.index(max(up))
-        axes.plot(across[peak], up[peak], "*", color=look.color, markersize=15, markeredgecolor="white")
+        axes.fill_between(x, y - halves, y + halves, color=look.color, alpha=0.15, linewidth=0)
+    if star and y.size:
+        axes.plot(x[y.argmax()], y.max(), "*", color=look.color, markersize=15, markeredgecolor="white")
 
 
-def draw_bars(axes: Any, bars: Sequence[Bar], *, names: bool = True) -> None:
+def draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
     """Draw one interval a row, the first at the top."""
     for row, bar in enumerate(bars):
         half = 0.0 if math.isnan(bar.half) else bar.half
         axes.errorbar(bar.middle, row, xerr=half, color=bar.look.color, marker=bar.look.marker, capsize=3)
-    axes.set_yticks(range(len(bars)) if names else [], [bar.name for bar in bars] if names else [])
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.5)
 
 
@@ -210,20 +215,18 @@ def dress(axes: Any, across: str, up: str) -> None:
     axes.set_ylabel(up, fontsize=11)
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across in {ACROSS["update"], "rollout"}))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across in {ACROSS["update"], ACROSS["step"]}))
+    axes.ticklabel_format(useOffset=False)
     axes.ticklabel_format(axis="x", scilimits=(-2, 5))  # a policy that hardly moved: labels would overlap
 
 
 def write_study(folder: Path, name: str, study: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Path]:
-    """Write a study's numbers as NAME.json and each figure as .png and .svg; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
-        staged = Path(beside, name)
-        staged.with_suffix(".json").write_text(json.dumps(study, indent=1), encoding="utf-8")
-        for drawn, figure in figures.items():
-            figure.savefig(Path(beside, f"{drawn}.png"), dpi=110)
-            figure.savefig(Path(beside, f"{drawn}.svg"), metadata={"Date": None})
-        return [path.replace(folder / path.name) for path in sorted(staged.parent.iterdir())]
+    """Write a study's numbers as NAME.json and each figure as .png and .svg."""
+    written = [folder / f"{name}.json", *(folder / f"{drawn}{end}" for drawn in figures for end in (".png", ".svg"))]
+    write(written[0], json.dumps(study, indent=1))
+    for path in written[1:]:
+        figures[path.stem].savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return written
 
 
 def data_uri(figure: Any) -> str:

@@ -10,10 +10,10 @@ import yaml
 
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.tools.pages import page
-from rrlhf.tools.reporting import plots, rewards, trainings
+from rrlhf.tools.reporting import plots, rewards
 from rrlhf.tools.reporting.comparison import reward_in_words, rows
+from rrlhf.tools.reporting.courses import Training
 from rrlhf.tools.reporting.tables import Table, figures, known
-from rrlhf.tools.reporting.trainings import Training
 from rrlhf.tools.reporting.verdict import headline, standings, verdict
 from rrlhf.types import Json
 
@@ -58,12 +58,21 @@ def render(
         rows=rows(evaluation),
         looks=looks,
         only_ppo=all(policy.method in {None, "ppo"} for policy in evaluation.policies),
-        intervals=plots.interval_charts(evaluation, looks),
         selection=plots.selection_charts(evaluation, looks),
-        progress=plots.progress_charts(evaluation, looks),
+        progress=plots.course_charts(
+            plots.COURSES,
+            {name: [*map(vars, points)] for name, points in evaluation.courses.items()},
+            looks,
+            levels={"sigma": [model.heads.sigma for model in evaluation.reward_models if model.heads]},
+        ),
         heads=plots.head_charts(evaluation, looks),
         trained=trained,
-        watched=trainings.charts(trained, looks),
+        watched=plots.course_charts(
+            plots.HEALTH,
+            {name: training.rows for name, training in trained.items()},
+            looks,
+            fired={name: [event.step for event in training.events] for name, training in trained.items()},
+        ),
         excerpts={
             name: [list(some) for _, some in groupby(told, key=lambda row: row.row)]
             for name, told in evaluation.excerpts.items()

@@ -22,7 +22,7 @@ from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.server import database
 from rrlhf.tools.reporting import numbers
-from rrlhf.tools.reporting.trainings import Training, health, training
+from rrlhf.tools.reporting.courses import Training, health, training
 from rrlhf.types import Json
 
 Registered = dict[str, Registration | None]  # by node
@@ -112,14 +112,14 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     from rich.console import Console
 
     from rrlhf.tools.reporting import tables
-    from rrlhf.tools.reporting.comparison import samples, terminal_table
+    from rrlhf.tools.reporting.comparison import samples, table
     from rrlhf.tools.reporting.verdict import verdict
 
     evaluation = read_evaluation(artifacts["evaluate"].path)
     sentences = [*filter(None, [*verdict(evaluation), health(trainings_of(project, artifacts))])]
     shown = Shown(evaluation, sentences, str(report_file(project).relative_to(project.root)))
     console = Console(file=sys.stdout)
-    tables.show(terminal_table(evaluation), console)
+    tables.show(table(evaluation), console)
     console.print(samples(evaluation))
     for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)

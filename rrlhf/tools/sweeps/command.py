@@ -55,7 +55,7 @@ def experiment(
     Example: rrlhf experiment robust
     """
     from rrlhf.pipeline.params import parse_override
-    from rrlhf.tools.sweeps.experiment import experiments, load_experiment
+    from rrlhf.tools.sweeps.grid import experiments, load_experiment
 
     root = Path.cwd()
     if name is None:

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rrlhf.judging.calibration import estimate, mean_interval
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Point
 from rrlhf.tools.reporting.comparison import METRICS
 from rrlhf.types import Json
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % t-interval; bounds are NaN where there is one unit only."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    over: Literal["seeds", "prompts"]
+
+    @property
+    def half(self) -> float:
+        """Half of its width."""
+        return self.high - self.mean
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One policy at one setting: what a row of any table is about."""
+
+    policy: str
+    settings: dict[str, Json]  # those that change it, without seeds
+
+    @property
+    def name(self) -> str:
+        """The policy with the settings that change it."""
+        told = (
+            f"{path.rpartition('.')[2]} {value if isinstance(value, str) else json.dumps(value)}"
+            for path, value in self.settings.items()
+        )
+        return " ".join(filter(None, [self.policy, ", ".join(told)]))
 
 
 class Found(NamedTuple):
@@ -28,42 +61,10 @@ class Found(NamedTuple):
     curve: Sequence[Point] = ()  # of its training
     alarm: int | None = None  # the update at which its training was first suspected of reward hacking
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One policy at one setting, over seeds: what a row of any table is about."""
-
-    policy: str
-    settings: dict[str, Json]  # without seeds
-
     @property
-    def name(self) -> str:
-        """The policy with the settings that change it."""
-        told = (f"{path.rpartition('.')[2]} {_plain(value)}" for path, value in self.settings.items())
-        return " ".join(filter(None, [self.policy, ", ".join(told)]))
-
-
-@dataclass(frozen=True)
-class Group(Setting):
-    """What was found of it."""
-
-    found: list[Found]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % t-interval; bounds are None where there is one unit only."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-    over: Literal["seeds", "prompts"]
-
-    @property
-    def half(self) -> float:
-        """Half of its width; NaN where there is none."""
-        return math.nan if self.high is None else self.high - self.mean
+    def setting(self) -> Setting:
+        """What it is compared by: values of a seed are repetitions, not settings to compare."""
+        return Setting(self.policy, {path: v for path, v in self.settings.items() if path.split(".")[-1] != "seed"})
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,30 @@ class Row(Setting):
     metrics: dict[str, Interval]
 
 
-def is_seed(path: str) -> bool:
-    """Whether a swept setting is a seed: its values are repetitions, not settings to compare."""
-    return path.rpartition(".")[2] == "seed"
-
-
 def compared(found: Iterable[Found]) -> list[Row]:
     """Return a row for each policy and setting, seeds together."""
-    return [_row(group) for group in grouped(found)]
+    rows = []
+    for group in grouped(found):
+        known = [one.metrics for one in group if one.metrics is not None]
+        measured = {name: [metrics[name] for metrics in known if name in metrics] for name in METRICS}
+        rows.append(
+            Row(
+                **vars(group[0].setting),
+                seeds=len(group),
+                diverged=len(group) - len(known),
+                versions=[one.version for one in group if one.version],
+                metrics={name: _interval(values) for name, values in measured.items() if values},
+            )
+        )
+    return rows
 
 
-def grouped(found: Iterable[Found]) -> list[Group]:
+def grouped(found: Iterable[Found]) -> list[list[Found]]:
     """Gather what was found by policy and setting, seeds together; a policy's settings stand together, in order."""
-    groups: dict[str, Group] = {}
+    groups: dict[str, dict[str, list[Found]]] = {}
     for one in found:
-        settings = {path: value for path, value in one.settings.items() if not is_seed(path)}
-        groups.setdefault(f"{one.policy} {settings!r}", Group(one.policy, settings, [])).found.append(one)
-    policies = list(dict.fromkeys(group.policy for group in groups.values()))
-    return sorted(groups.values(), key=lambda group: policies.index(group.policy))
+        groups.setdefault(one.policy, {}).setdefault(one.setting.name, []).append(one)
+    return [group for of_policy in groups.values() for group in of_policy.values()]
 
 
 def primary(rows: Iterable[Row]) -> str:
@@ -101,30 +108,15 @@ def primary(rows: Iterable[Row]) -> str:
     return "gold" if any("gold" in row.metrics for row in rows) else "proxy"
 
 
-def _row(group: Group) -> Row:
-    known = [one.metrics for one in group.found if one.metrics is not None]
-    measured = {name: [metrics[name] for metrics in known if name in metrics] for name in METRICS}
-    return Row(
-        policy=group.policy,
-        settings=group.settings,
-        seeds=len(group.found),
-        diverged=len(group.found) - len(known),
-        versions=[one.version for one in group.found if one.version],
-        metrics={name: _interval(values) for name, values in measured.items() if values},
-    )
+def over_seeds(means: Tensor) -> Interval:
+    """Return the interval over seeds, each of them one unit."""
+    found = estimate(means)
+    return Interval(found.mean, *mean_interval(found), found.n, "seeds")
 
 
 def _interval(measured: Sequence[Measured]) -> Interval:
     """Return the interval over seeds where there are several, else the one over prompts."""
-    several = len(measured) > 1
-    means = torch.tensor([one.mean for one in measured], dtype=torch.float64)
-    found = estimate(means) if several else measured[0]
-    low, high = mean_interval(found)
-    over: Literal["seeds", "prompts"] = "seeds" if several else "prompts"
-    if math.isnan(low):
-        return Interval(found.mean, None, None, found.n, over)
-    return Interval(found.mean, low, high, found.n, over)
-
-
-def _plain(value: Json) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if len(measured) > 1:
+        return over_seeds(torch.tensor([one.mean for one in measured], dtype=torch.float64))
+    [one] = measured
+    return Interval(one.mean, *mean_interval(one), one.n, "prompts")

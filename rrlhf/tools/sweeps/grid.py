@@ -1,4 +1,4 @@
-"""A grid of settings: its points, what they share, and which policies it says anything about."""
+"""A grid of settings, typed or written down in experiments/: its points, what they share, which policies it changes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
+from pydantic import Field, ValidationError
 
-from rrlhf.config import Params
-from rrlhf.located import ParamsError
+from rrlhf.config import Params, Section
+from rrlhf.located import ParamsError, did_you_mean
 from rrlhf.pipeline.graph import Node
 from rrlhf.types import Json
 
@@ -19,11 +21,37 @@ Grid = dict[str, list[Json]]  # values by dotted name; "arms.*.seed" is that of 
 EXAMPLE = "arms.robust.nominal_weight=0,0.2,0.4"
 
 
+class Experiment(Section):
+    """A sweep that is written down."""
+
+    question: str
+    profile: str = "default"
+    settings: dict[str, Any] = Field(default_factory=dict)  # what it changes of the profile, as a profile would
+    sweep: dict[str, list[Any]]  # by dotted name: values
+    baseline: str  # a policy that the others are compared with
+
+
 class Point(NamedTuple):
     """One point: the swept settings as they were named, and the overrides that they mean."""
 
     settings: dict[str, Json]
     overrides: dict[str, Json]
+
+
+def experiments(root: Path) -> list[str]:
+    """Return the names of the experiments that there are."""
+    return sorted(path.stem for path in (root / "experiments").glob("*.yaml"))
+
+
+def load_experiment(root: Path, name: str) -> Experiment:
+    """Read an experiment. Raises ParamsError with every mistake."""
+    if name not in experiments(root):
+        raise ParamsError(f"unknown experiment {name!r}{did_you_mean(name, experiments(root))}")
+    file = root / "experiments" / f"{name}.yaml"
+    try:
+        return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ParamsError(f"{file}: {error}") from None
 
 
 def parse_grid(texts: Iterable[str]) -> Grid:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 from rich.console import Console
 
 from rrlhf import files
 from rrlhf.tools.reporting.comparison import FIRST, METRICS
-from rrlhf.tools.reporting.differences import Quantity, having, neighbour_means, values
+from rrlhf.tools.reporting.courses import columns, smoothed
 from rrlhf.tools.reporting.plots import (
     ACROSS,
     ARM_LOOKS,
@@ -27,21 +30,19 @@ from rrlhf.tools.reporting.plots import (
     write_study,
 )
 from rrlhf.tools.reporting.tables import Table, markdown, plus_minus, show
-from rrlhf.tools.sweeps.comparison import Found, Group, Row, grouped, primary
-from rrlhf.tools.sweeps.evidence import Evidence, Paired
+from rrlhf.tools.sweeps.comparison import Found, Row, grouped, primary
+from rrlhf.tools.sweeps.evidence import Evidence
 from rrlhf.types import Json
 
-TITLE = "mean ± half of the 95 % interval"
-OVER = {
-    "seeds": "Rows of several seeds: the interval is over seeds, of which each is one unit.",
-    "prompts": "Rows of one seed: the interval is over prompts, and says nothing of other seeds.",
-}
-PEAK = "Gao et al. 2022, for reinforcement learning; the peak may lie beyond what was reached."
+OVER = (
+    "Rows of several seeds: the interval is over seeds, of which each is one unit. Of one seed: over prompts, and says "
+    "nothing of other seeds."
+)
 FELL = (
     "Gold fell: by more than three standard errors from its peak while the proxy rose, or the finished policy's is "
     "more than two below that of the start."
 )
-COURSES: tuple[Quantity, ...] = ("gold", "second_opinion", "sigma")
+COURSES = ("gold", "second_opinion", "sigma")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Sweep:
 
     def content(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        told = asdict(self)
-        return told if self.evidence else {name: value for name, value in told.items() if name != "evidence"}
+        told: dict[str, Any] = json.loads(to_json(self, inf_nan_mode="null"))
+        return told
 
 
 def print_tables(sweep: Sweep) -> None:
@@ -73,53 +74,32 @@ def as_markdown(sweep: Sweep) -> str:
     return "\n\n".join(map(markdown, tables(sweep, metrics)))
 
 
-def tables(sweep: Sweep, metrics: Sequence[str]) -> list[Table]:
-    """Return the comparison by these metrics, and what there is of evidence."""
+def tables(sweep: Sweep, metrics: Sequence[str]) -> Iterator[Table]:
+    """Yield the comparison by these metrics; then a table for each policy that is compared, and one of the alarms."""
     present = [name for name in metrics if any(name in row.metrics for row in sweep.rows)]
     lines = [[label(row), *(_figures(row, name) for name in present)] for row in sweep.rows]
-    found = [Table(TITLE, ["policy", *present], lines, legend(sweep.rows))]
-    return [*found, *_evidence(sweep.evidence)] if sweep.evidence else found
-
-
-def label(row: Row) -> str:
-    """Name a row by its policy and the settings that change it."""
-    seeds = f" ({row.seeds} seeds)" if row.seeds > 1 else ""
-    return f"{row.name}{seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
-
-
-def legend(rows: Sequence[Row]) -> str:
-    """Say what the intervals are over."""
-    several = {interval.over for row in rows for interval in row.metrics.values()}
-    return " ".join(text for over, text in OVER.items() if over in several)
-
-
-def _figures(row: Row, metric: str) -> str:
-    found = row.metrics.get(metric)
-    return plus_minus(found.mean, found.half) if found else "–"
-
-
-def _evidence(known: Evidence) -> Iterator[Table]:
-    """Yield a table for each policy that is compared with the baseline, then the fits and the alarms."""
-    base = known.baseline
+    yield Table("mean ± half of the 95 % interval", ["policy", *present], lines, OVER)
+    if sweep.evidence is None:
+        return
+    known = sweep.evidence
     said = (
-        f"Of the win rate it is the share of prompts won against {base}, and p is of one half. "
+        f"Of the win rate it is the share of prompts won against {known.baseline}, and p is of one half. "
         "p is corrected for the number of policies that a quantity compares (Holm)."
     )
     for name in dict.fromkeys(row.name for row in known.paired):
-        lines = [_paired(row) for row in known.paired if row.name == name]
-        header = ["quantity", "difference", "95 % interval", "p", "seeds"]
-        yield Table(f"{name} less {base}, seed by seed", header, lines, said)
-    if known.fits:
         lines = [
             [
-                fit.name,
-                *(f"{value:z.2f}" for value in (fit.start, fit.alpha, fit.beta, fit.r_squared)),
-                "–" if fit.peak is None else f"{fit.peak**2:.3g}",
+                row.quantity,
+                f"{row.difference:+z.2f}",
+                "–" if math.isnan(row.low) else f"{row.low:+z.2f} to {row.high:+z.2f}",
+                "–" if row.p_holm is None else f"{row.p_holm:.3f}",
+                str(row.seeds),
             ]
-            for fit in known.fits
+            for row in known.paired
+            if row.name == name
         ]
-        header = ["policy", "start", "α", "β", "R²", "KL at the peak"]
-        yield Table("gold while training = start + d (α - β log d), d = √KL", header, lines, PEAK)
+        header = ["quantity", "difference", "95 % interval", "p", "seeds"]
+        yield Table(f"{name} less {known.baseline}, seed by seed", header, lines, said)
     if known.alarms:
         lines = [
             [a.name, str(a.seeds), str(a.fell), str(a.warned), ", ".join(map(str, a.leads)) or "–", str(a.false)]
@@ -129,20 +109,21 @@ def _evidence(known: Evidence) -> Iterator[Table]:
         yield Table("warnings of reward hacking", header, lines, FELL)
 
 
-def _paired(row: Paired) -> list[str]:
-    return [
-        row.quantity,
-        f"{row.difference:+z.2f}",
-        "–" if row.low is None else f"{row.low:+z.2f} to {row.high:+z.2f}",
-        "–" if row.p_holm is None else f"{row.p_holm:.3f}",
-        str(row.seeds),
-    ]
+def label(row: Row) -> str:
+    """Name a row by its policy and the settings that change it."""
+    seeds = f" ({row.seeds} seeds)" if row.seeds > 1 else ""
+    return f"{row.name}{seeds}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+
+def _figures(row: Row, metric: str) -> str:
+    found = row.metrics.get(metric)
+    return plus_minus(found.mean, found.half) if found else "–"
 
 
 def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
-    """Write sweep.json, sweep.md and the pictures into a folder; each appears whole or not at all."""
+    """Write sweep.json, sweep.md and the pictures into a folder."""
     drawn = {"sweep": figure(sweep.rows)}
-    if groups := [group for group in grouped(found) if group.found[0].curve]:
+    if groups := [group for group in grouped(found) if group[0].curve]:
         drawn["courses"] = courses(groups)
     study = write_study(folder, "sweep", sweep.content(), drawn)
     written = folder / "sweep.md"
@@ -150,33 +131,30 @@ def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
     return [*study, written]
 
 
-def courses(groups: Sequence[Group]) -> Any:
+def courses(groups: Sequence[Sequence[Found]]) -> Any:
     """Draw what became of each policy while it trained: means over seeds, shaded by their standard error."""
     from matplotlib.figure import Figure
 
     drawing: Any = Figure(figsize=(9.6, 3.0 * len(COURSES)), layout="constrained")
     axes = drawing.subplots(len(COURSES), 2, sharey="row")
     for quantity, pair in zip(COURSES, axes, strict=True):
-        for (x, name), one in zip(ACROSS.items(), pair, strict=True):
+        for x, one in zip(("kl", "update"), pair, strict=True):
             for number, group in enumerate(groups):
                 _course(one, group, quantity, x, ARM_LOOKS[number % len(ARM_LOOKS)])
-            dress(one, name, METRICS[quantity].axis if x == "kl" else "")
+            dress(one, ACROSS[x], METRICS[quantity].axis if x == "kl" else "")
     axes[0][0].legend(fontsize=8, frameon=False)
     return drawing
 
 
-def _course(axes: Any, group: Group, quantity: Quantity, x: Quantity, look: Look) -> None:
+def _course(axes: Any, group: Sequence[Found], quantity: str, x: str, look: Look) -> None:
     """Draw one policy's course, smoothed over neighbouring updates."""
-    curves = [having(one.curve, quantity) for one in group.found]
-    least = min(map(len, curves))  # of a seed that ended early
+    curves = [columns(map(vars, one.curve), x, quantity) for one in group]
+    least = min(up.size for _, up in curves)  # of a seed that ended early
+    across, up = np.array([[smoothed(column[:least]) for column in curve] for curve in curves]).swapaxes(0, 1)
     if least:
-        up, across = (
-            np.array([neighbour_means(values(curve[:least], name)) for curve in curves]) for name in (quantity, x)
-        )
-        at = across.mean(0)
+        at = np.sqrt(across.mean(0).clip(min=0)) if x == "kl" else across.mean(0)
         stderr = up.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else None
-        at = np.sqrt(at.clip(min=0)) if x == "kl" else at
-        draw_line(axes, at, [*up.mean(0)], look, stderr, label=group.name)
+        draw_line(axes, at, up.mean(0), look, stderr, label=group[0].setting.name)
 
 
 def figure(rows: Sequence[Row]) -> Any:
