@@ -55,7 +55,7 @@ def prepare(job: Job) -> Job:
 
 def frozen(job: Job) -> Job:
     """Measure features of the default layer (half of the trunk), the training of K heads on them, and scoring."""
-    language = load_model(Path(job["folder"]))
+    language = load_model(Path(job["folder"]), _model(job))
     trunk = Trunk(language, language.layers // 2, _model(job), Texts(language, _model(job)))
     train, heldout = _pairs(job, "train"), _pairs(job, "heldout")
     settings = load_params(ROOT).reward
@@ -77,12 +77,12 @@ def frozen(job: Job) -> Job:
 
 def full(job: Job) -> Job:
     """Measure the training of all layers and one head, from a head that knows no more than the features' scale."""
-    language = load_model(Path(job["folder"]))
+    language = load_model(Path(job["folder"]), _model(job))
     trunk = Trunk(language, language.layers, _model(job), Texts(language, _model(job)))
     train, heldout = _pairs(job, "train"), _pairs(job, "heldout")
     settings = _full_settings(job, language.layers)
     torch.manual_seed(job["seed"])
-    heads = RewardHeads(language.network.config.hidden_size, heads=1, hidden=0, sigma_floor=1e-3)
+    heads = RewardHeads(language.width, heads=1, hidden=0, sigma_floor=1e-3)
     heads.standardise(torch.cat(_features(trunk, train[:SCALED], settings.batch_size)))
     generator = torch.Generator().manual_seed(job["seed"])
     weights, started = torch.ones(len(train), 1), 0.0

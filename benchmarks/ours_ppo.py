@@ -58,7 +58,7 @@ def prepare(job: Job) -> Job:
 def train(job: Job) -> Job:
     """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
     libraries_mib = _peak_mib()
-    language, settings = load_model(Path(job["folder"])), _settings(job)
+    language, settings = load_model(Path(job["folder"]), _model(job)), _settings(job)
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
     model, arm = _model(job), typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
     torch.manual_seed(job["seed"])
@@ -83,7 +83,7 @@ def train(job: Job) -> Job:
 
 def rate(job: Job) -> Job:
     """Measure GFLOP/s of the matrix products of one forward pass: at a minibatch's tokens, and at one per response."""
-    language = load_model(Path(job["folder"]))
+    language = load_model(Path(job["folder"]), _model(job))
     network = language.network.to(job["device"], getattr(torch, job["dtype"]))
     maps = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     tokens = job["minibatch_size"] * (sum(map(len, job["prompts"])) // len(job["prompts"]) + job["response_tokens"])
@@ -163,7 +163,7 @@ def _learner(engine: Accelerator, language: LanguageModel, model: Model, setting
     with tempfile.TemporaryDirectory() as name:
         for folder, heads in (Path(name, "reward"), 1), (Path(name, "ensemble"), job["heads"]):
             folder.mkdir()
-            RewardHeads(language.network.config.hidden_size, heads, hidden=0, sigma_floor=0.05).save(folder)
+            RewardHeads(language.width, heads, hidden=0, sigma_floor=0.05).save(folder)
             (folder / FILE).write_text(json.dumps({"layer": language.layers // 2}), encoding="utf-8")
         rewards = load_reward_models(Path(name, "reward"), Path(name, "ensemble"), engine.device)
         return prepare_learner(engine, language, rewards, model=model, ppo=settings, seed=job["seed"])

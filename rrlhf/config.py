@@ -67,6 +67,8 @@ class Model(Section):
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     save_dtype: Literal["auto", "float32", "bfloat16"]
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"  # as records without it had it
+    gradient_checkpointing: bool = False
     date: Day
     system_prompt: str | None
     prompt_tokens: PositiveInt
@@ -227,6 +229,7 @@ class Ppo(Section):
     trains: Literal["layers", "lora", "full"]
     train_layers: PositiveInt
     lora_rank: PositiveInt
+    lora_targets: list[str] | None = None
     learning_rate: PositiveFloat
     kl_weight: NonNegative
     kl_estimator: Literal["k1", "k2", "k3"]
@@ -271,7 +274,7 @@ class Dpo(Section):
     epochs: PositiveInt
     pairs_per_batch: PositiveInt
     microbatch_size: PositiveInt
-    train_layers: PositiveInt
+    train_layers: PositiveInt | None
     learning_rate: PositiveFloat
     max_grad_norm: PositiveFloat
     keep_states: bool

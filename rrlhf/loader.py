@@ -20,7 +20,7 @@ class Policy:
 
         document = json.loads((folder / MANIFEST).read_bytes())["document"]
         self._model = Model.model_validate(document["params"]["model"])
-        self._language = load_model(folder)
+        self._language = load_model(folder, self._model)
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Return a response to each prompt of a list or of a table's first column; `params` may set response_tokens."""

@@ -136,6 +136,7 @@ def ppo():
         trains="layers",
         train_layers=2,
         lora_rank=4,
+        lora_targets=None,
         learning_rate=1e-3,
         kl_weight=0.05,
         kl_estimator="k1",

@@ -13,8 +13,8 @@ from rrlhf.config import Gold, Model
 from rrlhf.data.tables import Rows
 from rrlhf.hardware import device_kind
 from rrlhf.judging.gold import GoldJudge, GoldScores
-from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import LanguageModel, autocast, load_base
+from rrlhf.models.states import entering
 from rrlhf.models.text import Texts, encode
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.progress import track
@@ -58,8 +58,7 @@ class Surprise:
         whole = [[*prompt, *response] for prompt, response in rows]
         lengths, responses, mask = split_responses(whole, [len(prompt) for prompt, _ in rows], self._language.device)
         with autocast(self._model):
-            states = hidden_states(self._language.network, whole, self._language.layers)
-            logprobs, _ = self._top(states, lengths, responses, mask)
+            logprobs, _ = self._top(entering(self._language, whole, self._top.first), lengths, responses, mask)
         means: list[float] = (-logprobs.double().sum(1) / mask.sum(1)).tolist()
         return means
 

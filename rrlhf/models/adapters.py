@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,55 @@ import torch
 from torch import Tensor, nn
 
 from rrlhf.models.load import LanguageModel
+from rrlhf.models.whole import decoder_layers
 
 FOLDER = "adapters"  # sub-folder of a reward model's folder, with a folder for each adapter
-MAPS = ("q_proj", "v_proj")  # that adapters stand beside
 
 
-def can_adapt(network: Any) -> bool:
-    """Whether every layer has the maps that `adapted` puts adapters beside."""
-    return all(
-        isinstance(getattr(layer.self_attn, name, None), nn.Linear) for layer in network.model.layers for name in MAPS
-    )
+def adaptable(network: Any) -> list[str]:
+    """Return the names of the maps in the decoder layers that adapters can stand beside, each once."""
+    from transformers.pytorch_utils import Conv1D
+
+    parts = decoder_layers(network).named_modules()
+    return sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, nn.Linear | Conv1D)})
 
 
-def adapted(language: LanguageModel, layers: range, rank: int, copies: int = 1) -> LanguageModel:
-    """Put adapters beside the query and value maps of these decoder layers, in place; they start as the frozen maps."""
+def usual_targets(network: Any) -> list[str]:
+    """Return the maps that peft adapts in a model of this make; all of them where it knows none."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    return list(KNOWN.get(network.config.model_type) or adaptable(network))
+
+
+def adapted(
+    language: LanguageModel, layers: range, rank: int, copies: int = 1, targets: Sequence[str] | None = None
+) -> LanguageModel:
+    """Put adapters beside maps of these decoder layers, in place; they start as the frozen maps.
+
+    targets: names of the maps; None: `usual_targets`. Raises ValueError when no layer has one.
+    """
     from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
 
-    places = rf"model\.layers\.({'|'.join(map(str, layers))})\.self_attn\.({'|'.join(MAPS)})"
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=places, base_model_name_or_path="trunk")
+    network, wanted = language.network, set(targets or usual_targets(language.network))
+    names = {part: name for name, part in network.named_modules()}
+    found = [
+        part
+        for number in layers
+        for name, part in decoder_layers(network)[number].named_modules()
+        if name.rpartition(".")[2] in wanted and isinstance(part, nn.Linear | Conv1D)
+    ]
+    if not found:
+        raise ValueError(
+            f"no layer has a map named {', '.join(sorted(wanted))}; it has {', '.join(adaptable(network))}"
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[names[part] for part in found],
+        base_model_name_or_path="trunk",
+        fan_in_fan_out=isinstance(found[0], Conv1D),
+    )
     return _around(language, config, [f"head_{number:03}" for number in range(copies)])
 
 
@@ -47,7 +78,7 @@ def with_each(language: LanguageModel, read: Callable[[], Tensor]) -> list[Tenso
 
 def lowest_adapted(language: LanguageModel, otherwise: int) -> int:
     """Return the lowest layer with an adapter."""
-    layers = enumerate(language.network.model.layers)
+    layers = enumerate(decoder_layers(language.network))
     return next((number for number, layer in layers if _beside(layer)), otherwise)
 
 

@@ -2,7 +2,8 @@
 
 One pass through the frozen lower layers so serves the policy, the reference, the value function and the reward
 features. It asks for a decoder of the Llama family's layout (`model.layers`, `model.rotary_emb`, `model.norm`,
-`lm_head`), which Llama, Mistral, Qwen and SmolLM share; rrlhf/models/trial.py says whether a model is one.
+`lm_head`), which Llama, Mistral, Qwen and SmolLM share; rrlhf/models/trial.py says whether a model is one, and
+rrlhf/models/whole.py runs the others.
 
 The tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a time, so only
 attention sees padding. It learns where the rows are by keywords that transformers hands down through a model's own
@@ -166,12 +167,6 @@ def prefill(network: Any, rows: list[list[int]], last: int, cache: Any = None, k
     for held in () if cache is None else cache.layers:
         held.keys, held.values = packing.heads(held.keys), packing.heads(held.values)
     return Entered(packing, hidden, entered)
-
-
-def hidden_states(network: Any, rows: list[list[int]], layer: int) -> Tensor:
-    """Return the states that enter `layer` for rows of tokens, padded on the right, [batch, tokens, width]."""
-    found = prefill(network, rows, layer)
-    return found.packing.grid(found.last)
 
 
 def grow(

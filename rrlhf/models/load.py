@@ -24,7 +24,8 @@ from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
 from rrlhf.models.layers import PACKED, register
 from rrlhf.models.sources import base_location
-from rrlhf.models.trial import LONG, refusal
+from rrlhf.models.trial import refusal, why_whole
+from rrlhf.models.whole import decoder_layers, recompute
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
@@ -38,18 +39,25 @@ PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class LanguageModel(NamedTuple):
-    """A causal language model with its tokenizer. Its weights are float32 in memory."""
+    """A causal language model with its tokenizer. What trains of its weights is float32 in memory."""
 
     network: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     dtype: torch.dtype = torch.float32  # of its weights when they are saved
     notes: tuple[str, ...] = ()  # what a person should know of how it is used
     adapters: Any = None  # peft.PeftModel around the network, where adapters stand beside its maps
+    by_layers: bool = True  # whether its layers run one by one (layers.py); else it runs whole (whole.py)
+    generation: Any = None  # transformers.GenerationConfig that is saved with it; sampling here follows no other advice
 
     @property
     def layers(self) -> int:
         """How many decoder layers it has."""
-        return len(self.network.model.layers)
+        return len(decoder_layers(self.network))
+
+    @property
+    def width(self) -> int:
+        """How many numbers a state has."""
+        return int(self.network.config.get_text_config().hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -109,16 +117,18 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> Lang
     here are downloaded. Raises ModelError when it cannot be used.
     """
     if model.base.startswith("random:"):
-        return _ready(_random_model(model.base), model.base, model)
+        drawn = _random_model(model.base)
+        drawn.network.to(_held(model))
+        return _ready(drawn, model.base, model)
     place = base_location(model)
     if isinstance(place, Path) and place.suffix == ".gguf":
         place = _converted(place)
     return _loaded(place, model.base, model, weights=weights, fetch=fetch)
 
 
-def load_model(folder: Path) -> LanguageModel:
-    """Load a saved model folder. Raises ModelError when it cannot be used."""
-    return _loaded(folder, str(folder))
+def load_model(folder: Path, model: Model) -> LanguageModel:
+    """Load a saved model folder; model: the settings of the run. Raises ModelError when it cannot be used."""
+    return _loaded(folder, str(folder), model)
 
 
 def save_model(language: LanguageModel, folder: Path) -> None:
@@ -128,18 +138,18 @@ def save_model(language: LanguageModel, folder: Path) -> None:
     """
     language.network.to(language.dtype).save_pretrained(folder)
     language.tokenizer.save_pretrained(folder)
+    if language.generation is not None:
+        language.generation.save_pretrained(folder)
 
 
-def _loaded(
-    place: Path | str, name: str, model: Model | None = None, *, weights: bool = True, fetch: bool = False
-) -> LanguageModel:
-    """Load a folder or a hub id; model: the settings of which it is the base."""
+def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True, fetch: bool = False) -> LanguageModel:
+    """Load a folder or a hub id."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     is_local = isinstance(place, Path)
     options: dict[str, Any] = {"local_files_only": is_local or not fetch}
-    options |= {"revision": model.revision} if model and not is_local else {}
+    options |= {} if is_local else {"revision": model.revision}
     if find_adapter_config_file(place, **options):
         raise ModelError(
             f"{name}: an adapter, not a model. Merge it into its base first, and name the folder with the result: "
@@ -147,13 +157,25 @@ def _loaded(
             "tokenizer likewise"
         )
     stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
-    where = {} if weights else {"device_map": "meta"}
-    network, report = AutoModelForCausalLM.from_pretrained(
-        place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where, **options
-    )
-    kept = stored if model is None or model.save_dtype == "auto" else getattr(torch, model.save_dtype)
+    how: dict[str, Any] = {} if weights else {"device_map": "meta"}
+    how |= {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
+    try:
+        network, report = AutoModelForCausalLM.from_pretrained(
+            place, dtype=_held(model), output_loading_info=True, ignore_mismatched_sizes=True, **how, **options
+        )
+    except (ImportError, ValueError) as error:
+        if model.attn_implementation == "auto":
+            raise
+        told = str(error).splitlines()[0]
+        raise ModelError(f"{name}: model.attn_implementation {model.attn_implementation}: {told}") from error
+    kept = stored if model.save_dtype == "auto" else getattr(torch, model.save_dtype)
     language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
     return _ready(language, name, model, [*_weight_problems(report)])
+
+
+def _held(model: Model) -> torch.dtype:
+    """Return the dtype of weights in memory, but for those that train."""
+    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
 
 
 def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
@@ -170,13 +192,10 @@ def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
     yield from (str(error) for error in report.get("error_msgs", ()))
 
 
-def _ready(
-    language: LanguageModel, name: str, model: Model | None = None, problems: Sequence[str] = ()
-) -> LanguageModel:
-    """Make a model ready to run by its layers; model: the settings of which it is the base.
+def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[str] = ()) -> LanguageModel:
+    """Make a model ready to run. Raises ModelError with these problems and all that it finds."""
+    from transformers import GenerationConfig
 
-    Raises ModelError with these problems and all that it finds.
-    """
     network, tokenizer, *_ = language
     network.eval()  # no stage wants dropout
     notes = []
@@ -184,18 +203,25 @@ def _ready(
         tokenizer.chat_template = CHAT_TEMPLATE
         notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
     problems = [*problems, *_tokenizer_problems(network, tokenizer)]
-    if model and "strftime_now(" in tokenizer.get_chat_template():
+    if "strftime_now(" in tokenizer.get_chat_template():
         problems += _pin_date(tokenizer, date.fromisoformat(model.date))
         notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
-    tokens = model.prompt_tokens + model.response_tokens if model else LONG
+    tokens = model.prompt_tokens + model.response_tokens
     if why := refusal(network.config, tokens):
         problems.append(why)
     if problems:
         raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
-    network.generation_config.eos_token_id = _ends(network, tokenizer)
-    register()
-    network.set_attn_implementation(PACKED)
-    return language._replace(notes=tuple(notes))
+    whole = why_whole(network.config, tokens, model.attn_implementation)
+    if whole:
+        notes.append(f"{whole}, so every pass runs all of it: ppo.trains lora needs the least memory and time then")
+    else:
+        register()
+        network.set_attn_implementation(PACKED)
+    if model.gradient_checkpointing:
+        recompute(network)
+    network.generation_config.eos_token_id = ends = _ends(network, tokenizer)
+    generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=ends)
+    return language._replace(notes=tuple(notes), by_layers=whole is None, generation=generation)
 
 
 def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:

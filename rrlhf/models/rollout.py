@@ -36,7 +36,9 @@ class Samples(NamedTuple):
     entropy: Tensor  # [batch, response tokens] of the sampling distribution, nats
     finished: Tensor  # [batch] bool: ended by itself within the limit
     states: dict[int, Tensor]  # by layer: hidden states [batch, prompt + response tokens, width], padded on the right
-    top: Tensor  # [batch, response tokens, width] normalised last states that predicted each token
+    top: (
+        Tensor | None
+    )  # [batch, response tokens, width] normalised last states that predicted each token; None: unknown
 
     def lists(self) -> list[list[int]]:
         """Return each response's tokens as a list, its end-of-sequence token included."""
@@ -121,6 +123,8 @@ def sample(
     """
     from transformers import DynamicCache
 
+    if not language.by_layers:
+        return _generated(language, prompts, response_tokens, generator, temperature)
     network, device = language.network, language.device
     ends = torch.tensor(language.ends, device=device)
     batch, width = len(prompts), max(map(len, prompts))
@@ -129,7 +133,7 @@ def sample(
     mask = torch.zeros_like(responses, dtype=torch.bool)
     logprobs = torch.zeros(batch, response_tokens, device=device)
     entropy = torch.zeros_like(logprobs)
-    top = torch.zeros(batch, response_tokens, network.config.hidden_size, device=device)
+    top = torch.zeros(batch, response_tokens, language.width, device=device)
 
     cache = DynamicCache()
     packing, entered, below = prefill(network, prompts, language.layers, cache, keep)
@@ -142,10 +146,7 @@ def sample(
     for step in range(response_tokens):
         state = network.model.norm(hidden)
         uniform = torch.rand(batch, generator=generator, device=device)[rows]
-        logits = network.lm_head(state).float()
-        token, logprob, spread = _draw(logits / temperature if temperature != 1 else logits, uniform)
-        if temperature != 1:
-            logprob = -cross_entropy(logits, token, reduction="none")
+        token, logprob, spread = _draw(network.lm_head(state).float(), uniform, temperature)
         counts = running[rows]
         responses[rows, step] = torch.where(counts, token, language.end)
         mask[rows, step] = counts
@@ -174,20 +175,72 @@ def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int
     return said
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one index per row with its log-probability and the distribution's entropy in nats, [rows] each.
+def _generated(
+    language: LanguageModel,
+    prompts: list[list[int]],
+    response_tokens: int,
+    generator: torch.Generator,
+    temperature: float,
+) -> Samples:
+    """Sample by the model's own `generate`, whose cache, positions and masks are those of its make.
+
+    It takes the likeliest token, and only the drawn one is likely. Rows are padded on the left, and stay to the end.
+    """
+    from transformers import GenerationConfig
+
+    network, device = language.network, language.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    inside = torch.arange(width, device=device) >= width - lengths[:, None]
+    asked = torch.full_like(inside, language.end, dtype=torch.long)
+    asked[inside] = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def drawn(_: Tensor, logits: Tensor) -> Tensor:
+        uniform = torch.rand(len(prompts), generator=generator, device=device)
+        found.append(_draw(logits.float(), uniform, temperature))
+        return torch.full_like(logits, -torch.inf).scatter(1, found[-1][0][:, None], 0.0)
+
+    network.generate(
+        asked,
+        attention_mask=inside.long(),
+        logits_processor=[drawn],
+        generation_config=GenerationConfig(
+            max_new_tokens=response_tokens, do_sample=False, eos_token_id=language.ends, pad_token_id=language.end
+        ),
+    )
+    responses, logprobs, entropy = (torch.stack(each, dim=1) for each in zip(*found, strict=True))
+    ended = torch.isin(responses, torch.tensor(language.ends, device=device))
+    mask = ended.cumsum(1) - ended.long() == 0
+    return Samples(
+        prompt_lengths=lengths,
+        responses=responses.masked_fill(~mask, language.end),
+        mask=mask,
+        logprobs=logprobs * mask,
+        entropy=entropy * mask,
+        finished=ended.any(1),
+        states={},
+        top=None,
+    )
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one index per row with its log-probability at temperature 1 and the entropy in nats of what is drawn from.
 
     Inverts the cumulative distribution at `uniform` [rows]: several times faster than torch.multinomial on a large
     vocabulary, and a row's draw does not depend on the others. With Z the softmax's denominator, log p = logit - log Z,
     so one index gives log Z, and the entropy is log Z - sum of p logit: a single exponential of the vocabulary.
     """
-    probabilities = logits.softmax(dim=-1)
+    cold = logits / temperature if temperature != 1 else logits
+    probabilities = cold.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=1)
     target = uniform[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[1] - 1)
     logprob = probabilities.gather(1, drawn)[:, 0].log()
-    log_z = logits.gather(1, drawn)[:, 0] - logprob
-    entropy = (log_z - torch.linalg.vecdot(probabilities, logits)).clamp(min=0.0)
+    log_z = cold.gather(1, drawn)[:, 0] - logprob
+    entropy = (log_z - torch.linalg.vecdot(probabilities, cold)).clamp(min=0.0)
+    if temperature != 1:
+        logprob = -cross_entropy(logits, drawn[:, 0], reduction="none")
     return drawn[:, 0], logprob, entropy
 
 

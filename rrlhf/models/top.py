@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.models.layers import Packing, groups, through
 from rrlhf.models.load import LanguageModel
+from rrlhf.models.whole import decoder_layers, final_norm, run_whole
 
 
 class Read(NamedTuple):
@@ -41,22 +42,38 @@ def split_responses(
 
 
 class PolicyTop(nn.Module):
-    """The trainable part of a policy with its value head; the language model's own modules, not copies."""
+    """The trainable part of a policy with its value head; the language model's own modules, not copies.
+
+    `first` is the layer whose entering states it reads; None: it reads tokens, for its embeddings train too, or for
+    the model runs whole.
+    """
 
     def __init__(self, language: LanguageModel, first: int | None) -> None:
         """Take the layers from `first` on; None: the embeddings too."""
         super().__init__()
         network = language.network
-        self.first = first
-        self.embed = network.model.embed_tokens if first is None else None
-        self.rotary = network.model.rotary_emb
-        self.layers = network.model.layers[first or 0 :]
-        self.norm = network.model.norm
-        self.unembed = network.lm_head
-        self.value = nn.Linear(network.config.hidden_size, 1)
+        self.by_layers, self.trains_all = language.by_layers, first is None
+        self.first = first if self.by_layers else None
+        if self.by_layers:
+            self.embed = network.get_input_embeddings() if first is None else None
+            self.rotary = network.model.rotary_emb
+        self.layers = decoder_layers(network)[first or 0 :]
+        self.norm: Any = final_norm(network)
+        self.unembed = network.get_output_embeddings()
+        self.network = None if self.by_layers else network
+        self.value = nn.Linear(language.width, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
         self.to(language.device)
+
+    def let_train(self) -> None:
+        """Let the layers and the last norm train, or all of the model where there was no `first`.
+
+        The output matrix, the largest by far and in many models the embeddings as well, trains with all of it only.
+        """
+        for part in (self,) if self.trains_all else (self.layers, self.norm, self.value):
+            if part is not None:
+                part.requires_grad_(True)
 
     def forward(
         self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
@@ -99,22 +116,24 @@ class PolicyTop(nn.Module):
     def _read(
         self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor, layer: int | None
     ) -> Read:
-        packing = Packing.of(prompt_lengths + mask.sum(1))
         row, step = mask.nonzero(as_tuple=True)
-        hidden, below = packing.packed(entering), 0 if layer is None else layer - (self.first or 0)
-        hidden = hidden if self.embed is None else self.embed(hidden)
-        entered = through(self.layers[:below], self.rotary, hidden, packing=packing)
-        hidden = through(self.layers[below:], self.rotary, entered, packing=packing)
-        final = self.norm(hidden[0, packing.flat(row, prompt_lengths[row] + step - 1)])
-        logprobs = -nn.functional.cross_entropy(self.unembed(final).float(), responses[mask], reduction="none")
+        column = prompt_lengths[row] + step - 1  # of the token before each response token
+        if self.network is None:
+            packing = Packing.of(prompt_lengths + mask.sum(1))
+            hidden, below = packing.packed(entering), 0 if layer is None else layer - (self.first or 0)
+            hidden = hidden if self.embed is None else self.embed(hidden)
+            entered = through(self.layers[:below], self.rotary, hidden, packing=packing)
+            hidden = through(self.layers[below:], self.rotary, entered, packing=packing)
+            final = self.norm(hidden[0, packing.flat(row, column)])
+            logits, states = self.unembed(final), None if layer is None else packing.grid(entered)
+        else:
+            logits, final, states = run_whole(self.network, entering, (row, column), layer)
+        logprobs = -nn.functional.cross_entropy(logits.float(), responses[mask], reduction="none")
         values = self.value(final).float().squeeze(-1)
         empty = torch.zeros(mask.shape, device=final.device)
-        states = None if layer is None else packing.grid(entered)
         return Read(empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, values), states)
 
     def reference(self) -> PolicyTop:
-        """Return a frozen copy: with what is shared below it is the reference policy."""
-        shared = (
-            {} if self.first is None else {id(self.unembed): self.unembed}
-        )  # the largest matrix, if it never trains
+        """Return a frozen copy of what trains; it shares the rest, and so is the policy before the first step."""
+        shared = {id(weight): weight for weight in self.parameters() if not weight.requires_grad}
         return copy.deepcopy(self, shared).requires_grad_(False).eval()

@@ -1,4 +1,4 @@
-"""Whether a kind of model can be run layer by layer: tried, since no list of models is ever complete.
+"""How a kind of model runs: layer by layer where that gives what it says itself. Tried: no list is ever complete.
 
 What is tried is a small model of its make with random weights: what a configuration says, such as a sliding window, a
 scaled embedding or a capped score, shows in those as in the real ones, and costs no memory.
@@ -21,7 +21,8 @@ NOT_BATCHED = {"dynamic", "longrope"}  # rotary embeddings that change for a who
 
 
 def refusal(config: Any, tokens: int) -> str | None:
-    """Say why a model of this configuration cannot be run by layers on rows of up to so many tokens; None: it can."""
+    """Say why a model of this configuration cannot be run on rows of up to so many tokens; None: it can."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         return f"it was made for {limit} tokens (max_position_embeddings), and prompt and response take {tokens}"
@@ -32,6 +33,16 @@ def refusal(config: Any, tokens: int) -> str | None:
             f"its rotary embedding ({kind}) changes for a whole batch when one row is longer than {unchanged} tokens, "
             f"and prompt and response take {tokens}"
         )
+    return None
+
+
+def why_whole(config: Any, tokens: int, attention: str = "auto") -> str | None:
+    """Say why a model of this configuration does not run by layers on rows of up to so many tokens; None: it does.
+
+    attention: `model.attn_implementation`; where rows stand end to end, the attention is ours, on "sdpa".
+    """
+    if attention not in {"auto", "sdpa"}:
+        return f"its attention is {attention} (model.attn_implementation)"
     make: Any = type(config)
     window = getattr(config, "sliding_window", None) or 0
     described = json.dumps(config.to_dict(), sort_keys=True, default=str)
@@ -54,8 +65,9 @@ def _twins(kind: Any, described: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     described |= {"vocab_size": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    if described.get("intermediate_size"):
-        described["intermediate_size"] = min(described["intermediate_size"], 64)
+    for size in ("intermediate_size", "moe_intermediate_size"):
+        if described.get(size):
+            described[size] = min(described[size], 64)
     kinds = described.get("layer_types") or [None] * described["num_hidden_layers"]
     needed = max(kinds.index(each) for each in set(kinds)) + 1
     layers = min(max(needed, 2), MOST_LAYERS, len(kinds))

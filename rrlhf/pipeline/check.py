@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import LoraEnsemble, Model, Params
+from rrlhf.config import Model, Params
 from rrlhf.memo import Memo, Memory
 from rrlhf.models.sources import base_digest, base_location
 from rrlhf.pipeline.keys import key_digest
@@ -30,7 +30,7 @@ class Facts(NamedTuple):
     problems: Sequence[str] = ()  # why it cannot be used, a line each
     notes: Sequence[str] = ()  # what a person should know of how it is used
     layers: int | None = None  # None: unknown
-    adapts: bool = True  # whether its layers have the maps that adapters stand beside
+    maps: Sequence[str] = ()  # names of those that adapters can stand beside; none: unknown
 
 
 def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tuple[list[str], list[str]]:
@@ -71,29 +71,21 @@ def _misfits(params: Params, model: Facts, trunk: Facts) -> Iterator[str]:
     methods = {arm.method for arm in params.arms.values()}
     for setting, layers, base, matters in (
         ("ppo.train_layers", ppo.train_layers, model, "ppo" in methods and ppo.trains != "full"),
-        ("dpo.train_layers", dpo.train_layers, model, "dpo" in methods),
+        ("dpo.train_layers", dpo.train_layers or 0, model, "dpo" in methods),
         ("reward.layer", reward.layer, trunk, True),
     ):
         if matters and base.layers is not None and layers > base.layers:
             yield f"{setting} {layers}: the model has {base.layers} layers; set it to at most that"
-    for setting, base, adapted in (
-        ("ppo.trains", model, "ppo" in methods and ppo.trains == "lora"),
-        ("reward.trunk", trunk, reward.trunk == "lora"),
-        ("ensemble.kind", trunk, isinstance(params.ensemble, LoraEnsemble)),
-    ):
-        if adapted and not base.adapts:
-            name = params.model.base if base is model else reward.base or params.model.base
-            yield (
-                f"{setting} lora: adapters stand beside the maps q_proj and v_proj, which the layers of {name} do not "
-                "have; set it to something else"
-            )
+    unknown = sorted(set(ppo.lora_targets or ()) - set(model.maps))
+    if unknown and model.maps and "ppo" in methods and ppo.trains == "lora":
+        yield f"ppo.lora_targets: no map of the model is named {', '.join(unknown)}; it has {', '.join(model.maps)}"
 
 
 def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
     """Load a base without its weights and try its chat template; None when it is not here and not to be fetched."""
     from jinja2 import TemplateError
 
-    from rrlhf.models.adapters import can_adapt
+    from rrlhf.models.adapters import adaptable
     from rrlhf.models.load import ModelError, load_base
     from rrlhf.models.text import Texts
 
@@ -118,7 +110,7 @@ def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
     except ValueError as error:
         problems.append(f"{section}.{error}")
     notes = [f"{section}.base {model.base}: {note}" for note in notes]
-    return Facts(problems, notes, language.layers, can_adapt(language.network))
+    return Facts(problems, notes, language.layers, adaptable(language.network))
 
 
 def _unmarked(language: LanguageModel) -> Iterator[str]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model
-from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import autocast
+from rrlhf.models.states import entering
 from rrlhf.models.text import Texts
 from rrlhf.models.top import split_responses
 from rrlhf.policy.learner import Trained
@@ -67,9 +67,7 @@ class Answers:
     def _entering(self, index: Sequence[int]) -> Tensor:
         """Return what enters the layers that train, padded on the right: states, or tokens where all of them do."""
         device = self.trained.engine.device
-        if self.trained.top.first is None:
-            return pad_sequence([torch.tensor(self.rows[i].tokens) for i in index], batch_first=True).to(device)
-        if not self._keep_states:
+        if self.trained.top.first is None or not self._keep_states:
             return self._states(index)
         if missing := [i for i in dict.fromkeys(index) if i not in self._kept]:
             for i, row in zip(missing, self._states(missing).cpu(), strict=True):
@@ -79,5 +77,4 @@ class Answers:
     @torch.no_grad()
     def _states(self, index: Sequence[int]) -> Tensor:
         with autocast(self._model):
-            tokens = [list(self.rows[i].tokens) for i in index]
-            return hidden_states(self.trained.language.network, tokens, self.trained.top.first or 0)
+            return entering(self.trained.language, [self.rows[i].tokens for i in index], self.trained.top.first)

@@ -103,9 +103,10 @@ class Learner(Trained):
         place = (entering, samples.prompt_lengths, samples.responses, samples.mask)
         tokens = min(self.ppo.microbatch_tokens, self.ppo.minibatch_size * longest)  # as much memory as a step takes
         reference = self.reference(*place, layer=None if self.shares_trunk else layer, tokens=tokens)
-        policy = Read(samples.logprobs, self.top.value(samples.top).float().squeeze(-1), None)
-        if torch.is_autocast_enabled(self.engine.device.type):  # bfloat16: one row alone rounds differently
-            policy = self.top.read(*place, tokens=tokens)
+        if samples.top is None or torch.is_autocast_enabled(self.engine.device.type):
+            policy = self.top.read(*place, tokens=tokens)  # bfloat16: one row alone rounds differently
+        else:
+            policy = Read(samples.logprobs, self.top.value(samples.top).float().squeeze(-1), None)
         return place, policy._replace(states=samples.states[layer] if self.shares_trunk and layer else None), reference
 
     def mean_over_processes(self, metrics: Metrics) -> Metrics:
@@ -177,20 +178,23 @@ def top_layers(engine: Accelerator, language: LanguageModel, train_layers: int |
 
     Raises ValueError, which names the setting, when the model has fewer layers.
     """
-    first = None if train_layers is None else first_trained(language, train_layers, setting)
-    language.network.requires_grad_(first is None).to(engine.device)
-    top = PolicyTop(language, first)
+    language.network.requires_grad_(False).to(engine.device)
+    top = PolicyTop(language, None if train_layers is None else first_trained(language, train_layers, setting))
+    top.let_train()
     top.value.requires_grad_(False)
-    for part in (top.layers, top.norm):
-        part.requires_grad_(True)
     return top
 
 
 def with_optimizer(
     engine: Accelerator, language: LanguageModel, top: PolicyTop, learning_rate: float, steps: int, **adam: Any
 ) -> Trained:
-    """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule."""
+    """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule.
+
+    They become float32: steps much smaller than a weight would be lost in bfloat16.
+    """
     weights = [parameter for parameter in top.parameters() if parameter.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.float()
     optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     policy, optimizer = engine.prepare(top, optimizer)
@@ -204,15 +208,12 @@ def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, Policy
     """
     first = None if ppo.trains == "full" else first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
-        language = adapted(language, range(first or 0, language.layers), ppo.lora_rank)
+        language = adapted(language, range(first or 0, language.layers), ppo.lora_rank, targets=ppo.lora_targets)
         top = PolicyTop(language, first)
         return language, top, _without_adapters(top, language)
     top = PolicyTop(language, first)
-    reference = frozen(top, language)
-    top.requires_grad_(True)
-    if first is not None:
-        top.unembed.requires_grad_(False)  # the largest matrix by far, in many models the frozen embeddings as well
-    return language, top, reference
+    top.let_train()
+    return language, top, frozen(top, language)
 
 
 def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:

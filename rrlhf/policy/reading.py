@@ -13,9 +13,9 @@ from rrlhf.config import Evaluate, Gold, Model
 from rrlhf.data.tables import Rows, columns_of
 from rrlhf.hardware import device_kind
 from rrlhf.judging.surprise import PromptedGold
-from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import LanguageModel, autocast, load_model
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
+from rrlhf.models.states import entering, hidden_states
 from rrlhf.models.text import Texts, decode
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.policy.learner import Place
@@ -36,6 +36,7 @@ class Judges(NamedTuple):
     language: LanguageModel
     texts: Texts  # of the reference
     top: PolicyTop  # the reference's layers above the trunk
+    layer: int  # of the reference, whose entering states reward heads read
     rewards: RewardModels  # with the reward functions of all arms
     gold: PromptedGold | None
 
@@ -89,18 +90,19 @@ def load_judges(
     has_gold: bool,
 ) -> Judges:
     """Load the SFT model with the reward models, and the gold judge where the prompts have topics."""
-    language = load_model(sft)
+    language = load_model(sft, model)
     language.network.to(device_kind(model.device)).requires_grad_(False)
     rewards = load_reward_models(reward, ensemble, language.device, functions)
-    top = PolicyTop(language, language.layers if rewards.layer is None else rewards.layer)
-    return Judges(language, Texts(language, model), top, rewards, PromptedGold(gold, model) if has_gold else None)
+    layer = language.layers if rewards.layer is None else rewards.layer
+    top, judge = PolicyTop(language, layer), PromptedGold(gold, model) if has_gold else None
+    return Judges(language, Texts(language, model), top, layer, rewards, judge)
 
 
 def sample_responses(
     folder: Path, name: str, rows: Rows, model: Model, evaluate: Evaluate, seed: int
 ) -> list[Response]:
     """Sample `samples_per_prompt` responses of a policy to every prompt; those of one prompt lie side by side."""
-    language = load_model(folder)
+    language = load_model(folder, model)
     language.network.to(device_kind(model.device))
     texts = Texts(language, model)
     prompts = [texts.prompt(row["prompt"]) for row in rows for _ in range(evaluate.samples_per_prompt)]
@@ -122,10 +124,11 @@ def read_responses(
     for start in track(starts, len(starts), f"evaluate: {name}"):
         part = slice(start, start + evaluate.batch_size)
         with autocast(model):
-            place, pooled = place_and_features(judges.language, judges.top.first or 0, prompts[part], responses[part])
-            logprob, _ = judges.top(*place)
+            place = _place(judges.language, judges.top.first, prompts[part], responses[part])
+            logprob, _, states = judges.top.read(*place, layer=judges.layer)
         logprobs.append(logprob.sum(1))
-        features.append(pooled)
+        if states is not None:
+            features.append(response_features(states, place[1], _spoken(judges.language, responses[part])))
         check_stop()
     said = Responses(
         prompts=[row["prompt"] for row in asked],
@@ -156,12 +159,28 @@ def repetition(text: str) -> float:
     return 1 - len(set(words)) / len(words) if words else 0.0
 
 
-def place_and_features(
-    language: LanguageModel, layer: int, prompts: list[list[int]], responses: Sequence[Response]
-) -> tuple[Place, Tensor]:
-    """Return where the layers from `layer` on read responses, and what reward heads on it see, [batch, width]."""
-    sequences = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
-    states = hidden_states(language.network, sequences, layer)
-    lengths, said, mask = split_responses(sequences, [len(prompt) for prompt in prompts], language.device)
-    spoken = torch.tensor([len(each.tokens) - each.finished for each in responses], device=language.device)
-    return (states, lengths, said, mask), response_features(states, lengths, spoken)
+def pooled_states(
+    language: LanguageModel, layer: int, prompts: Sequence[list[int]], responses: Sequence[Response]
+) -> Tensor:
+    """Return what reward heads that read the states entering `layer` see of responses, [batch, width]."""
+    states = hidden_states(language, _sequences(prompts, responses), layer)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=language.device)
+    return response_features(states, lengths, _spoken(language, responses))
+
+
+def _place(
+    language: LanguageModel, first: int | None, prompts: Sequence[list[int]], responses: Sequence[Response]
+) -> Place:
+    """Return where a `PolicyTop` from `first` on reads responses."""
+    sequences = _sequences(prompts, responses)
+    lengths = [len(prompt) for prompt in prompts]
+    return entering(language, sequences, first), *split_responses(sequences, lengths, language.device)
+
+
+def _sequences(prompts: Sequence[list[int]], responses: Sequence[Response]) -> list[list[int]]:
+    return [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _spoken(language: LanguageModel, responses: Sequence[Response]) -> Tensor:
+    """Return how many tokens of each response are text, its end excluded, [batch]."""
+    return torch.tensor([len(each.tokens) - each.finished for each in responses], device=language.device)

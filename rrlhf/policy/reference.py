@@ -47,9 +47,8 @@ def _stored(top: PolicyTop, language: LanguageModel, file: Path) -> dict[str, st
     """Return the name in the model's file of each weight that is to be copied; nothing unless it holds all of them."""
     if language.device.type != "cpu" or not file.is_file():
         return {}
-    shared = set() if top.first is None else set(top.unembed.parameters())
     known = {weight: name for name, weight in language.network.named_parameters()}
-    names = {own: known[w] for own, w in top.named_parameters() if w in known and w not in shared}
+    names = {own: known[w] for own, w in top.named_parameters() if w in known and w.requires_grad}
     with safe_open(file, framework="pt") as stored:
         held = set(stored.keys())
         is_held = all(

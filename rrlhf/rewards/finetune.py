@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
 from rrlhf.models.adapters import adapted, merged
-from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import autocast, microbatches
+from rrlhf.models.states import entering
+from rrlhf.models.whole import decoder_layers
 from rrlhf.rewards.features import distinct, identity
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
@@ -37,12 +38,12 @@ class TrunkTop(nn.Module):
 
     def __init__(self, trunk: Trunk, heads: RewardHeads, first: int) -> None:
         super().__init__()
-        self.layers = trunk.language.network.model.layers[first : trunk.layer]
+        self.layers = decoder_layers(trunk.language.network)[first : trunk.layer]
         self.heads = heads.to(trunk.language.device)
         self._trunk, self._first = trunk, first
 
     def forward(self, states: Tensor, prompts: Tensor, texts: Tensor) -> Scores:
-        """Return raw scores [rows, heads] of states [rows, tokens, width] that the frozen layers left."""
+        """Return raw scores [rows, heads] of rows, of what enters the layers that train."""
         scores: Scores = self.heads(self._trunk.upper(states, self._first, prompts, texts))
         return scores
 
@@ -54,7 +55,7 @@ def trainable(trunk: Trunk, settings: TrunkTraining) -> Iterator[None]:
     if settings.trunk == "lora":
         language = adapted(language, layers, settings.lora_rank)
     else:
-        language.network.model.layers[layers.start : layers.stop].requires_grad_(True)
+        decoder_layers(language.network)[layers.start : layers.stop].requires_grad_(True)
     yield
     merged(language).network.requires_grad_(False)
 
@@ -78,6 +79,8 @@ def finetune(
     responses = PairedResponses(trunk, pairs, settings)
     top = TrunkTop(trunk, heads, responses.first)
     trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=settings.trunk_learning_rate, weight_decay=0.0, fused=True)
     steps = settings.trunk_epochs * math.ceil(len(pairs) / settings.trunk_pairs_per_batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
@@ -111,7 +114,8 @@ def finetune(
 class PairedResponses:
     """The responses of preference pairs as rows of tokens, each distinct one once, and what the frozen layers leave.
 
-    States [tokens, width] that enter layer `first` are kept when all of them fit into memory, else computed anew.
+    States [tokens, width] that enter layer `first`, or tokens where the model runs whole, are kept when all of them fit
+    into memory, else computed anew.
     """
 
     def __init__(self, trunk: Trunk, pairs: list[Preference], settings: TrunkTraining) -> None:
@@ -122,7 +126,7 @@ class PairedResponses:
         self._rows = [trunk.encode(*response) for response in texts.values()]
         self._sides = [(number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]) for pair in pairs]
         self._kept: dict[int, Tensor] = {}
-        width = trunk.language.network.config.hidden_size
+        width = trunk.language.width if trunk.language.by_layers else 1
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if 4 * width * sum(len(row.tokens) for row in self._rows) <= CACHED_SHARE * free:
             order = alike(self._rows)
@@ -145,5 +149,5 @@ class PairedResponses:
     @torch.no_grad()
     def _states(self, index: Sequence[int]) -> Tensor:
         with autocast(self._trunk.model):
-            states = hidden_states(self._trunk.language.network, [self._rows[i].tokens for i in index], self.first)
-        return states.float()
+            found = entering(self._trunk.language, [self._rows[i].tokens for i in index], self.first)
+        return found.float() if found.is_floating_point() else found

@@ -15,9 +15,7 @@ from rrlhf.rewards.features import FILE as FEATURES
 from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import POSTERIOR, Pairs, RewardHeads
 from rrlhf.rewards.heads import WEIGHTS as HEADS
-from rrlhf.rewards.trunk import FILE, FOLDER, Trunk, identity_of, link_trunk, load_trunk
-
-WEIGHTS = "model.safetensors"
+from rrlhf.rewards.trunk import FILE, Trunk, identity_of, link_trunk, load_trunk
 
 
 def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[RewardHeads, PairFeatures | None]:
@@ -59,13 +57,13 @@ def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
     )
     if not (folders[0] / FEATURES).exists():  # they read the reward model's
         return heads, None
-    trunk = load_trunk(folders[0], None)
     mean: dict[str, Tensor] = {}
     for folder in folders:  # one at a time: only the sum and one member are in memory
-        for name, tensor in load_file(folder / FOLDER / WEIGHTS).items():
+        trunk = load_trunk(folder, None)
+        for name, tensor in trunk.language.network.state_dict().items():
             share = tensor.float() / len(folders)
             mean[name] = mean[name] + share if name in mean else share
-    trunk.language.network.load_state_dict(mean, strict=False)
+    trunk.language.network.load_state_dict(mean)
     return heads, trunk
 
 

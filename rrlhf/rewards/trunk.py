@@ -21,10 +21,11 @@ from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
-from rrlhf.models.layers import Packing, hidden_states, run_layers
 from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
 from rrlhf.models.rollout import response_features
+from rrlhf.models.states import entering, states_at
 from rrlhf.models.text import Texts
+from rrlhf.models.whole import decoder_layers
 from rrlhf.progress import track
 from rrlhf.stopping import check_stop
 from rrlhf.types import Message
@@ -70,16 +71,15 @@ class Trunk(NamedTuple):
     def _pooled(self, rows: list[Encoded]) -> Tensor:
         first = lowest_adapted(self.language, self.layer)
         with autocast(self.model):
-            states = hidden_states(self.language.network, [row.tokens for row in rows], first)
-        return self.upper(states, first, *lengths(rows, self.language.device))
+            entered = entering(self.language, [row.tokens for row in rows], first)
+        return self.upper(entered, first, *lengths(rows, self.language.device))
 
-    def upper(self, states: Tensor, first: int, prompts: Tensor, texts: Tensor) -> Tensor:
-        """Return pooled features of states [rows, tokens, width] that enter layer `first`."""
-        packing = Packing.of(prompts + texts)
+    def upper(self, entered: Tensor, first: int, prompts: Tensor, texts: Tensor) -> Tensor:
+        """Return pooled features of rows, of what `entering` gives for layer `first`."""
 
         def pooled() -> Tensor:
-            hidden = run_layers(self.language.network, packing.packed(states), first, self.layer, packing=packing)
-            return response_features(packing.grid(hidden), prompts, texts)
+            states = states_at(self.language, entered, prompts + texts, first, self.layer)
+            return response_features(states, prompts, texts)
 
         with autocast(self.model):
             found = with_each(self.language, pooled)
@@ -103,7 +103,7 @@ def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
     Raises ValueError when it has fewer layers than the settings ask for.
     """
     own = settings.language_model(model)
-    language = load_model(sft) if settings.base is None else load_base(own)
+    language = load_model(sft, own) if settings.base is None else load_base(own)
     if settings.layer > language.layers:
         raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
     language.network.to(device_kind(model.device)).requires_grad_(False)
@@ -136,8 +136,8 @@ def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = 
     own = (folder / FOLDER).is_dir()
     if not own and shared is None:
         raise ValueError(f"{folder} has no trunk of its own: give the folder of the SFT model that it was trained on")
-    language = load_model(folder / FOLDER if own else shared or folder)
     model = Model.model_validate(described["model"])
+    language = load_model(folder / FOLDER if own else shared or folder, model)
     language = load_adapters(language, folder)
     language.network.to(device or device_kind(model.device)).requires_grad_(False)
     return Trunk(language, int(described["layer"]), model, Texts(language, model))
@@ -174,10 +174,11 @@ def cut(trunk: Trunk) -> LanguageModel:
     The output matrix is never used: tied to the input embeddings, it is not stored.
     """
     network, layer = trunk.language.network, trunk.layer
-    network.model.layers = network.model.layers[:layer]
-    network.config.num_hidden_layers = layer
-    if getattr(network.config, "layer_types", None):
-        network.config.layer_types = network.config.layer_types[:layer]
-    network.lm_head.weight = network.model.embed_tokens.weight
+    del decoder_layers(network)[layer:]
+    config = network.config.get_text_config()
+    config.num_hidden_layers = layer
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layer]
+    network.get_output_embeddings().weight = network.get_input_embeddings().weight
     network.config.tie_word_embeddings = True
     return trunk.language

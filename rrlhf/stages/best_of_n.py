@@ -16,7 +16,7 @@ from rrlhf.data.tables import columns_of, read_table
 from rrlhf.models.load import accelerator, autocast, load_model
 from rrlhf.models.rollout import sample_in_batches
 from rrlhf.models.text import Texts, decode
-from rrlhf.policy.reading import place_and_features
+from rrlhf.policy.reading import pooled_states
 from rrlhf.policy.reward import Responses, arm_reward, load_reward_models, reference_scale, write_arm
 from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, write_candidates
@@ -41,7 +41,7 @@ def run(
     n = arm.n
     samples = best_of_n.samples or n
     functions = load_functions(arm.functions, further_columns(data))
-    engine, language = accelerator(model), load_model(sft)
+    engine, language = accelerator(model), load_model(sft, model)
     language.network.to(engine.device).requires_grad_(False)
     rewards = load_reward_models(reward, ensemble, engine.device, functions)
     rows = [row for row in read_table(data, "evaluate") for _ in range(samples)]
@@ -65,7 +65,7 @@ def run(
         read = []
         for part in track(parts, len(parts), "best of n: reading"):
             with torch.no_grad(), autocast(model):
-                read.append(place_and_features(language, rewards.layer, encoded[part], responses[part])[1])
+                read.append(pooled_states(language, rewards.layer, encoded[part], responses[part]))
             check_stop()
         pooled = torch.cat(read)
     scores = rewards.score(said, pooled, batch_size, "best of n: scoring")

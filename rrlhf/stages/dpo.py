@@ -50,7 +50,7 @@ class Pairs(NamedTuple):
 def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path, log: Log) -> None:
     """Train one policy from the SFT model on the preference pairs, and save it; goes on from a checkpoint in `out`."""
     torch.manual_seed(arm.seed)
-    engine, language = accelerator(model), load_model(sft)
+    engine, language = accelerator(model), load_model(sft, model)
     texts = Texts(language, model)
     training, held = (encoded(texts, preferences(data, name)) for name in ("preferences", "heldout"))
     log({"step": 0, **texts.told("dpo")})

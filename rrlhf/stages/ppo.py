@@ -69,7 +69,7 @@ def run(
     """
     torch.manual_seed(arm.seed)
     functions = load_functions(arm.functions, further_columns(data))
-    engine, language = accelerator(model), load_model(sft)
+    engine, language = accelerator(model), load_model(sft, model)
     scale = reference_scale(arm, reward, ensemble)
     rewards = load_reward_models(reward, ensemble, engine.device, functions)
     learner = prepare_learner(engine, language, rewards, model=model, ppo=ppo, seed=arm.seed)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rrlhf.config import Model, Sft
 from rrlhf.data.tables import demonstrations
 from rrlhf.models.load import LanguageModel, accelerator, load_base, microbatches, save_model
 from rrlhf.models.text import Texts
+from rrlhf.models.whole import final_norm
 from rrlhf.policy.answers import Answers, answer
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.learner import top_layers, with_optimizer
@@ -47,9 +50,33 @@ def sharpen(language: LanguageModel, temperature: float) -> None:
 
     At temperature 1 a small model says something odd in every other sentence, and every stage that follows samples so.
     Before training this would not last: the likelihood of demonstrations asks for their own temperature.
+    Raises ValueError when the model has no last norm that scales.
     """
+    network, norm = language.network, final_norm(language.network)
+    if temperature == 1:
+        return
+    if norm is None:
+        raise ValueError(f"sft.temperature {temperature}: the model's last norm has no weights to scale; set it to 1.0")
     with torch.no_grad():
-        language.network.model.norm.weight /= temperature
+        unit = _unit(norm, language.width)
+        for name, weight in norm.named_parameters():
+            own = unit if name == "weight" else 0.0
+            weight.copy_((weight + own) / temperature - own)
+        bias = getattr(network.get_output_embeddings(), "bias", None)
+        if bias is not None:
+            bias /= temperature
+    config = network.config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None):
+        config.final_logit_softcapping /= temperature  # c/T tanh((z/T) / (c/T)) = (c tanh(z/c)) / T
+
+
+def _unit(norm: nn.Module, width: int) -> float:
+    """Return 1 where a norm multiplies by 1 + its weight, as Gemma's do, else 0."""
+    empty = deepcopy(norm)
+    for weight in empty.parameters():
+        weight.zero_()
+    weight = next(norm.parameters())
+    return float(empty(torch.arange(float(width), device=weight.device, dtype=weight.dtype)[None]).any())
 
 
 def train(answers: Answers, batches: list[list[int]], sft: Sft, first: int = 0) -> Iterator[Metrics]:

@@ -8,9 +8,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rrlhf.models.layers import PACKED, hidden_states, prefill, register, run_layers
-from rrlhf.models.load import LanguageModel, load_base
+from rrlhf.models.layers import prefill, run_layers
+from rrlhf.models.load import load_base
 from rrlhf.models.rollout import sample
+from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop
 from rrlhf.models.trial import refusal
 
@@ -27,24 +28,6 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-WINDOW = 5
-MAKES = {
-    "Llama": transformers.LlamaConfig(**SHAPE),
-    "one key head": transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
-    "wide heads": transformers.LlamaConfig(**SHAPE, head_dim=16),
-    "tied": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "Qwen 2 with biases": transformers.Qwen2Config(**SHAPE),
-    "Qwen 3": transformers.Qwen3Config(**SHAPE, head_dim=16),
-    "Mistral with a sliding window": transformers.MistralConfig(**SHAPE, sliding_window=WINDOW),
-    "Phi 3 with a sliding window": transformers.Phi3Config(**SHAPE, sliding_window=WINDOW),
-    "Qwen 2 with windows in some layers": transformers.Qwen2Config(
-        **SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
-    ),
-    "OLMo 2": transformers.Olmo2Config(**SHAPE),
-    "SmolLM 3": transformers.SmolLM3Config(**SHAPE),
-    "Mixtral": transformers.MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-}
-LENGTHS = [WINDOW - 2, WINDOW, WINDOW + 1, 4 * WINDOW]  # below, at and beyond the window
 
 
 @pytest.fixture(scope="module")
@@ -52,60 +35,7 @@ def language(model):
     return load_base(model)
 
 
-def made(name):
-    """Return a random network with its own attention, and the same one as rrlhf runs it."""
-    torch.manual_seed(0)
-    own = transformers.AutoModelForCausalLM.from_config(MAKES[name]).eval()
-    for weight in own.parameters():
-        torch.nn.init.normal_(weight, *((0.0, weight.shape[-1] ** -0.5) if weight.dim() > 1 else (0.7, 0.2)))
-    own.requires_grad_(False)
-    ours = transformers.AutoModelForCausalLM.from_config(MAKES[name]).eval().requires_grad_(False)
-    ours.load_state_dict(own.state_dict())
-    register()
-    ours.set_attn_implementation(PACKED)
-    ours.generation_config.eos_token_id = [1]
-    return own, ours
-
-
-def rows_of(lengths, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 60, (length,), generator=draw).tolist() for length in lengths]
-
-
-@pytest.mark.parametrize("name", MAKES)
-def test_a_make_that_is_allowed_says_what_its_own_forward_does_in_any_batch(name):
-    own, ours = made(name)
-    assert refusal(own.config, 40) is None
-    rows = rows_of(LENGTHS)
-    found = prefill(ours, rows, 3)
-    logits = ours.lm_head(ours.model.norm(found.packing.grid(found.last)))
-    for row, said in zip(rows, logits, strict=True):
-        torch.testing.assert_close(said[: len(row)], own(torch.tensor([row])).logits[0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", MAKES)
-def test_samples_and_what_training_reads_of_them_have_its_own_log_probabilities(name):
-    own, ours = made(name)
-    language, prompts = LanguageModel(ours, None), rows_of(LENGTHS)
-    drawn = sample(language, prompts, 12, torch.Generator().manual_seed(1), keep=(1,))
-    read, _ = PolicyTop(language, 1)(drawn.states[1], drawn.prompt_lengths, drawn.responses, drawn.mask)
-    for number, prompt in enumerate(prompts):
-        said = drawn.lists()[number]
-        logits = own(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
-        alone = logits.log_softmax(-1).gather(1, torch.tensor(said)[:, None])[:, 0]
-        torch.testing.assert_close(drawn.logprobs[number, : len(said)], alone, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(read[number, : len(said)], alone, atol=1e-4, rtol=1e-4)
-
-
 REFUSED = {
-    "capped scores": (transformers.Gemma2Config(**SHAPE, head_dim=8), 40, "gemma2"),
-    "an embedding for every kind of layer": (transformers.Gemma3TextConfig(**SHAPE, head_dim=8), 40, "gemma3_text"),
-    "multipliers": (transformers.GraniteConfig(**SHAPE, embedding_multiplier=3.0), 40, "granite"),
-    "another layout": (
-        transformers.GPTNeoXConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1),
-        40,
-        "neox",
-    ),
     "a short context": (transformers.LlamaConfig(**SHAPE), 129, "made for 128 tokens"),
     "embeddings by the longest row": (
         transformers.LlamaConfig(
@@ -135,7 +65,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore:.*original_max_position_embeddings")
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_make_that_would_say_something_else_is_refused_by_name(name):
+def test_rows_that_are_too_long_for_a_model_are_refused(name):
     config, tokens, told = REFUSED[name]
     assert re.search(told, refusal(config, tokens) or "")
 
@@ -169,7 +99,7 @@ def test_states_keys_and_values_are_those_of_each_row_alone(language, rows):
 
 def test_states_below_the_first_layer_are_the_embeddings(language):
     rows = [[3, 4], [3, 5, 6]]
-    states = hidden_states(language.network, rows, 0)
+    states = hidden_states(language, rows, 0)
     assert states.shape[:2] == (2, 3)
     for number, row in enumerate(rows):
         assert torch.equal(states[number, : len(row)], language.network.model.embed_tokens(torch.tensor(row)))

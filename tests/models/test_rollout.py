@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from rrlhf.models.layers import hidden_states
 from rrlhf.models.load import load_base
 from rrlhf.models.rollout import response_features, sample, sample_in_batches, text_lengths
+from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop
 
 PROMPTS = [[3, 9, 12], [4, 7, 8, 20, 21, 22, 23], [5, 30, 31, 32]]
@@ -75,7 +75,7 @@ def test_features_from_the_sampling_pass_equal_those_of_a_pass_over_the_text(lan
     samples = drawn(language, PROMPTS * 4, keep=(1,))
     lengths = text_lengths(samples)
     sequences = [prompt + row for prompt, row in zip(PROMPTS * 4, samples.lists(), strict=True)]
-    again = response_features(hidden_states(language.network, sequences, 1), samples.prompt_lengths, lengths)
+    again = response_features(hidden_states(language, sequences, 1), samples.prompt_lengths, lengths)
     sampled = response_features(samples.states[1], samples.prompt_lengths, lengths)
     torch.testing.assert_close(sampled, again, atol=1e-5, rtol=1e-4)
 

@@ -71,20 +71,14 @@ def test_a_reward_models_own_base_is_looked_at_as_well(look, tmp_path, model):
     assert "made for 512 tokens" in mistakes[0]
 
 
-def test_adapters_need_maps_to_stand_beside(look, folder):
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    config = json.loads((folder / "config.json").read_text())
-    sizes = {name: config[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
-    sizes |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1}
-    Phi3ForCausalLM(Phi3Config(**sizes, max_position_embeddings=512)).save_pretrained(folder)
-    assert look() == ([], [])
-    mistakes, _ = look(ppo__trains="lora", reward__trunk="lora", reward__train_layers=1, ensemble__kind="lora")
-    assert [line.partition(":")[0] for line in mistakes] == [
-        "ppo.trains lora",
-        "reward.trunk lora",
-        "ensemble.kind lora",
-    ]
+def test_adapters_need_maps_to_stand_beside(look):
+    assert look(ppo__trains="lora", ppo__lora_targets=["q_proj", "down_proj"]) == ([], [])
+    [mistake], _ = look(ppo__trains="lora", ppo__lora_targets=["q_proj", "c_attn"])
+    assert mistake == (
+        "ppo.lora_targets: no map of the model is named c_attn; "
+        "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
+    assert look(ppo__lora_targets=["c_attn"]) == ([], [])
 
 
 def test_a_system_turn_that_the_template_refuses_is_told(look, folder):

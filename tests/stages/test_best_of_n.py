@@ -11,7 +11,7 @@ from rrlhf.data.tables import prompts
 from rrlhf.models.load import load_model
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.reading import place_and_features
+from rrlhf.policy.reading import pooled_states
 from rrlhf.policy.reward import read_arm
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, choose, curve_points, read_candidates
 from rrlhf.rewards.scoring import load_reward_model
@@ -64,7 +64,7 @@ def test_of_every_n_samples_the_best_is_chosen_and_what_is_left_over_is_not(made
 
 def test_scores_are_those_of_the_reward_models_on_the_text(made, models):
     """A random model's text survives being encoded again only where its bytes are letters: the rest is skipped."""
-    found, language = read_candidates(made[0]), load_model(models["sft"])
+    found, language = read_candidates(made[0]), load_model(models["sft"], PARAMS.model)
     asked = [prompt for prompt in prompts(models["data"], "evaluate") for _ in range(SAMPLES)]
     scores = load_reward_model(models["ensemble"], models["sft"]).score(asked, found.texts)
     scale = read_arm(made[0])[1]
@@ -97,15 +97,15 @@ def test_the_same_seed_gives_the_same_bytes(made, models, tmp_path):
 
 def test_the_batch_size_changes_no_score(made, models, tmp_path):
     """Sampling draws by batch, so the responses are given and only scored here."""
-    found, language = read_candidates(made[0]), load_model(models["sft"])
+    found, language = read_candidates(made[0]), load_model(models["sft"], PARAMS.model)
     asked = [prompt for prompt in prompts(models["data"], "evaluate") for _ in range(SAMPLES)]
     texts = Texts(language, PARAMS.model)
     encoded = [texts.prompt(prompt) for prompt in asked]
 
     def pooled(size):
         parts = [slice(start, start + size) for start in range(0, len(asked), size)]
-        read = (place_and_features(language, 1, encoded[part], found.responses[part]) for part in parts)
-        return torch.cat([features for _, features in read])
+        read = (pooled_states(language, 1, encoded[part], found.responses[part]) for part in parts)
+        return torch.cat([*read])
 
     for size in (1, 7):
         torch.testing.assert_close(pooled(size), pooled(36), atol=1e-5, rtol=1e-4)

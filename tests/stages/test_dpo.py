@@ -48,9 +48,9 @@ def trained(start, model, settings, tmp_path_factory):
     return run(start, model, settings, tmp_path_factory.mktemp("dpo") / "out")
 
 
-def prepared(start, settings):
+def prepared(start, model, settings):
     """The policy before its first step."""
-    language, engine = load_model(start / "sft"), Accelerator(cpu=True)
+    language, engine = load_model(start / "sft", model), Accelerator(cpu=True)
     top = top_layers(engine, language, settings.train_layers, "dpo.train_layers")
     return with_optimizer(engine, language, top, settings.learning_rate, 8)
 
@@ -97,7 +97,7 @@ def test_parts_and_kept_states_change_nothing_but_rounding(trained, start, model
 
 
 def test_log_probabilities_are_those_of_the_whole_network_without_padding(start, model, settings):
-    policy = prepared(start, settings)
+    policy = prepared(start, model, settings)
     answers = encoded(start, policy, model)
     pairs = stage.prepare_pairs(policy, answers, model, settings)
     for pair in (0, 7):
@@ -110,7 +110,7 @@ def test_log_probabilities_are_those_of_the_whole_network_without_padding(start,
 
 
 def test_a_response_of_several_pairs_is_read_once(start, model, settings):
-    policy = prepared(start, settings)
+    policy = prepared(start, model, settings)
     (a, b), (c, d), *_ = answers = encoded(start, policy, model)
     alone, shared = (
         stage.prepare_pairs(policy, pairs, model, settings) for pairs in (answers, [(a, b), (b, a), (c, d)])
@@ -138,7 +138,7 @@ def preferences_of(chosen, rejected):
 
 def test_the_gradient_is_the_published_one(start, model, settings):
     """grad = -beta * sigmoid(-margin) * (grad log pi(chosen) - grad log pi(rejected)), eq. 7 of the paper."""
-    policy = prepared(start, settings)
+    policy = prepared(start, model, settings)
     pairs = stage.prepare_pairs(policy, encoded(start, policy, model), model, settings)
     weight = policy.top.layers[-1].mlp.up_proj.weight
     shifted = pairs.reference[:3] + torch.tensor([[0.7, -0.4]])

@@ -40,7 +40,7 @@ class Chat:
 
     def __init__(self, models: Sequence[Named], judge: Judge | None, device: str) -> None:
         kind = torch.device(device_kind(device))
-        self.speakers = [(each, load_model(each.folder)) for each in models]
+        self.speakers = [(each, load_model(each.folder, each.model)) for each in models]
         for _, language in self.speakers:
             language.network.to(kind).requires_grad_(False)
         self.ensemble = load_reward_model(judge.artifact.path, judge.sft, kind) if judge else None
