@@ -19,7 +19,7 @@ from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.former import take_over
 from rrlhf.pipeline.graph import DATA, Node
-from rrlhf.pipeline.keys import Document, changes, key_digest
+from rrlhf.pipeline.keys import UNSET, Document, changes, key_digest
 from rrlhf.pipeline.partial import chosen
 from rrlhf.pipeline.plan import EVERYTHING, Project
 from rrlhf.pipeline.produce import compare_again
@@ -61,8 +61,14 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
 
 
 def only_code(old: Document, new: Document) -> bool:
-    """Whether two key documents differ in their code, that of reward functions included, and in nothing else."""
-    return {change.path[0] for change in changes(old, new)} <= {"code", "functions"}
+    """Whether two key documents differ in their code, that of reward functions included, and in nothing else.
+
+    A setting that the old one does not have came with newer code.
+    """
+    return all(
+        change.path[0] in {"code", "functions"} or (change.path[0] == "params" and change.old == UNSET)
+        for change in changes(old, new)
+    )
 
 
 def _earlier(project: Project, node: Node, document: Document) -> Artifact:

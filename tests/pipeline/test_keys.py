@@ -14,6 +14,7 @@ from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.graph import nodes
+from rrlhf.pipeline.accept import only_code
 from rrlhf.pipeline.keys import canonical, differences, key_digest, key_document
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
@@ -243,3 +244,12 @@ def test_code_that_changed_after_the_key_is_noticed(rules):
     (rules / "checks" / "words.py").write_text("words = ('a',)\n")
     (rules / "my_rules.py").unlink()
     assert changed_since(noted, rules) == ["checks.words", "my_rules"]
+
+
+def test_a_setting_that_came_with_newer_code_is_a_change_of_the_code_and_one_that_a_person_made_is_not():
+    old = {"stage": "sft", "params": {"seed": 1, "model": {"base": "a"}}, "inputs": {"data": "1"}, "code": {"f": "1"}}
+    newer = old | {"params": {"seed": 1, "model": {"base": "a", "attention": "auto"}}, "code": {"f": "2"}}
+    assert only_code(old, newer)
+    assert not only_code(newer, old)
+    assert not only_code(old, newer | {"inputs": {"data": "2"}})
+    assert not only_code(old, old | {"params": {"seed": 2, "model": {"base": "a"}}})
