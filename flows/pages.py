@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from textwrap import indent
 from typing import Any
 from uuid import UUID
 
@@ -26,7 +27,7 @@ from rrlhf.progress import in_words
 from rrlhf.tools.lineage.text import tree
 from rrlhf.tools.pages import visible
 from rrlhf.tools.reporting.comparison import table
-from rrlhf.tools.reporting.tables import escaped, fenced, markdown
+from rrlhf.tools.reporting.tables import escaped, markdown
 
 
 class Pages:
@@ -127,4 +128,4 @@ def ancestry(graph: Graph, product: Product, mlflow: str | None) -> str:
     """Return what a product was made from as a tree in Markdown, with links to the models' pages in MLflow."""
     models = [made for made in graph.up(product) if mlflow and "/" in "".join(made.names[:1])]
     links = [f"- [{escaped(made.title)}]({version_page(str(mlflow), made.names[0])})" for made in reversed(models)]
-    return "\n".join([*links, "", fenced(tree(graph, product))])
+    return "\n".join([indent(visible(tree(graph, product)), "    "), "", *links])  # four spaces: shown as it is

@@ -8,13 +8,57 @@ cannot change places) stays as it is; a text with something to read never loses 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
+
+import torch
+from torch import Tensor
+
+from rrlhf.judging.calibration import correct, estimate, measured_share
+from rrlhf.judging.content import Robustness
+from rrlhf.robust import Scores, mean_reward
+from rrlhf.types import Message, Preference
 
 MARKS = ".,;:!?"
 NEUTRAL_SENTENCES = ("That is all.", "This is my answer.", "I hope that this helps.", "Let me know what you think.")
 
 _WORD = re.compile(r"\S+")
+
+# Prompts and responses in, normalised scores [responses, heads] out.
+Scorer = Callable[[Sequence[list[Message]], Sequence[str]], Scores]
+
+
+def robustness(
+    score: Scorer, pairs: Sequence[Preference], prompts: Tensor, *, draws: int, seed: int
+) -> list[Robustness]:
+    """Estimate P(r_w > r_l) under each kind of perturbation, over `draws` samples for every pair.
+
+    Both responses of a pair are perturbed, each on its own. The reward is the heads' mean, in normalised units;
+    `prompts` [pairs] says which pairs share a prompt, and all draws of one prompt are one unit.
+    """
+    asked = [pair.prompt for pair in pairs]
+    chosen = mean_reward(score(asked, [pair.chosen for pair in pairs]))
+    rejected = mean_reward(score(asked, [pair.rejected for pair in pairs]))
+    found = []
+    for kind, change in PERTURBATIONS.items():
+        changed = [
+            perturbed(text, kind, seed + draw)
+            for draw in range(draws)
+            for text in (*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs))
+        ]
+        rewards = mean_reward(score(asked * (2 * draws), changed)).reshape(draws, 2, len(pairs))
+        wins = correct(rewards[:, 0] - rewards[:, 1])
+        shift = rewards - torch.stack([chosen, rejected])
+        found.append(
+            Robustness(
+                kind=kind,
+                keeps_meaning=change not in SLIPS,
+                wins=measured_share(wins.mean(0), prompts),
+                turned=measured_share((wins != correct(chosen - rejected)).double().mean(0), prompts),
+                shift=estimate(shift.mean((0, 1)), prompts),
+            )
+        )
+    return found
 
 
 def perturbed(text: str, kind: str, seed: int) -> str:
@@ -55,12 +99,7 @@ def doubled_word(text: str, random: Random) -> str:
 
 def case(text: str, random: Random) -> str:
     """Write all letters small, all large, or every word's first one large."""
-    starts = {word.start() for word in _WORD.finditer(text)}
-    ways = [
-        "".join(_folded_alike(letter, letter.lower()) for letter in text),
-        "".join(_folded_alike(letter, letter.upper()) for letter in text),
-        "".join(_folded_alike(letter, letter.upper()) if at in starts else letter for at, letter in enumerate(text)),
-    ]
+    ways = [text.lower(), text.upper(), _WORD.sub(lambda word: word[0][0].upper() + word[0][1:], text)]
     return random.choice([way for way in ways if way != text] or [text])
 
 
@@ -110,8 +149,3 @@ PERTURBATIONS: dict[str, Callable[[str, Random], str]] = {
 def _can_swap(text: str, at: int) -> bool:
     one, other = text[at], text[at + 1]
     return one.isalpha() and other.isalpha() and one.casefold() != other.casefold()
-
-
-def _folded_alike(letter: str, changed: str) -> str:
-    """Return the changed letter where only its case changed: Unicode has letters whose capital is another letter."""
-    return changed if changed.casefold() == letter.casefold() else letter

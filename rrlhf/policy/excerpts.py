@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
+from rrlhf.judging.evaluation import Excerpt
 from rrlhf.types import Message
 
 FILE = "samples.json"
@@ -25,19 +26,6 @@ class RolloutResponse(NamedTuple):
     proxy: float
     heads: list[float]
     sigma: float  # mean standard deviation of the heads' scores
-
-
-class Excerpt(TypedDict):
-    """One response of a rollout; what was not finite is None."""
-
-    update: int
-    row: int  # of the ppo table
-    prompt: str
-    response: str
-    finished: bool
-    kl: float | None  # log(pi / pi_ref) of the response, nats
-    proxy: float | None
-    heads: list[float | None]
 
 
 def excerpts(kept: Sequence[RolloutResponse], asked: Sequence[list[Message]]) -> list[Excerpt]:
@@ -58,11 +46,16 @@ def excerpts(kept: Sequence[RolloutResponse], asked: Sequence[list[Message]]) ->
     return [_excerpt(row, asked[row.prompt][-1]["content"]) for row in chosen]
 
 
+def write_excerpts(found: Sequence[Excerpt], folder: Path) -> None:
+    """Write what no judge has read yet into a policy's folder."""
+    told = [{name: value for name, value in vars(one).items() if name != "gold"} for one in found]
+    (folder / FILE).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
 def read_excerpts(folder: Path) -> list[Excerpt]:
     """Read the excerpts of a policy's training; none where it was not trained on rollouts."""
     path = folder / FILE
-    found: list[Excerpt] = json.loads(path.read_bytes()) if path.is_file() else []
-    return found
+    return [Excerpt(**row) for row in json.loads(path.read_bytes())] if path.is_file() else []
 
 
 def _first_middle_last(rows: Sequence[RolloutResponse]) -> list[RolloutResponse]:
@@ -70,16 +63,10 @@ def _first_middle_last(rows: Sequence[RolloutResponse]) -> list[RolloutResponse]
 
 
 def _excerpt(row: RolloutResponse, prompt: str) -> Excerpt:
-    return {
-        "update": row.update,
-        "row": row.prompt,
-        "prompt": prompt,
-        "response": row.response,
-        "finished": row.finished,
-        "kl": _finite(row.kl),
-        "proxy": _finite(row.proxy),
-        "heads": [_finite(score) for score in row.heads],
-    }
+    heads = [_finite(score) for score in row.heads]
+    return Excerpt(
+        row.update, row.prompt, prompt, row.response, row.finished, _finite(row.kl), _finite(row.proxy), heads
+    )
 
 
 def _finite(value: float) -> float | None:

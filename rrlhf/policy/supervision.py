@@ -20,8 +20,7 @@ from accelerate.utils import broadcast, gather_object
 
 from rrlhf.config import Health
 from rrlhf.policy.checkpoint import Checkpoints, State
-from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import RolloutResponse, excerpts
+from rrlhf.policy.excerpts import RolloutResponse, excerpts, write_excerpts
 from rrlhf.policy.health import (
     DIVERGED,
     EVENTS,
@@ -132,8 +131,8 @@ def write_history(
     responses = sorted(gather_object(history.responses), key=lambda row: row.update)
     if engine.is_main_process:
         events = [event._asdict() for event in history.events]
-        for name, told in ((EVENTS, events), (EXCERPTS, excerpts(responses, messages))):
-            (out / name).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
+        (out / EVENTS).write_text(json.dumps(events, indent=1, ensure_ascii=False), encoding="utf-8")
+        write_excerpts(excerpts(responses, messages), out)
     return responses
 
 

@@ -7,6 +7,7 @@ constant reward. Of best-of-n the responses are there already; its KL is a bound
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby, repeat
 from pathlib import Path
 from statistics import fmean
@@ -215,11 +216,11 @@ def _excerpts(folder: Path, data: Path, gold: PromptedGold | None) -> list[Excer
     """Return what a policy wrote as it trained, with gold if there is a judge."""
     found = read_excerpts(folder)
     if gold is None or not found:
-        return [Excerpt(**row) for row in found]
+        return found
     table = read_table(data, "ppo")
-    asked, texts = [table[row["row"]] for row in found], [row["response"] for row in found]
-    golds = gold.score(asked, texts, [row["finished"] for row in found]).total
-    return [Excerpt(**row, gold=score) for row, score in zip(found, golds, strict=True)]
+    asked, texts = [table[one.row] for one in found], [one.response for one in found]
+    golds = gold.score(asked, texts, [one.finished for one in found]).total
+    return [replace(one, gold=score) for one, score in zip(found, golds, strict=True)]
 
 
 def _judgements(judges: Judges, features: PairFeatures, several: PairFeatures) -> list[RewardJudgement]:

@@ -107,18 +107,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         work = _service("worker", [*PREFECT, "worker", "start", "--pool", POOL], environment, root)
         kept = ["--backend-store-uri", f"sqlite:///{root / 'mlflow.db'}"]
         kept += ["--default-artifact-root", (root / "mlartifacts").as_uri()]
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            HOST,
-            "--port",
-            str(mlflow_port),
-            "--workers",
-            "1",
-        ]
+        command = [sys.executable, *f"-m mlflow server --host {HOST} --port {mlflow_port} --workers 1".split()]
         show = _service("MLflow", [*command, *kept], NO_JOBS | environment, root)
         with work as worker, show as pages:
             pages.wait_for(f"{mlflow}/health")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from rrlhf.data.tables import preferences, write_table
-from rrlhf.judging.perturbations import PERTURBATIONS
-from rrlhf.judging.robustness import robustness
+from rrlhf.judging.perturbations import PERTURBATIONS, robustness
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.rewards.features import PairFeatures

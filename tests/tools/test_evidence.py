@@ -147,7 +147,7 @@ def test_tables_and_pictures_show_it(tmp_path):
     assert titles[1] == "robust less single, seed by seed"
     assert "| win rate | +1.00 | +1.00 to +1.00 |" in as_markdown(told)
     names = [path.name for path in write(told, found, tmp_path)]
-    assert names == ["sweep.json", "sweep.png", "sweep.svg", "courses.png", "courses.svg", "sweep.md"]
+    assert names == ["sweep.json", "courses.png", "courses.svg", "sweep.md"]
 
 
 @pytest.mark.parametrize("name", experiments(ROOT))

@@ -12,7 +12,7 @@ from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.lineage.load import graph_of
-from rrlhf.tools.reporting.tables import Table, escaped, fenced, markdown
+from rrlhf.tools.reporting.tables import Table, escaped, markdown
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.show import Sweep, as_markdown
 
@@ -56,13 +56,6 @@ def test_a_text_is_shown_as_it_is(text):
     assert len(PAGE.parse(markdown(tables[0]))) == len(PAGE.parse(markdown(tables[1])))
 
 
-@given(st.text(alphabet="`~a \n", max_size=20))
-def test_code_stays_in_its_block(text):
-    [block] = PAGE.parse(fenced(text))
-    assert block.type == "fence"
-    assert block.content.rstrip("\n") == text.rstrip("\n")
-
-
 def policy(name, gold, **others):
     metrics = {"gold": Measured(gold, 0.1, 9)} if gold is not None else {}
     return Policy(name, "single", {}, metrics | others)
@@ -89,10 +82,13 @@ def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
     made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
     tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
     graph = graph_of([Version("rrlhf-sft", "1", ("latest",), tags)])
-    [read] = [token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"), None)) if token.type == "fence"]
+    [read] = [
+        token for token in PAGE.parse(ancestry(graph, graph.find("rrlhf-sft/1"), None)) if token.type == "code_block"
+    ]
     assert read.content.startswith("rrlhf-sft v1")
     linked = ancestry(graph, graph.find("rrlhf-sft/1"), "http://127.0.0.1:5000")
-    assert linked.startswith("- [rrlhf-sft v1](http://127.0.0.1:5000/#/models/rrlhf-sft/versions/1)\n\n```")
+    assert linked.startswith("    rrlhf-sft v1")
+    assert linked.endswith("\n\n- [rrlhf-sft v1](http://127.0.0.1:5000/#/models/rrlhf-sft/versions/1)")
 
 
 def test_a_sweep_is_a_table_with_its_legend():

@@ -28,7 +28,7 @@ from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.tools.lineage.text import branches, line
 from rrlhf.tools.pages import visible
 from rrlhf.tools.reporting.comparison import reward_in_words, samples, table
-from rrlhf.tools.reporting.courses import Event, Training, columns, health, smoothed, smoothed_stderr
+from rrlhf.tools.reporting.courses import Event, Training, columns, smoothed, smoothed_stderr
 from rrlhf.tools.reporting.plots import head_charts, looks_of, selection_charts
 from rrlhf.tools.reporting.report import render
 from rrlhf.tools.reporting.tables import show
@@ -145,70 +145,39 @@ def whole() -> str:
     return html(evaluation())
 
 
-def test_reward_functions_are_named_with_their_weights() -> None:
-    arm = policy("rules", "robust", 0.4, gold=0.0)
-    assert reward_in_words(arm) == "0.4 most confident + 0.6 minimum"
-    weights = {"my_rules:no_lists": 0.5, "package.verify:correct": -2.0}
-    told = reward_in_words(replace(arm, functions=weights))
-    assert told == "0.4 most confident + 0.6 minimum +0.5 my_rules:no_lists -2 package.verify:correct"
-    alone = policy("rules", "constant", gold=0.0)
-    assert reward_in_words(replace(alone, functions=weights)) == "+0.5 my_rules:no_lists -2 package.verify:correct"
-
-
-def test_the_verdict_names_the_highest_arm_and_its_distance_from_the_start() -> None:
-    first, second, *_ = verdict(evaluation())
-    assert first == "robust ends highest, with gold 1.30 ± 0.05: 0.90 ± 0.07 above sft."
-    assert second == (  # the error is sqrt(2) * .05
-        "single comes next, with -1.20 ± 0.05: 2.50 ± 0.07 below robust, 1.60 ± 0.07 below sft."
-    )
+def test_the_verdict_names_the_best_arm_and_tells_of_each_against_the_start() -> None:
+    assert verdict(evaluation(), trained(WARNED)) == [
+        "By the independent judge, single is worse than the start; robust is better than the start.",
+        "robust has the highest gold, +2.50 (+2.36 to +2.64) over single.",  # the error is sqrt(2) * .05
+        "single against the start: gold -1.60 (-1.74 to -1.46), proxy +7.00 (+6.86 to +7.14); "
+        "gold fell by 1.50 ± 0.08 from its best, around update 3, while the reward rose; "
+        "hacking suspected at rollout 5 (warned).",
+        "robust against the start: gold +0.90 (+0.76 to +1.04), proxy +5.00 (+4.86 to +5.14); no warning.",
+    ]
 
 
 def test_a_difference_below_two_standard_errors_is_called_noise() -> None:
-    first, second, *_ = verdict(evaluation(robust_gold=0.53, single_gold=0.55))
-    assert "single" in first
-    assert "0.15 ± 0.07 above sft" in first
-    assert "within noise of single (difference -0.02 ± 0.07)" in second
-    assert "within noise of sft" in second
-
-
-def test_over_optimisation_is_reported_where_gold_falls_and_proxy_rises() -> None:
-    showed, spared, rule = verdict(evaluation())[2:]
-    assert showed == (
-        "Over-optimisation showed for single: gold while training ended at -0.50, 1.50 ± 0.08 below its best "
-        "(1.00 around update 3), and the proxy went from 3.00 to 6.00."
-    )
-    assert (
-        spared
-        == "Over-optimisation did not show for robust: gold while training was at its best where it ended (1.27)."
-    )
-    assert "on new prompts and with new samples, so the two need not agree" in rule
+    head, first, *_ = verdict(evaluation(robust_gold=0.53, single_gold=0.52), {})
+    assert head == "By the independent judge, single and robust are not clearly different from the start."
+    assert first == "robust has the highest gold, +0.01 (-0.13 to +0.15) over single, which may be noise."
 
 
 @pytest.mark.parametrize(
-    ("golds", "proxies", "said"),
-    [
-        ([1.0] * 5 + [0.8] * 3, RISING, "ended at 0.80, 0.20 ± 0.08 below its best (1.00 around update 1)"),
-        (HACKED, RISING[::-1], "and the proxy went from 4.00 to 1.00"),
-    ],
-    ids=["between two and three errors", "without the proxy"],
+    ("golds", "proxies"),
+    [(HELD, RISING), ([1.0] * 5 + [0.8] * 3, RISING), (HACKED, RISING[::-1]), (HACKED[:2], RISING[:2])],
+    ids=["no fall", "between two and three errors", "without the proxy", "too few updates"],
 )
-def test_a_fall_by_chance_or_without_the_proxy_is_no_over_optimisation(
-    golds: list[float | None], proxies: list[float], said: str
+def test_over_optimisation_is_a_clear_fall_of_gold_while_the_proxy_rises(
+    golds: list[float | None], proxies: list[float]
 ) -> None:
-    told = verdict(evaluation(curves=curve("single", golds, proxies)))[2]
-    assert told.startswith("Over-optimisation did not show for single: ")
-    assert said in told
-
-
-def test_few_updates_say_nothing_of_over_optimisation() -> None:
-    short = evaluation(curves=curve("single", HACKED[:2], RISING[:2]))
-    assert verdict(short)[2:] == ["There are too few updates with gold to say whether over-optimisation set in."]
+    assert "gold fell" in " ".join(verdict(evaluation(), {}))
+    assert "gold fell" not in " ".join(verdict(evaluation(curves=curve("single", golds, proxies)), {}))
 
 
 def test_without_gold_the_verdict_speaks_of_reward_models_only() -> None:
-    sentences = verdict(without_gold())
-    assert sentences[0].startswith("No gold judge read this run")
-    assert sentences[1].startswith("single ends highest, with proxy")
+    sentences = verdict(without_gold(), {})
+    assert sentences[0].startswith("No independent judge read this run")
+    assert sentences[1].startswith("single has the highest proxy")
     page = html(without_gold())
     assert "Gold over training" not in page
     assert "gold <strong>" not in page
@@ -216,7 +185,7 @@ def test_without_gold_the_verdict_speaks_of_reward_models_only() -> None:
 
 def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
     lonely = Evaluation(evaluation().policies[:1], curves=[], samples=[], reward_models=[])
-    assert verdict(lonely) == ["There is no trained arm to compare."]
+    assert verdict(lonely, {}) == ["There is no trained arm to compare with the start."]
     page = html(lonely, lineage=None, facts={})
     assert "<img" not in page
     assert "Samples" not in page
@@ -225,8 +194,8 @@ def test_one_policy_without_curves_or_samples_gives_a_page() -> None:
 def test_missing_metrics_and_errors_are_left_out() -> None:
     sparse = evaluation(curves=curve("single", HACKED, RISING, stderr=None))
     sparse.policies[1] = replace(sparse.policies[1], metrics={"gold": measured(1.0, math.nan)})
-    assert verdict(sparse)[1].startswith("single comes next, with 1.00: within noise of robust (difference -0.30)")
-    assert "nan" not in " ".join(verdict(sparse))
+    assert verdict(sparse, {})[1] == "robust has the highest gold, +0.30 over single, which may be noise."
+    assert "nan" not in " ".join(verdict(sparse, {}))
     assert "nan" not in html(sparse).split("<figure>")[0]
 
 
@@ -240,7 +209,7 @@ def test_twenty_heads_or_one_can_be_drawn() -> None:
 def test_the_page_loads_nothing() -> None:
     page = whole()
     loaded = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)", page)
-    assert len(loaded) == 11  # six panels, the heads of two arms, two reliabilities, one correlation
+    assert len(loaded) == 10  # six panels, the heads of two arms, two reliabilities
     assert all(source.startswith("data:image/svg+xml;base64,") for source in loaded)
     assert not re.search(r"<script|<link|<iframe|@import|@font-face|srcset|url\((?!#)|http://|https://|//cdn", page)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
@@ -281,8 +250,8 @@ def test_other_methods_are_named_and_best_of_n_is_drawn_over_n() -> None:
     page = html(with_other_methods())
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "aligned 4 times: by PPO to please a reward, where nothing else is said." in text
-    assert "direct DPO: the preferences, no reward model" in text
-    assert "best of 16 by 0.4 most confident + 0.6 minimum" in text
+    assert "direct the preferences, no reward model" in text
+    assert "best of 16 by robust, nominal weight 0.4" in text
     assert page.count("Chart: Gold by n") == page.count("Chart: Reward by n") == 1
     assert "trained 2 times by PPO" in " ".join(re.sub(r"<[^>]+>", " ", whole()).split())
 
@@ -306,18 +275,15 @@ def test_the_health_of_every_training_is_told_and_drawn() -> None:
     assert re.search(r"single\s+, rollout 5:\s+hacking suspected\s+. score from 0.1 to 2.0; warned.", text)
     assert re.findall(r'Chart: (KL|Entropy|Finished|Clip fraction)"', page) == ["KL", "Entropy", "Finished"]
     assert "a dotted line marks" in page
-    assert health(trained(WARNED)) == "Health: hacking_suspected in single at rollout 5 (warned)."
 
 
 def test_a_healthy_training_is_said_to_be_healthy() -> None:
     page = html(brief(), trained=trained())
     assert "No detector fired in any training." in page
     assert "a dotted line marks" not in page
-    assert health(trained()) == "Health: no detector fired in any training."
 
 
 def test_arms_that_were_not_watched_have_no_health() -> None:
-    assert health({}) == ""
     page = whole()
     assert "Health of the training" not in page
     assert "What they wrote" not in page
@@ -378,7 +344,7 @@ def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> N
     show(table(evaluation()), console)
     text = console.export_text()
     assert "★ 1.30 ± 0.05" in text
-    assert "0.4 most confident + 0.6 minimum" in text
+    assert "robust, nominal weight 0.4" in text
     assert re.search(r"robust +│ +– │ +– │ +2.00 ± 0.05", text)
 
 
@@ -406,15 +372,10 @@ def test_a_row_counts_where_all_that_is_asked_for_is_known() -> None:
     assert [column.tolist() for column in columns([], "a", "b")] == [[], []]
 
 
-@pytest.mark.parametrize(
-    ("reward", "settings", "words"),
-    [
-        ("none", {}, "the start"),
-        ("robust", {"nominal_weight": 0.4}, "0.4 most confident + 0.6 minimum"),
-        ("batch_robust", {"nominal_weight": 0.4}, "0.4 most confident + 0.6 minimum of the batch"),
-        ("lower_bound", {"uncertainty_weight": 0.5}, "lower bound of heads, uncertainty weight 0.5"),
-        ("constant", {}, "no reward"),
-    ],
-)
-def test_a_reward_is_told_with_its_settings(reward, settings, words):
-    assert reward_in_words(Policy("arm", reward, settings, {})) == words
+def test_a_reward_is_told_with_its_settings_and_functions() -> None:
+    arm = policy("arm", "batch_robust", 0.4, gold=0.0)
+    assert reward_in_words(arm) == "batch robust, nominal weight 0.4"
+    chosen = replace(arm, n=4, functions={"my_rules:no_lists": 0.5, "package.verify:correct": -2.0})
+    assert reward_in_words(chosen) == (
+        "best of 4 by batch robust, nominal weight 0.4, +0.5 my_rules:no_lists, -2 package.verify:correct"
+    )

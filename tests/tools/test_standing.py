@@ -8,7 +8,7 @@ from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Point, Policy
 from rrlhf.policy.health import Event
 from rrlhf.tools.reporting.courses import Training
-from rrlhf.tools.reporting.verdict import headline, standings, verdict
+from rrlhf.tools.reporting.verdict import headline, standings
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:
@@ -55,13 +55,11 @@ def test_a_policy_whose_responses_collapsed_is_not_called_better(collapsed, told
     start = {"gold": measured(1.0), "words": measured(12.0), "repetition": measured(0.1), "gibberish": measured(0.1)}
     case = evaluation(policy("arm", **(start | {"gold": measured(3.0)} | collapsed)), **start)
     [standing] = standings(case, {})
-    said = [sentence for sentence in verdict(case) if "collapsed" in sentence]
     if told:
         assert standing.words == "scored above the start, but with responses that have collapsed"
         assert standing.warnings == [f"its responses have collapsed ({told})"]
-        assert said == [f"That is no improvement of arm: its responses have collapsed ({told})."]
     else:
-        assert (standing.words, standing.warnings, said) == ("better than the start", [], [])
+        assert (standing.words, standing.warnings) == ("better than the start", [])
 
 
 def test_changes_have_intervals_of_two_standard_errors_of_the_difference():
@@ -89,8 +87,11 @@ def test_warnings_are_those_of_the_courses_and_of_the_detectors():
     for update, gold in enumerate([1.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]):
         known.curves.append(Point("a", update, 1.0, update, 9.0, [], gold=gold, gold_stderr=0.1))
     event = Event(5, "hacking_suspected", "score rose", "warned")
-    a, b = standings(known, {"a": Training([event, event], []), "b": Training([], [])})
-    assert a.warnings == ["quality fell while the reward rose", "detector: hacking suspected"]
+    a, b = standings(known, {"a": Training([event], []), "b": Training([], [])})
+    assert a.warnings == [
+        "gold fell by 2.00 ± 0.08 from its best, around update 2, while the reward rose",
+        "hacking suspected at rollout 5 (warned)",
+    ]
     assert b.warnings == []
 
 

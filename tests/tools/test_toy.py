@@ -8,8 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
+from rrlhf.tools.sweeps.comparison import Interval
 from rrlhf.tools.toy import world
-from rrlhf.tools.toy.study import GOLD, SINGLE, Mean, Setting, arm_rewards, interval, study, verdict
+from rrlhf.tools.toy.study import GOLD, SINGLE, Setting, arm_rewards, study, verdict
 from rrlhf.tools.toy.world import expected, kl, learn, make_worlds, optimum, standardise, train
 
 
@@ -103,12 +104,6 @@ def test_standardising_keeps_the_order():
     assert scaled.std().item() == pytest.approx(1)
 
 
-def test_an_interval_is_students():
-    found = interval(torch.tensor([1.0, 2.0, 3.0]))
-    assert found.mean == 2
-    assert found.half == pytest.approx(4.302653 / math.sqrt(3), abs=1e-5)  # t(.975, 2 degrees of freedom)
-
-
 @pytest.fixture(scope="module")
 def small():
     with pytest.MonkeyPatch.context() as patch:
@@ -132,12 +127,12 @@ def test_the_mixture_of_weight_zero_is_the_minimum(briefly):
 
 
 def test_the_verdict_follows_the_numbers(small):
-    worse, better = Mean(-0.5, -0.6, -0.4), Mean(0.5, 0.4, 0.6)
+    worse, better = Interval(-0.5, -0.6, -0.4, 9, "seeds"), Interval(0.5, 0.4, 0.6, 9, "seeds")
     arms = {name: replace(arm, gold_over_single=worse) for name, arm in small.arms.items()}
     arms["robust 0.4"] = replace(arms["robust 0.4"], gold_over_single=better)
     said = verdict(replace(small, arms=arms))[1]
     assert "better than the single head: robust 0.4;" in said
-    assert "worse: robust 1, robust 0.8, robust 0.6, robust 0.2, robust 0;" in said
+    assert "worse: robust 1, robust 0.8, robust 0.6, robust 0.2, robust 0, mean" in said
 
 
 def test_the_command_writes_its_files_and_json(tmp_path, briefly):

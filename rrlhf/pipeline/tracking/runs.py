@@ -184,8 +184,8 @@ def write_told(client: Any, run_id: str, folder: Path) -> None:
     if EVENTS in told and EVENTS not in there:
         client.log_artifact(run_id, str(folder / EVENTS))
     if EXCERPTS in told and EXCERPTS not in there:
-        rows: list[Any] = [*read_excerpts(folder)]
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+        rows = [vars(row) for row in read_excerpts(folder)]
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name != "gold"}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow about pandas 3
             client.log_table(run_id, columns, EXCERPTS)

@@ -68,7 +68,7 @@ def evaluate_reward(
 
     root, params = Path.cwd(), load_params(Path.cwd(), profile, overrides(profile, set_))
     project, lookup = Project(root, profile, params), Lookup(root, profile, params)
-    artifact = _reward_model(lookup, model) if model else _ensemble_of(project)
+    artifact = _reward_model(project, lookup, model)
 
     from rrlhf.judging.labelled import load_pairs
     from rrlhf.tools.judging.judge import judged
@@ -83,20 +83,16 @@ def evaluate_reward(
         show_report(report, page)
 
 
-def _ensemble_of(project: Project) -> Artifact:
-    artifact = project.artifact("ensemble")
+def _reward_model(project: Project, lookup: Lookup, name: str | None) -> Artifact:
+    """Return the reward model of a name; without one, the profile's ensemble."""
+    from rrlhf.located import UsageError
+
+    artifact = lookup.find(name) if name else project.artifact("ensemble")
     if artifact is None:
         raise ValueError(
             f"the ensemble of profile {project.profile} is not up to date; `rrlhf run` comes first, or name a model: "
             "rrlhf evaluate-reward rrlhf-ensemble@latest"
         )
-    return artifact
-
-
-def _reward_model(lookup: Lookup, reference: str) -> Artifact:
-    from rrlhf.located import UsageError
-
-    artifact = lookup.find(reference)
     if artifact.stage not in STAGES:
-        raise UsageError(f"{reference!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
+        raise UsageError(f"{name!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
     return artifact

@@ -15,7 +15,7 @@ from rrlhf.hardware import device_kind
 from rrlhf.judging.content import RewardJudgement, Robustness, SubsetAccuracy
 from rrlhf.judging.labelled import LabelledPairs, accuracy_by_subset, prompt_numbers, question_wins
 from rrlhf.judging.metrics import PairScores, judge_ensemble, judge_single, score_pairs
-from rrlhf.judging.robustness import robustness
+from rrlhf.judging.perturbations import robustness
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.graph import DATA
@@ -69,10 +69,13 @@ def judged(
     features = artifact if artifact.stage == "reward" else lookup.input_of(artifact, "reward")
     if perturb and pairs is None:
         pairs = _heldout_texts(project, features, limit)
-    if pairs is None:
-        answer = Answer(_judged(artifact, _stored_scores(artifact, features, limit)))
-    else:
+    if pairs:
         answer = _judged_texts(artifact, lookup.input_of(features, "sft").path, pairs, perturb, project.params)
+    else:
+        stored = PairFeatures.load(folder_of(artifact.path, features.path))
+        first = Pairs(*(side[:limit] for side in stored.heldout))
+        scores = score_pairs(RewardHeads.load(artifact.path), first, stored.heldout_prompts[:limit])
+        answer = Answer(_judged(artifact, scores))
     source = pairs.source if pairs else HELDOUT
     return RewardReport(f"{artifact.name} {artifact.digest[:8]}", artifact.digest, source, answer)
 
@@ -84,8 +87,7 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
     score = partial(model.score, batch_size=params.reward.batch_size, label="scoring")
     texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores, cut = score([pair.prompt for pair in pairs] * 2, texts), model.cut["cut_responses"]
-    first, second = [*range(len(pairs))], [*range(len(pairs), 2 * len(pairs))]
-    chosen, rejected = scores.of(first), scores.of(second)
+    chosen, rejected = (scores.of([*range(start, start + len(pairs))]) for start in (0, len(pairs)))
     subsets = None
     if labelled.subsets:
         wins = question_wins(mean_reward(chosen) - mean_reward(rejected), labelled.questions)
@@ -104,12 +106,6 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
 
 def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
     return (judge_single if artifact.stage == "reward" else judge_ensemble)(artifact.name, scores)
-
-
-def _stored_scores(artifact: Artifact, features: Artifact, limit: int | None) -> PairScores:
-    stored = PairFeatures.load(folder_of(artifact.path, features.path))
-    first = Pairs(*(side[:limit] for side in stored.heldout))
-    return score_pairs(RewardHeads.load(artifact.path), first, stored.heldout_prompts[:limit])
 
 
 def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> LabelledPairs:

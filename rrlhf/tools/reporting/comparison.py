@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from rich.table import Column
 from rich.table import Table as Drawn
 from rich.text import Text
 
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.tools.pages import visible
-from rrlhf.tools.reporting.tables import Table, figures
+from rrlhf.tools.reporting.tables import Table, figures, known
 
 
 class Metric(NamedTuple):
@@ -82,10 +83,10 @@ def rows(evaluation: Evaluation) -> list[Row]:
     present = [name for policy in evaluation.policies for name in policy.metrics]
     found = []
     for name in dict.fromkeys([*(name for name in METRICS if name in present), *present]):
-        known = evaluation.measured(name)
-        best = max(known, key=lambda policy: known[policy].mean, default=None) if name == "gold" else None
+        values = evaluation.measured(name)
+        best = max(values, key=lambda policy: values[policy].mean, default=None) if name == "gold" else None
         cells = [
-            f"{'★ ' if policy.name == best else ''}{figures(known[policy.name])}" if policy.name in known else "–"
+            f"{'★ ' if policy.name == best else ''}{figures(values[policy.name])}" if policy.name in values else "–"
             for policy in evaluation.policies
         ]
         value = Metric(f"Value of the reward function {name.removeprefix('function_')}.", "where there is room")
@@ -102,37 +103,22 @@ def table(evaluation: Evaluation) -> Table:
 
 def samples(evaluation: Evaluation) -> Drawn:
     """Return what every policy answered to the first prompts, for the terminal."""
-    judged = any(answer.gold is not None for sample in evaluation.samples for answer in sample.responses.values())
-    shown = Drawn(title="the same prompts, answered by each", title_justify="left", show_header=False, expand=True)
-    shown.add_column(no_wrap=True)
-    shown.add_column(ratio=1)
-    shown.add_column(justify="right", no_wrap=True)
+    title = "the same prompts, answered by each"
+    gold = Column("gold", justify="right", no_wrap=True)
+    shown = Drawn(Column(no_wrap=True), Column(ratio=1), gold, title=title, title_justify="left", expand=True)
     for sample in evaluation.samples[:SAMPLES]:
-        shown.add_row("", Text(visible(sample.prompt), style="bold"), "gold" if judged else "")
+        shown.add_row("", Text(visible(sample.prompt), style="bold"))
         for name, answer in sample.responses.items():
-            gold = "" if answer.gold is None else f"{answer.gold:z.2f}"
-            shown.add_row(Text(visible(name)), Text(visible(" ".join(answer.text.split()))), gold)
+            said = visible(" ".join(answer.text.split()))
+            shown.add_row(Text(visible(name)), Text(said), known(answer.gold, 2))
         shown.add_section()
     return shown
 
 
 def reward_in_words(policy: Policy) -> str:
-    """Say which reward trained a policy; a mixture names both weights."""
-    reward, settings = policy.reward, dict(policy.settings)
-    plain = {
-        "none": "the start",
-        "preferences": "DPO: the preferences, no reward model",
-        "single": "one reward head",
-        "constant": "no reward",
-    }
-    words = plain.get(reward, f"{reward} of heads").replace("_", " ")
-    if "nominal_weight" in settings:
-        weight = settings.pop("nominal_weight")
-        words = f"{weight:g} most confident + {1 - weight:g} minimum" + (" of the batch" if "batch" in reward else "")
-    functions = "".join(f" {weight:+g} {path}" for path, weight in sorted(policy.functions.items()))
-    if functions and reward == "constant":
-        words, functions = functions.strip(), ""
-    if policy.n is not None:
-        words = f"best of {policy.n} by {words}"
-    rest = "".join(f", {name.replace('_', ' ')} {value}" for name, value in settings.items())
-    return f"{words}{rest}{functions}"
+    """Say by which reward a policy was made, with its settings and the weights of reward functions."""
+    plain = {"none": "the start", "preferences": "the preferences, no reward model", "single": "one reward head"}
+    by = f"best of {policy.n} by " if policy.n is not None else ""
+    settings = [f"{name.replace('_', ' ')} {value:g}" for name, value in policy.settings.items()]
+    functions = [f"{weight:+g} {path}" for path, weight in sorted(policy.functions.items())]
+    return by + ", ".join([plain.get(policy.reward, policy.reward.replace("_", " ")), *settings, *functions])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rrlhf.judging.evaluation import Evaluation, Point
+from rrlhf.judging.evaluation import Point
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.policy.health import EVENTS, Event
 from rrlhf.types import Metrics
@@ -32,20 +32,13 @@ class Training(NamedTuple):
 
 
 class Course(NamedTuple):
-    """Gold and proxy while one arm trained, at gold's peak and at the end, each a mean over neighbouring updates."""
+    """Gold and proxy while one arm trained, from gold's peak to the end, each a mean over neighbouring updates."""
 
     peak_update: int
-    peak_gold: float
-    end_gold: float
-    stderr: float  # of the fall from one to the other
-    peak_proxy: float
-    end_proxy: float
+    fall: float  # of gold
+    stderr: float  # of that
+    proxy_rise: float
     down_at: int | None  # first update after the peak at which gold was clearly below it
-
-    @property
-    def fall(self) -> float:
-        """By how much gold fell."""
-        return self.peak_gold - self.end_gold
 
     @property
     def over_optimised(self) -> bool:
@@ -54,7 +47,7 @@ class Course(NamedTuple):
         The peak is the best of many updates: of flat courses of 40 updates, 22 % fall by two standard errors and
         2 % by three (simulated).
         """
-        return self.fall > CLEAR * self.stderr and self.end_proxy > self.peak_proxy
+        return self.fall > CLEAR * self.stderr and self.proxy_rise > 0
 
 
 def training(artifact: Artifact) -> Training | None:
@@ -63,24 +56,6 @@ def training(artifact: Artifact) -> Training | None:
     if not path.is_file():
         return None
     return Training([Event(**event) for event in json.loads(path.read_bytes())], artifact.history())
-
-
-def health(trainings: Mapping[str, Training]) -> str:
-    """Say in one sentence which detectors fired, by arm; nothing where no arm was watched."""
-    told = [
-        f"{event.name} in {name} at rollout {event.step} ({event.action})"
-        for name, training in trainings.items()
-        for event in training.events
-    ]
-    if not trainings:
-        return ""
-    return f"Health: {'; '.join(told)}." if told else "Health: no detector fired in any training."
-
-
-def courses(evaluation: Evaluation) -> dict[str, Course]:
-    """Return the course of every arm that has enough updates with gold, by name."""
-    told = {name: course(points) for name, points in evaluation.courses.items()}
-    return {name: found for name, found in told.items() if found}
 
 
 def course(points: Iterable[Point]) -> Course | None:
@@ -92,15 +67,8 @@ def course(points: Iterable[Point]) -> Course | None:
     peak = int(gold.argmax())
     falls, errors = gold[peak] - gold, np.hypot(stderr[peak], stderr)
     down = [round(update[i]) for i in range(peak, len(gold)) if falls[i] > CLEAR * errors[i]]
-    return Course(
-        peak_update=round(update[peak]),
-        peak_gold=float(gold[peak]),
-        end_gold=float(gold[-1]),
-        stderr=float(errors[-1]),
-        peak_proxy=float(proxy[peak]),
-        end_proxy=float(proxy[-1]),
-        down_at=next(iter(down), None),
-    )
+    rise = float(proxy[-1] - proxy[peak])
+    return Course(round(update[peak]), float(falls[-1]), float(errors[-1]), rise, next(iter(down), None))
 
 
 def columns(rows: Iterable[Mapping[str, Any]], *names: str) -> list[Column]:

@@ -41,15 +41,6 @@ class Chart(NamedTuple):
 Panel = tuple[str, str, str, str]  # a quantity, what it is drawn against, title, words
 
 
-class Bar(NamedTuple):
-    """One interval and how it is drawn; without one, `half` is NaN."""
-
-    name: str
-    middle: float
-    half: float
-    look: Look
-
-
 REFERENCE_LOOK = Look("#595959", "o", "●")
 ARM_LOOKS = [
     Look("#D55E00", "o", "●"),
@@ -120,6 +111,7 @@ def course_charts(
         names = [x, y, "gold_stderr"] if judged else [x, y]
         known = {name: found for name, rows in arms.items() if (found := columns(rows, *names))[0].size}
         figure, axes = empty_chart(ACROSS[x], *(("", (2.9, 2.0)) if small else (METRICS[y].axis,)))
+        axes.ticklabel_format(useOffset=False)
         for name, (across, up, *stderr) in known.items():
             across = np.sqrt(across.clip(min=0)) if x == "kl" else across
             axes.plot(across, up, looks[name].marker, color=looks[name].color, alpha=0.35, markersize=4, mew=0)
@@ -188,15 +180,6 @@ def draw_line(
         axes.plot(x[y.argmax()], y.max(), "*", color=look.color, markersize=15, markeredgecolor="white")
 
 
-def draw_bars(axes: Any, bars: Sequence[Bar]) -> None:
-    """Draw one interval a row, the first at the top."""
-    for row, bar in enumerate(bars):
-        half = 0.0 if math.isnan(bar.half) else bar.half
-        axes.errorbar(bar.middle, row, xerr=half, color=bar.look.color, marker=bar.look.marker, capsize=3)
-    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
-    axes.set_ylim(len(bars) - 0.5, -0.5)
-
-
 def empty_chart(across: str, up: str, size: tuple[float, float] = (4.8, 3.2)) -> tuple[Any, Any]:
     """Return a figure of `size` inches and its axes."""
     from matplotlib.figure import Figure  # here, so that the terminal table does not wait for it
@@ -216,7 +199,6 @@ def dress(axes: Any, across: str, up: str) -> None:
     axes.grid(color="#e3e3e3", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=across in {ACROSS["update"], ACROSS["step"]}))
-    axes.ticklabel_format(useOffset=False)
     axes.ticklabel_format(axis="x", scilimits=(-2, 5))  # a policy that hardly moved: labels would overlap
 
 

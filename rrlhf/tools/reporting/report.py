@@ -14,7 +14,7 @@ from rrlhf.tools.reporting import plots, rewards
 from rrlhf.tools.reporting.comparison import reward_in_words, rows
 from rrlhf.tools.reporting.courses import Training
 from rrlhf.tools.reporting.tables import Table, figures, known
-from rrlhf.tools.reporting.verdict import headline, standings, verdict
+from rrlhf.tools.reporting.verdict import headline, lead, standings
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def render(
         rewards={policy.name: reward_in_words(policy) for policy in evaluation.policies},
         standings=stand,
         headline=headline(stand),
-        verdict=verdict(evaluation),
+        lead=lead(evaluation),
         has_gold=bool(evaluation.measured("gold")),
         rows=rows(evaluation),
         looks=looks,

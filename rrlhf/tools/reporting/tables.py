@@ -67,10 +67,3 @@ def markdown(table: Table) -> str:
 def escaped(text: str) -> str:
     """Return a text of one line that Markdown shows as it is."""
     return SPECIAL.sub(r"\\\1", visible(" ".join(text.split())))
-
-
-def fenced(text: str) -> str:
-    """Return a block of code, whatever is in the text."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{visible(text)}\n{fence}"

@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation say, in sentences that claim no more than the numbers do."""
+"""What the numbers of an evaluation say, in words that claim no more than the numbers do."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from typing import NamedTuple
 
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation
-from rrlhf.tools.reporting.courses import CLEAR, NEIGHBOURS, Course, Training, courses
-from rrlhf.tools.reporting.tables import figures, plus_minus
+from rrlhf.tools.reporting.courses import Training, course
+from rrlhf.tools.reporting.tables import plus_minus
 
 FEWEST_WORDS = 2 / 3  # of the start's: below it a policy has collapsed into fragments
 MOST_RISE = {"repetition": 0.1, "gibberish": 0.1}  # over the start's: above it it has collapsed into noise
-RULE = (
-    f"It is a fall of gold by more than {CLEAR} standard errors from its best, while the proxy rose. Gold while "
-    f"training is the mean over {NEIGHBOURS} updates, on training prompts; gold in the comparison is the "
-    "finished policy's, on new prompts and with new samples, so the two need not agree."
-)
-NO_GOLD = (
-    "No gold judge read this run: the numbers say what the reward models think of the responses, not whether the "
-    "responses became better."
-)
 UNJUDGED = "not judged"
 BETTER = "better than the start"
 FELL_APART = "scored above the start, but with responses that have collapsed"
@@ -44,15 +35,9 @@ class Difference(NamedTuple):
         low, high = self.value - 2 * self.stderr, self.value + 2 * self.stderr
         return f"{self.value:+z.2f}" + ("" if math.isnan(low) else f" ({low:+z.2f} to {high:+z.2f})")
 
-    def against(self, name: str) -> str:
-        """Say it in words, relative to a policy."""
-        if self.is_noise:
-            return f"within noise of {name} (difference {plus_minus(self.value, self.stderr, '+')})"
-        return f"{plus_minus(abs(self.value), self.stderr)} {'above' if self.value > 0 else 'below'} {name}"
-
 
 class Standing(NamedTuple):
-    """One arm against the start, in plain words: the report's first screen."""
+    """One arm against the start, in plain words."""
 
     policy: str
     words: str  # "better than the start"
@@ -61,30 +46,39 @@ class Standing(NamedTuple):
 
 
 def difference(a: Measured, b: Measured) -> Difference:
-    """Return a - b with the standard error for independent estimates."""
+    """Return a - b with the standard error for independent estimates, sqrt(s_a^2 + s_b^2).
+
+    Policies answer the same prompts, so this errs on the careful side where their scores go together.
+    """
     return Difference(a.mean - b.mean, math.hypot(a.stderr, b.stderr))
 
 
-def verdict(evaluation: Evaluation) -> list[str]:
-    """Return the sentences that the numbers support.
+def verdict(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[str]:
+    """Return what the numbers say: which arms are better than the start, how the best two differ, and each arm."""
+    found = standings(evaluation, trained)
+    each = []
+    for arm in found:
+        changes = [f"{metric} {change}" for metric, change in arm.changes.items()]
+        each.append(f"{arm.policy} against the start: {', '.join(changes)}; {'; '.join(arm.warnings) or 'no warning'}.")
+    return [*filter(None, [headline(found), lead(evaluation)]), *each]
 
-    Differences carry sqrt(s_a^2 + s_b^2) and count as noise below two of those. Policies answer the same prompts, so
-    this errs on the careful side where their scores go together.
-    """
-    if not evaluation.measured("gold"):
-        return [NO_GOLD, *_ends(evaluation, "proxy")]
-    return [
-        *_ends(evaluation, "gold"),
-        *(f"That is no improvement of {name}: {told}." for name, told in collapsed(evaluation).items()),
-        *_over_optimisation(evaluation),
-    ]
+
+def lead(evaluation: Evaluation) -> str:
+    """Say how the best arm by gold, or by proxy without a judge, compares with the next, if there is one."""
+    metric = "gold" if evaluation.measured("gold") else "proxy"
+    known = evaluation.measured(metric)
+    ranked = sorted((arm for arm in evaluation.arms if arm in known), key=lambda arm: -known[arm].mean)
+    if len(ranked) < 2:
+        return ""
+    gap = difference(known[ranked[0]], known[ranked[1]])
+    noise = ", which may be noise" if gap.is_noise else ""
+    return f"{ranked[0]} has the highest {metric}, {gap.interval} over {ranked[1]}{noise}."
 
 
 def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[Standing]:
     """Return where every arm stands, in the order of the comparison; nothing without a start to compare with."""
-    start = evaluation.start
+    start, points, fell_apart = evaluation.start, evaluation.courses, collapsed(evaluation)
     known = {metric: evaluation.measured(metric) for metric in ("gold", "proxy")}
-    fell_apart, went = collapsed(evaluation), courses(evaluation)
     found = []
     for name in evaluation.arms if start else ():
         changes = {
@@ -94,9 +88,14 @@ def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[S
         }
         words = _in_words(changes["gold"]) if "gold" in changes else UNJUDGED
         warnings = [fell_apart[name]] if name in fell_apart else []
-        warnings += ["quality fell while the reward rose"] if name in went and went[name].over_optimised else []
+        went = course(points.get(name, ()))
+        if went and went.over_optimised:
+            fall = plus_minus(went.fall, went.stderr)
+            warnings.append(
+                f"gold fell by {fall} from its best, around update {went.peak_update}, while the reward rose"
+            )
         events = trained[name].events if name in trained else []
-        warnings += dict.fromkeys(f"detector: {event.name.replace('_', ' ')}" for event in events)
+        warnings += [f"{e.name.replace('_', ' ')} at rollout {e.step} ({e.action})" for e in events]
         words = FELL_APART if words == BETTER and name in fell_apart else words
         found.append(Standing(name, words, {metric: each.interval for metric, each in changes.items()}, warnings))
     return found
@@ -107,7 +106,9 @@ def headline(standings: Sequence[Standing]) -> str:
     groups: dict[str, list[str]] = {}
     for standing in standings:
         groups.setdefault(standing.words, []).append(standing.policy)
-    if {*groups} <= {UNJUDGED}:
+    if not groups:
+        return "There is no trained arm to compare with the start."
+    if {*groups} == {UNJUDGED}:
         return "No independent judge read this run: whether the responses became better is not known."
     told = [
         f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'are' if names[1:] else 'is'} {words}"
@@ -136,38 +137,3 @@ def _in_words(change: Difference) -> str:
     if change.is_noise:
         return "not clearly different from the start"
     return BETTER if change.value > 0 else "worse than the start"
-
-
-def _ends(evaluation: Evaluation, metric: str) -> list[str]:
-    """Say which trained arm ends highest, and which comes next, relative to each other and to the start."""
-    known = evaluation.measured(metric)
-    ranked = sorted((name for name in evaluation.arms if name in known), key=lambda name: -known[name].mean)
-    said = []
-    for name, how in zip(ranked, (f"ends highest, with {metric}", "comes next, with"), strict=False):
-        others = [other for other in (ranked[0], evaluation.start) if other in known and other != name]
-        gaps = ", ".join(difference(known[name], known[other]).against(other) for other in others)
-        said.append(f"{name} {how} {figures(known[name])}{gaps and ': '}{gaps}.")
-    return said or ["There is no trained arm to compare."]
-
-
-def _over_optimisation(evaluation: Evaluation) -> list[str]:
-    """Say for which arms gold fell from its own peak while proxy kept rising: at most one sentence for each answer."""
-    known = courses(evaluation)
-    if not known:
-        unknown = "There are too few updates with gold to say whether over-optimisation set in."
-        return [unknown] if evaluation.arms else []
-    said: dict[str, list[str]] = {"showed": [], "did not show": []}
-    for name, found in known.items():
-        said["showed" if found.over_optimised else "did not show"].append(f"for {name}: {_told(found)}")
-    return [*(f"Over-optimisation {what} {'; '.join(arms)}." for what, arms in said.items() if arms), RULE]
-
-
-def _told(course: Course) -> str:
-    """Say how gold and proxy went."""
-    if course.fall == 0:
-        return f"gold while training was at its best where it ended ({course.end_gold:z.2f})"
-    return (
-        f"gold while training ended at {course.end_gold:z.2f}, {plus_minus(course.fall, course.stderr)} below its best "
-        f"({course.peak_gold:z.2f} around update {course.peak_update}), and the proxy went from "
-        f"{course.peak_proxy:z.2f} to {course.end_proxy:z.2f}"
-    )

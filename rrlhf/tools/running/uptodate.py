@@ -22,7 +22,7 @@ from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.server import database
 from rrlhf.tools.reporting import numbers
-from rrlhf.tools.reporting.courses import Training, health, training
+from rrlhf.tools.reporting.courses import Training, training
 from rrlhf.types import Json
 
 Registered = dict[str, Registration | None]  # by node
@@ -40,7 +40,7 @@ class Shown(NamedTuple):
     """What a person is told at the end of a run."""
 
     evaluation: Evaluation
-    sentences: list[str]  # what the comparison says, and what health saw
+    sentences: list[str]  # what the comparison says
     report: str  # the path of the HTML file, in the project
 
 
@@ -108,7 +108,7 @@ def trainings_of(project: Project, artifacts: Mapping[str, Artifact]) -> dict[st
 
 
 def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
-    """Print the comparison, what it says, what health saw, and the report's path; return them."""
+    """Print the comparison, what it says, and the report's path; return them."""
     from rich.console import Console
 
     from rrlhf.tools.reporting import tables
@@ -116,7 +116,7 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     from rrlhf.tools.reporting.verdict import verdict
 
     evaluation = read_evaluation(artifacts["evaluate"].path)
-    sentences = [*filter(None, [*verdict(evaluation), health(trainings_of(project, artifacts))])]
+    sentences = verdict(evaluation, trainings_of(project, artifacts))
     shown = Shown(evaluation, sentences, str(report_file(project).relative_to(project.root)))
     console = Console(file=sys.stdout)
     tables.show(table(evaluation), console)

@@ -103,11 +103,6 @@ def grouped(found: Iterable[Found]) -> list[list[Found]]:
     return [group for of_policy in groups.values() for group in of_policy.values()]
 
 
-def primary(rows: Iterable[Row]) -> str:
-    """Return the metric that decides: gold where there is a judge."""
-    return "gold" if any("gold" in row.metrics for row in rows) else "proxy"
-
-
 def over_seeds(means: Tensor) -> Interval:
     """Return the interval over seeds, each of them one unit."""
     found = estimate(means)

@@ -17,20 +17,9 @@ from rich.console import Console
 from rrlhf import files
 from rrlhf.tools.reporting.comparison import FIRST, METRICS
 from rrlhf.tools.reporting.courses import columns, smoothed
-from rrlhf.tools.reporting.plots import (
-    ACROSS,
-    ARM_LOOKS,
-    REFERENCE_LOOK,
-    Bar,
-    Look,
-    draw_bars,
-    draw_line,
-    dress,
-    empty_chart,
-    write_study,
-)
+from rrlhf.tools.reporting.plots import ACROSS, ARM_LOOKS, Look, draw_line, dress, write_study
 from rrlhf.tools.reporting.tables import Table, markdown, plus_minus, show
-from rrlhf.tools.sweeps.comparison import Found, Row, grouped, primary
+from rrlhf.tools.sweeps.comparison import Found, Row, grouped
 from rrlhf.tools.sweeps.evidence import Evidence
 from rrlhf.types import Json
 
@@ -121,11 +110,9 @@ def _figures(row: Row, metric: str) -> str:
 
 
 def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
-    """Write sweep.json, sweep.md and the pictures into a folder."""
-    drawn = {"sweep": figure(sweep.rows)}
-    if groups := [group for group in grouped(found) if group[0].curve]:
-        drawn["courses"] = courses(groups)
-    study = write_study(folder, "sweep", sweep.content(), drawn)
+    """Write sweep.json, sweep.md and a picture of the trainings into a folder."""
+    groups = [group for group in grouped(found) if group[0].curve]
+    study = write_study(folder, "sweep", sweep.content(), {"courses": courses(groups)} if groups else {})
     written = folder / "sweep.md"
     files.write(written, as_markdown(sweep) + "\n")
     return [*study, written]
@@ -155,16 +142,3 @@ def _course(axes: Any, group: Sequence[Found], quantity: str, x: str, look: Look
         at = np.sqrt(across.mean(0).clip(min=0)) if x == "kl" else across.mean(0)
         stderr = up.std(0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else None
         draw_line(axes, at, up.mean(0), look, stderr, label=group[0].setting.name)
-
-
-def figure(rows: Sequence[Row]) -> Any:
-    """Draw the metric that decides, a row for each policy at each setting."""
-    metric = primary(rows)
-    bars = []
-    for row in rows:
-        if found := row.metrics.get(metric):
-            look = REFERENCE_LOOK if row.policy == "sft" else ARM_LOOKS[0]
-            bars.append(Bar(label(row), found.mean, found.half, look))
-    drawing, axes = empty_chart(metric, "", (7.0, 1.0 + 0.4 * len(bars)))
-    draw_bars(axes, bars)
-    return drawing

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rrlhf.judging.calibration import estimate, mean_interval
 from rrlhf.progress import track
 from rrlhf.robust import AGGREGATIONS, head_spread
-from rrlhf.tools.reporting.plots import Bar, Look, draw_bars, draw_line, dress
+from rrlhf.tools.reporting.plots import Look, draw_line, dress
 from rrlhf.tools.reporting.tables import Table, plus_minus
+from rrlhf.tools.sweeps.comparison import Interval, over_seeds
 from rrlhf.tools.toy.world import Learned, Worlds, expected, kl, learn, make_worlds, optimum, train
 
 SINGLE = "single head"
@@ -58,28 +57,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its 95 % t-interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def half(self) -> float:
-        """Half of the interval's width."""
-        return self.high - self.mean
-
-
-@dataclass(frozen=True)
 class Arm:
     """What became of one arm's policies."""
 
-    gold: Mean  # expected gold reward
-    gold_over_single: Mean  # paired by seed
-    optimum_kl: Mean  # KL(optimum || policy), nats
-    optimum_kl_over_single: Mean
-    reference_kl: Mean  # KL(policy || reference), nats
+    gold: Interval  # expected gold reward
+    gold_over_single: Interval  # paired by seed
+    optimum_kl: Interval  # KL(optimum || policy), nats
+    optimum_kl_over_single: Interval
+    reference_kl: Interval  # KL(policy || reference), nats
     course: list[float]  # gold at the study's steps, mean over seeds
 
 
@@ -89,9 +74,9 @@ class Study:
 
     setting: Setting
     steps: list[int]  # about forty, dense at the start
-    optimum_gold: Mean
-    reference_gold: Mean
-    spread: dict[str, Mean]  # of the heads, over labelled cells and over the rest
+    optimum_gold: Interval
+    reference_gold: Interval
+    spread: dict[str, Interval]  # of the heads, over labelled cells and over the rest
     arms: dict[str, Arm]
     maps: dict[str, list[list[float]]]  # of the first seed: probabilities [prompts, responses] by policy
 
@@ -117,16 +102,16 @@ def study(setting: Setting) -> Study:
     return Study(
         setting=setting,
         steps=list(policies),
-        optimum_gold=interval(expected(worlds.gold, best)),
-        reference_gold=interval(expected(worlds.gold, reference)),
+        optimum_gold=over_seeds(expected(worlds.gold, best)),
+        reference_gold=over_seeds(expected(worlds.gold, reference)),
         spread=_spreads(worlds, learned),
         arms={
             name: Arm(
-                gold=interval(gold[:, i]),
-                gold_over_single=interval(gold[:, i] - gold[:, single]),
-                optimum_kl=interval(away[:, i]),
-                optimum_kl_over_single=interval(away[:, i] - away[:, single]),
-                reference_kl=interval(moved[:, i]),
+                gold=over_seeds(gold[:, i]),
+                gold_over_single=over_seeds(gold[:, i] - gold[:, single]),
+                optimum_kl=over_seeds(away[:, i]),
+                optimum_kl_over_single=over_seeds(away[:, i] - away[:, single]),
+                reference_kl=over_seeds(moved[:, i]),
                 course=[on_the_way[:, i].mean().item() for on_the_way in golds.values()],
             )
             for i, name in enumerate(rewards)
@@ -143,18 +128,12 @@ def arm_rewards(worlds: Worlds, learned: Learned) -> dict[str, Tensor]:
     return {SINGLE: learned.single, **read, GOLD: worlds.gold}
 
 
-def interval(values: Tensor) -> Mean:
-    """Return the mean of values [seeds] with its 95 % t-interval."""
-    found = estimate(values)
-    return Mean(found.mean, *mean_interval(found))
-
-
-def _spreads(worlds: Worlds, learned: Learned) -> dict[str, Mean]:
+def _spreads(worlds: Worlds, learned: Learned) -> dict[str, Interval]:
     """Return how much the heads disagree about cells that labels covered, and about the others."""
     spread = head_spread(learned.ensemble.each(lambda part: part.flatten(0, 2))).reshape(worlds.gold.shape)
     kinds = {"labelled": worlds.labelled, "not labelled": ~worlds.labelled}
     return {
-        kind: interval((spread * mask).sum((1, 2)) / mask.sum((1, 2))) for kind, mask in kinds.items() if mask.any()
+        kind: over_seeds((spread * mask).sum((1, 2)) / mask.sum((1, 2))) for kind, mask in kinds.items() if mask.any()
     }
 
 
@@ -163,9 +142,9 @@ def table(study: Study) -> Table:
     rows = [
         [
             name,
-            figures(arm.gold),
-            "–" if name == SINGLE else figures(arm.gold_over_single, "+"),
-            figures(arm.optimum_kl),
+            _figures(arm.gold),
+            _figures(arm.gold_over_single, "+"),
+            _figures(arm.optimum_kl),
             f"{arm.reference_kl.mean:z.2f}",
         ]
         for name, arm in study.arms.items()
@@ -174,49 +153,26 @@ def table(study: Study) -> Table:
     return Table(f"mean ± 95 % interval over {study.setting.seeds} seeds", header, rows)
 
 
-def figures(found: Mean, sign: str = "") -> str:
-    """Write a mean with half the width of its 95 % interval, "1.05 ± 0.12"."""
-    return plus_minus(found.mean, found.half, sign)
-
-
 def verdict(study: Study) -> list[str]:
     """Say what the numbers support, whether or not the method's claim holds."""
-    robust = {name: arm for name, arm in study.arms.items() if name.startswith("robust")}
-    relatives = {name: arm for name, arm in study.arms.items() if name not in {SINGLE, GOLD, *robust}}
+    learned = {name: arm.gold_over_single for name, arm in study.arms.items() if name not in {SINGLE, GOLD}}
+    better = ", ".join(name for name, gain in learned.items() if gain.low > 0) or "none"
+    worse = ", ".join(name for name, gain in learned.items() if gain.high < 0) or "none"
+    spread = "; ".join(f"{kind} {_figures(found)}" for kind, found in study.spread.items())
     return [
-        f"The exact optimum has a gold reward of {figures(study.optimum_gold)}, the reference "
-        f"{figures(study.reference_gold)}; the policy trained on the single head reaches "
-        f"{figures(study.arms[SINGLE].gold)}.",
-        _compared("the robust mixtures", robust),
-        _compared("the other aggregations", relatives),
-        _disagreement(study.spread),
+        f"The exact optimum has a gold reward of {_figures(study.optimum_gold)}, the reference "
+        f"{_figures(study.reference_gold)}; the policy trained on the single head reaches "
+        f"{_figures(study.arms[SINGLE].gold)}.",
+        f"By paired 95 % intervals of gold, better than the single head: {better}; worse: {worse}; the others cannot "
+        "be told from it.",
+        f"Spread of the heads over cells: {spread}. Heads that disagree no more where nothing is labelled do not know "
+        "where they guess.",
     ]
 
 
-def _compared(group: str, arms: Mapping[str, Arm]) -> str:
-    above = [name for name, arm in arms.items() if arm.gold_over_single.low > 0]
-    below = [name for name, arm in arms.items() if arm.gold_over_single.high < 0]
-    nearer = [name for name, arm in arms.items() if arm.optimum_kl_over_single.high < 0]
-    best = max(arms, key=lambda name: arms[name].gold.mean)
-    return (
-        f"Gold of {group}, by paired 95 % intervals: better than the single head: {', '.join(above) or 'none'}; worse: "
-        f"{', '.join(below) or 'none'}; the others cannot be told from it. Highest: {best}, "
-        f"{figures(arms[best].gold_over_single, '+')} over the single head. "
-        f"Nearer to the optimum in KL: {', '.join(nearer) or 'none'}."
-    )
-
-
-def _disagreement(spread: Mapping[str, Mean]) -> str:
-    told = "; ".join(f"{kind} {figures(found)}" for kind, found in spread.items())
-    if len(spread) < 2:
-        return f"Spread of the heads over cells: {told}."
-    known, unknown = spread["labelled"], spread["not labelled"]
-    reading = "their disagreement does not tell where they guess"
-    if unknown.low > known.high:
-        reading = "they know where they guess"
-    if unknown.high < known.low:
-        reading = "they agree most where they guess"
-    return f"Spread of the heads over cells: {told}: {reading}."
+def _figures(found: Interval, sign: str = "") -> str:
+    """Write a mean with half the width of its 95 % interval, "1.05 ± 0.12"."""
+    return plus_minus(found.mean, found.half, sign)
 
 
 def figure(study: Study) -> Any:
@@ -226,11 +182,16 @@ def figure(study: Study) -> Any:
     drawn: Any = Figure(figsize=(11, 8), layout="constrained")
     above, below = drawn.subfigures(2, 1, height_ratios=[1.7, 1])
     gold, away, courses = above.subplots(1, 3, width_ratios=[1.2, 1, 1.1])
-    arms = study.arms.items()
-    draw_bars(gold, [Bar(name, arm.gold.mean, arm.gold.half, _look(name)) for name, arm in arms])
+    for row, (name, arm) in enumerate(study.arms.items()):
+        color = {SINGLE: "#D55E00", GOLD: "#009E73"}.get(name, "#0072B2" if name.startswith("robust") else "#595959")
+        for axes, found in ((gold, arm.gold), (away, arm.optimum_kl)):
+            axes.errorbar(found.mean, row, xerr=found.half, color=color, marker="o", capsize=3)
+    gold.set_yticks(range(len(study.arms)), study.arms)
+    away.set_yticks([])
+    for axes in (gold, away):
+        axes.set_ylim(len(study.arms) - 0.5, -0.5)
     gold.axvline(study.optimum_gold.mean, color="#009E73", linestyle="--", linewidth=1)
     gold.axvline(study.reference_gold.mean, color="#595959", linestyle=":", linewidth=1)
-    draw_bars(away, [Bar("", arm.optimum_kl.mean, arm.optimum_kl.half, _look(name)) for name, arm in arms])
     for name, color in SHOWN_COURSES.items():
         draw_line(courses, study.steps, study.arms[name].course, Look(color, "o", ""), label=name)
     dress(gold, "expected gold reward", "")
@@ -248,8 +209,3 @@ def figure(study: Study) -> Any:
     below.axes[0].set_ylabel("prompt")
     below.colorbar(image, ax=below.axes, label="probability, first seed", shrink=0.8)
     return drawn
-
-
-def _look(name: str) -> Look:
-    others = "#0072B2" if name.startswith("robust") else "#595959"
-    return Look({SINGLE: "#D55E00", GOLD: "#009E73"}.get(name, others), "o", "")
