@@ -124,7 +124,7 @@ def fill(overrides: dict[str, str]) -> None:
     digests: dict[str, str] = {}
     for node in project.nodes:
 
-        def compute(staged: Path, log: object, name: str = node.name) -> None:
+        def compute(staged: Path, name: str = node.name) -> None:
             staged.mkdir(parents=True)
             (staged / HISTORY).write_text("")
             (staged / "model.txt").write_text(name)
@@ -135,7 +135,7 @@ def fill(overrides: dict[str, str]) -> None:
             node.name,
             document,
             compute,
-            recorded=lambda staged: nullcontext(lambda row: None),
+            recorded=lambda staged: nullcontext(),
         )
         digests[node.name] = artifact.digest
     assert all(one.action == "reuse" for one in project.plan())

@@ -42,10 +42,10 @@ class Pages:
         self._progress: UUID | None = None
         self._away = False
 
-    def plan(self, planned: Sequence[Planned], start_up: float | None = None) -> None:
+    def plan(self, planned: Sequence[Planned]) -> None:
         """Show what will run, and why; `advance` then tells how far that is."""
         self._planned = planned
-        expected = total(planned, start_up) or "Nothing is to be done."
+        expected = total(planned) or "Nothing is to be done."
         self._tell(lambda: create_table_artifact(plan_rows(planned), self._key("plan"), expected))
         self._progress = self._tell(
             lambda: create_progress_artifact(

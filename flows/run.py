@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -15,26 +15,32 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 
 from flows.pages import Pages
-from rrlhf.environment import find_root, set_environment
+from rrlhf.environment import check_room, find_root, set_environment
 from rrlhf.files import write
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
+from rrlhf.pipeline.check import check_columns, check_sources
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.partial import Chosen, Part, chosen
-from rrlhf.pipeline.plan import Planned, Project
+from rrlhf.pipeline.plan import Planned, Project, room
 from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.stages import kind_of, telling
-from rrlhf.pipeline.tracking import Tracker, mlflow_pages, version_page
+from rrlhf.pipeline.tracking import AwayError, Tracker, TrackingError, mlflow_pages, version_page
+from rrlhf.pipeline.tracking.server import address, check_answer, database
+from rrlhf.pipeline.tracking.unsynced import Made, Unsynced, note, sync
 from rrlhf.policy.health import DivergedError
 from rrlhf.progress import in_words, say
+from rrlhf.redact import without_secrets
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 from rrlhf.tools.running.uptodate import note_report, nothing_to_do, report_file, show, trainings_of, write_numbers
-from rrlhf.types import Dataset, Log
+from rrlhf.types import Dataset
+
+Answer = TypeVar("Answer")
 
 MOST_REASONS = 3  # of a stage that are told in Prefect's pages
 
@@ -42,19 +48,35 @@ MOST_REASONS = 3  # of a stage that are told in Prefect's pages
 class Run:
     """One run of the flow: the project, where it is tracked, and what it has made or found so far."""
 
-    def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages) -> None:
-        self.project, self.wanted, self.pages = project, wanted, pages
-        self.tracking_id = ""  # of its run in MLflow, which one with nothing to do does without
+    def __init__(self, project: Project, wanted: Chosen, made: list[str], pages: Pages, name: str) -> None:
+        self.project, self.wanted, self.pages, self.name = project, wanted, pages, name
+        self.tracking_id = ""  # of its run in MLflow; "" with nothing to do, or while the server is away
+        self.unsynced = ""  # why the server does not know all of it
         self.artifacts: dict[str, Artifact] = {}
         self.made = made  # nodes that computed; all others were there already
         self.moved: list[str] = []  # aliases, in words
         self.versions: dict[str, str] = {}  # of models, by node: "rrlhf-policy/3"
         self.report: str | None = None  # path of the HTML file, where there is a comparison
+        self.files: list[str] = []  # that were written about it, in the project, for its run in MLflow
 
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow, imported and asked only when it is needed: that takes seconds."""
         return Tracker.connect(self.project.root, self.project.params.tracking.experiment)
+
+    def tell(self, ask: Callable[[Tracker], Answer]) -> Answer | None:
+        """Tell MLflow something, or ask it; None when its server does not answer, which is noted and ends nothing."""
+        root = self.project.root
+        if self.unsynced:
+            return None
+        try:
+            check_answer(address(root))
+            return ask(self.tracker)
+        except TrackingError as error:
+            if database(root):
+                raise  # a file of this machine comes back when it is mended
+            self.unsynced = str(error)
+            return None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -67,6 +89,18 @@ class Run:
         root = self.project.root
         folders = {name: str(artifact.path.relative_to(root)) for name, artifact in self.artifacts.items()}
         return {"ran": self.made, "folders": folders, "report": self.report}
+
+    def for_later(self) -> Unsynced:
+        """What MLflow is to know of it."""
+        project, found = self.project, self.artifacts
+        made = [
+            Made(node.stage, found[node.name].key, project.aliases_of(node))
+            for node in project.nodes
+            if node.name in found
+        ]
+        settings, experiment = project.params.model_dump(), project.params.tracking.experiment
+        commit = git_commit(project.root)
+        return Unsynced(experiment, project.profile, self.name, settings, commit, self.tracking_id, made, self.files)
 
     def dataset_of(self, node: Node) -> Dataset | None:
         """Return the data set that a node reads itself."""
@@ -94,17 +128,18 @@ def running(
     set_environment(root)
     project, pages = Project.opened(root, profile, overrides, take_aliases=take_aliases), Pages(profile)
     asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
-    with noted(root, profile, overrides or {}, asked) as ran:
-        project.check_sources(fetch=True)
+    with without_secrets(), noted(root, profile, overrides or {}, asked) as ran:
+        check_sources(project, fetch=True)
         for note in project.notes:
             say(f"note: {note}")
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
-        pages.plan(planned, project.usual_start_up())
+        check_room(root, room(planned))
+        pages.plan(planned)
         done = nothing_to_do(project, planned)
-        run = Run(project, chosen(asked, project.nodes), ran, pages)
+        run = Run(project, chosen(asked, project.nodes), ran, pages, run_name(profile, overrides))
         run.versions = done.versions if done else {}
-        with nullcontext() if done else tracked(run, run_name(profile, overrides)):
+        with nullcontext() if done else tracked(run):
             yield run
             run.report = told(run) if done else register_all(run)
 
@@ -117,23 +152,47 @@ def make(kind: str, run: Run) -> None:
         finish([start(node, run, beside=len(together) - 1) for node in together], run)
         run.pages.advance(run.digests)
     if kind == "prepare" and DATA in run.artifacts:
-        run.project.check_columns(run.artifacts[DATA].path)
+        check_columns(run.project, run.artifacts[DATA].path)
 
 
 @contextmanager
-def tracked(run: Run, name: str) -> Iterator[None]:
-    """Open the run's run in MLflow, and close it with how the flow ended."""
-    project, tracker = run.project, run.tracker
-    run.tracking_id = tracker.start_flow(project.profile, project.params, git_commit(project.root), name=name)
-    status = "FAILED"
+def tracked(run: Run, group: Run | None = None) -> Iterator[None]:
+    """Open the run's run in MLflow, below that of a group, and close it with how the flow ended.
+
+    While the server is away, what it is to know of a run that finished is noted. Raises TrackingError when it refuses.
+    """
+    try:
+        begin(run, group)
+    except AwayError as error:
+        if group is None:
+            say(f"{error}\nthe run goes on without it")
     try:
         yield
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        with suppress(TrackingError):  # it may have the same cause, and that is told
+            close(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    finally:
-        tracker.finish_flow(run.tracking_id, status)
+    close(run, "FINISHED")
+    if run.unsynced or not run.tracking_id:
+        note(run.project.root, run.for_later())
+        if group is None:
+            why = run.unsynced or "the tracking server was away when it began"
+            say(f"complete, unsynced: {why}\n`rrlhf sync`, or the next run, tells the server")
+
+
+def close(run: Run, status: str) -> None:
+    """Close a run's run in MLflow."""
+    if run.tracking_id:
+        run.tell(lambda tracker: tracker.finish_flow(run.tracking_id, status))
+
+
+def begin(run: Run, group: Run | None = None) -> None:
+    """Open a run's run in MLflow, below that of a group."""
+    if group and group.tracking_id:
+        run.tracker = group.tracker
+    project, parent = run.project, group.tracking_id if group else None
+    settings, commit = project.params.model_dump(), git_commit(project.root)
+    run.tracking_id = run.tracker.start_flow(project.profile, settings, commit, name=run.name, parent=parent)
 
 
 def start(node: Node, run: Run, beside: int) -> Started | None:
@@ -182,19 +241,22 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
     check_stop()  # an arm may start after Ctrl-C
     project, is_data = run.project, node.name == DATA
 
-    def compute(staged: Path, log: Log) -> None:
+    def compute(staged: Path) -> None:
         document = project.document(node, run.digests)
         inputs = {argument: run.artifacts[name].path for argument, name in node.inputs.items()}
         launch, max_cut = project.params.launch, 1.0 if is_data else project.params.limits.max_cut  # data cuts nothing
-        execute(document, inputs=inputs, out=staged, log=log, launch=launch, beside=beside, max_cut=max_cut)
+        with without_secrets():  # the user's reward functions run
+            execute(document, inputs=inputs, out=staged, launch=launch, beside=beside, max_cut=max_cut)
 
-    def recorded(staged: Path) -> AbstractContextManager[Log]:
-        if is_data:
-            return nullcontext(lambda row: None)
+    def recorded(staged: Path) -> AbstractContextManager[None]:
+        if is_data or not run.tracking_id:
+            return nullcontext()
         return run.tracker.stage_run(run.tracking_id, node, str(planned.key), staged)
 
     def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
-        return (dvc if is_data else run.tracker).bring_back(store, stage, key)
+        if is_data:
+            return dvc.bring_back(store, stage, key)
+        return run.tell(lambda tracker: tracker.bring_back(store, stage, key))
 
     artifact, computed = carry_out(
         project,
@@ -222,10 +284,19 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
 
 
 def register_all(run: Run) -> str | None:
-    """Make sure that MLflow knows every model; return the path of the report, if there is a comparison."""
-    for node in run.project.nodes:
-        if node.name in run.artifacts and node.name != DATA:
-            register.with_options(task_run_name=f"register-{node.name}")(node, run)
+    """Make sure that MLflow knows every model, those of earlier runs first; return the path of the report, if any."""
+
+    def everything(tracker: Tracker) -> None:
+        for told in sync(run.project.root):
+            say(told)
+        if not run.tracking_id:
+            begin(run)
+        for node in run.project.nodes:
+            if node.name in run.artifacts and node.name != DATA:
+                register.with_options(task_run_name=f"register-{node.name}")(node, run)
+
+    run.unsynced = ""  # the server may be back
+    run.tell(everything)
     stay = "aliases stay with the settings as they stand; --take-aliases gives them to the models of this run"
     for line in run.moved or ([] if run.project.takes_aliases else [stay]):
         print(line, flush=True)
@@ -254,7 +325,7 @@ def report(run: Run) -> str:
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)
     evaluation = read_evaluation(run.artifacts["evaluate"].path)
-    ancestry = graph_of(run.tracker.versions(), project.profile, project.store.products())
+    ancestry = graph_of(run.tell(Tracker.versions) or [], project.profile, project.store.products())
     candidate = ancestry.find(candidate_of(run).key)
     html = report_file(project)
     text = render(
@@ -267,7 +338,8 @@ def report(run: Run) -> str:
     )
     write(html, text)
     write_numbers(project, evaluation, trained)
-    page = run.tracker.log_report(run.tracking_id, html)
+    run.files = [str(html.relative_to(project.root))]
+    page = run.tell(lambda tracker: tracker.log_report(run.tracking_id, html))
     note_report(project, run.artifacts)
     run.pages.lineage(ancestry, candidate, mlflow_pages(project.root))
     run.pages.report(page or html.as_uri(), html.name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.pages import Pages
-from flows.run import Run, start, take
-from rrlhf.config import Params
+from flows.run import Run, start, take, tracked
 from rrlhf.environment import find_root, set_environment
 from rrlhf.judging.evaluation import read_evaluation
-from rrlhf.pipeline.artifacts import git_commit
+from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, run_name
@@ -80,8 +80,10 @@ def sweep(
     params = load_params(root, profile, given)
     parts = parts_of(root, profile, given, points(grid or {}, params))
     for part in parts:
-        part.project.check_sources(fetch=True)
-    with grouped(profile, given, params, parts) as (runs, parent):
+        check_sources(part.project, fetch=True)
+    everything = Project(root, profile, params)
+    group = Run(everything, chosen(Part(), ()), [], Pages(profile), f"sweep {run_name(profile, given)}")
+    with grouped(group, given, parts) as runs:
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
         found = list(findings(runs, parts, register_all(runs)))
@@ -92,8 +94,8 @@ def sweep(
             rows=compared(found),
             evidence=evidence(found, baseline) if baseline else None,
         )
-        files = report_sweep(runs[0], parent, told, found)
-    return {**told.content(), "ran": [name for run in runs for name in run.made], "files": files}
+        group.files = report_sweep(group, told, found)
+    return {**told.content(), "ran": [name for run in runs for name in run.made], "files": group.files}
 
 
 def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Point]) -> list[Share]:
@@ -111,30 +113,17 @@ def parts_of(root: Path, profile: str, given: dict[str, Any], asked: Sequence[Po
 
 
 @contextmanager
-def grouped(
-    profile: str, given: dict[str, Any], params: Params, parts: Sequence[Share]
-) -> Iterator[tuple[list[Run], str]]:
+def grouped(group: Run, given: dict[str, Any], parts: Sequence[Share]) -> Iterator[list[Run]]:
     """Open a run in MLflow for the sweep, and below it one for each point; close them with how the sweep ended."""
-    root = parts[0].project.root
-    tracker, commit = Tracker.connect(root, params.tracking.experiment), git_commit(root)
-    parent = tracker.start_flow(profile, params, commit, name=f"sweep {run_name(profile, given)}")
-    ids = [parent]
-    status = "FAILED"
-    try:
+    with ExitStack() as opened:
+        opened.enter_context(tracked(group))
         runs = []
         for point, project, _ in parts:
-            name = run_name(profile, given | point.settings)
-            ids.append(tracker.start_flow(profile, project.params, commit, name=name, parent=parent))
-            runs.append(Run(project, chosen(Part(), project.nodes), [], Pages(profile)))
-            runs[-1].tracker, runs[-1].tracking_id = tracker, ids[-1]
-        yield runs, parent
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        for each in reversed(ids):
-            tracker.finish_flow(each, status)
+            name = run_name(project.profile, given | point.settings)
+            run = Run(project, chosen(Part(), project.nodes), [], Pages(project.profile), name)
+            opened.enter_context(tracked(run, group))
+            runs.append(run)
+        yield runs
 
 
 def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
@@ -179,9 +168,14 @@ def register_all(runs: Sequence[Run]) -> dict[str, str]:
             artifact = run.artifacts.get(node.name)
             if artifact is None or artifact.key in versions or node.name == DATA:
                 continue
-            made = run.tracker.register(
-                artifact, run.dataset_of(node), profile=run.project.profile, parent=run.tracking_id
+            told = partial(
+                Tracker.register,
+                artifact=artifact,
+                dataset=run.dataset_of(node),
+                profile=run.project.profile,
+                parent=run.tracking_id,
             )
+            made = run.tell(told)
             versions[artifact.key] = f"{made.name}/{made.version}" if made else ""
     return versions
 
@@ -205,12 +199,13 @@ def findings(runs: Sequence[Run], parts: Sequence[Share], versions: dict[str, st
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def report_sweep(run: Run, parent: str, told: Sweep, found: Sequence[Found]) -> list[str]:
+def report_sweep(group: Run, told: Sweep, found: Sequence[Found]) -> list[str]:
     """Write the comparison as JSON and pictures, keep it with the sweep's run, and show the tables."""
-    files = write(told, found, run.project.root / "reports" / "sweeps" / told.name)
+    root = group.project.root
+    files = write(told, found, root / "reports" / "sweeps" / told.name)
     for file in files:
-        run.tracker.log_report(parent, file)
+        group.tell(partial(Tracker.log_report, run_id=group.tracking_id, html=file))
     print_tables(told)
-    written = [str(file.relative_to(run.project.root)) for file in files]
-    run.pages.sweep(as_markdown(told), written)
+    written = [str(file.relative_to(root)) for file in files]
+    group.pages.sweep(as_markdown(told), written)
     return written

@@ -19,7 +19,7 @@ from rrlhf.tools.judging.command import evaluate_reward
 from rrlhf.tools.lineage.command import audit, diff, lineage
 from rrlhf.tools.promotion.command import promote
 from rrlhf.tools.reproduction.command import reproduce
-from rrlhf.tools.running.command import accept, plan, relocate, report, run, status, why
+from rrlhf.tools.running.command import accept, plan, relocate, report, run, status, sync, why
 from rrlhf.tools.signing.command import keygen, sign
 from rrlhf.tools.sweeps.command import experiment, sweep
 from rrlhf.tools.toy.command import toy
@@ -43,7 +43,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(run, plan, why, status, report, accept),
     *(lineage, diff, audit, promote, reproduce),
     *(sweep, experiment, chat, evaluate_reward, toy, serve),
-    *(relocate, keygen, sign),
+    *(sync, relocate, keygen, sign),
 )
 
 

@@ -10,7 +10,11 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from rrlhf.located import MendableError
+from rrlhf.redact import redact_output
 
 QUIET = {
     "DO_NOT_TRACK": "true",  # mlflow accepts only this word
@@ -28,7 +32,22 @@ QUIET = {
 }
 
 
+FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
 ROOM = 32 * 2**20  # bytes: the databases of Prefect and MLflow and the results of the tiny profile take ten million
+
+
+class FullError(MendableError):
+    """There is no room on the disk."""
+
+    def __init__(self, path: Path, needed: int | None = None) -> None:
+        free = free_bytes(path)
+        needs = f"{ROOM if needed is None else needed:,} bytes or more are needed"
+        if needed is None and free >= ROOM:
+            needs = "what is written next takes more, or lies on another disk"
+        super().__init__(
+            f"{path}: no room on the disk: {needs}, {free:,} are free. Make room and give the same command again: what "
+            "is finished stays"
+        )
 
 
 def find_root(start: Path) -> Path:
@@ -40,7 +59,8 @@ def find_root(start: Path) -> Path:
 
 
 def set_environment(root: Path) -> None:
-    """Turn telemetry off, keep Prefect's state inside the project, and work in the project's folder."""
+    """Turn telemetry off, keep Prefect's state inside the project, work in its folder, and tell no secret."""
+    redact_output()
     os.chdir(root)  # paths in params.yaml are relative to it
     home = root / ".rrlhf" / "prefect"
     home.mkdir(parents=True, exist_ok=True)
@@ -59,10 +79,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(here).free
 
 
-def check_room(root: Path) -> None:
-    """Raise OSError when the disk is full before a run has begun: each of its parts would fail in its own way."""
-    if free_bytes(root) < ROOM:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
+def check_room(root: Path, results: int = 0) -> None:
+    """Raise FullError when a run would not find the room that it needs: each of its parts would fail in its own way.
+
+    results: bytes that it will write, as far as that is known.
+    """
+    if free_bytes(root) < ROOM + results:
+        raise FullError(root, ROOM + results)
+
+
+@contextlib.contextmanager
+def telling_full_disk(folder: Path) -> Iterator[None]:
+    """Turn whatever a full disk makes of work in a folder into FullError: libraries have many errors for it."""
+    try:
+        yield
+    except FullError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if (
+            number in {errno.ENOSPC, errno.EDQUOT}
+            or "No space left on device" in str(error)
+            or free_bytes(folder) < FULL
+        ):
+            raise FullError(folder) from None
+        raise
 
 
 def end_with_parent() -> None:

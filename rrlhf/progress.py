@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 1.0, 10.0
-
-relay: Callable[[str, int, int], None] | None = None  # where set: told label, total and done, and nothing is shown here
 
 _lock = threading.Lock()
 _shown: Progress | None = None  # the display, while some loop uses it
@@ -48,8 +45,6 @@ def meter(total: int, label: str) -> Iterator[Callable[[int], None]]:
     """Show how far a loop is; yield a function that takes how many of `total` are done."""
     if not is_main_process():
         yield lambda done: None
-    elif relay:
-        yield partial(relay, label, total)
     elif sys.stderr.isatty():
         with _display() as display:
             task = display.add_task(label, total=total)

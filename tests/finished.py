@@ -48,7 +48,7 @@ class Finished:
         document = project.document(node, digests)
         staged = clear(project.store.staging(node.stage, key_digest(document)))
         inputs = {argument: self.artifacts[name].path for argument, name in node.inputs.items()}
-        execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
+        execute(document, inputs=inputs, out=staged, launch=project.params.launch)
         self.artifacts[node.name] = project.store.publish(
             node.name,
             document,

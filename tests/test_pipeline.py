@@ -412,6 +412,19 @@ def test_a_healthy_training_is_tagged_so_and_keeps_what_it_wrote(first, shell, c
     assert "What they wrote as they trained" in page
 
 
+def test_a_secret_in_an_error_of_a_reward_function_is_kept_nowhere(first, shell):
+    canaries = {"LEAKY_API_KEY": "c4n4ry-of-a-name", "ELSEWHERE": "http://user:c4n4ry-of-an-address@host"}
+    text = "import os\ndef leaks(**_):\n    raise RuntimeError(os.environ['LEAKY_API_KEY'] + os.environ['ELSEWHERE'])\n"
+    (shell.root / "leaky.py").write_text(text)
+    leaking, function = Shell(shell.root, shell.environment | canaries), "arms.robust.functions={leaky:leaks: 0.1}"
+    done = leaking("run", "--profile", "tiny", "--set", function, code=1)
+    assert "leaky:leaks" in done.told
+    assert "[redacted]" in done.told
+    assert "c4n4ry" not in done.out + done.told
+    holding = [path for path in shell.root.rglob("*") if path.is_file() and b"c4n4ry" in path.read_bytes()]
+    assert holding == []
+
+
 def test_mistakes_end_a_run_before_anything_starts(shell):
     done = shell("run", "--profile", "tiny", "--set", "ppo.kl_weight=-1", "--set", "ppo.upd=3", code=2)
     assert len(done.told.splitlines()) == 2

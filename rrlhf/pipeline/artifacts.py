@@ -145,10 +145,14 @@ class Artifact:
         when, took = self.manifest["created"], in_words(float(self.manifest["seconds"]))
         return f"artifacts/{self.stage}/{self.key}, made {when} in {took}"
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
     def history(self) -> list[dict[str, float]]:
         """Return every row that the stage logged."""
-        lines = (self.path / HISTORY).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return rows_of(self.path)
 
 
 class Store:
@@ -236,7 +240,7 @@ class Store:
     ) -> Artifact:
         """Turn a staged folder into the artifact of its key: manifest last, all synced, then one rename."""
         key = key_digest(document)
-        rows = [json.loads(line) for line in (staged / HISTORY).read_text(encoding="utf-8").splitlines()]
+        rows = rows_of(staged)
         files = self.digests(staged)
         manifest = {
             "name": name,
@@ -302,6 +306,12 @@ class Store:
     def locked(self, key: str) -> AbstractContextManager[None]:
         """Hold the lock of a key, waiting for it if need be."""
         return locked(self.root / ".locks" / key)
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    """Return the rows that a stage logged into a folder; of one that computes or was killed, the whole lines."""
+    lines = (folder / HISTORY).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_artifact(folder: Path) -> Artifact:

@@ -1,4 +1,4 @@
-"""Whether the settings and the language models that they name fit together: told at once, before anything is computed.
+"""Whether all that a run starts from is there and fits its settings: told at once, before anything is computed.
 
 What is known of a base is found without reading its weights and kept under .rrlhf, so that a plan imports torch only
 for a base that it never saw.
@@ -6,19 +6,25 @@ for a base that it never saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rrlhf.config import Model, Params
+from rrlhf.data.files import is_hub_id, source_digest
+from rrlhf.located import ParamsError
 from rrlhf.memo import Memo, Memory
 from rrlhf.models.sources import base_digest, base_location
+from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.types import Message
 
 if TYPE_CHECKING:
     from rrlhf.models.load import LanguageModel
+    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.pipeline.plan import Project
 
 KNOWN = Path(".rrlhf", "models.json")
 QUESTION = [Message(role="user", content="A question?")]
@@ -31,6 +37,81 @@ class Facts(NamedTuple):
     notes: Sequence[str] = ()  # what a person should know of how it is used
     layers: int | None = None  # None: unknown
     maps: Sequence[str] = ()  # names of those that adapters can stand beside; none: unknown
+
+
+def check_sources(project: Project, *, fetch: bool = False) -> None:
+    """Raise ParamsError when a base model, source data, a reward function or a key cannot be had or cannot be used.
+
+    It tells every mistake. What a person should know of how the models are used is then in the project's notes.
+    fetch: whether models that lie on the hub alone are downloaded for it.
+    """
+    from rrlhf.policy.reward_functions import load_functions
+
+    memo, mistakes, config = project.store.memo, list[str](), project.root / ".dvc" / "config"
+    if not config.is_file():
+        mistakes.append(
+            f"{config}: no such file, without which DVC keeps no data set: copy the project with its hidden files"
+        )
+    for node in project.nodes:
+        with _collected(mistakes):
+            external_digests(node, memo)
+    paths = [path for node in project.nodes for path in node.functions]
+    needed: list[str] = []
+    with _collected(mistakes):
+        needed = [name for function in load_functions(paths) for name in function.needs]
+    with _collected(mistakes):
+        columns = _columns(project, frozenset(needed), made=project.data() if not mistakes else None)
+        if needed:
+            load_functions(paths, columns)
+    with _collected(mistakes):
+        project.check_keys()
+    with _collected(mistakes):
+        found, project.notes = check_models(project.params, project.root, memo, fetch=fetch)
+        mistakes += found
+    if mistakes:
+        raise ParamsError("\n".join(dict.fromkeys(mistakes)))
+
+
+def check_columns(project: Project, data: Path) -> None:
+    """Raise ParamsError where a reward function needs a column that a data set has not, now that it is made.
+
+    Before that, those of a data set on the hub are not known.
+    """
+    from rrlhf.data.load import further_columns
+    from rrlhf.policy.reward_functions import load_functions
+
+    load_functions((path for node in project.nodes for path in node.functions), further_columns(data))
+
+
+def _columns(project: Project, wanted: frozenset[str], made: Artifact | None) -> Collection[str] | None:
+    """Return the columns that the data has for reward functions; None where only the stage can tell.
+
+    made: the data set, if it is there; else the source is read as far as its first good row and those that are
+    wanted. Raises ParamsError when it has no good row.
+    """
+    from rrlhf.data.load import columns_to_hand_on, further_columns
+
+    prepare = project.params.prepare
+    if prepare.source == "written":
+        return ()
+    if made:
+        return further_columns(made.path)
+    if is_hub_id(prepare.source):
+        return None
+    digest = source_digest(prepare, project.store.memo)
+    try:
+        return columns_to_hand_on(prepare.source, prepare.format, wanted, digest)
+    except ValueError as error:
+        raise ParamsError(f"prepare.source {error}") from None
+
+
+@contextmanager
+def _collected(mistakes: list[str]) -> Iterator[None]:
+    """Note a mistake in the settings instead of raising it."""
+    try:
+        yield
+    except ParamsError as error:
+        mistakes.append(str(error))
 
 
 def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tuple[list[str], list[str]]:

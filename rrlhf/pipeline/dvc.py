@@ -13,14 +13,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrlhf.files import clear, write_if_new
 from rrlhf.located import MendableError
-from rrlhf.locks import holder
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, TamperedError, read_artifact
 from rrlhf.pipeline.seal import opened
 from rrlhf.progress import say
@@ -163,7 +162,7 @@ def _asked(store: Store, folder: Path, ask: Callable[[DVCFileSystem, str], Found
 def _when_free(root: Path, work: Callable[[Any], object]) -> None:
     """Do what needs DVC's locks, waiting for whoever holds them.
 
-    Raises BusyError that names them after SECONDS_TO_LOCK, and at once where the file that says it is broken.
+    Raises BusyError after SECONDS_TO_LOCK, and at once where the file that names them is broken.
     """
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
@@ -186,25 +185,10 @@ def _when_free(root: Path, work: Callable[[Any], object]) -> None:
             ) from None
         except LockError as error:
             if time.monotonic() > give_up:
-                raise BusyError(f"gave up after {SECONDS_TO_LOCK:.0f} s: {_holders(root, error)}") from None
+                raise BusyError(f"DVC, after {SECONDS_TO_LOCK:.0f} s: {error}") from None
             if not told:
-                say(f"waiting up to {SECONDS_TO_LOCK:.0f} s: {_holders(root, error)}")
+                say(f"waiting up to {SECONDS_TO_LOCK:.0f} s for another DVC command: {error}")
             told = True
             time.sleep(0.5)
         except DvcException as error:
             raise DataError(f"DVC: {error}") from error
-
-
-def _holders(root: Path, error: Exception) -> str:
-    """Say who holds DVC's locks: its error tells it of what stages read and write, the lock itself of the rest."""
-    import psutil
-
-    if blockers := re.findall(r"\(PID (\d+)\): (.*)", str(error)):
-        lock = quote(str(root / RWLOCK))
-        who = ", ".join(f"process {pid} ({command})" for pid, command in dict.fromkeys(blockers))
-        return f"DVC's files are in use by {who}; if that is no DVC command, a killed one left it: rm {lock}"
-    for name in ("lock", "rwlock.lock"):
-        if (pid := holder(root / RWLOCK.with_name(name))) and pid.isdecimal():
-            with suppress(psutil.Error):
-                return f"DVC's lock is held by process {pid} ({' '.join(psutil.Process(int(pid)).cmdline())})"
-    return f"DVC's lock is held by another command ({root / RWLOCK.with_name('lock')})"

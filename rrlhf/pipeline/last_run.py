@@ -19,21 +19,13 @@ FOLDER = Path(".rrlhf", "last")
 
 @contextmanager
 def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) -> Iterator[list[str]]:
-    """Note a run's start and how it ended; yield the list in which it is to name the nodes that computed.
-
-    What a run took is counted from the start of its process.
-    """
-    import psutil
-
-    before, ran = last_run(root, profile) or {}, list[str]()
-    began = time.time() if before.get("process") == os.getpid() else psutil.Process().create_time()
-    start_up = round(time.time() - began, 1)  # 0 of all but the first that a process runs
+    """Note a run's start and how it ended; yield the list in which it is to name the nodes that computed."""
+    ran, began = list[str](), time.monotonic()
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "process": os.getpid(),
         "overrides": dict(overrides),
         "part": {name: [*names] for name, names in part._asdict().items() if names},
-        "start_up": before.get("start_up"),  # of the last that computed: one with nothing to do starts less
     }
     note(root, profile, about | {"status": "running"})
     status = "failed"
@@ -44,8 +36,7 @@ def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) ->
         status = "interrupted"
         raise
     finally:
-        about |= {"start_up": start_up} if ran and start_up else {}
-        note(root, profile, about | {"status": status, "seconds": round(time.time() - began, 1), "ran": ran})
+        note(root, profile, about | {"status": status, "seconds": round(time.monotonic() - began, 1), "ran": ran})
 
 
 def note(root: Path, profile: str, content: Mapping[str, Any]) -> None:

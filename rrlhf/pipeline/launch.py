@@ -20,10 +20,11 @@ from pydantic import TypeAdapter
 from rrlhf.config import AnyArm, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.environment import release_memory
 from rrlhf.files import CHECKPOINT
-from rrlhf.pipeline.artifacts import HISTORY
+from rrlhf.pipeline.artifacts import HISTORY, rows_of
 from rrlhf.pipeline.keys import Document
 from rrlhf.pipeline.processes import call_in_processes
 from rrlhf.pipeline.stages import arm_of, cut_shares, spec_of
+from rrlhf.progress import is_main_process
 from rrlhf.types import Log
 
 
@@ -32,7 +33,6 @@ def execute(
     *,
     inputs: Mapping[str, Path],
     out: Path,
-    log: Log,
     launch: Launch,
     beside: int = 0,
     max_cut: float = 1.0,
@@ -43,17 +43,16 @@ def execute(
     loading a model changes global state of transformers and torch. max_cut: share of any kind of text that may be cut.
     """
     _keep_checkpoint(out)
-    recorded = _recorder(out / HISTORY, document["stage"], log, max_cut)
     processes = launch.processes if spec_of(document["stage"]).processes else 1
     if processes > 1 or beside:
         threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
-        call_in_processes(document, inputs=inputs, out=out, log=recorded, processes=processes, threads=threads)
+        call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, processes=processes, threads=threads)
     else:
         import torch
 
         torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
         try:
-            call(document, inputs=inputs, out=out, log=recorded)
+            call(document, inputs=inputs, out=out, log=recorder(out, document["stage"], max_cut))
         finally:
             release_memory()  # arms run in processes of their own while this one waits
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)  # no part of the result
@@ -102,13 +101,17 @@ def _keep_checkpoint(out: Path) -> None:
     (out / HISTORY).touch()
 
 
-def _recorder(history: Path, stage: str, log: Log, max_cut: float) -> Log:
-    """Return a log that writes each row, with the seconds passed, before it hands it on.
+def recorder(out: Path, stage: str, max_cut: float) -> Log:
+    """Return a log that writes each row, with the seconds passed, to the stage's history.
+
+    Of several processes that share the work the main one writes.
 
     A resumed stage logs the rows before its checkpoint again: these keep their times, and the clock goes on from there.
     What an interrupted run wrote after its checkpoint is dropped, for it is computed again.
     """
-    before = {row.get("step"): row["seconds"] for row in _rows(history)}
+    if not is_main_process():
+        return lambda row: None
+    before, history = {row.get("step"): row["seconds"] for row in rows_of(out)}, out / HISTORY
     history.write_text("", encoding="utf-8")
     start = time.monotonic()
 
@@ -130,12 +133,5 @@ def _recorder(history: Path, stage: str, log: Log, max_cut: float) -> Log:
             start = time.monotonic() - seconds
         with history.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row | {"seconds": seconds}) + "\n")
-        log(row)
 
     return record
-
-
-def _rows(history: Path) -> list[dict[str, float]]:
-    """Return the rows of an interrupted run; the last may be half a line."""
-    lines = history.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

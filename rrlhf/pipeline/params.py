@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rrlhf.checks import contradictions
 from rrlhf.config import Params
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
+from rrlhf.redact import redacted
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
             where.setdefault(path[:depth], f"--set {dotted}")  # a section that there is not
         where[path] = f"--set {dotted}"
     _complete_arms(merged)
+    mistakes += [
+        _told(path, "it holds a password or a key, which every result would keep: give it by the environment", where)
+        for path, text in _texts(merged)
+        if redacted(text) != text
+    ]
     try:
         params = Params.model_validate(merged)
     except ValidationError as error:
@@ -103,6 +109,15 @@ def _merge(under: Any, over: Any) -> Any:
     return under | {key: _merge(under.get(key), value) for key, value in over.items()}
 
 
+def _texts(level: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield every setting that is a text, and its path."""
+    if isinstance(level, dict):
+        for name, value in level.items():
+            yield from _texts(value, (*path, str(name)))
+    elif isinstance(level, str):
+        yield path, level
+
+
 def _nested(path: tuple[str, ...], value: Json) -> Json:
     for key in reversed(path):
         value = {key: value}
@@ -143,7 +158,7 @@ def _explain(detail: ErrorDetails, merged: Mapping[str, Any], where: Where) -> s
         text = f"there is no {context['tag']!r}{did_you_mean(context['tag'], known)}"
     else:
         said = detail["msg"].removeprefix("Value error, ")
-        text = f"{said[0].lower()}{said[1:]}, found {value!r}{of}"
+        text = f"{said[0].lower()}{said[1:]}, found {redacted(repr(value))}{of}"
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value):
             text += f" (text to YAML; write {value.replace('e', '.0e')})"
     return _told(path, text, where)

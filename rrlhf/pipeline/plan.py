@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import Params, Prepare
-from rrlhf.data.files import is_hub_id, source_digest
+from rrlhf.config import Params
 from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store
-from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.decide import Action, Facts, decide
 from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.former import former_data
-from rrlhf.pipeline.graph import DATA, EXTERNAL, Node, nodes
-from rrlhf.pipeline.keys import Document, differences, key_digest, key_document, our_modules, settings_here
-from rrlhf.pipeline.last_run import last_run
+from rrlhf.pipeline.graph import DATA, Node, nodes
+from rrlhf.pipeline.keys import Document, differences, key_digest, key_document, our_modules
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import aliases_of, profile_of
-from rrlhf.progress import in_words
-from rrlhf.types import Dataset, Json
+from rrlhf.progress import in_words, say
+from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.tracking.registry import Registrations
 
 EVERYTHING = Part()
-Size = tuple[frozenset[tuple[str, Any]], int, str | None, str | None]
 
 
 class Planned(NamedTuple):
@@ -42,6 +40,7 @@ class Planned(NamedTuple):
     seconds: float | None  # what it took the last time, or one like it
     key: str | None = None  # unknown while an input is
     digest: str | None = None  # of its result, where there is one, here or elsewhere
+    size: int = 0  # bytes of that, or of the one before
 
     def as_json(self) -> Json:
         """Return it for scripts."""
@@ -97,72 +96,6 @@ class Project:
         inputs = {argument: digests[name] for argument, name in node.inputs.items()}
         return key_document(node, inputs | external_digests(node, self.store.memo), self.modules)
 
-    def check_sources(self, *, fetch: bool = False) -> None:
-        """Raise ParamsError when a base model, source data, a reward function or a key cannot be had or cannot be used.
-
-        This comes before anything is computed, and tells every mistake. What a person should know of how the models are
-        used is then in `notes`. fetch: whether models that lie on the hub alone are downloaded for it.
-        """
-        from rrlhf.pipeline.check import check_models
-        from rrlhf.policy.reward_functions import load_functions
-
-        paths = [path for node in self.nodes for path in node.functions]
-        mistakes: list[str] = []
-        if not (self.root / ".dvc" / "config").is_file():
-            mistakes.append(
-                f"{self.root / '.dvc' / 'config'}: no such file, without which DVC keeps no data set: copy the project "
-                "with its hidden files"
-            )
-        for node in self.nodes:
-            with collected(mistakes):
-                external_digests(node, self.store.memo)
-        needed: list[str] = []
-        with collected(mistakes):
-            needed = [name for function in load_functions(paths) for name in function.needs]
-        with collected(mistakes):
-            columns = self._columns(frozenset(needed), made=self.data() if not mistakes else None)
-            if needed:
-                load_functions(paths, columns)
-        with collected(mistakes):
-            if self.store.notary:
-                self.store.notary.check()
-        with collected(mistakes):
-            found, self.notes = check_models(self.params, self.root, self.store.memo, fetch=fetch)
-            mistakes += found
-        if mistakes:
-            raise ParamsError("\n".join(dict.fromkeys(mistakes)))
-
-    def check_columns(self, data: Path) -> None:
-        """Raise ParamsError where a reward function needs a column that a data set has not, now that it is made.
-
-        Before that, those of a data set on the hub are not known.
-        """
-        from rrlhf.data.load import further_columns
-        from rrlhf.policy.reward_functions import load_functions
-
-        load_functions((path for node in self.nodes for path in node.functions), further_columns(data))
-
-    def _columns(self, wanted: frozenset[str], made: Artifact | None) -> Collection[str] | None:
-        """Return the columns that the data has for reward functions; None where only the stage can tell.
-
-        made: the data set, if it is there; else the source is read as far as its first good row and those that are
-        wanted. Raises ParamsError when it has no good row.
-        """
-        from rrlhf.data.load import columns_to_hand_on, further_columns
-
-        prepare = cast(Prepare, self.nodes[0].sections["prepare"])
-        if prepare.source == "written":
-            return ()
-        if made:
-            return further_columns(made.path)
-        if is_hub_id(prepare.source):
-            return None
-        digest = source_digest(prepare, self.store.memo)
-        try:
-            return columns_to_hand_on(prepare.source, prepare.format, wanted, digest)
-        except ValueError as error:
-            raise ParamsError(f"prepare.source {error}") from None
-
     def check_keys(self, planned: Sequence[Planned] = ()) -> None:
         """Raise ParamsError when the keys of `signatures` cannot be used, or would refuse what is to be made."""
         if self.store.notary:
@@ -181,7 +114,8 @@ class Project:
             making = {one.key: one.node for one in planned if one.action == "run" and one.key and not one.digest}
             one = self.decide(node, digests, wanted, making)
             times = one.action not in {"reuse", "restore"} and one.key not in making
-            planned.append(one._replace(seconds=self._usual_seconds(node)) if times else one)
+            before = self._before(node) if times else None
+            planned.append(one._replace(seconds=float(before.manifest["seconds"]), size=before.size) if before else one)
         self._check_part(planned, wanted)
         return planned
 
@@ -221,14 +155,23 @@ class Project:
         if node.name == DATA:
             made = dvc.kept(self.store, node.stage, key)
             return (made.digest, "kept by DVC") if made else None
-        from rrlhf.pipeline.tracking.registry import registrations
-
-        known = registrations(self.root, self.params.tracking.experiment, [key])
-        named = [(name, found) for (_, name), found in known.items() if name]
+        named = [(name, found) for (its_key, name), found in self._registered.items() if its_key == key and name]
         if not named:
             return None
         name, found = max(named, key=lambda each: profile_of(each[0], node.stage) == self.profile)
         return found.digest, f"registered as {name} v{found.version}"
+
+    @cached_property
+    def _registered(self) -> Registrations:
+        """What is registered, asked once: a run's own models need not be brought back."""
+        from rrlhf.pipeline.tracking.registry import registrations
+        from rrlhf.pipeline.tracking.server import AwayError
+
+        try:
+            return registrations(self.root, self.params.tracking.experiment)
+        except AwayError as error:
+            say(f"{error}\nwhat it alone has is made again")
+            return {}
 
     def artifact(self, name: str) -> Artifact | None:
         """Return the checked result of a node under the present settings; None when a run would make it first."""
@@ -270,48 +213,16 @@ class Project:
         if lines:
             raise ParamsError("\n".join([*lines, "let it run first, or leave --from and --only out"]))
 
-    def usual_start_up(self) -> float | None:
-        """Return how long the profile's last run that computed took to start, where that is known."""
-        found: float | None = (last_run(self.root, self.profile) or {}).get("start_up")
-        return found
-
     @cached_property
     def earlier(self) -> list[Artifact]:
         """All results, newest first."""
         return sorted(self.store.all(), key=lambda artifact: str(artifact.manifest["created"]), reverse=True)
 
-    def _usual_seconds(self, node: Node) -> float | None:
-        """Return what a node took the last time, or another of its stage, if that was of the same size."""
-        size = size_of(node, self.params.prepare)
-        like = [old for old in self.earlier if old.stage == node.stage and size_of_made(old) == size]
+    def _before(self, node: Node) -> Artifact | None:
+        """Return the last result of a node of this profile, or of another of its stage: the next is like it."""
+        like = [old for old in self.earlier if old.stage == node.stage and old.dataset.name == self.profile]
         like.sort(key=lambda old: old.name != node.name)
-        return float(like[0].manifest["seconds"]) if like else None
-
-
-def size_of(node: Node, prepare: Prepare) -> Size:
-    """Return what a node's duration depends on: its counts and names, how much it reads, and of which data.
-
-    Rates and weights, which are numbers with a point, make nothing longer, and neither do seeds.
-    """
-    data = about(Dataset("", Path(), ""), prepare) if node.inputs else {}
-    return _counts(settings_here(node)), len(node.inputs), data.get("source"), data.get("limit")
-
-
-def size_of_made(made: Artifact) -> Size:
-    """Return the same of a result."""
-    document, data = made.manifest["document"], made.manifest["dataset"]
-    read = {*document["inputs"]} - {*EXTERNAL}
-    return _counts(document["params"]), len(read), data.get("source"), data.get("limit")
-
-
-def _counts(settings: Mapping[str, Any], above: str = "") -> frozenset[tuple[str, Any]]:
-    found: frozenset[tuple[str, Any]] = frozenset()
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _counts(value, f"{above}{name}.")
-        elif not isinstance(value, float) and name != "seed":
-            found |= {(f"{above}{name}", str(value))}
-    return found
+        return like[0] if like else None
 
 
 def computing(planned: Iterable[Planned]) -> list[Planned]:
@@ -319,11 +230,13 @@ def computing(planned: Iterable[Planned]) -> list[Planned]:
     return [one for one in planned if one.action in {"run", "upstream"}]
 
 
-def total(planned: Iterable[Planned], start_up: float | None = None) -> str:
-    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes.
+def room(planned: Iterable[Planned]) -> int:
+    """Return how many bytes a run will write, by the results of earlier ones; MLflow or DVC keeps each again."""
+    return 2 * sum(one.size for one in computing(planned))
 
-    start_up: what starting a run took before the first stage, where that is known.
-    """
+
+def total(planned: Iterable[Planned]) -> str:
+    """Say how long a run would take, by the times of earlier ones; nothing when nothing computes."""
     found = computing(planned)
     if not found:
         return ""
@@ -331,17 +244,7 @@ def total(planned: Iterable[Planned], start_up: float | None = None) -> str:
     counted = f"{len(surely)} to run" + (f", up to {len(perhaps)} after them" if perhaps else "")
     known = [one.seconds for one in found if one.seconds is not None]
     at_least = "at least " if len(known) < len(found) else ""
-    expected = sum(known) + (start_up or 0.0)
-    return f"{counted}; {at_least}{in_words(expected)} by earlier runs" if known else counted
-
-
-@contextmanager
-def collected(mistakes: list[str]) -> Iterator[None]:
-    """Note a mistake in the settings instead of raising it."""
-    try:
-        yield
-    except ParamsError as error:
-        mistakes.append(str(error))
+    return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted
 
 
 def _first(reasons: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A stage in other processes: starting them, and the messages by which they tell this one their rows and progress."""
+"""A stage in other processes: starting them, handing on what they print, and telling their errors as this one's."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import IO, Any
 
-from rrlhf import progress
 from rrlhf.environment import end_with_parent
 from rrlhf.located import MendableError
 from rrlhf.pipeline.keys import Document
 from rrlhf.policy.health import DivergedError
+from rrlhf.progress import say
+from rrlhf.redact import redacted
 from rrlhf.sourcecode import changed_since
 from rrlhf.stopping import check_stop, stop_between_steps
-from rrlhf.types import Log
 
-MESSAGE = "@rrlhf "  # starts a message to the end of the line: JSON with `row`, `progress`, `diverged` or `error`
 LAST_LINES = 15
 INTERRUPTED = 130
 
@@ -31,18 +31,20 @@ class LaunchError(MendableError):
 
 
 def call_in_processes(
-    document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log, processes: int, threads: int
+    document: Document, *, inputs: Mapping[str, Path], out: Path, max_cut: float, processes: int, threads: int
 ) -> None:
-    """Call a stage's `run` in processes of its own, each with `threads` CPU threads; `log` gets its rows.
+    """Call a stage's `run` in processes of its own, each with `threads` CPU threads.
 
     Raises DivergedError as the stage does, LaunchError with what the processes said last when they ended otherwise,
     and Interrupted when this process was asked to stop.
     """
     folders = {name: str(folder.resolve()) for name, folder in inputs.items()}
-    job = out.with_suffix(".json")
-    job.write_text(json.dumps({"document": document, "inputs": folders, "out": str(out.resolve())}), encoding="utf-8")
+    job, problem = out.with_suffix(".json"), out.with_suffix(".problem")
+    told: dict[str, Any] = {"document": document, "inputs": folders, "out": str(out.resolve()), "max_cut": max_cut}
+    job.write_text(json.dumps(told), encoding="utf-8")
+    problem.unlink(missing_ok=True)
     on_cpu = document["params"]["model"]["device"] == "cpu"
-    told = _Told(log)
+    last: deque[str] = deque(maxlen=LAST_LINES)
     try:
         with subprocess.Popen(
             [sys.executable, *(_launcher(processes) if processes > 1 else ()), "-m", "rrlhf.pipeline.processes", job],
@@ -50,65 +52,37 @@ def call_in_processes(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         ) as process:
+            assert process.stdout
+            reading = Thread(target=_hand_on, args=(process.stdout, last))
+            reading.start()
             try:
-                told.listen(process.stdout or ())
+                while process.poll() is None:
+                    check_stop()
+                    time.sleep(0.05)
             except BaseException:
-                process.terminate()
-                told.hear_out(process.stdout or ())  # it saves what it can go on from, and says so
+                process.terminate()  # it saves what it can go on from, and says so
                 raise
+            finally:
+                reading.join()
+        check_stop()
+        found = json.loads(problem.read_bytes()) if problem.exists() else {}
     finally:
         job.unlink()
-    check_stop()
-    if told.diverged:
-        raise DivergedError(told.diverged)
+        problem.unlink(missing_ok=True)
+    if found.get("diverged"):
+        raise DivergedError(found["said"])
     if process.returncode:
         ended = f"{document['stage']} in {processes} processes" if processes > 1 else document["stage"]
-        raise LaunchError(told.error or f"{ended} ended with {process.returncode}:\n{''.join(told.last)}")
+        raise LaunchError(found.get("said") or f"{ended} ended with {process.returncode}:\n" + "\n".join(last))
 
 
-class _Told:
-    """What the processes of a stage said."""
-
-    def __init__(self, log: Log) -> None:
-        self._log = log
-        self.error = ""  # in words, where the stage ended with an error that people can mend
-        self.diverged = ""  # the same, where its training went wrong
-        self.last: deque[str] = deque(maxlen=LAST_LINES)  # lines that are no messages
-
-    def listen(self, lines: Iterable[str]) -> None:
-        """Log the rows, show the progress, and hand on all other lines."""
-        meters: dict[str, Callable[[int], None]] = {}
-        with ExitStack() as shown:
-            for line in lines:
-                is_message, rest = self._hand_on(line)
-                if not is_message:
-                    continue
-                message = json.loads(rest)
-                if "row" in message:
-                    self._log(message["row"])
-                elif "progress" in message:
-                    label, total, done = message["progress"]
-                    if label not in meters:
-                        meters[label] = shown.enter_context(progress.meter(total, label))
-                    meters[label](done)
-                else:
-                    self.error = message.get("error", self.error)
-                    self.diverged = message.get("diverged", self.diverged)
-                check_stop()
-
-    def hear_out(self, lines: Iterable[str]) -> None:
-        """Hand on what is no message until the processes have ended."""
-        for line in lines:
-            self._hand_on(line)
-
-    def _hand_on(self, line: str) -> tuple[str, str]:
-        """Print what stands before a message, or all of a line that is none; return the message's mark and text."""
-        said, is_message, rest = line.partition(MESSAGE)
-        if said:
-            self.last.append(said if said.endswith("\n") else said + "\n")
-            print(self.last[-1], end="", file=sys.stderr, flush=True)
-        return is_message, rest
+def _hand_on(lines: IO[str], last: deque[str]) -> None:
+    """Print what the processes print, and keep the last lines."""
+    for line in lines:
+        last.append(line.rstrip("\n"))
+        say(last[-1])
 
 
 def _launcher(processes: int) -> list[str]:
@@ -127,23 +101,20 @@ def _launcher(processes: int) -> list[str]:
 
 def main(path: Path) -> int:
     """Run a stage in this process, as told by a JSON file; return the exit code."""
-    from rrlhf.pipeline.launch import call
+    from rrlhf.pipeline.launch import call, recorder
 
     end_with_parent()
     stop_between_steps()
-    progress.relay = lambda label, total, done: _tell(progress=[label, total, done])
-    job = json.loads(path.read_bytes())
-    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
+    job, problem = json.loads(path.read_bytes()), path.with_suffix(".problem")
+    inputs, out = {name: Path(folder) for name, folder in job["inputs"].items()}, Path(job["out"])
     try:
         _check_functions(job["document"])
-        call(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: _tell(row=row))
+        call(job["document"], inputs=inputs, out=out, log=recorder(out, job["document"]["stage"], job["max_cut"]))
     except KeyboardInterrupt:
         return INTERRUPTED
-    except DivergedError as error:
-        _tell(diverged=str(error))
-        return 1
-    except (ValueError, OSError) as error:
-        _send(error=str(error))  # of whichever process: each has its own responses, and its own errors
+    except (DivergedError, ValueError, OSError) as error:
+        # of whichever process: each has its own responses, and its own errors
+        problem.write_text(json.dumps({"diverged": isinstance(error, DivergedError), "said": redacted(str(error))}))
         return 1
     return 0
 
@@ -152,16 +123,6 @@ def _check_functions(document: Document) -> None:
     """Raise ValueError when the reward functions' code is not that of the key: this process imports it anew."""
     if changed := changed_since(document.get("functions", {}), Path.cwd()):
         raise ValueError(f"{', '.join(changed)} changed since the run began, and its results would have the wrong key")
-
-
-def _tell(**message: Any) -> None:
-    if progress.is_main_process():
-        _send(**message)
-
-
-def _send(**message: Any) -> None:
-    sys.stdout.write(f"{MESSAGE}{json.dumps(message)}\n")  # at once: what other processes print would come in between
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

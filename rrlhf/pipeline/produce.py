@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+from rrlhf.environment import telling_full_disk
 from rrlhf.located import MendableError
 from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.progress import say
-from rrlhf.types import Log
 
 if TYPE_CHECKING:
     from rrlhf.pipeline.partial import Chosen
@@ -36,10 +36,10 @@ def carry_out(
     planned: Planned,
     wanted: Chosen,
     digests: Mapping[str, str],
-    compute: Callable[[Path, Log], None],
+    compute: Callable[[Path], None],
     *,
     bring_back: BringBack,
-    recorded: Callable[[Path], AbstractContextManager[Log]],
+    recorded: Callable[[Path], AbstractContextManager[None]],
     dataset: Mapping[str, str],
     input_keys: Mapping[str, str],
 ) -> tuple[Artifact | None, bool]:
@@ -74,20 +74,20 @@ def produce(
     store: Store,
     name: str,
     document: Document,
-    compute: Callable[[Path, Log], None],
+    compute: Callable[[Path], None],
     *,
-    recorded: Callable[[Path], AbstractContextManager[Log]],
+    recorded: Callable[[Path], AbstractContextManager[None]],
     force: bool = False,
     **beside: Unpack[Beside],
 ) -> tuple[Artifact, bool]:
     """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
 
-    compute: fills a folder, in which an interrupted run may have left something. recorded: takes what is logged; opened
-    with that folder. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
+    compute: fills a folder, in which an interrupted run may have left something. recorded: open while that folder
+    is filled. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
     Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
     """
     stage, key = document["stage"], key_digest(document)
-    with store.locked(key):
+    with store.locked(key), telling_full_disk(store.root):
         there = store.find(stage, key)
         if there and not force:
             return there, False
@@ -96,8 +96,8 @@ def produce(
         staged = store.staging(f"again-{stage}" if there else stage, key)
         say(f"{name}  begins")
         began = time.monotonic()
-        with recorded(staged) as log:
-            compute(staged, log)
+        with recorded(staged):
+            compute(staged)
             seconds = time.monotonic() - began
         if there is None:  # published when the record is closed, which reads the folder
             return store.publish(name, document, staged, seconds=seconds, **beside), True
@@ -111,7 +111,7 @@ def compare_again(
     """Compute a stage once more, beside the stored result, and compare the two; see `compare`."""
     store = project.store
     staged = store.staging(f"again-{document['stage']}", key_digest(document))
-    execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=project.params.launch)
+    execute(document, inputs=inputs, out=staged, launch=project.params.launch)
     compare(name, stored, store.digests(staged), staged, store)
 
 

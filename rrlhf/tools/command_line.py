@@ -14,11 +14,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from rrlhf.environment import ROOM, free_bytes
+from rrlhf.environment import FULL, FullError, free_bytes
 from rrlhf.types import Json
 
 FAILED, USAGE, VERIFICATION_FAILED, SIGNALLED = 1, 2, 3, 128
-FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
 
 Profile = Annotated[str, typer.Option(help="`default` is params.yaml; others are files in profiles/.")]
 Set = Annotated[
@@ -61,7 +60,7 @@ def mending() -> Iterator[None]:
         )
     except Exception:
         if free_bytes(Path.cwd()) < FULL:  # a library's error for it could be any
-            end(FAILED, full_disk(Path.cwd()))
+            end(FAILED, str(FullError(Path.cwd())))
         raise
 
 
@@ -69,22 +68,11 @@ def os_error(error: OSError) -> str:
     """Say what the system refused, where, and what to do."""
     path = Path(error.filename) if isinstance(error.filename, str) else None
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return full_disk(path or min((Path.cwd(), Path(tempfile.gettempdir())), key=free_bytes))
+        return str(FullError(path or min((Path.cwd(), Path(tempfile.gettempdir())), key=free_bytes)))
     said = f"{path}: {error.strerror}" if path else f"{type(error).__name__}: {error}"
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} and path and path.is_relative_to(Path.cwd()):
         return f"{said}. Data, results and notes are kept in the project's folder, so it has to be writable"
     return said
-
-
-def full_disk(path: Path) -> str:
-    """Say that there is no room, where, and how much is left."""
-    free = free_bytes(path)
-    if free >= ROOM:
-        return f"no room on the disk that was written to; it is not that of {path}, where {free:,} bytes are free"
-    return (
-        f"{path}: no room on the disk, {free:,} bytes are free and a run starts with {ROOM:,} or more. Make room and "
-        "give the same command again: what is finished stays"
-    )
 
 
 def end(code: int, message: str) -> NoReturn:

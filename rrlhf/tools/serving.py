@@ -56,7 +56,7 @@ class Service(NamedTuple):
     def wait_for(self, address: str) -> None:
         """Return when an address answers.
 
-        Raises ServeError when it does not or the process ends, OSError for a full disk, and Interrupted if asked.
+        Raises ServeError when it does not or the process ends, FullError for a full disk, and Interrupted if asked.
         """
         give_up = time.monotonic() + SECONDS_TO_START
         while time.monotonic() < give_up and self.process.poll() is None:

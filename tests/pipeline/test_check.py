@@ -10,7 +10,7 @@ import pytest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.models.load import load_base, save_model
-from rrlhf.pipeline.check import check_models
+from rrlhf.pipeline.check import check_models, check_sources
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 
@@ -110,11 +110,12 @@ def test_what_a_template_lacks_or_prints_is_noted(look, folder):
 
 def test_what_is_known_of_a_base_needs_neither_torch_nor_its_files_again(folder, tmp_path, project):
     overrides = {"model.base": str(folder)}
-    Project(project, "tiny", load_params(project, "tiny", overrides)).check_sources()
+    check_sources(Project(project, "tiny", load_params(project, "tiny", overrides)))
     code = (
         "import sys; from pathlib import Path\n"
         "from rrlhf.pipeline.params import load_params; from rrlhf.pipeline.plan import Project\n"
-        f"Project(Path('.'), 'tiny', load_params(Path('.'), 'tiny', {overrides!r})).check_sources()\n"
+        "from rrlhf.pipeline.check import check_sources\n"
+        f"check_sources(Project(Path('.'), 'tiny', load_params(Path('.'), 'tiny', {overrides!r})))\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
@@ -123,17 +124,17 @@ def test_what_is_known_of_a_base_needs_neither_torch_nor_its_files_again(folder,
 
 def test_a_changed_base_is_looked_at_again(folder, project):
     params = load_params(project, "tiny", {"model.base": str(folder)})
-    Project(project, "tiny", params).check_sources()
+    check_sources(Project(project, "tiny", params))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(ParamsError, match="are not in its file, so they would be drawn at random"):
-        Project(project, "tiny", params).check_sources()
+        check_sources(Project(project, "tiny", params))
 
 
 @pytest.mark.parametrize("base", ["random:2", "random:0x32", "random:axb"])
 def test_a_random_model_is_named_by_its_sizes(project, base):
     with pytest.raises(ParamsError, match="write random:LAYERSxWIDTH"):
-        Project(project, "tiny", load_params(project, "tiny", {"model.base": base})).check_sources()
+        check_sources(Project(project, "tiny", load_params(project, "tiny", {"model.base": base})))
 
 
 def test_a_model_that_is_not_here_is_looked_at_by_the_run_alone(tmp_path, monkeypatch):

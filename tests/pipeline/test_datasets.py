@@ -12,6 +12,7 @@ from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.accept import accept
 from rrlhf.pipeline.artifacts import CopyError, TamperedError
+from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.former import former_digest
 from rrlhf.pipeline.keys import canonical, key_digest
 from rrlhf.pipeline.launch import execute
@@ -40,8 +41,8 @@ class Asked:
     def have(self, bring_back=dvc.bring_back):
         """Do what was decided; return the artifact, and whether it was computed."""
 
-        def compute(staged, log):
-            execute(self.document, inputs={}, out=staged, log=log, launch=self.project.params.launch)
+        def compute(staged):
+            execute(self.document, inputs={}, out=staged, launch=self.project.params.launch)
 
         wanted = chosen(Part(), self.project.nodes)
         made, computed = carry_out(
@@ -52,7 +53,7 @@ class Asked:
             {},
             compute,
             bring_back=bring_back,
-            recorded=lambda staged: nullcontext(lambda row: None),
+            recorded=lambda staged: nullcontext(),
             dataset={},
             input_keys={},
         )
@@ -163,7 +164,7 @@ def test_a_project_without_dvcs_files_is_told_before_anything_runs(project, monk
     monkeypatch.chdir(project)
     (project / ".dvc" / "config").unlink()
     with pytest.raises(ParamsError, match="copy the project with its hidden files"):
-        Project(project, "tiny", load_params(project, "tiny")).check_sources()
+        check_sources(Project(project, "tiny", load_params(project, "tiny")))
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Repository:
         project = self.project
         document = project.document(project.nodes[0], {})
         staged = project.store.staging("prepare", key_digest(document))
-        execute(document, inputs={}, out=staged, log=lambda row: None, launch=project.params.launch)
+        execute(document, inputs={}, out=staged, launch=project.params.launch)
         return project.store.publish("data", document, staged, seconds=1.0, profile="tiny")
 
     def finish(self, gold):
@@ -195,41 +195,34 @@ import sys; from dvc.repo import Repo
 repo = Repo(config={'core': {'no_scm': True}})
 with repo.lock: print('held', flush=True); sys.stdin.read()
 """
-SLEEPER = "import sys; print('held', flush=True); sys.stdin.read()"
 
 
 @contextmanager
 def running(program, root):
     with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdin=-1, stdout=-1) as process:
         assert process.stdout.readline() == b"held\n"
-        yield process.pid
+        yield
         process.stdin.close()
 
 
 def test_a_data_set_waits_for_another_command_and_is_versioned_once_that_ends(made, capfd):
     with ThreadPoolExecutor() as pool:
-        with running(HOLDER, made.root) as process:
+        with running(HOLDER, made.root):
             waiting = pool.submit(keep, made.root, made.data.path)
             said = ""
             while "waiting up to 60 s" not in said and not waiting.done():
                 time.sleep(0.1)
                 said += capfd.readouterr().err
-        assert f"process {process} (" in said
         waiting.result(300)
 
 
-@pytest.mark.parametrize("lock", ["of the project", "of files"])
-def test_a_command_that_goes_on_holding_the_lock_is_named(made, monkeypatch, lock):
+def test_a_command_that_goes_on_holding_the_lock_ends_the_waiting(made, monkeypatch):
     monkeypatch.setattr("rrlhf.pipeline.dvc.SECONDS_TO_LOCK", 0.0)
-    with running(HOLDER if lock == "of the project" else SLEEPER, made.root) as process:
-        if lock == "of files":
-            taken = {"write": {str(made.data.path): {"pid": process, "cmd": "dvc repro of a friend"}}}
-            (made.root / RWLOCK).write_text(json.dumps(taken))
-        with pytest.raises(BusyError, match=rf"gave up after 0 s: .*process {process} \("):
-            keep(made.root, made.data.path)
+    with running(HOLDER, made.root), pytest.raises(BusyError, match="another DVC process is running"):
+        keep(made.root, made.data.path)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"write": {"/a"', b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b'{"write": {"/a"', b"\xff\xfe"])
 def test_a_half_written_lock_is_named_with_the_way_to_mend_it(made, content):
     path = made.root / RWLOCK
     path.write_bytes(content)

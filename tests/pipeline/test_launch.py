@@ -33,8 +33,8 @@ def rows_of(out):
     return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
-def run(out, log=lambda row: None, **inputs):
-    execute({"stage": "standin", "params": {"seed": 1}}, inputs=inputs, out=out, log=log, launch=HERE)
+def run(out, **inputs):
+    execute({"stage": "standin", "params": {"seed": 1}}, inputs=inputs, out=out, launch=HERE)
 
 
 def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_a_stage_gets_its_typed_sections_and_its_inputs(tmp_path, monkeypatch):
     module.run = lambda **arguments: seen.update(arguments)
     monkeypatch.setitem(sys.modules, "rrlhf.stages.ppo", module)
     node = next(node for node in nodes(params) if node.name == "ppo-robust")
-    execute(key_document(node, {}), inputs={"data": tmp_path}, out=tmp_path / "out", log=print, launch=HERE)
+    execute(key_document(node, {}), inputs={"data": tmp_path}, out=tmp_path / "out", launch=HERE)
     assert isinstance(seen["ppo"], Ppo)
     assert seen["arm"] == typed_arm(reward="robust", nominal_weight=0.4, credible=8.0, seed=1)
     assert seen["data"] == tmp_path
@@ -66,11 +66,15 @@ def test_members_are_one_argument_in_the_order_of_their_numbers(tmp_path, stage)
     assert list(seen["members"].items()) == [(f"member-{n}", Path(str(n))) for n in (0, 2, 10)]
 
 
-def test_every_row_is_written_and_handed_on(tmp_path, stage):
-    handed = []
-    stage.run = lambda log, **_: [log({"step": step, "loss": 1 / step}) for step in (1, 2)]
-    run(tmp_path / "out", handed.append)
-    assert [row["loss"] for row in rows_of(tmp_path / "out")] == [row["loss"] for row in handed] == [1.0, 0.5]
+def test_every_row_is_written_at_once(tmp_path, stage):
+    def log_two(log, out, **_):
+        for step in (1, 2):
+            log({"step": step, "loss": 1 / step})
+            assert len(rows_of(out)) == step
+
+    stage.run = log_two
+    run(tmp_path / "out")
+    assert [row["loss"] for row in rows_of(tmp_path / "out")] == [1.0, 0.5]
 
 
 def test_a_stage_starts_clean_without_a_checkpoint(tmp_path, stage):
@@ -108,30 +112,24 @@ def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
     with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
-        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
+        execute(document, inputs={}, out=tmp_path / "out", launch=two)
 
 
-def test_messages_are_found_among_what_user_code_prints(tmp_path, monkeypatch, capsys):
-    lines = ["hello", '@rrlhf {"row": {"step": 1}}', 'half a line@rrlhf {"error": "nan of response 3"}', "bye"]
-    monkeypatch.setattr(
-        processes, "_launcher", lambda count: ["-c", f"print(*{lines}, sep='\\n'); raise SystemExit(1)"]
-    )
+def test_what_other_processes_print_is_handed_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    two, rows = Launch(processes=2, threads=1, arms_at_once=1), []
-    with pytest.raises(LaunchError, match=r"^nan of response 3$"):
-        execute(document, inputs={}, out=tmp_path / "out", log=rows.append, launch=two)
-    assert rows == [{"step": 1}]
-    assert capsys.readouterr().err == "hello\nhalf a line\nbye\n"
+    execute(document, inputs={}, out=tmp_path / "out", launch=Launch(processes=2, threads=1, arms_at_once=1))
+    assert capsys.readouterr().err == "hello\nbye\n"
 
 
 def test_a_run_that_is_asked_to_stop_ends_its_other_processes(tmp_path, monkeypatch):
-    says = "import sys, time; print(sys.argv[1], flush=True); time.sleep(600)"
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", says, '@rrlhf {"row": {"step": 1}}'])
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "import time; time.sleep(600)"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
+    stop.set()
     try:
         with pytest.raises(Interrupted):
-            execute(document, inputs={}, out=tmp_path / "out", log=lambda row: stop.set(), launch=two)
+            execute(document, inputs={}, out=tmp_path / "out", launch=two)
     finally:
         stop.clear()
 
@@ -141,20 +139,21 @@ def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, m
     (tmp_path / "my_rules.py").write_text("def f(**_): return []")
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}, "functions": {"my_rules": "of other code"}}
     with pytest.raises(LaunchError, match=r"^my_rules changed since the run began"):
-        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=HERE, beside=1)
+        execute(document, inputs={}, out=tmp_path / "out", launch=HERE, beside=1)
 
 
 def test_a_training_that_diverged_in_another_process_is_told_as_one(tmp_path, monkeypatch):
-    says = "import sys; print(sys.argv[1]); raise SystemExit(1)"
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", says, '@rrlhf {"diverged": "DIVERGED at step 4"}'])
+    says = "import sys; from pathlib import Path; Path(sys.argv[-1]).with_suffix('.problem').write_text(sys.argv[1])"
+    told = '{"diverged": true, "said": "DIVERGED at step 4"}'
+    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
     document = {"stage": "ppo", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
     with pytest.raises(DivergedError, match=r"^DIVERGED at step 4$"):
-        execute(document, inputs={}, out=tmp_path / "out", log=print, launch=two)
+        execute(document, inputs={}, out=tmp_path / "out", launch=two)
 
 
 def test_an_error_in_another_process_is_told_in_its_words(tmp_path):
     node = next(node for node in nodes(load_params(ROOT, "tiny")) if node.name == "sft")
     away = tmp_path / "away"
     with pytest.raises(LaunchError, match=f"^.*{away}[^\n]*$"):
-        execute(key_document(node, {}), inputs={"data": away}, out=tmp_path / "out", log=print, launch=HERE, beside=1)
+        execute(key_document(node, {}), inputs={"data": away}, out=tmp_path / "out", launch=HERE, beside=1)

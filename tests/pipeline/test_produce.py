@@ -17,13 +17,12 @@ def have(tmp_path):
     store = Store(tmp_path)
 
     def call(text, *, force=False):
-        def compute(staged, log):
+        def compute(staged):
             staged.mkdir(parents=True)
             (staged / "model.txt").write_text(text)
             (staged / HISTORY).write_text("")
 
-        recorded = nullcontext(lambda row: None)
-        return produce(store, "sft", DOCUMENT, compute, recorded=lambda staged: recorded, force=force)
+        return produce(store, "sft", DOCUMENT, compute, recorded=lambda staged: nullcontext(), force=force)
 
     return call
 

@@ -22,6 +22,7 @@ from rrlhf.config import Signatures
 from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, CopyError, Store, TamperedError, content_digest
+from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
@@ -115,16 +116,6 @@ def test_what_is_no_signature_is_refused(store, artifact, text):
     assert SIGNATURE in store.fault(artifact)
 
 
-def test_a_missing_part_of_a_signature_is_refused(store, artifact):
-    path = artifact.path / SIGNATURE
-    whole = json.loads(path.read_text())
-    for part in ("mediaType", "verificationMaterial", "dsseEnvelope"):
-        path.write_text(json.dumps({name: value for name, value in whole.items() if name != part}))
-        assert SIGNATURE in store.fault(artifact)
-    path.write_text(json.dumps(whole | {"dsseEnvelope": whole["dsseEnvelope"] | {"signatures": []}}))
-    assert SIGNATURE in store.fault(artifact)
-
-
 def forge(artifact):
     """Change a file as somebody would who has read the code: digests and seal fit again."""
     (artifact.path / "model.bin").write_bytes(b"hacked!")
@@ -141,17 +132,6 @@ def test_a_forgery_that_is_sealed_again_is_found_by_the_signature_alone(store, a
     assert "Signature mismatch" in said
     assert "artifact.json" in said
     assert "model.bin" in said
-
-
-def test_a_changed_history_metric_or_time_is_found(store, artifact):
-    manifest = opened((artifact.path / MANIFEST).read_bytes())
-    (artifact.path / MANIFEST).write_text(sealed(manifest | {"metrics": {"loss": 0.0}}))
-    assert "artifact.json" in refused(store, artifact)
-
-
-def test_a_changed_file_is_found_as_without_keys(store, artifact):
-    (artifact.path / "model.bin").write_bytes(b"hacked!")
-    assert "model.bin: expected sha256" in refused(store, artifact)
 
 
 def test_a_signature_by_another_key_is_refused(store, artifact, tmp_path, other_keys):
@@ -235,14 +215,6 @@ def test_we_accept_what_the_official_library_signs(store, artifact, keys):
     assert store.checked("sft", artifact.key)
 
 
-@pytest.mark.parametrize("curve", [ec.SECP256R1, ec.SECP384R1, ec.SECP521R1])
-def test_all_supported_curves_sign(tmp_path, curve):
-    pair = write_pair(tmp_path / "key", ec.generate_private_key(curve()))
-    store = store_of(tmp_path, *pair)
-    store.notary.check()
-    assert store.checked("sft", publish(store).key)
-
-
 def write_pair(path, key, encryption=None):
     public = path.with_name(f"{path.name}.pub")
     path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption()))
@@ -320,7 +292,7 @@ def test_keys_are_checked_with_the_sources(project, monkeypatch):
     monkeypatch.chdir(project)
     wrong = {"signatures.private_key": "nowhere", "signatures.public_key": "nowhere.pub", "model.base": "gone"}
     with pytest.raises(ParamsError) as error:
-        Project(project, "tiny", load_params(project, "tiny", wrong)).check_sources()
+        check_sources(Project(project, "tiny", load_params(project, "tiny", wrong)))
     assert {"gone", "nowhere", "nowhere.pub"} <= {
         word.strip(":'") for word in str(error.value).replace("/", " ").split()
     }
@@ -405,5 +377,5 @@ def test_mlflows_copy_is_signed_too_and_verified_when_it_is_brought_back(unsigne
     assert tracker.bring_back(store, "sft", sft.key).digest == sft.digest
     signed = publish(store_of(unsigned, *keys), seed=2)
     tracker.register(signed, None, profile="default")
-    with tracker.kept.copy(signed) as (folder, _):
+    with tracker.models.copy(signed) as (folder, _):
         assert store.notary.fault(folder, deep=True) is None

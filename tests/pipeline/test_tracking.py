@@ -30,9 +30,10 @@ from rrlhf.pipeline.cards import without_front_matter
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.tracking import Tracker, TrackingError
+from rrlhf.pipeline.tracking import AwayError, Tracker, TrackingError, server
 from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.relocate import relocate
+from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
 from rrlhf.policy.health import DivergedError
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.load import graph_of
@@ -43,6 +44,7 @@ from rrlhf.types import Dataset
 
 PROJECT = Path(__file__).parents[2]
 PARAMS = load_params(PROJECT)
+SETTINGS = PARAMS.model_dump()
 NODES = {node.name: node for node in nodes(PARAMS)}
 DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 ROWS = [{"step": step, "loss": 1 / step, "seconds": 0.5 * step} for step in (1, 2, 3)]
@@ -130,13 +132,6 @@ def test_registering_twice_makes_one_version(tracker, family):
     assert [found.aliases for found in tracker.versions()] == [("best",)]
 
 
-def test_an_alias_moves_to_the_version_that_is_given_it(root, tracker, family):
-    tracker.register(family[0], DATA, aliases=["best"], profile="default")
-    other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
-    tracker.register(other, None, aliases=["best"], profile="default")
-    assert [(found.version, found.aliases) for found in tracker.versions()] == [("2", ("best",)), ("1", ())]
-
-
 def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, tracker, client, family):
     sft, reward = family[:2]
     for profile in ("default", "tiny"):
@@ -215,20 +210,19 @@ def test_what_is_registered_is_noted_until_the_database_is_written_to(root, trac
     register_all(tracker, family)
     evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0]})
     tracker.register(evaluation, DATA, profile="default")
-    keys = [artifact.key for artifact in (*family, evaluation)]
-    found = registrations(root, "rrlhf", keys)
+    found = registrations(root, "rrlhf")
     sft = Registration(family[0].key, "rrlhf-sft", "1", family[0].digest, [], True)
     assert (found[sft.key, sft.name], len(found)) == (sft, 5)
     assert found[evaluation.key, ""].digest == evaluation.digest
     asked = []
     monkeypatch.setattr(Tracker, "connect", lambda *_: asked.append(1) or tracker)
-    assert registrations(root, "rrlhf", keys[1:]) == {name: one for name, one in found.items() if one != sft}
+    assert registrations(root, "rrlhf") == found
     assert not asked
     client.set_registered_model_alias("rrlhf-sft", "best", "1")
-    assert registrations(root, "rrlhf", [sft.key])[sft.key, sft.name].aliases == ["best"]
+    assert registrations(root, "rrlhf")[sft.key, sft.name].aliases == ["best"]
     assert asked
     (root / "mlflow.db").unlink()
-    assert registrations(root, "rrlhf", keys) == {}
+    assert registrations(root, "rrlhf") == {}
 
 
 def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, family):
@@ -240,13 +234,18 @@ def test_a_run_that_is_missing_is_written_from_the_history(tracker, client, fami
     assert run.data.params["sft.batch_size"] == str(PARAMS.sft.batch_size)
 
 
-def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family):
+def log(folder, *rows):
+    """Log rows as a stage does that computes into a folder."""
+    with (folder / HISTORY).open("a", encoding="utf-8") as handle:
+        handle.writelines(f"{json.dumps(row)}\n" for row in rows)
+
+
+def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family, tmp_path):
     sft = family[0]
-    flow = tracker.start_flow("default", PARAMS, "0123abc-dirty", name="default")
-    with tracker.stage_run(flow, NODES["sft"], sft.key) as log:
-        for row in ROWS:
-            log(row)
-    tracker.register(sft, DATA, profile="default")
+    flow = tracker.start_flow("default", SETTINGS, "0123abc-dirty", name="default")
+    with tracker.stage_run(flow, NODES["sft"], sft.key, tmp_path):
+        log(tmp_path, *ROWS)
+    tracker.register(sft, DATA, profile="default", parent=flow)
     tracker.finish_flow(flow, "FINISHED")
     [run] = stage_runs(client, sft.key)
     assert [step for step, _ in history(client, run.info.run_id)] == [1, 2, 3]
@@ -254,19 +253,28 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
     assert client.get_run(flow).data.params["arms.robust.nominal_weight"] == "0.4"
 
 
-def test_a_run_without_all_rows_is_written_anew(tracker, client, family):
-    with tracker.stage_run(None, NODES["sft"], family[0].key) as log:
-        log(ROWS[0])
-    tracker.register(family[0], DATA, profile="default")
-    newest, incomplete = stage_runs(client, family[0].key)
-    lengths = {len(history(client, run.info.run_id)) for run in (newest, incomplete)}
-    assert lengths == {1, 3}
+def test_a_run_that_the_server_lost_in_its_middle_is_finished_and_no_row_written_twice(tracker, client, family):
+    flow = tracker.start_flow("default", SETTINGS, None, name="default")
+    run_id = tracker._runs.new("sft", stage_tags("sft", "sft", family[0].key), {}, parent=flow)
+    started = client.get_run(run_id).info.start_time
+    client.log_batch(run_id, [metric for row in ROWS[:2] for metric in to_metrics(row, started)])
+    tracker.register(family[0], DATA, profile="default", parent=flow)
+    [run] = stage_runs(client, family[0].key)
+    assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
+    assert history(client, run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert run.data.params["sft.batch_size"] == str(PARAMS.sft.batch_size)
 
 
-def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client):
+def test_the_run_of_an_interrupted_stage_is_not_taken_for_that_of_the_next(tracker, client, family):
+    tracker._runs.new("sft", stage_tags("sft", "sft", family[0].key), {}, parent="another flow")
+    tracker.register(family[0], DATA, profile="default", parent="this flow")
+    assert {run.info.status for run in stage_runs(client, family[0].key)} == {"FINISHED", "RUNNING"}
+
+
+def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client, tmp_path):
     def fail():
-        with tracker.stage_run(None, NODES["sft"], "k" * 64) as log:
-            log({"step": 1, "loss": math.nan})
+        with tracker.stage_run(None, NODES["sft"], "k" * 64, tmp_path):
+            log(tmp_path, {"step": 1, "loss": math.nan})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -279,7 +287,7 @@ def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client
 FELL = [{"step": step, "kl": 1.0} | ({"health_kl_blowup": 1.0} if step in {2, 3} else {}) for step in range(5)]
 
 
-def test_a_policys_run_is_tagged_with_its_health(tracker, client):
+def test_a_policys_run_is_tagged_with_its_health(tracker, client, tmp_path):
     for number, (rows, tag) in enumerate(
         [
             (FELL[:2], "healthy"),
@@ -287,9 +295,9 @@ def test_a_policys_run_is_tagged_with_its_health(tracker, client):
             ([*FELL, {"step": 5, "health_nonfinite": 1.0}], "kl_blowup (steps 2, 3), nonfinite (step 5)"),
         ]
     ):
-        with tracker.stage_run(None, NODES["ppo-robust"], str(number)) as log:
-            for row in rows:
-                log(row)
+        folder = clear(tmp_path / str(number))
+        with tracker.stage_run(None, NODES["ppo-robust"], str(number), folder):
+            log(folder, *rows)
         [run] = stage_runs(client, str(number))
         assert run.data.tags["rrlhf.health"] == tag
 
@@ -300,9 +308,8 @@ def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, t
     (tmp_path / "samples.json").write_text(json.dumps(written))
 
     def diverge():
-        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path) as log:
-            for row in [*FELL, {"step": 5, "health_kl_blowup": 1.0, "diverged": 1.0}]:
-                log(row)
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path):
+            log(tmp_path, *FELL, {"step": 5, "health_kl_blowup": 1.0, "diverged": 1.0})
             raise DivergedError
 
     with pytest.raises(DivergedError):
@@ -314,10 +321,10 @@ def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, t
     assert "samples.json" in run.data.tags["mlflow.loggedArtifacts"]  # MLflow's pages then show a table
 
 
-def test_a_stage_that_fails_otherwise_is_not_called_healthy(tracker, client):
+def test_a_stage_that_fails_otherwise_is_not_called_healthy(tracker, client, tmp_path):
     def fail():
-        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64) as log:
-            log(FELL[0])
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path):
+            log(tmp_path, FELL[0])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -340,15 +347,6 @@ def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, t
     assert told["data"] == [[0, "a"]]
 
 
-def test_training_goes_on_when_the_server_is_lost(root, tracker, capsys):
-    with tracker.stage_run(None, NODES["sft"], "k" * 64) as log:
-        (root / "mlflow.db").rename(root / "away.db")
-        (root / "mlflow.db").touch()
-        for row in ROWS:
-            log(row)
-    assert "the run goes on" in capsys.readouterr().err
-
-
 def test_an_evaluation_keeps_its_files_and_makes_no_version(root, tracker, client, family):
     evaluation = published(root, "evaluate", {"data": DATA.digest, "sft": family[0]})
     tracker.register(family[0], DATA, profile="default")
@@ -364,17 +362,6 @@ def test_a_restored_artifact_is_the_same_to_the_byte(root, tracker, family):
     shutil.rmtree(sft.path)
     assert tracker.bring_back(Store(root), "sft", sft.key) == sft
     assert files(sft.path) == before
-
-
-def test_what_a_killed_restoring_left_is_no_obstacle(root, tracker, family):
-    sft, before = family[0], files(family[0].path)
-    tracker.register(sft, DATA, profile="default")
-    shutil.rmtree(sft.path)
-    left = Store(root).staging("restore", sft.key) / "artifact"
-    left.mkdir(parents=True)
-    (left / "half").write_text("half")
-    assert files(tracker.bring_back(Store(root), "sft", sft.key).path) == before
-    assert not left.parent.exists()
 
 
 def spoiled(copy, how):
@@ -420,12 +407,6 @@ def test_a_registered_copy_that_is_not_what_was_registered_is_named_and_not_take
 def test_what_was_never_registered_cannot_be_restored(root, tracker):
     assert tracker.bring_back(Store(root), "sft", "0" * 64) is None
     assert not (root / "artifacts").exists()
-
-
-def test_the_store_is_not_touched_by_registering(tracker, family):
-    before = files(family[0].path)
-    tracker.register(family[0], DATA, profile="default")
-    assert files(family[0].path) == before
 
 
 KILLED_WHILE_COPYING = """
@@ -474,12 +455,12 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
 
 
 def test_a_flow_closes_the_runs_of_killed_processes(tracker, client):
-    dead = tracker.start_flow("default", PARAMS, None, name="default")
+    dead = tracker.start_flow("default", SETTINGS, None, name="default")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     client.set_tag(dead, "rrlhf.pid", str(gone.pid))
-    alive = tracker.start_flow("default", PARAMS, None, name="default")
-    tracker.start_flow("default", PARAMS, None, name="default")
+    alive = tracker.start_flow("default", SETTINGS, None, name="default")
+    tracker.start_flow("default", SETTINGS, None, name="default")
     assert [client.get_run(run).info.status for run in (dead, alive)] == ["KILLED", "RUNNING"]
 
 
@@ -512,7 +493,7 @@ def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tr
     policy = register_all(tracker, family)[3]
     evidence = {"to": "champion", "decision": "promoted", "digest": family[3].digest}
     tracker.keep_decision(policy, evidence, "promotion/champion.json", {})
-    tracker.give(policy, "champion")
+    tracker.models.give(policy.name, policy.version, "champion")
     told = json.loads(json.dumps(tracker.versions()))
     moved = root.rename(root.parent / f"{root.name} moved")
     assert "places in mlflow.db now lie in" in relocate(moved)
@@ -553,28 +534,50 @@ def test_a_server_that_is_down_is_reported_soon(root, monkeypatch):
         address = f"http://user:secret@127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     start = time.monotonic()
-    with pytest.raises(TrackingError, match="start the server again") as caught:
+    with pytest.raises(AwayError, match="start the server again") as caught:
         Tracker.connect(root, "rrlhf")
     assert time.monotonic() - start < 10
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_hangs_is_given_up(root, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+def test_a_server_that_hangs_is_given_up_and_costs_a_stage_two_seconds(root, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "SECONDS_TO_ANSWER", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(TrackingError, match=r"failed: Read timed out\. \(read timeout=1\)"):
+        with pytest.raises(AwayError, match=r"failed: .*Read timed out\. \(read timeout=1\)"):
             Tracker.connect(root, "rrlhf")
-        assert time.monotonic() - start < 10
+        with pytest.raises(AwayError, match="did not answer a moment ago"):
+            Tracker.connect(root, "rrlhf")
+        assert time.monotonic() - start < 8
+        server._ask_again.clear()
+        client = server.Client(server.address(root))
+        live = LiveRun(client, lambda began: client.create_run("0", began), "sft", tmp_path, False)
+        live.start()
+        start = time.monotonic()
+        live.finish("FINISHED", SECONDS_TO_CLOSE)
+        assert time.monotonic() - start < SECONDS_TO_CLOSE + 0.5
 
 
-class Refusing(BaseHTTPRequestHandler):
+class Quiet(BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+class Refusing(Quiet):
     def do_GET(self):
         self.send_error(401)
 
-    def log_message(self, *arguments):
-        pass
+
+class Forbidding(Quiet):
+    def do_GET(self):
+        self.send_error(403)
+
+
+class Slow(Quiet):
+    def do_GET(self):
+        time.sleep(3)
+        self.send_error(404)
 
 
 @pytest.fixture
@@ -591,10 +594,17 @@ def serving(monkeypatch):
         yield start
 
 
-def test_a_server_that_refuses_names_the_way_in(root, serving):
-    serving(Refusing)
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN"):
+@pytest.mark.parametrize("handler", [Refusing, Forbidding])
+def test_a_server_that_refuses_names_the_way_in_and_is_not_taken_for_one_that_is_away(root, serving, handler):
+    serving(handler)
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN") as caught:
         Tracker.connect(root, "rrlhf")
+    assert not isinstance(caught.value, AwayError)
+
+
+def test_a_server_that_takes_three_seconds_is_not_away(root, serving):
+    serving(Slow)
+    server.check_answer(server.address(root))
 
 
 def tiny_policy(staged):

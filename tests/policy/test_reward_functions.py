@@ -18,6 +18,7 @@ from rrlhf.config import typed_arm
 from rrlhf.data.tables import read_table, write_table
 from rrlhf.located import ParamsError
 from rrlhf.models.load import load_base, save_model
+from rrlhf.pipeline.check import check_columns, check_sources
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.policy.reading import load_judges, read_responses, sample_responses
@@ -127,10 +128,10 @@ def test_once_a_data_set_is_made_its_columns_are_held_against_the_arms(rules, tm
     arm = {"arms.robust.functions": {"my_rules:solved": 1.0}}
     project = Project(tmp_path, "tiny", load_params(Path(__file__).parents[2], "tiny", arm))
     (tmp_path / SUMMARY).write_text('{"columns": ["solution"]}')
-    project.check_columns(tmp_path)
+    check_columns(project, tmp_path)
     (tmp_path / SUMMARY).write_text('{"columns": ["level"]}')
     with pytest.raises(ParamsError, match=r"it needs solution; .* the data has the columns level"):
-        project.check_columns(tmp_path)
+        check_columns(project, tmp_path)
 
 
 def test_a_function_may_change_what_it_was_given(rules):
@@ -199,7 +200,7 @@ def test_a_run_tells_them_with_its_other_mistakes_before_it_computes(rules, tmp_
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc" / "config").touch()
     with pytest.raises(ParamsError) as error:
-        Project(tmp_path, "tiny", load_params(Path(__file__).parents[2], "tiny", chosen | source)).check_sources()
+        check_sources(Project(tmp_path, "tiny", load_params(Path(__file__).parents[2], "tiny", chosen | source)))
     told = str(error.value).splitlines()
     assert [line.split("'")[1] if "'" in line else line.split(":")[0] for line in told] == [
         "nowhere.jsonl",

@@ -169,7 +169,7 @@ def test_two_processes_train_the_same_policy(trained, start, model, settings, tm
     params = {"model": model.model_dump(), "dpo": settings.model_dump(), "arm": ARM.model_dump()}
     out, inputs = tmp_path / "out", {name: start / name for name in ("data", "sft")}
     two = Launch(processes=2, threads=1, arms_at_once=1)
-    execute({"stage": "dpo", "params": params}, inputs=inputs, out=out, log=lambda row: None, launch=two)
+    execute({"stage": "dpo", "params": params}, inputs=inputs, out=out, launch=two)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     for row, alone in zip(rows, trained[0], strict=True):
         assert row["loss"] == pytest.approx(alone["loss"], abs=2e-3)

@@ -142,7 +142,7 @@ def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, sett
             "import json, sys; from pathlib import Path;"
             "from rrlhf.config import Launch; from rrlhf.pipeline.launch import execute;"
             "job = json.loads(sys.argv[1]);"
-            "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), log=lambda row: None,"
+            "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), "
             " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1),"
             " beside=job['beside'])"
         )

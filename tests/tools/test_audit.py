@@ -206,7 +206,7 @@ def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(f
     digest = finished.artifacts["ppo-single"].digest
     [version] = [each for each in finished.tracker.versions() if each.digest == digest]
     tracker, evidence = finished.tracker, {"to": "champion", "decision": "promoted", "digest": digest}
-    tracker.give(version, "champion")
+    finished.tracker.models.give(version.name, version.version, "champion")
     assert "alias champion: no decision gave it" in "".join(found())
     tracker.keep_decision(version, evidence, "promotion/champion.json", {})
     assert found() == []
@@ -288,7 +288,7 @@ def test_a_signature_that_is_missing_or_not_ours_is_a_broken_link_here_and_in_ml
         copies = finished.audit(notary=ours).broken
         assert len(copies) == len(artifacts)
         assert all("s copy" in each.problem and "found no file" in each.problem for each in copies)
-        assert [made.name for made in artifacts if not finished.tracker.add_signature(made)] == ["data"]
+        assert [made.name for made in artifacts if not finished.tracker.models.add_signature(made)] == ["data"]
         dvc.keep(finished.root, finished.data.path)
         assert finished.audit(notary=ours).broken == []
         other.sign(sft.path)

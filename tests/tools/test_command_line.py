@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from rrlhf import environment
 from rrlhf.cli import COMMANDS, app
+from rrlhf.environment import FullError, check_room, telling_full_disk
 from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.plan import Planned, room
 from rrlhf.tools import command_line
 from rrlhf.tools.command_line import mending
 
@@ -34,12 +36,11 @@ def command(project, monkeypatch, typed):
 
 
 def test_a_run_on_a_nearly_full_disk_starts_nothing(command, project, monkeypatch):
-    for module in (environment, command_line):
-        monkeypatch.setattr(module, "ROOM", 2**62)
+    monkeypatch.setattr(environment, "ROOM", 2**62)
     code, _, told = command("run", "--profile", "tiny")
     assert code == 1
-    assert f"{project}: no room on the disk, " in told
-    assert "bytes are free" in told
+    assert f"{project}: no room on the disk: {2**62:,} bytes or more are needed, " in told
+    assert "are free. Make room" in told
     assert not (project / ".rrlhf" / "serve").exists()
 
 
@@ -48,7 +49,29 @@ def test_a_disk_that_is_full_when_something_is_written_is_told_with_the_room_lef
     with pytest.raises(SystemExit) as ended, mending():
         Path("/dev/full").write_text("anything")
     assert ended.value.code == 1
-    assert re.search(r"no room on the disk.* [\d,]+ bytes are free", capsys.readouterr().err)
+    assert re.search(r"no room on the disk: .*, [\d,]+ are free", capsys.readouterr().err)
+
+
+def test_a_library_that_fails_on_a_full_disk_ends_a_stage_with_one_reason(tmp_path, monkeypatch):
+    def fails(text):
+        with telling_full_disk(tmp_path):
+            raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match="else"):
+        fails("something else")
+    with pytest.raises(FullError, match=re.escape(f"{tmp_path}: no room on the disk")):
+        fails("Error while serializing: No space left on device (os error 28)")
+    monkeypatch.setattr(environment, "FULL", 2**62)
+    with pytest.raises(FullError, match=r"bytes or more are needed|takes more"):
+        fails("something else")
+
+
+def test_a_run_begins_with_room_for_what_earlier_ones_left(tmp_path):
+    check_room(tmp_path, 2**20)
+    with pytest.raises(FullError, match=rf"{2**62 + environment.ROOM:,} bytes or more are needed"):
+        check_room(tmp_path, 2**62)
+    before = [("sft", "run", 30), ("ppo", "upstream", 4), ("x", "reuse", 9)]
+    assert room(Planned(node, action, [], None, size=size) for node, action, size in before) == 68
 
 
 def test_whatever_fails_on_a_full_disk_has_one_reason_and_elsewhere_keeps_its_trace(monkeypatch, capsys):
@@ -59,7 +82,7 @@ def test_whatever_fails_on_a_full_disk_has_one_reason_and_elsewhere_keeps_its_tr
     with pytest.raises(RuntimeError):
         failing()
     monkeypatch.setattr(command_line, "FULL", 2**62)
-    monkeypatch.setattr(command_line, "ROOM", 2**62)
+    monkeypatch.setattr(environment, "ROOM", 2**62)
     with pytest.raises(SystemExit) as ended:
         failing()
     assert ended.value.code == 1

@@ -52,7 +52,7 @@ def made(shared_project):
         document = project.document(node, digests)
         staged = clear(project.store.staging(node.stage, key_digest(document)))
         inputs = {argument: folders[name] for argument, name in node.inputs.items()}
-        execute(document, inputs=inputs, out=staged, log=lambda row: None, launch=params.launch)
+        execute(document, inputs=inputs, out=staged, launch=params.launch)
         keys = {argument: artifacts[name].key for argument, name in node.inputs.items() if name != "data"}
         artifact = project.store.publish(node.name, document, staged, seconds=1.0, input_keys=keys, profile="tiny")
         tracker.register(artifact, dataset if node.name != "ensemble" else None, profile="tiny")

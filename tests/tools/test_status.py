@@ -3,9 +3,6 @@
 import fcntl
 import json
 import shlex
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -70,28 +67,6 @@ def test_the_last_run_is_noted_however_it_ends(tmp_path):
     found = last_run(tmp_path, "tiny")
     assert (found["status"], found["ran"], found["overrides"]) == ("interrupted", ["sft"], {"seed": 2})
     assert found["part"] == {"until": ["sft"]}
-
-
-A_RUN = """
-import sys, time
-from pathlib import Path
-from rrlhf.pipeline.partial import Part
-from rrlhf.pipeline.last_run import noted
-time.sleep(1)
-for ran in sys.argv[2:]:
-    with noted(Path(sys.argv[1]), "tiny", {}, Part()) as names:
-        names += filter(None, ran.split(","))
-"""
-
-
-def test_what_a_run_took_is_counted_from_the_start_of_its_process(tmp_path):
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", A_RUN, str(tmp_path), "sft"], check=True)
-    whole = time.monotonic() - began
-    found = last_run(tmp_path, "tiny")
-    assert 1 <= found["start_up"] <= found["seconds"] <= whole + 0.1  # rounded
-    subprocess.run([sys.executable, "-c", A_RUN, str(tmp_path), ""], check=True)  # nothing was to be done
-    assert last_run(tmp_path, "tiny")["start_up"] == found["start_up"]
 
 
 def test_status_counts_every_profile(command):

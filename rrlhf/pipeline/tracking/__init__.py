@@ -6,7 +6,16 @@ only when something is asked of it, because that import takes seconds.
 """
 
 from rrlhf.pipeline.tracking.models import tag_fault
-from rrlhf.pipeline.tracking.server import TrackingError, mlflow_pages, version_page
+from rrlhf.pipeline.tracking.server import AwayError, TrackingError, mlflow_pages, version_page
 from rrlhf.pipeline.tracking.tracker import Registered, Tracker, Version
 
-__all__ = ["Registered", "Tracker", "TrackingError", "Version", "mlflow_pages", "tag_fault", "version_page"]
+__all__ = [
+    "AwayError",
+    "Registered",
+    "Tracker",
+    "TrackingError",
+    "Version",
+    "mlflow_pages",
+    "tag_fault",
+    "version_page",
+]

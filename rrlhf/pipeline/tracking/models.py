@@ -16,10 +16,11 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.pipeline.artifacts import CARD, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import title, what, without_front_matter
 from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.tracking.runs import dataset_input, has, short_digest, stage_tags, write_metrics
+from rrlhf.pipeline.tracking.server import Client
 from rrlhf.types import Dataset
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
@@ -31,7 +32,7 @@ LETTERS_PER_TAG = 8000  # MLflow's limit
 class Models:
     """The logged models of one experiment and the registry of its server."""
 
-    def __init__(self, client: Any, experiment_id: str) -> None:
+    def __init__(self, client: Client, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
 
     def search(self, condition: str = "") -> list[Any]:  # mlflow.entities.model_registry.ModelVersion
@@ -91,10 +92,12 @@ class Models:
         tags |= {"rrlhf.digest": artifact.digest}
         new = partial(self._client.create_logged_model, self._experiment_id, artifact.name, run_id, tags)
         model = begun[0] if begun else new(model_type=artifact.stage)
-        with linked_files(artifact, INSIDE) as folder:
-            _write_mlmodel(folder / "MLmodel", str(model.model_id), run_id, artifact.stage)
-            self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(folder / "MLmodel")})
-            self._client.log_model_artifacts(model.model_id, str(folder))
+        self._client.log_model_artifacts(model.model_id, str(artifact.path), INSIDE)
+        with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as beside:
+            description = Path(beside, "MLmodel")
+            _write_mlmodel(description, str(model.model_id), run_id, artifact.stage)
+            self._client.set_logged_model_tags(model.model_id, {MLMODEL: sha256(description)})
+            self._client.log_model_artifact(model.model_id, str(description))
         self._client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
 
@@ -125,8 +128,7 @@ class Models:
     def keep_files(self, run: Any, artifact: Artifact) -> None:
         """Keep the files of an artifact that is no model (the evaluation) with its run."""
         if run.data.tags.get("rrlhf.digest") != artifact.digest:
-            with linked_files(artifact) as folder:
-                self._client.log_artifacts(run.info.run_id, str(folder))
+            self._client.log_artifacts(run.info.run_id, str(artifact.path))
 
     @contextmanager
     def copy(self, artifact: Artifact) -> Iterator[tuple[Path, Path | None] | None]:
@@ -254,22 +256,6 @@ def model_metrics(run: Any, dataset: Dataset | None, model_id: str) -> list[Any]
 
     about = (dataset.name, short_digest(dataset)) if dataset else (None, None)
     return [Metric(m.key, m.value, m.timestamp, m.step, model_id, *about) for m in run.data.to_proto().metrics]
-
-
-@contextmanager
-def linked_files(artifact: Artifact, inside: str = ".") -> Iterator[Path]:
-    """Yield a temporary folder of links to exactly the artifact's files: an upload follows them, nothing is copied.
-
-    Its signature, where it has one, is among them.
-    """
-    with tempfile.TemporaryDirectory(prefix="rrlhf-upload-") as temporary:
-        folder = Path(temporary)
-        signature = [SIGNATURE] if (artifact.path / SIGNATURE).exists() else []
-        for name in [MANIFEST, *artifact.manifest["files"], *signature]:
-            link = folder / inside / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((artifact.path / name).resolve())
-        yield folder
 
 
 def _write_mlmodel(path: Path, model_id: str, run_id: str, stage: str) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.pipeline.tracking.models import MADE
-from rrlhf.pipeline.tracking.server import errors
+from rrlhf.pipeline.tracking.server import Client, TrackingError
 from rrlhf.types import Json
 
 PREFIX = "rrlhf.gates"  # of the tags that tell the last decision
 PROMOTED = "rrlhf.promoted"  # of the tag that lets a version have an alias: "<file of the evidence> <its sha256>"
 
 
-def keep(client: Any, version: Any, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
+def keep(client: Client, version: Any, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
     """Keep the evidence of a decision as a file of the version's run, and its short form as the version's tags.
 
     The tags are those of the last decision; the files of earlier ones stay.
@@ -35,17 +35,16 @@ def keep(client: Any, version: Any, evidence: Mapping[str, Json], file: str, tag
         client.set_model_version_tag(version.name, version.version, tag, value)
 
 
-def fault(client: Any, version: Any, alias: str) -> str | None:
+def fault(client: Client, version: Any, alias: str) -> str | None:
     """Say why a version should not have an alias, or None: the evidence must be there, unchanged and its own."""
     earned = version.tags.get(f"{PROMOTED}.{alias}")
     if earned is None:
         return f"alias {alias}: no decision gave it; `rrlhf promote --to {alias}` holds it against the gates"
     file, _, expected = earned.rpartition(" ")
-    gone: tuple[type[Exception], ...] = (OSError, *errors())
     with tempfile.TemporaryDirectory(prefix="rrlhf-evidence-") as beside:
         try:
             text = Path(client.download_artifacts(version.run_id, file, beside)).read_bytes()
-        except gone:
+        except (OSError, TrackingError):
             return f"alias {alias}: its evidence {file} is gone"
     if (found := hashlib.sha256(text).hexdigest()) != expected:
         return f"alias {alias}: its evidence {file}: expected sha256 {expected}, found {found}"

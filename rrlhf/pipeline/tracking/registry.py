@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +32,14 @@ class Registration(NamedTuple):
 Registrations = dict[tuple[str, str], Registration]  # by key and name
 
 
-def registrations(root: Path, experiment: str, keys: Iterable[str]) -> Registrations:
-    """Return what is registered under each of these keys. Raises TrackingError when that cannot be told."""
-    file, wanted = database(root), set(keys)
+def registrations(root: Path, experiment: str) -> Registrations:
+    """Return everything that is registered. Raises TrackingError when that cannot be told."""
+    file = database(root)
     if file and not file.exists():
         return {}
-    found = _noted(root, experiment)
-    if found is None:
-        found = take_note(root, experiment)
-    return {(one.key, one.name): one for one in found if one.key in wanted}
+    noted = _noted(root, experiment)
+    found = take_note(root, experiment) if noted is None else noted
+    return {(one.key, one.name): one for one in found}
 
 
 def take_note(root: Path, experiment: str) -> list[Registration]:

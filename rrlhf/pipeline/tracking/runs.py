@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.locks import is_alive
-from rrlhf.pipeline.artifacts import Artifact
+from rrlhf.pipeline.artifacts import HISTORY, Artifact, rows_of
 from rrlhf.pipeline.keys import dotted
-from rrlhf.pipeline.tracking.server import errors, warn
+from rrlhf.pipeline.tracking.server import Client, TrackingError
 from rrlhf.policy.excerpts import FILE as EXCERPTS
 from rrlhf.policy.excerpts import read_excerpts
 from rrlhf.policy.health import EVENTS, in_words
+from rrlhf.progress import say
 from rrlhf.types import Dataset, Metrics
 
 SECONDS_BETWEEN_WRITES = 3.0
+SECONDS_TO_CLOSE = 2.0  # for which a stage that ended waits for a server
+PARENT = "mlflow.parentRunId"
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100  # MLflow's limits
 
 
@@ -43,7 +47,7 @@ def commit_tags(commit: str | None) -> dict[str, str]:
 class Runs:
     """The runs of one experiment."""
 
-    def __init__(self, client: Any, experiment_id: str) -> None:
+    def __init__(self, client: Client, experiment_id: str) -> None:
         self._client, self._experiment_id = client, experiment_id
 
     def new(
@@ -56,16 +60,19 @@ class Runs:
         started: int | None = None,
     ) -> str:
         """Open a run with its settings, below `parent`, begun now or at `started` (ms); return its id."""
-        from mlflow.entities import Param
-
-        above = {"mlflow.parentRunId": parent} if parent else {}
+        above = {PARENT: parent} if parent else {}
         process = {"rrlhf.host": socket.gethostname(), "rrlhf.pid": str(os.getpid())}
         run = self._client.create_run(self._experiment_id, started, {**tags, **process, **above}, name)
         run_id: str = run.info.run_id
+        self._describe(run_id, settings)
+        return run_id
+
+    def _describe(self, run_id: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
         params = [Param(dotted_name, value) for dotted_name, value in dotted(settings)]
         for start in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=params[start : start + PARAMS_PER_CALL])
-        return run_id
 
     def close_dead(self) -> None:
         """Close the runs of this machine's processes that were killed: MLflow shows them as RUNNING for ever."""
@@ -75,26 +82,32 @@ class Runs:
                 self._client.set_terminated(run.info.run_id, "KILLED")
 
     def complete(self, artifact: Artifact, parent: str | None) -> Any:  # mlflow.entities.Run
-        """Return the run that holds all of the artifact's history; write one when there is none."""
+        """Return the run that holds all of the artifact's history; finish the one below `parent`, or write one."""
         runs = self._client.search_runs([self._experiment_id], has("key", artifact.key))
         rows = artifact.history()
+        begun = None
         for run in runs:
             if run.info.status == "FINISHED" and run.data.tags.get("rrlhf.rows") == str(len(rows)):
                 return run
-        for run in runs:
-            if run.info.status == "RUNNING":
-                self._client.set_terminated(run.info.run_id, "KILLED")
-        return self._replay(artifact, rows, parent)
+            if run.info.status != "FINISHED" and run.data.tags.get(PARENT) == parent:
+                begun = run
+        return self._replay(artifact, rows, parent, begun)
 
-    def _replay(self, artifact: Artifact, rows: list[dict[str, float]], parent: str | None) -> Any:
-        """Write a run from an artifact's history, at the times at which it happened."""
+    def _replay(self, artifact: Artifact, rows: list[dict[str, float]], parent: str | None, begun: Any) -> Any:
+        """Write a run from an artifact's history, at the times at which it happened.
+
+        What one that was begun has already are the same points to MLflow, which are not written twice.
+        """
         manifest, settings = artifact.manifest, artifact.manifest["document"]["params"]
         ended = datetime.fromisoformat(manifest["created"]).timestamp()
-        started = ended - manifest["seconds"]
-        tags = stage_tags(artifact.name, artifact.stage, artifact.key) | commit_tags(manifest["git_commit"])
-        run_id = self.new(artifact.name, tags, settings, parent=parent, started=round(1000 * started))
-        metrics = [metric for row in rows for metric in to_metrics(row, started + row.get("seconds", 0.0))]
-        write_metrics(self._client, run_id, metrics)
+        if begun:
+            run_id, started = begun.info.run_id, begun.info.start_time
+            self._describe(run_id, settings)
+        else:
+            started = round(1000 * (ended - manifest["seconds"]))
+            tags = stage_tags(artifact.name, artifact.stage, artifact.key) | commit_tags(manifest["git_commit"])
+            run_id = self.new(artifact.name, tags, settings, parent=parent, started=started)
+        write_metrics(self._client, run_id, [metric for row in rows for metric in to_metrics(row, started)])
         if "health" in settings:
             write_health(self._client, run_id, rows, "FINISHED")
         write_told(self._client, run_id, artifact.path)
@@ -102,82 +115,89 @@ class Runs:
         return self._client.get_run(run_id)
 
 
-class LiveRun:
-    """A run that is written to while its stage computes, until the server is away."""
+class LiveRun(threading.Thread):
+    """Writes what a stage logs into its folder to a run, while it computes; the stage never waits for it.
 
-    def __init__(self, client: Any, run_id: str | None, name: str, watched: bool) -> None:
-        self._client, self._run_id, self._name, self._watched = client, run_id, name, watched
-        self._waiting: list[Any] = []  # mlflow.entities.Metric
-        self._rows: list[Metrics] = []
-        self._due = time.monotonic() + SECONDS_BETWEEN_WRITES
+    What does not arrive, because the server is away, is written when the result is registered.
+    """
 
-    def log(self, row: Metrics) -> None:
-        """Take a row, and write all that wait when it is time."""
-        self._rows.append(row)
-        self._waiting += to_metrics(row, time.time())
-        if time.monotonic() >= self._due:
-            self._try(self._write)
-            self._due = time.monotonic() + SECONDS_BETWEEN_WRITES
+    def __init__(self, client: Client, open_run: Callable[[int], str], name: str, folder: Path, watched: bool) -> None:
+        """open_run: makes the run, which began at that time (ms), and returns its id."""
+        super().__init__(name=f"mlflow-{name}", daemon=True)
+        self._client, self._open_run, self._stage, self._folder = client, open_run, name, folder
+        self._watched, self._run_id, self._told = watched, "", False
+        self._rows: list[Metrics] = []  # that are written
+        before = rows_of(folder) if (folder / HISTORY).is_file() else []  # of an interrupted run, whose clock goes on
+        self._began = round(1000 * (time.time() - (before[-1]["seconds"] if before else 0.0)))
+        self._status, self._over = "", threading.Event()
 
-    def finish(self, status: str, folder: Path | None) -> None:
-        """Write what waits and what is left in the stage's folder, and close the run."""
-        self._try(lambda run_id: self._close(run_id, status, folder))
+    def finish(self, status: str, seconds: float | None) -> None:
+        """Have the run closed, waiting for that so many seconds; None: as long as it takes."""
+        self._status = status
+        self._over.set()
+        self.join(seconds)
 
-    def _close(self, run_id: str, status: str, folder: Path | None) -> None:
-        self._write(run_id)
+    def run(self) -> None:
+        """Write now and then until the stage is over, and close the run."""
+        is_over = False
+        while not is_over:
+            is_over = self._over.wait(SECONDS_BETWEEN_WRITES)
+            try:
+                self._write()
+                if is_over:
+                    self._close()
+            except (TrackingError, OSError) as error:  # OSError: the result was published meanwhile
+                if not self._told:
+                    say(f"{self._stage}  {str(error).partition(chr(10))[0]}; the run goes on")
+                self._told = True
+
+    def _write(self) -> None:
+        self._run_id = self._run_id or self._open_run(self._began)
+        if self._status == "FINISHED" or (self._folder / HISTORY).is_file():
+            rows = rows_of(self._folder)
+            new = [metric for row in rows[len(self._rows) :] for metric in to_metrics(row, self._began)]
+            write_metrics(self._client, self._run_id, new)
+            self._rows = rows
+
+    def _close(self) -> None:
         if self._watched:
-            write_health(self._client, run_id, self._rows, status)
-        if folder:
-            write_told(self._client, run_id, folder)
-        if status == "FINISHED":
-            close_finished(self._client, run_id, len(self._rows), round(1000 * time.time()))
+            write_health(self._client, self._run_id, self._rows, self._status)
+        write_told(self._client, self._run_id, self._folder)
+        if self._status == "FINISHED":
+            close_finished(self._client, self._run_id, len(self._rows), round(1000 * time.time()))
         else:
-            self._client.set_terminated(run_id, status)
-
-    def _write(self, run_id: str) -> None:
-        write_metrics(self._client, run_id, self._waiting)
-        self._waiting.clear()
-
-    def _try(self, write: Callable[[str], None]) -> None:
-        """Write to the server; give this run up when it does not answer, for `Runs.complete` writes it anew."""
-        if self._run_id is None:
-            return
-        try:
-            write(self._run_id)
-        except errors() as error:
-            warn(self._name, error)
-            self._run_id = None
+            self._client.set_terminated(self._run_id, self._status)
 
 
-def to_metrics(row: Mapping[str, float], when: float) -> list[Any]:
-    """Return a row as MLflow's metrics; `seconds` is what `when` says already."""
+def to_metrics(row: Mapping[str, float], started: int) -> list[Any]:
+    """Return a row as MLflow's metrics of a run that began at this time (ms)."""
     from mlflow.entities import Metric
 
-    step = int(row.get("step", 0))
+    step, when = int(row.get("step", 0)), started + round(1000 * row.get("seconds", 0.0))
     numbers = {name: value for name, value in row.items() if name not in {"step", "seconds"}}
-    return [Metric(name, float(value), round(1000 * when), step) for name, value in numbers.items()]
+    return [Metric(name, float(value), when, step) for name, value in numbers.items()]
 
 
-def write_metrics(client: Any, run_id: str, metrics: list[Any]) -> None:
+def write_metrics(client: Client, run_id: str, metrics: list[Any]) -> None:
     """Write metrics in as few calls as MLflow allows."""
     for start in range(0, len(metrics), METRICS_PER_CALL):
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
 
-def close_finished(client: Any, run_id: str, rows: int, ended: int) -> None:
+def close_finished(client: Client, run_id: str, rows: int, ended: int) -> None:
     """Close a run that holds all its rows; their number is what tells it from an incomplete one."""
     client.set_tag(run_id, "rrlhf.rows", str(rows))
     client.set_terminated(run_id, "FINISHED", ended)
 
 
-def write_health(client: Any, run_id: str, rows: Iterable[Metrics], status: str) -> None:
+def write_health(client: Client, run_id: str, rows: Iterable[Metrics], status: str) -> None:
     """Tag a run with its training's health; one that ended early is not called healthy."""
     told = in_words(rows)
     if status == "FINISHED" or told != "healthy":
         client.set_tag(run_id, "rrlhf.health", told)
 
 
-def write_told(client: Any, run_id: str, folder: Path) -> None:
+def write_told(client: Client, run_id: str, folder: Path) -> None:
     """Have a run hold the events and the texts that its stage left: as a file, and as a table of MLflow's."""
     told = [name for name in (EVENTS, EXCERPTS) if (folder / name).is_file()]
     there = {entry.path for entry in client.list_artifacts(run_id)} if told else set()

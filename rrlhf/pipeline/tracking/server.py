@@ -1,12 +1,13 @@
-"""The connection to MLflow: opening it, and its errors."""
+"""The connection to MLflow: opening it, and its errors, of which being away is one that a run survives."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,8 +30,36 @@ ENVIRONMENT = {
 }
 
 
+SECONDS_TO_ANSWER = 8.0  # before a server counts as away; one that was idle may have to wake up
+SECONDS_AWAY = 20.0  # for which such a server is not asked again
+REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}
+BROKEN = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # the client's for no answer, too
+
+_ask_again: dict[str, float] = {}  # by address of a server that is away: when, in seconds of the monotonic clock
+
+
 class TrackingError(MendableError):
     """The tracking server does not answer or refuses; the message says how to go on."""
+
+
+class AwayError(TrackingError):
+    """The tracking server does not answer, now: what it is to be told can be told later."""
+
+
+class Client:
+    """MLflow's client of one server. Whatever it is asked, its errors are TrackingErrors."""
+
+    def __init__(self, uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self.uri, self._client = uri, MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def ask(*arguments: Any, **named: Any) -> Any:
+            with trouble(self.uri):
+                return getattr(self._client, name)(*arguments, **named)
+
+        return ask
 
 
 def address(root: Path) -> str:
@@ -44,29 +73,31 @@ def database(root: Path) -> Path | None:
     return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
 
 
-def connect(root: Path, experiment: str) -> tuple[Any, str, str]:
-    """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return client, address and experiment's id.
+def connect(root: Path, experiment: str) -> tuple[Client, str]:
+    """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; return its client and the experiment's id.
 
-    What is missing is created. Raises TrackingError when the server does not answer, or refuses.
+    What is missing is created. Raises AwayError when the server does not answer, TrackingError when it refuses.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow
-    from mlflow import MlflowClient
 
+    for name in ("urllib3.connectionpool", "mlflow.store.db.utils"):  # with traces of what is raised, and told, anyway
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     uri, file = address(root), database(root)
-    with trouble(uri), locked(root / ".rrlhf" / "connect.lock"):
+    check_answer(uri)
+    with locked(root / ".rrlhf" / "connect.lock"):
         if file:
             _create_database(file)
         given = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(uri)  # the registry asks the global client about logged models
         if given is None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)  # written too, it would then decide for every other folder
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client = Client(uri)
         place = (file.parent / FILES).as_uri() if file else None
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            return client, uri, str(client.create_experiment(experiment, place))
+            return client, str(client.create_experiment(experiment, place))
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the experiment {experiment!r} was deleted: choose another name in tracking.experiment, or "
@@ -77,7 +108,16 @@ def connect(root: Path, experiment: str) -> tuple[Any, str, str]:
                 "this folder was moved or copied: run `rrlhf relocate`, so that mlflow.db names the files that are "
                 f"here, not those in {found.artifact_location}"
             )
-        return client, uri, str(found.experiment_id)
+        return client, str(found.experiment_id)
+
+
+def check_answer(uri: str) -> None:
+    """Raise AwayError when a server takes longer to answer anything at all than one that works would."""
+    import requests
+
+    if uri.startswith("http"):
+        with trouble(uri), suppress(requests.exceptions.SSLError):  # MLflow's client knows which it has to accept
+            requests.get(f"{uri.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER).close()
 
 
 def _create_database(file: Path) -> None:
@@ -85,12 +125,10 @@ def _create_database(file: Path) -> None:
 
     Raises TrackingError for a damaged file: MLflow would try to open it again and again, for an hour.
     """
-    from mlflow import MlflowClient
-
     if not file.exists():
         new = file.with_name(f"{file.name}.new")
         new.unlink(missing_ok=True)
-        MlflowClient(tracking_uri=f"{SQLITE}{new}", registry_uri=f"{SQLITE}{new}")
+        Client(f"{SQLITE}{new}")
         new.rename(file)
     with file.open("rb") as handle:
         if handle.read(16) != b"SQLite format 3\0":
@@ -107,16 +145,21 @@ def errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def trouble(uri: str) -> Iterator[None]:
-    """Turn the client's errors into TrackingError."""
+    """Turn the client's errors into TrackingErrors; ask no server that did not answer a moment ago."""
+    if time.monotonic() < _ask_again.get(uri, 0.0):
+        raise AwayError(f"the tracking server {_shown(uri)} did not answer a moment ago")
     try:
         yield
     except errors() as error:
+        code, kind = getattr(error, "error_code", "INTERNAL_ERROR"), TrackingError
         way_out = "check MLFLOW_TRACKING_URI and start the server again, or unset the variable to use mlflow.db here"
         if uri.startswith(SQLITE):
             way_out = "check that the file can be written and that the disk is not full"
-        elif getattr(error, "error_code", "") in {"UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"}:
+        elif code in REFUSALS:
             way_out = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        raise TrackingError(
+        elif code in BROKEN:
+            kind, _ask_again[uri] = AwayError, time.monotonic() + SECONDS_AWAY
+        raise kind(
             f"the tracking server {_shown(uri)} failed: {_first_line(error)}\n"
             f"{way_out}; nothing that was computed is lost"
         ) from None  # the client's error shows a password in the address
@@ -141,10 +184,5 @@ def _shown(text: str) -> str:
 
 def _first_line(error: Exception) -> str:
     line = str(error).partition("\n")[0]
-    cause = re.search(r"Caused by \w+\(.*: (.*?)[\"']\)+$", line)  # said last, after what was asked of whom
+    cause = re.search(r"Caused by \w+\(.*: (.*?)[\"']\)+$", line) or re.search(r"Pool\(.*?\): (.*)$", line)
     return _shown(cause[1] if cause else line)[:300]
-
-
-def warn(name: str, error: Exception) -> None:
-    """Say on the terminal that a server is away, and that its numbers come later."""
-    print(f"{name}  the tracking server does not answer; the run goes on ({_first_line(error)})", file=sys.stderr)

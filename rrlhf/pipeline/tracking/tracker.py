@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrlhf.config import Params
 from rrlhf.locks import locked
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.pipeline.graph import Node
@@ -19,9 +18,9 @@ from rrlhf.pipeline.stages import model_name, spec_of
 from rrlhf.pipeline.tracking import promotions
 from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
 from rrlhf.pipeline.tracking.registry import Registration, take_note
-from rrlhf.pipeline.tracking.runs import LiveRun, Runs, commit_tags, has, stage_tags
-from rrlhf.pipeline.tracking.server import connect, database, errors, mlflow_pages, trouble, warn
-from rrlhf.types import Dataset, Json, Log
+from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, Runs, commit_tags, has, stage_tags
+from rrlhf.pipeline.tracking.server import connect, database, mlflow_pages, trouble
+from rrlhf.types import Dataset, Json
 
 
 class Registered(NamedTuple):
@@ -65,62 +64,67 @@ class Tracker:
 
     def __init__(self, root: Path, experiment: str) -> None:
         self._root, self._experiment = root, experiment
-        self._client, self._uri, self._experiment_id = connect(root, experiment)
-        self._runs, self._models = Runs(self._client, self._experiment_id), Models(self._client, self._experiment_id)
+        self._client, self._experiment_id = connect(root, experiment)
+        self._runs = Runs(self._client, self._experiment_id)
+        self.models = Models(self._client, self._experiment_id)
         self._open: set[str] = set()  # runs of flows
+        self._live: dict[str, LiveRun] = {}  # by key: of stages whose end the server may not know yet
 
     @classmethod
     def connect(cls, root: Path, experiment: str) -> Tracker:
         """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; create what is missing.
 
-        Raises TrackingError when the server does not answer, or refuses.
+        Raises AwayError when the server does not answer, TrackingError when it refuses.
         """
         return cls(root.resolve(), experiment)
 
     def start_flow(
-        self, profile: str, params: Params, commit: str | None, *, name: str, parent: str | None = None
+        self, profile: str, settings: Mapping[str, Json], commit: str | None, *, name: str, parent: str | None = None
     ) -> str:
         """Open the run that the runs of the flow's stages belong to, and return its id.
 
         parent: the run of a group that this one belongs to.
         """
-        with trouble(self._uri):
-            self._runs.close_dead()
-            tags = {"rrlhf.profile": profile} | commit_tags(commit)
-            run_id = self._runs.new(name, tags, params.model_dump(), parent=parent)
+        self._runs.close_dead()
+        tags = {"rrlhf.profile": profile} | commit_tags(commit)
+        run_id = self._runs.new(name, tags, settings, parent=parent)
         self._open.add(run_id)
         return run_id
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the server has this run."""
+        return bool(self._client.search_runs([self._experiment_id], f"attributes.run_id = '{run_id}'"))
+
     def finish_flow(self, run_id: str, status: str) -> None:
         """Close a flow's run as FINISHED, FAILED or KILLED; after the last one, note what is registered."""
-        with trouble(self._uri):
-            self._client.set_terminated(run_id, status)
+        self._client.set_terminated(run_id, status)
         self._open.discard(run_id)
         if not self._open and database(self._root):
             take_note(self._root, self._experiment)
 
     @contextmanager
-    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path | None = None) -> Iterator[Log]:
-        """Open a run for a stage that computes into `folder`, and yield its log.
+    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path) -> Iterator[None]:
+        """Have a run for a stage that computes into `folder` meanwhile, with what it logs there.
 
-        A server that is away costs a little time and nothing else: rows wait for it, and `register` writes anew
-        what never arrived. What a stage that failed left in its folder to tell of it is kept with the run.
+        A server that is away costs a moment at the end and nothing else: `register` writes what never arrived. What a
+        stage that failed left in its folder to tell of it is kept with the run.
         """
-        run_id = None
-        try:
-            run_id = self._runs.new(node.name, stage_tags(node.name, node.stage, key), node.settings, parent=parent)
-        except errors() as error:
-            warn(node.name, error)
-        live = LiveRun(self._client, run_id, node.name, "health" in node.settings)
+        tags = stage_tags(node.name, node.stage, key)
+
+        def begun(started: int) -> str:
+            return self._runs.new(node.name, tags, node.settings, parent=parent, started=started)
+
+        live = self._live[key] = LiveRun(self._client, begun, node.name, folder, "health" in node.settings)
+        live.start()
         status = "FAILED"
         try:
-            yield live.log
+            yield
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            live.finish(status, folder)
+            live.finish(status, None if database(self._root) else SECONDS_TO_CLOSE)
 
     def register(
         self,
@@ -137,28 +141,29 @@ class Tracker:
         there already stays; what a killed process left half done is finished. A stage without a model (the
         evaluation) gets its run and files only, and the answer is None. `parent` is where a missing run is put.
         """
-        with locked(self._root / ".rrlhf" / "registry.lock"), trouble(self._uri):
+        if live := self._live.get(artifact.key):
+            live.join()  # a server that is slow may be told of the stage's end at this moment
+        with locked(self._root / ".rrlhf" / "registry.lock"):
             run = self._runs.complete(artifact, parent)
             if not spec_of(artifact.stage).model:
-                self._models.keep_files(run, artifact)
-                self._models.link(run, artifact, dataset)
+                self.models.keep_files(run, artifact)
+                self.models.link(run, artifact, dataset)
                 return None
             name = model_name(artifact.stage, profile)
-            found = self._models.version_of(artifact, name)
+            found = self.models.version_of(artifact, name)
             created = found is None
             if created:
-                found = self._models.new_version(artifact, name, run.info.run_id)
-            self._models.link(run, artifact, dataset, model_id_of(found))
+                found = self.models.new_version(artifact, name, run.info.run_id)
+            self.models.link(run, artifact, dataset, model_id_of(found))
             given = sorted(set(aliases) - set(found.aliases))
-            moved = [self._models.give(name, str(found.version), alias) for alias in given]
+            moved = [self.models.give(name, str(found.version), alias) for alias in given]
             return Registered(name, str(found.version), created, tuple(moved))
 
     def registrations(self) -> list[Registration]:
         """Return everything that is registered; of several versions of one key and name, the newest."""
-        with trouble(self._uri):
-            condition = "attributes.status = 'FINISHED' and tags.`rrlhf.digest` != ''"
-            search = partial(self._client.search_runs, [self._experiment_id], condition)
-            tags = [run.data.tags for run in every(search)]
+        condition = "attributes.status = 'FINISHED' and tags.`rrlhf.digest` != ''"
+        search = partial(self._client.search_runs, [self._experiment_id], condition)
+        tags = [run.data.tags for run in every(search)]
         complete = {(each["rrlhf.key"], each["rrlhf.digest"]): each["rrlhf.stage"] for each in tags}
         found = [
             Registration(key, "", "", digest, [], True)
@@ -169,11 +174,6 @@ class Tracker:
             is_complete = (one.key, one.digest) in complete
             found.append(Registration(one.key, one.name, one.version, one.digest, [*one.aliases], is_complete))
         return found
-
-    def add_signature(self, artifact: Artifact) -> bool:
-        """Put an artifact's signature beside the server's copy of its files; False when there is no copy."""
-        with trouble(self._uri):
-            return self._models.add_signature(artifact)
 
     def bring_back(self, store: Store, stage: str, key: str) -> Artifact | None:
         """Return the artifact with this key from the store; where it is not there, from its registered copy, or None.
@@ -202,14 +202,11 @@ class Tracker:
                 shutil.rmtree(downloaded, ignore_errors=True)
 
     def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
-        with trouble(self._uri):
-            return next(iter(self._models.search(has("key", key))), None)
+        return next(iter(self.models.search(has("key", key))), None)
 
     def versions(self) -> list[Version]:
         """Return every version that this project registered, newest first."""
-        with trouble(self._uri):
-            known = self._models.search()
-            aliases = self._models.aliases()
+        known, aliases = self.models.search(), self.models.aliases()
         return [
             Version(
                 found.name,
@@ -232,32 +229,19 @@ class Tracker:
         from mlflow.artifacts import download_artifacts
 
         uri = f"models:/{version.name}/{version.version}/{name}"
-        with trouble(self._uri):
-            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._uri))
-
-    @property
-    def kept(self) -> Models:
-        """What the server keeps of artifacts, for checking it."""
-        return self._models
+        with trouble(self._client.uri):
+            return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._client.uri))
 
     def keep_decision(self, version: Version, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
         """Keep the evidence of a decision about a version with it; see rrlhf/pipeline/tracking/promotions.py."""
-        with trouble(self._uri):
-            promotions.keep(self._client, version, evidence, file, tags)
-
-    def give(self, version: Version, alias: str) -> None:
-        """Give a version an alias, which no other version of the name then has."""
-        with trouble(self._uri):
-            self._models.give(version.name, version.version, alias)
+        promotions.keep(self._client, version, evidence, file, tags)
 
     def alias_fault(self, version: Version, alias: str) -> str | None:
         """Say why a version should not have an alias that runs do not give, or None."""
-        with trouble(self._uri):
-            return promotions.fault(self._client, version, alias)
+        return promotions.fault(self._client, version, alias)
 
     def log_report(self, run_id: str, html: Path) -> str | None:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
-        with trouble(self._uri):
-            self._client.log_artifact(run_id, str(html))
+        self._client.log_artifact(run_id, str(html))
         pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"

@@ -122,7 +122,7 @@ class Audit:
                 yield f"{where}: expected the name of a model of stage {artifact.stage}"
             if problem := tag_fault(artifact, version.tags):
                 yield f"{where}, {problem}"
-            if self.deep and version.run_id and (problem := self.tracker.kept.link_fault(artifact, version.run_id)):
+            if self.deep and version.run_id and (problem := self.tracker.models.link_fault(artifact, version.run_id)):
                 yield f"{where}, {problem}"
 
     def _aliases(self, product: Product) -> Iterator[str]:
@@ -145,7 +145,7 @@ class Audit:
             except FileNotFoundError:
                 self.notes.append(f"DVC keeps no files of {line(product)}")
             return
-        with self.tracker.kept.copy(artifact) as found:
+        with self.tracker.models.copy(artifact) as found:
             if found is None:
                 self.notes.append(f"MLflow keeps no files of {line(product)}")
                 return
@@ -159,7 +159,7 @@ class Audit:
                 problem = str(error).partition("\n")[0]
             if problem:
                 yield f"MLflow's copy: {problem}"
-            expected = self.tracker.kept.mlmodel_digest(artifact)
+            expected = self.tracker.models.mlmodel_digest(artifact)
             digest = sha256(description) if description and description.is_file() else "no file"
             if description and expected not in {None, digest}:
                 yield f"{description}: expected sha256 {expected}, found {digest}"

@@ -80,7 +80,7 @@ def decide(root: Path, profile: str, params: Params, reference: str, *, to: str,
         file = f"{EVIDENCE}/{to}-{decision['when'].replace(':', '')}.json"
         tracker.keep_decision(version, decision, file, tags_of(decision, file))  # first: no champion is without it
         if outcome != "refused":
-            tracker.give(version, to)
+            tracker.models.give(version.name, version.version, to)
     return decision
 
 

@@ -78,7 +78,7 @@ def rebuild(
         out = beside / f"{number:02d}-{kept.name}"
         inputs = {argument: made.get(each.key, each.path) for argument, each in inputs_of(lookup, kept).items()}
         began = time.monotonic()
-        execute(kept.manifest["document"], inputs=inputs, out=out, log=lambda row: None, launch=launch)
+        execute(kept.manifest["document"], inputs=inputs, out=out, launch=launch)
         found = compare(kept.path, out, kept.manifest["files"], tolerance)
         yield Rebuilt(kept.name, found, first_step(kept.path, out) if found else None, time.monotonic() - began)
         if verdict(found) == "differs":

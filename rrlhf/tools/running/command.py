@@ -102,7 +102,7 @@ def plan(
     width = max(len(one.node) for one in planned)
     for one in planned:
         print(_line(one, width, verbose))
-    if expected := total(planned, project.usual_start_up()):
+    if expected := total(planned):
         print(expected)
     if waiting := unregistered(project, planned):
         print(f"to be registered in MLflow: {', '.join(waiting)}")
@@ -182,6 +182,18 @@ def relocate() -> None:
     print(move(Path.cwd()))
 
 
+def sync() -> None:
+    """Tell the tracking server of the runs that ended while it was away: every number, model and alias, in order.
+
+    A run does this by itself before it registers its own.
+    """
+    from rrlhf.pipeline.tracking.unsynced import sync as tell
+
+    for line in tell(Path.cwd()):
+        print(line)
+    print("the tracking server knows of every run")
+
+
 def report(profile: Profile = "default", set_: Set = None) -> None:
     """Write the HTML report of a finished run again, and print its path."""
     changed = overrides(profile, set_)
@@ -204,7 +216,7 @@ def run_flow(
     """
     from rrlhf.pipeline.last_run import noted
     from rrlhf.pipeline.partial import Part
-    from rrlhf.pipeline.plan import total
+    from rrlhf.pipeline.plan import room, total
     from rrlhf.progress import say
     from rrlhf.tools.running.starting import started
     from rrlhf.tools.running.uptodate import nothing_to_do, show
@@ -222,7 +234,7 @@ def run_flow(
             result = done.result
         else:
             say(total(planned) or "nothing to compute; what is here is registered and reported")
-            flow = started(project.root, project.params.tracking.experiment, "flows.pipeline").pipeline
+            flow = started(project.root, project.params.tracking.experiment, "flows.pipeline", room(planned)).pipeline
             asked = {name: [*names] for name, names in part._asdict().items() if names}
             result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
     if as_json:
@@ -236,11 +248,11 @@ def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
 
 
 def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = False) -> Project:
+    from rrlhf.pipeline.check import check_sources
     from rrlhf.pipeline.plan import Project
 
     project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
-    project.check_keys()
-    project.check_sources()
+    check_sources(project)
     return project
 
 

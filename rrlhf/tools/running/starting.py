@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,24 @@ from rrlhf.progress import in_words, say
 from rrlhf.stopping import STOPPING, stop_between_steps
 
 
-def started(root: Path, experiment: str, module: str) -> Any:
-    """Import a module of flows once Prefect and MLflow answer, and let Ctrl-C stop between steps.
+def started(root: Path, experiment: str, module: str, results: int = 0) -> Any:
+    """Import a module of flows once Prefect answers, and let Ctrl-C stop between steps.
 
-    Raises ServeError and TrackingError when one of them does not, and OSError when the disk is full.
+    Raises ServeError when Prefect does not, TrackingError when MLflow refuses, and FullError when the disk has no room.
+    results: bytes that the flow will write, as far as that is known.
     """
     from rrlhf.tools.serving import start_temporary_server
 
-    check_room(root)
+    check_room(root, results)
     say("starting: Prefect, MLflow and their databases")
     began = time.monotonic()
     wait_until_ready = start_temporary_server(root)
     # Both imports take seconds, in which the server starts.
     found = import_module(module)
-    from rrlhf.pipeline.tracking import Tracker
+    from rrlhf.pipeline.tracking import AwayError, Tracker
 
-    Tracker.connect(root, experiment)
+    with suppress(AwayError):  # the flow says so, and goes on without it
+        Tracker.connect(root, experiment)
     wait_until_ready()
     say(f"started in {in_words(time.monotonic() - began)}")
     stop_between_steps(STOPPING)

@@ -13,6 +13,7 @@ from rrlhf.pipeline.artifacts import TamperedError
 from rrlhf.pipeline.last_run import last_run
 from rrlhf.pipeline.params import load_params, option, profiles
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.tracking.unsynced import waiting
 from rrlhf.progress import in_words
 
 FOLDERS = ("artifacts", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
@@ -46,6 +47,7 @@ class Overview(TypedDict):
     running: list[Work]
     interrupted: list[Work]
     differing: list[str]  # results of --force that were not those stored
+    unsynced: int  # runs that the tracking server is still to be told of
     disk_bytes: dict[str, int]
 
 
@@ -64,6 +66,7 @@ def overview(root: Path) -> Overview:
         "running": [each for each in work if each["holder"]],
         "interrupted": [each for each in work if not each["holder"] and each["steps"] is not None],
         "differing": sorted(str(path.relative_to(root)) for path in (root / "artifacts" / ".differing").glob("*")),
+        "unsynced": len(waiting(root)),
         "disk_bytes": sizes,
     }
 
@@ -85,6 +88,8 @@ def told(found: Overview) -> Iterator[str]:
         yield f"interrupted: {_work_in_words(work)}, saved after step {work['steps']}{again}"
     for path in found["differing"]:
         yield f"computed again with another result than the stored one: {path}"
+    if found["unsynced"]:
+        yield f"unsynced: {found['unsynced']} runs; `rrlhf sync` tells the tracking server"
     yield f"disk: {', '.join(f'{name} {decimal(size)}' for name, size in found['disk_bytes'].items())}"
 
 

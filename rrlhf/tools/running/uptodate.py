@@ -70,7 +70,7 @@ def registered(project: Project, artifacts: Mapping[str, Artifact]) -> Registere
     if database(project.root) is None:
         return None  # only the server can tell
     experiment, found = project.params.tracking.experiment, Registered()
-    known = registrations(project.root, experiment, [artifact.key for artifact in artifacts.values()])
+    known = registrations(project.root, experiment)
     for node in project.nodes:
         artifact = artifacts.get(node.name)
         if artifact is None or node.name == DATA:

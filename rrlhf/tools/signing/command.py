@@ -158,4 +158,4 @@ def _in_mlflow(root: Path, params: Params, artifacts: Sequence[Artifact]) -> int
     if file and not file.exists():
         return 0
     tracker = Tracker.connect(root, params.tracking.experiment)
-    return sum(tracker.add_signature(artifact) for artifact in artifacts)
+    return sum(tracker.models.add_signature(artifact) for artifact in artifacts)
