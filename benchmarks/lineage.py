@@ -34,7 +34,7 @@ from rrlhf.pipeline.artifacts import HISTORY, Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.tracking import Tracker, Version
 from rrlhf.tools.auditing.audit import Audit
-from rrlhf.tools.lineage.load import graph_of
+from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.lineage.openlineage import as_lines
 from rrlhf.tools.lineage.rows import sightings
 from rrlhf.tools.lineage.text import as_json, mermaid, page, tree

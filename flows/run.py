@@ -320,7 +320,7 @@ def register(node: Node, run: Run) -> State[None]:
 @task(task_run_name="report", cache_policy=NO_CACHE, persist_result=False)
 def report(run: Run) -> str:
     """Write the HTML report, tell of the comparison, and return the report's path."""
-    from rrlhf.tools.lineage.load import graph_of
+    from rrlhf.tools.lineage.lookup import graph_of
     from rrlhf.tools.reporting.report import render
 
     project, trained = run.project, trainings_of(run.project, run.artifacts)

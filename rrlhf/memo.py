@@ -50,11 +50,8 @@ class Memory:
             write(self.path, json.dumps(dict(self.known)))
 
 
-class Memo:
+class Memo(Memory):
     """Digests by path, from memory while the file is unchanged."""
-
-    def __init__(self, path: Path) -> None:
-        self._memory = Memory(path)
 
     def sha256(self, path: Path, expected: str | None = None) -> str:
         """Return the file's sha256 in hex.
@@ -62,33 +59,30 @@ class Memo:
         expected: what the file should have; when memory says otherwise, memory may be wrong, and the file is read.
         """
         mark, name = mark_of(path), str(path.resolve())
-        known = self._memory.known.get(name)
+        known = self.known.get(name)
         if mark and known and known[:4] == mark and expected in {None, known[4]}:
             return str(known[4])
         digest = sha256(path)
         if mark:
-            self._memory.known[name] = [*mark, digest]
-            self._memory.grew = True
+            self.known[name] = [*mark, digest]
+            self.grew = True
         return digest
 
     def forget(self, folder: Path) -> None:
         """Have the files in a folder read again."""
-        above = f"{folder.resolve()}{os.sep}"
-        for name in [name for name in list(self._memory.known) if name.startswith(above)]:
-            del self._memory.known[name]
-        self._memory.grew = True
+        for name in self._inside(folder):
+            del self.known[name]
+        self.grew = True
 
     def renamed(self, old: Path, new: Path) -> None:
         """Keep what is known of the files in a folder that was renamed."""
-        known, above = self._memory.known, f"{old.resolve()}{os.sep}"
-        for name in [name for name in list(known) if name.startswith(above)]:
-            known[str(new.resolve() / name.removeprefix(above))] = known.pop(name)
-        self._memory.grew = True
+        for name in self._inside(old):
+            self.known[name.replace(str(old.resolve()), str(new.resolve()), 1)] = self.known.pop(name)
+        self.grew = True
         self.save()
 
-    def save(self) -> None:
-        """Write what was learned."""
-        self._memory.save()
+    def _inside(self, folder: Path) -> list[str]:
+        return [name for name in list(self.known) if name.startswith(f"{folder.resolve()}{os.sep}")]
 
 
 def sha256(path: Path) -> str:

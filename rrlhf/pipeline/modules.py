@@ -14,16 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from rrlhf.canonical import FUNCTIONS, canonical, imports, names_bound, walk
 from rrlhf.memo import Memory
-from rrlhf.sourcecode import packages, parsed
+from rrlhf.sourcecode import canonical, imports, names_bound, packages, parsed
 
 # Of this package: modules whose every effect on a result is already in the key (as settings), or that only show or
 # store things.
 WITHOUT_EFFECT = {
-    "rrlhf.canonical",
     "rrlhf.checks",
     "rrlhf.config",
     "rrlhf.environment",
@@ -48,50 +45,36 @@ Place = tuple[str, str]  # a module and a name in it
 Used = tuple[str, list[Place]]  # a name as written, less where it lies in the package, and what it may stand for
 
 
-class Statement(NamedTuple):
-    """A statement at the top of a module."""
-
-    text: str  # what it does, whatever it is called in the package
-    uses: list[str]  # what its names stand for, dotted, in the order in which they are written
-    imports: set[str]  # what may be a module in import statements inside
-
-
 class Module:
-    """A source file, or a folder without one: what it defines, imports and does on import."""
+    """A source file, or a folder without one: what it defines, imports (in functions, too) and does on import."""
 
     def __init__(self, path: Path, name: str, top: str) -> None:
-        self.name = name
-        self._top, self._package = top, name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
-        body = [one for one in (parsed(path).body if path.is_file() else []) if not _is_skipped(one)]
+        self.name, self._top = name, top
+        package = name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
         self.imports: set[str] = set()
         self.bindings: dict[str, set[str]] = defaultdict(set)
         self.defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name, all statements that bind it
-        self._known: dict[ast.stmt, Statement] = {}
-        for node in walk(body, FUNCTIONS):
-            for bound, target, module in imports(node, self._package):
-                self.bindings[bound].add(target)
-                self.imports.add(module)
-        for statement in body:
-            bound_here = names_bound(statement)
-            for each in bound_here:
+        self._known: dict[ast.stmt, tuple[str, list[str]]] = {}
+        for statement in parsed(path).body if path.is_file() else []:
+            if isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED:
+                continue
+            for node in ast.walk(statement):
+                for bound, target, module in imports(node, package):
+                    self.bindings[bound].add(target)
+                    self.imports.add(module)
+            names = names_bound(statement)
+            for each in names:
                 self.defined[each].append(statement)
                 self.bindings[each].add(f"{name}.{each}")
-            if _acts(statement, bound_here):
+            if _acts(statement, names):
                 self.defined[OTHER_LINES].append(statement)
 
-    def statements(self, name: str) -> list[Statement]:
-        """Return what binds a name."""
-        return [self._statement(each) for each in self.defined[name]]
-
-    def _statement(self, statement: ast.stmt) -> Statement:
-        if statement not in self._known:
-            inside = [each for node in ast.walk(statement) for each in imports(node, self._package)]
-            names = {bound: {*targets} for bound, targets in self.bindings.items()} if inside else self.bindings
-            for bound, target, _ in inside:
-                names.setdefault(bound, set()).add(target)
-            text, uses = canonical(statement, names, self._top)
-            self._known[statement] = Statement(text, uses, {module for _, _, module in inside})
-        return self._known[statement]
+    def statements(self, name: str) -> list[tuple[str, list[str]]]:
+        """Return what binds a name: texts of what is done, and what the names in each stand for, dotted."""
+        for each in self.defined[name]:
+            if each not in self._known:
+                self._known[each] = canonical(each, self.bindings, self._top)
+        return [self._known[each] for each in self.defined[name]]
 
 
 class Modules:
@@ -131,11 +114,10 @@ class Modules:
             while waiting:
                 place = waiting.pop()
                 if place not in found:
-                    found[place] = [self._behind(use) for one in self._statements(place) for use in one.uses]
+                    found[place] = [self._behind(use) for _, uses in self._statements(place) for use in uses]
                     waiting += [target for _, targets in found[place] for target in targets]
-            inside = (one.imports for place in found for one in self._statements(place))
-            acting = self._acting({place[0] for place in found}.union(*inside)) - found.keys()
-            waiting = sorted(acting, key=lambda place: ([one.text for one in self._statements(place)], place))
+            acting = self._acting(module for module, _ in found) - found.keys()
+            waiting = sorted(acting, key=lambda place: ([text for text, _ in self._statements(place)], place))
         return found
 
     def exists(self, module: str) -> bool:
@@ -145,7 +127,7 @@ class Modules:
     def _closure(self, roots: Iterable[str]) -> dict[str, str]:
         reached = self.reached(*roots)
         own = {
-            place: _sha256(*(one.text for one in self._statements(place)), *(name for name, _ in uses))
+            place: _sha256(*(text for text, _ in self._statements(place)), *(name for name, _ in uses))
             for place, uses in reached.items()
         }
         # How definitions refer to each other: by their numbers in the order in which they are met.
@@ -160,7 +142,7 @@ class Modules:
         found = {name: " ".join(sorted(digests)) for name, digests in sorted(by_name.items())}
         return found | {WHOLE: _sha256(*whole)[:32]}
 
-    def _statements(self, place: Place) -> list[Statement]:
+    def _statements(self, place: Place) -> list[tuple[str, list[str]]]:
         module = self._module(place[0])
         return module.statements(place[1]) if module else []
 
@@ -232,16 +214,11 @@ def changed_definitions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
         "added": [name for name in new if name not in old],
         "removed": [name for name in old if name not in new],
     }
-    return "; ".join(f"{_listed(names)} {verb}" for verb, names in told.items() if names) or "put together otherwise"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
-
-
-def _is_skipped(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED
+    listed = {
+        verb: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        for verb, names in told.items()
+    }
+    return "; ".join(f"{names} {verb}" for verb, names in listed.items() if names) or "put together otherwise"
 
 
 def _acts(statement: ast.stmt, bound: set[str]) -> bool:

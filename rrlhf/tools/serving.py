@@ -6,6 +6,7 @@ Prefect is only started here, as a process, never imported: that takes seconds i
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import socket
 import subprocess
@@ -13,17 +14,19 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 
 from rrlhf.environment import check_room, end_with_parent
 from rrlhf.located import MendableError
 from rrlhf.locks import locked
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking import AwayError, Tracker
 from rrlhf.pipeline.tracking.server import PAGES
-from rrlhf.stopping import check_stop, stop_between_steps
+from rrlhf.progress import in_words, say
+from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 
 HOST = "127.0.0.1"
 POOL = "rrlhf"
@@ -118,6 +121,27 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             raise ServeError(f"a service ended; see {server.log.parent}")
 
 
+def started(root: Path, experiment: str, module: str, results: int = 0) -> Any:
+    """Import a module of flows once Prefect answers, and let Ctrl-C stop between steps.
+
+    Raises ServeError when Prefect does not, TrackingError when MLflow refuses, and FullError when the disk has no room.
+    results: bytes that the flow will write, as far as that is known.
+    """
+    check_room(root, results)
+    say("starting: Prefect, MLflow and their databases")
+    began = time.monotonic()
+    wait_until_ready = start_temporary_server(root)
+    found = import_module(module)  # takes seconds, in which the server starts
+    with suppress(AwayError):  # the flow says so, and goes on without it
+        Tracker.connect(root, experiment)
+    wait_until_ready()
+    say(f"started in {in_words(time.monotonic() - began)}")
+    stop_between_steps(STOPPING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_message_only)
+    return found
+
+
 def start_temporary_server(root: Path) -> Callable[[], None]:
     """Start a Prefect server for this process, unless PREFECT_API_URL names one; return a function that waits for it.
 
@@ -125,10 +149,20 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
     hang trying. Call this before Prefect is imported: what is registered first is stopped last, when Prefect has
     sent its last events.
     """
-    if "PREFECT_API_URL" in os.environ:
-        _check_answer(os.environ["PREFECT_API_URL"])
+    if api := os.environ.get("PREFECT_API_URL"):
+        try:
+            urllib.request.urlopen(f"{api}/health", timeout=5).close()
+        except HTTPError:
+            pass  # it answers; Prefect's client knows how to log in
+        except OSError as error:
+            raise ServeError(
+                f"the Prefect server of PREFECT_API_URL, {api}, does not answer ({error}): start it, or unset "
+                "PREFECT_API_URL to run without one"
+            ) from None
         return lambda: None
-    port = _free_port()
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
     api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
     command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port), "--no-ui"]
     starting, services = ExitStack(), ExitStack()
@@ -143,23 +177,11 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
     return wait_until_ready
 
 
-def _check_answer(api: str) -> None:
-    try:
-        urllib.request.urlopen(f"{api}/health", timeout=5).close()
-    except HTTPError:
-        return  # it answers; Prefect's client knows how to log in
-    except OSError as error:
-        raise ServeError(
-            f"the Prefect server of PREFECT_API_URL, {api}, does not answer ({error}): start it, or unset "
-            "PREFECT_API_URL to run without one"
-        ) from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _message_only(record: logging.LogRecord) -> bool:
+    """Keep tracebacks off the terminal, where the command says what went wrong; Prefect's records keep them."""
+    record.exc_info = record.exc_text = None
+    said = ("Encountered exception", "Task run failed", "Crash detected", "Finished in state Crashed")
+    return not record.getMessage().startswith(said)
 
 
 @contextmanager
@@ -169,15 +191,8 @@ def _service(name: str, command: list[str], environment: Mapping[str, str], root
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then stops the services in order.
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+        started: dict[str, Any] = {"start_new_session": True, "preexec_fn": end_with_parent}
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output, **started)
         try:
             yield Service(process, log)
         finally:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import rrlhf
-from rrlhf.canonical import imports
 from rrlhf.pipeline.modules import WITHOUT_EFFECT, Modules
-from rrlhf.sourcecode import parsed, source_file
+from rrlhf.sourcecode import imports, parsed, source_file
 
 PACKAGE = Path(rrlhf.__file__).parent
 HERE = Path(__file__).parents[1]

@@ -36,8 +36,7 @@ from rrlhf.pipeline.tracking.relocate import relocate
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
 from rrlhf.policy.health import DivergedError
 from rrlhf.tools.auditing.audit import Audit
-from rrlhf.tools.lineage.load import graph_of
-from rrlhf.tools.lineage.lookup import Lookup
+from rrlhf.tools.lineage.lookup import Lookup, graph_of
 from rrlhf.tools.lineage.text import line as in_a_line
 from rrlhf.tools.lineage.text import tree
 from rrlhf.types import Dataset

@@ -14,7 +14,7 @@ from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_di
 from rrlhf.pipeline.seal import sealed
 from rrlhf.pipeline.signatures import Notary
 from rrlhf.tools.auditing.audit import Audit, as_text
-from rrlhf.tools.lineage.load import graph_of
+from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.signing.command import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}

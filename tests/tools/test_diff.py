@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rrlhf.data.fingerprints import Changed, RowChanges
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.artifacts import Store
 from rrlhf.tools.lineage.diff import as_json, as_text, compared
 
 CODE = {"run": "1", "encode": "2"}
@@ -19,7 +20,7 @@ def product(node, digest, inputs, params, code=CODE, numbers=None, known=True):
 
 def between(old, new):
     """Compare the last products of two families; both have one data set, or none that is here."""
-    return compared(Graph([*old, *new]), old[-1], new[-1], Path("nowhere"))
+    return compared(Graph([*old, *new]), old[-1], new[-1], Store(Path("nowhere")))
 
 
 def family(mark, limit=100, lr=0.1, code=CODE, known=True, result=""):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.lineage.load import graph_of
+from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.lineage.rows import digest_start
 from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree
 

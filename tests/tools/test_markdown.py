@@ -11,7 +11,7 @@ from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.lineage.load import graph_of
+from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.reporting.tables import Table, escaped, markdown
 from rrlhf.tools.sweeps.comparison import Found, compared
 from rrlhf.tools.sweeps.show import Sweep, as_markdown

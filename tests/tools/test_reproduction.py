@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from rrlhf.pipeline.artifacts import CARD, HISTORY
 from rrlhf.tools.reproduction.command import conclusion, worst
-from rrlhf.tools.reproduction.compare import Difference, compare, first_step, verdict
-from rrlhf.tools.reproduction.rebuild import Rebuilt
+from rrlhf.tools.reproduction.rebuild import Difference, Rebuilt, compare, first_step, verdict
 
 FILES = ["model.safetensors", "config.json", "rollouts.parquet", "notes.txt", HISTORY, CARD]
 

@@ -13,8 +13,7 @@ from rrlhf.files import write
 from rrlhf.tools.command_line import VERIFICATION_FAILED, AsJson
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.ancestry import Graph
-    from rrlhf.pipeline.tracking import Tracker, Version
+    from rrlhf.tools.lineage.lookup import Lookup
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
 Profile = Annotated[str, typer.Option(help="Profile whose nodes are named, and whose tracking.experiment is asked.")]
@@ -52,17 +51,15 @@ def lineage(
     """
     if (node is None) == (row is None):
         raise typer.BadParameter(f"name one of {Reference}; or a row of data with --row")
-    format = Format.JSON if as_json else format
-    graph, tracker, versions = _graph(profile)
+    format, lookup = Format.JSON if as_json else format, _lookup(profile)
     if row is not None:
-        told = _row(graph, row, format)
+        told = _row(lookup, row, format)
     else:
         from rrlhf.tools.lineage import openlineage, text
-        from rrlhf.tools.lineage.load import described
 
-        start = graph.find(str(node), profile)
+        graph, start = lookup.graph, lookup.product(str(node))
         if format in {Format.JSON, Format.HTML, Format.OPENLINEAGE}:
-            graph = described(graph, graph.down(start) if down else graph.up(start), tracker, versions)
+            graph = lookup.described(graph.down(start) if down else graph.up(start))
         written = {
             Format.TREE: text.tree,
             Format.JSON: text.as_json,
@@ -90,12 +87,10 @@ def diff(
     Example: rrlhf diff rrlhf-policy/1 rrlhf-policy@candidate
     """
     from rrlhf.tools.lineage import diff as differences
-    from rrlhf.tools.lineage.load import described
 
-    graph, tracker, versions = _graph(profile)
-    above = {product for each in (a, b) for product in graph.up(graph.find(each, profile))}
-    graph = described(graph, above, tracker, versions)
-    found = differences.compared(graph, graph.find(a, profile), graph.find(b, profile), Path.cwd())
+    lookup = _lookup(profile)
+    graph = lookup.described(lookup.graph.up(lookup.product(a), lookup.product(b)))
+    found = differences.compared(graph, graph.find(a, profile), graph.find(b, profile), lookup.store)
     print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
 
 
@@ -115,40 +110,33 @@ def audit(
 
     Example: rrlhf audit rrlhf-policy@candidate --deep
     """
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.pipeline.signatures import notary_of
     from rrlhf.tools.auditing import audit as auditing
 
-    root = Path.cwd()
-    notary = notary_of(root, load_params(root, profile).signatures)
-    graph, tracker, versions = _graph(profile)
-    start = graph.find(model, profile) if model else None
-    report = auditing.Audit(root, graph, versions, tracker, deep=deep, notary=notary).run(start)
+    lookup = _lookup(profile)
+    start = lookup.product(model) if model else None
+    check = auditing.Audit(
+        Path.cwd(), lookup.graph, lookup.versions, lookup.tracker, deep=deep, notary=lookup.store.notary
+    )
+    report = check.run(start)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
     if report.broken:
         raise SystemExit(VERIFICATION_FAILED)
 
 
-def _graph(profile: str) -> tuple[Graph, Tracker, list[Version]]:
-    from rrlhf.pipeline.artifacts import Store
+def _lookup(profile: str) -> Lookup:
     from rrlhf.pipeline.params import load_params
-    from rrlhf.pipeline.tracking import Tracker
-    from rrlhf.tools.lineage.load import graph_of
+    from rrlhf.tools.lineage.lookup import Lookup
 
-    root = Path.cwd()
-    tracker = Tracker.connect(root, load_params(root, profile).tracking.experiment)
-    versions = tracker.versions()
-    return graph_of(versions, profile, Store(root).products()), tracker, versions
+    return Lookup(Path.cwd(), profile, load_params(Path.cwd(), profile))
 
 
-def _row(graph: Graph, row: str, format: Format) -> str:
+def _row(lookup: Lookup, row: str, format: Format) -> str:
     from rrlhf.tools.lineage import rows
 
-    start = rows.digest_start(row)
-    files = rows.files_by_version(Path.cwd())
-    found = rows.sightings(graph, start, files)
+    start, files = rows.digest_start(row), rows.files_by_version(lookup.store)
+    found = rows.sightings(lookup.graph, start, files)
     if format is Format.JSON:
         return json.dumps(rows.as_json(found), indent=1)
-    away = [each for each in graph.products if each.stage == "prepare" and each.digest not in files]
+    away = [each for each in lookup.graph.products if each.stage == "prepare" and each.digest not in files]
     notes = [f"not searched, for its files are not here: {each.title} {each.short}" for each in away]
     return "\n".join([rows.as_text(found) or f"no data set that is here has the row {start}", *notes])

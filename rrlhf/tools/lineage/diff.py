@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from rrlhf.data.fingerprints import RowChanges, beginnings, row_changes
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.graph import EXTERNAL
 from rrlhf.pipeline.keys import UNSET, Change, changes, in_words
 from rrlhf.tools.lineage.rows import files_by_version
@@ -49,11 +49,11 @@ class Diff(NamedTuple):
         return next((node for node in self.nodes if node.reasons), None)
 
 
-def compared(graph: Graph, old: Product, new: Product, root: Path) -> Diff:
+def compared(graph: Graph, old: Product, new: Product, store: Store) -> Diff:
     """Compare two products with everything that they were made from."""
     names = [name for name in {**old.metrics, **new.metrics} if name not in {"step", "seconds"}]
     numbers = {name: (old.metrics.get(name), new.metrics.get(name)) for name in names}
-    return Diff(old, new, nodes(graph, old, new), numbers, *_rows(graph, old, new, root))
+    return Diff(old, new, nodes(graph, old, new), numbers, *_rows(graph, old, new, store))
 
 
 def nodes(graph: Graph, old: Product, new: Product) -> list[NodeDiff]:
@@ -105,7 +105,10 @@ def as_json(diff: Diff) -> dict[str, object]:
                 "old": node.old.digest if node.old else None,
                 "new": node.new.digest if node.new else None,
                 "same": node.same,
-                "changes": [_change_as_json(change) for change in node.changes],
+                "changes": [
+                    {"name": ".".join(path), "old": None if old is UNSET else old, "new": None if new is UNSET else new}
+                    for path, old, new in node.changes
+                ],
                 "reasons": node.reasons,
             }
             for node in diff.nodes
@@ -117,11 +120,6 @@ def as_json(diff: Diff) -> dict[str, object]:
         "metrics": diff.metrics,
         "unknown": diff.unknown,
     }
-
-
-def _change_as_json(change: Change) -> dict[str, object]:
-    old, new = (None if value is UNSET else value for value in (change.old, change.new))
-    return {"name": ".".join(change.path), "old": old, "new": new}
 
 
 def _node(name: str, old: Product | None, new: Product | None) -> NodeDiff:
@@ -141,38 +139,32 @@ def _node(name: str, old: Product | None, new: Product | None) -> NodeDiff:
     return NodeDiff(name, old, new, own, reasons)
 
 
-def _rows(graph: Graph, old: Product, new: Product, root: Path) -> tuple[dict[str, RowChanges], dict[str, str], str]:
+def _rows(graph: Graph, old: Product, new: Product, store: Store) -> tuple[dict[str, RowChanges], dict[str, str], str]:
     """Compare the data sets above two products; return also how shown rows begin, and what cannot be compared."""
     before, after = ({each.digest: each for each in graph.up(end) if each.stage == "prepare"} for end in (old, new))
     if before.keys() == after.keys():
         return {}, {}, ""
     if len(before) != 1 or len(after) != 1:
         return {}, {}, f"rows: A has {len(before)} data sets above it, B {len(after)}"
-    files = files_by_version(root)
+    files = files_by_version(store)
     if missing := [line(data) for digest, data in {**before, **after}.items() if digest not in files]:
         return {}, {}, f"rows of {' and '.join(missing)}: their files are not here"
-    one, other = ([files[digest] for digest in side] for side in (before, after))
-    found = row_changes(one[0], other[0])
-    shown = {table: {row for _, row, _ in _shown(each)} for table, each in found.items()}
-    return found, beginnings(one[0], shown) | beginnings(other[0], shown), ""
-
-
-def _shown(found: RowChanges) -> list[tuple[str, str, str]]:
-    """Return a few rows of each kind that differ: a row's hash between what is said before it and after it."""
-    return [
-        *((f"+ {row[:DIGITS]}", row, "") for row in found.added[:ROWS_SHOWN]),
-        *((f"- {row[:DIGITS]}", row, "") for row in found.removed[:ROWS_SHOWN]),
-        *(
-            (f"~ {pair.old[:DIGITS]} -> {pair.new[:DIGITS]}", pair.new, f" ({pair.what})")
-            for pair in found.changed[:ROWS_SHOWN]
-        ),
-    ]
+    one, other = files[next(iter(before))], files[next(iter(after))]
+    found = row_changes(one, other)
+    shown = {
+        table: {*each.added[:ROWS_SHOWN], *each.removed[:ROWS_SHOWN], *(pair.new for pair in each.changed[:ROWS_SHOWN])}
+        for table, each in found.items()
+    }
+    return found, beginnings(one, shown) | beginnings(other, shown), ""
 
 
 def _rows_told(table: str, found: RowChanges, texts: Mapping[str, str]) -> list[str]:
     """List the rows that differ, a few of each kind, with the start of what they say."""
     added, removed, changed = (len(part) for part in found[:3])
-    shown = [f"  {before} {texts.get(row, '')}{after}" for before, row, after in _shown(found)]
+    pairs = found.changed[:ROWS_SHOWN]
+    shown = [f"  + {row[:DIGITS]} {texts.get(row, '')}" for row in found.added[:ROWS_SHOWN]]
+    shown += [f"  - {row[:DIGITS]} {texts.get(row, '')}" for row in found.removed[:ROWS_SHOWN]]
+    shown += [f"  ~ {p.old[:DIGITS]} -> {p.new[:DIGITS]} {texts.get(p.new, '')} ({p.what})" for p in pairs]
     more = added + removed + changed - len(shown)
     shown += [f"  and {more} more; --json lists all"] if more else []
     return [f"{table:12} {added} added, {removed} removed, {changed} changed, {found.kept} kept", *shown]

@@ -1,30 +1,81 @@
-"""The artifact that a person means by a registered name, the start of a digest, or a folder."""
+"""What there is, registered with MLflow or here in the store, and what a person means by a reference to it.
+
+MLflow knows the models of everybody who shares its server; the store knows what is not registered (evaluations), and
+the settings and numbers of what it holds. Both tell a product by the digest of its content and its key.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rrlhf.config import Params
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.ancestry import Graph
+from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact
 from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.seal import opened
 from rrlhf.pipeline.signatures import notary_of
+from rrlhf.pipeline.stages import profile_of
+
+if TYPE_CHECKING:
+    from rrlhf.pipeline.tracking import Tracker, Version
+
+Identity = tuple[str, str]  # digest of the content, key
 
 
 class Lookup:
-    """The artifacts of a project: those in its store, and those that MLflow can give back."""
+    """The products of a project: those in its store, and those that MLflow knows, which is asked when it has to be."""
 
     def __init__(self, root: Path, profile: str, params: Params) -> None:
         self.store = Store(root, notary_of(root, params.signatures))
         self._root, self._profile, self._experiment = root, profile, params.tracking.experiment
 
+    @cached_property
+    def tracker(self) -> Tracker:
+        """MLflow."""
+        from rrlhf.pipeline.tracking import Tracker
+
+        return Tracker.connect(self._root, self._experiment)
+
+    @cached_property
+    def versions(self) -> list[Version]:
+        """Everything that is registered, the newest first."""
+        return self.tracker.versions()
+
+    @cached_property
+    def graph(self) -> Graph:
+        """Everything that is registered or here."""
+        return graph_of(self.versions, self._profile, self.store.products())
+
+    def described(self, wanted: Collection[Product]) -> Graph:
+        """Return the graph with the settings and numbers of what is wanted and not in the folder: MLflow is asked."""
+        kept = {(version.digest, version.key): version for version in self.versions}
+
+        def asked(product: Product) -> Product:
+            version = kept.get((product.digest, product.key))
+            if product.document or version is None or product not in wanted:
+                return product
+            told = Artifact(Path(), opened(self.tracker.manifest(version))).product
+            return replace(told, names=product.names, aliases=product.aliases)
+
+        return Graph(map(asked, self.graph.products))
+
+    def product(self, reference: str) -> Product:
+        """Return what a reference means (`Graph.find`), by the names that it has for the profile."""
+        return self.graph.find(reference, self._profile)
+
     def find(self, reference: str) -> Artifact:
         """Return the artifact of "rrlhf-ensemble@latest", "rrlhf-ensemble/3", a digest's or key's start, or a folder.
 
-        Every file is checked, and the signature where there is a key. Raises UsageError with the closest names when
-        there is none, or more than one, and TamperedError when a file is not what its manifest says.
+        Every file is checked, and the signature where there is a key; what is registered and not here is brought back.
+        Raises UsageError with the closest names when there is none, or more than one, and TamperedError when a file is
+        not what its manifest says.
         """
         folder = Path(reference)
         if folder.is_dir():
@@ -32,11 +83,21 @@ class Lookup:
                 raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
             return self._verified(read_artifact(folder))
         try:
-            made = Graph(self.store.products()).find(reference, self._profile)
+            found = Graph(self.store.products()).find(reference, self._profile)
         except UsageError:
-            return self._registered(reference)
-        here = self.store.find(made.stage, made.key) if made.stage else None
-        return self._verified(here) if here else self._registered(reference)
+            found = self.product(reference)
+        if here := self.store.find(found.stage, found.key) if found.stage and found.key else None:
+            return self._verified(here)
+        found = self.product(reference)
+        if not found.key:
+            raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
+        try:
+            artifact = (dvc if found.node == DATA else self.tracker).bring_back(self.store, found.stage, found.key)
+        except CopyError as error:
+            raise CopyError(f"{error}\n`rrlhf run` with the settings that it was made with makes it again") from None
+        if artifact is None:
+            raise ValueError(f"{reference!r} is registered, but its files are neither here nor in MLflow")
+        return artifact
 
     def input_of(self, artifact: Artifact, argument: str) -> Artifact:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""
@@ -48,23 +109,55 @@ class Lookup:
                 f"the {argument} that {artifact.name} was made from, {digest[:12]}, is neither here nor in MLflow"
             ) from None
 
-    def _registered(self, reference: str) -> Artifact:
-        """Find a version in MLflow, and bring its files back when they are not here."""
-        from rrlhf.pipeline.tracking import Tracker
-        from rrlhf.tools.lineage.load import graph_of
-
-        tracker = Tracker.connect(self._root, self._experiment)
-        found = graph_of(tracker.versions(), self._profile).find(reference, self._profile)
-        if not found.key:
-            raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
-        try:
-            artifact = (dvc if found.node == DATA else tracker).bring_back(self.store, found.stage, found.key)
-        except CopyError as error:
-            raise CopyError(f"{error}\n`rrlhf run` with the settings that it was made with makes it again") from None
-        if artifact is None:
-            raise ValueError(f"{reference!r} is registered, but its files are neither here nor in MLflow")
-        return artifact
-
     def _verified(self, artifact: Artifact) -> Artifact:
         self.store.verify(artifact)
         return artifact
+
+
+def graph_of(versions: Sequence[Version], profile: str = "default", here: Iterable[Product] = ()) -> Graph:
+    """Return the graph of registered versions, which come newest first, and of what is `here` in the store.
+
+    profile: whose names stand first, where a model has those of several.
+    """
+    makings: dict[Identity, list[Version]] = {}
+    for version in versions:
+        makings.setdefault((version.digest, version.key), []).append(version)
+    products = {identity: _product(same, profile) for identity, same in makings.items()}
+    for product in here:
+        identity = product.digest, product.key
+        known = products.get(identity, product)
+        products[identity] = replace(product, names=known.names, aliases=known.aliases)
+    known_data = {*products, *((product.formerly, "") for product in products.values())}
+    elsewhere = [data for data in _named_data_sets(versions) if (data.digest, data.key) not in known_data]
+    return Graph([*products.values(), *elsewhere])
+
+
+def _product(versions: Sequence[Version], profile: str) -> Product:
+    """Return what several versions are, the newest first."""
+    version, made = versions[0], versions[0].made
+    ours_first = sorted(versions, key=lambda each: profile_of(each.name, made["stage"]) != profile)
+    return Product(
+        digest=version.digest,
+        key=version.key,
+        node=version.tags["rrlhf.node"],
+        stage=made["stage"],
+        inputs=made["inputs"],
+        input_keys=made["input_keys"],
+        names=tuple(f"{each.name}/{each.version}" for each in ours_first),
+        aliases=tuple(f"{each.name}@{alias}" for each in versions for alias in each.aliases),
+        commit=made["git_commit"] or "",
+        created=datetime.fromtimestamp(version.created / 1000, UTC).isoformat() if version.created else "",
+    )
+
+
+def _named_data_sets(versions: Iterable[Version]) -> list[Product]:
+    """Return the data sets that versions name as their inputs, the newest first."""
+    named: dict[Identity, str] = {}
+    for version in versions:
+        if digest := version.made["inputs"].get(DATA):
+            made = digest, version.made["input_keys"].get(DATA, "")
+            named[made] = named.get(made) or version.tags.get("rrlhf.data", "")
+    return [
+        Product(digest, DATA, "prepare" if key else "", key, names=(name,) if name else ())
+        for (digest, key), name in named.items()
+    ]

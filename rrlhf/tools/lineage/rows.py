@@ -51,11 +51,11 @@ def digest_start(text: str) -> str:
     return row_hash(row)
 
 
-def files_by_version(root: Path) -> dict[str, Mapping[str, Path]]:
+def files_by_version(store: Store) -> dict[str, Mapping[str, Path]]:
     """Return the files of every data set that is here, by its digest."""
     return {
         made.digest: {name: made.path / name for name in made.manifest["files"]}
-        for made in Store(root).all()
+        for made in store.all()
         if made.stage == "prepare"
     }
 

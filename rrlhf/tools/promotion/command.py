@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rrlhf.config import Params
     from rrlhf.pipeline.artifacts import Artifact
     from rrlhf.pipeline.plan import Project
-    from rrlhf.pipeline.tracking import Tracker, Version
+    from rrlhf.pipeline.tracking import Version
     from rrlhf.tools.lineage.lookup import Lookup
-    from rrlhf.tools.promotion.measure import Yardstick
+    from rrlhf.tools.promotion.gates import Yardstick
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
 
@@ -67,20 +67,20 @@ def decide(root: Path, profile: str, params: Params, reference: str, *, to: str,
     """
     from rrlhf.locks import locked
     from rrlhf.pipeline.plan import Project
-    from rrlhf.pipeline.tracking import Tracker
+    from rrlhf.tools.lineage.lookup import Lookup
 
     check(to, override, list(params.arms))
     with locked(root / ".rrlhf" / "promoting"):
-        tracker = Tracker.connect(root, params.tracking.experiment)
-        versions = tracker.versions()
-        version = named(reference, profile, versions)
-        found = _weigh(Project(root, profile, params), tracker, versions, version, to)
+        lookup = Lookup(root, profile, params)
+        version = named(reference, profile, lookup.versions)
+        found = _weigh(Project(root, profile, params), lookup, version, to)
         outcome = "promoted" if not found["failed"] else "overridden" if override else "refused"
         decision = {**found, "decision": outcome, "override": override if outcome == "overridden" else None}
         file = f"{EVIDENCE}/{to}-{decision['when'].replace(':', '')}.json"
-        tracker.keep_decision(version, decision, file, tags_of(decision, file))  # first: no champion is without it
+        # Evidence comes first: no champion is ever without it.
+        lookup.tracker.keep_decision(version, decision, file, tags_of(decision, file))
         if outcome != "refused":
-            tracker.models.give(version.name, version.version, to)
+            lookup.tracker.models.give(version.name, version.version, to)
     return decision
 
 
@@ -96,7 +96,7 @@ def check(to: str, override: str | None, arms: Sequence[str]) -> None:
 
 def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises UsageError when there is none, or more than one."""
-    from rrlhf.tools.lineage.load import graph_of
+    from rrlhf.tools.lineage.lookup import graph_of
 
     found = graph_of(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
@@ -120,29 +120,26 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
     return {PREFIX: f"{decision['decision']}{failed}", **tags, f"{PREFIX}.evidence": file}
 
 
-def _weigh(project: Project, tracker: Tracker, versions: Sequence[Version], version: Version, to: str) -> Decision:
+def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
     from rrlhf.pipeline.artifacts import git_commit
     from rrlhf.tools.auditing.audit import Audit
-    from rrlhf.tools.lineage.load import graph_of
-    from rrlhf.tools.lineage.lookup import Lookup
-    from rrlhf.tools.promotion.gates import clean
-    from rrlhf.tools.promotion.measure import measure
+    from rrlhf.tools.promotion.gates import clean, measure
 
-    lookup, name = Lookup(project.root, project.profile, project.params), f"{version.name}/{version.version}"
+    name = f"{version.name}/{version.version}"
     if version.made["stage"] not in {"ppo", "dpo"}:
         raise UsageError(f"{name} is no trained policy; name a version of a policy")
     artifact = lookup.find(name)
-    holder = next((each for each in versions if each.name == version.name and to in each.aliases), None)
+    holder = next((each for each in lookup.versions if each.name == version.name and to in each.aliases), None)
     if holder == version:
         raise ValueError(f"{name} is the {to} already")
     against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
     yardstick = _yardstick(lookup, project, artifact)
     found = measure(yardstick, artifact.path, opponent.path, project.params)
-    graph = graph_of(versions, project.profile, project.store.products())
-    audit = Audit(project.root, graph, versions, tracker, notary=project.store.notary).run(graph.find(name))
-    gates = [*found.gates, clean([broken.problem for broken in audit.broken])]
+    audit = Audit(project.root, lookup.graph, lookup.versions, lookup.tracker, notary=lookup.store.notary)
+    broken = audit.run(lookup.graph.find(name)).broken
+    gates = [*found.gates, clean([each.problem for each in broken])]
     return {
         "version": name,
         "digest": artifact.digest,
@@ -170,7 +167,7 @@ def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> Yardstic
     be those of the version's own data set: it may have been trained on the evaluation prompts of another.
     """
     from rrlhf.config import Model
-    from rrlhf.tools.promotion.measure import Yardstick
+    from rrlhf.tools.promotion.gates import Yardstick
 
     dataset = project.data()
     if dataset is None or dataset.digest != artifact.inputs["data"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -78,8 +79,9 @@ def reproduce(
 
 def worst(rebuilt: Sequence[Rebuilt]) -> Rebuilt:
     """Return the first of those whose verdict is the worst."""
-    order = ("differs", "equal within tolerance", "bit-equal")
-    return min(rebuilt, key=lambda one: order.index(one.verdict))
+    from rrlhf.tools.reproduction.rebuild import VERDICTS
+
+    return min(rebuilt, key=lambda one: VERDICTS.index(one.verdict))
 
 
 def conclusion(version: str, rebuilt: Sequence[Rebuilt]) -> str:
@@ -116,12 +118,10 @@ def _as_json(version: str, rebuilt: Sequence[Rebuilt], changes: dict[str, list[s
             "verdict": one.verdict,
             "seconds": round(one.seconds, 1),
             "first_logged_difference": one.parted,
-            "differences": [each._asdict() | {"by": _finite(each.by)} for each in one.differences[:20]],
+            "differences": [
+                each._asdict() | {"by": each.by if math.isfinite(each.by) else None} for each in one.differences[:20]
+            ],
         }
         for one in rebuilt
     ]
     return {"version": version, "verdict": worst(rebuilt).verdict, "changed": changes, "stages": stages}
-
-
-def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None

@@ -218,8 +218,8 @@ def run_flow(
     from rrlhf.pipeline.partial import Part
     from rrlhf.pipeline.plan import room, total
     from rrlhf.progress import say
-    from rrlhf.tools.running.starting import started
     from rrlhf.tools.running.uptodate import nothing_to_do, show
+    from rrlhf.tools.serving import started
 
     part = part or Part()
     with redirect_stdout(sys.stderr) if as_json else nullcontext():

@@ -72,7 +72,7 @@ def _carried_out(
 ) -> None:
     from rrlhf.located import ParamsError, did_you_mean
     from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.running.starting import started
+    from rrlhf.tools.serving import started
     from rrlhf.tools.sweeps.grid import points
 
     root = Path.cwd()
