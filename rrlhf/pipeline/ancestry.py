@@ -138,8 +138,11 @@ class Graph:
             return self._of_profile(wanted, profile)
         if wanted in self._of_content:
             return self._of_content[wanted][0]
-        start = wanted.removeprefix("md5:").removesuffix(".dir")
-        found = self._beginning(start) if re.fullmatch("[0-9a-f]{6,}", start) else []
+        start, found = wanted.removeprefix("md5:").removesuffix(".dir"), list[Product]()
+        if re.fullmatch("[0-9a-f]{6,}", start):
+            newest = dict.fromkeys(same[0] for same in self._of_content.values())  # of each content
+            found = [each for each in newest if each.digest.removeprefix("md5:").startswith(start)]
+            found = found or [product for product in self.products if product.key.startswith(start)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -168,12 +171,6 @@ class Graph:
             way = f"name another with --profile: {others}" if others else "name one by the start of its digest"
             raise UsageError(f"profile {profile} has no {node} yet; {way}")
         return found
-
-    def _beginning(self, start: str) -> list[Product]:
-        """Return the newest product of each digest that begins so, or else those whose key does."""
-        newest = dict.fromkeys(same[0] for same in self._of_content.values())
-        found = [product for product in newest if product.digest.removeprefix("md5:").startswith(start)]
-        return found or [product for product in self.products if product.key.startswith(start)]
 
 
 def short(digest: str, digits: int = SHOWN) -> str:

@@ -117,14 +117,9 @@ def why(
 
     Example: rrlhf why evaluate --set sft.epochs=3
     """
-    from rrlhf.pipeline.partial import matching, unknown
-
     project = _project(profile, overrides(profile, set_))
-    these = matching(stage, project.nodes)
-    if not these:
-        end(USAGE, unknown(stage, project.nodes))
-    planned = project.plan()
-    for node in these:
+    nodes, planned = _matching(stage, project), project.plan()
+    for node in nodes:
         print("\n".join(_explained(project, planned, node)))
 
 
@@ -158,14 +153,9 @@ def accept(
     Example: rrlhf accept --because "upgrade to 0.9, its notes say that no number changes"
     """
     from rrlhf.pipeline.accept import accept as accepting
-    from rrlhf.pipeline.partial import matching, unknown
 
     project = _project(profile, overrides(profile, set_))
-    wrong = [unknown(stage, project.nodes) for stage in stages or () if not matching(stage, project.nodes)]
-    if wrong:
-        end(USAGE, "\n".join(wrong))
-    asked = [node for stage in stages or () for node in matching(stage, project.nodes)]
-    these = [node for node in project.nodes if node in asked or not stages]
+    these = [node for stage in stages for node in _matching(stage, project)] if stages else project.nodes
     for one in accepting(project, these, because, verify=verify):
         again = ", computed again with the same bits" if one.verified else ""
         print(f"{one.node}  accepted from {one.old[:12]}{again}")
@@ -254,6 +244,12 @@ def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = Fals
     project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     check_sources(project)
     return project
+
+
+def _matching(stage: str, project: Project) -> list[Node]:
+    from rrlhf.pipeline.partial import matching, unknown
+
+    return matching(stage, project.nodes) or end(USAGE, unknown(stage, project.nodes))
 
 
 def _explained(project: Project, planned: Sequence[Planned], node: Node) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from rrlhf.files import CHECKPOINT
 from rrlhf.located import ParamsError
@@ -18,41 +18,17 @@ from rrlhf.progress import in_words
 
 FOLDERS = ("artifacts", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
 
-
-class ProfileStatus(TypedDict):
-    """One profile."""
-
-    profile: str
-    nodes: int
-    reuse: list[str]
-    to_do: dict[str, str]  # node: what would happen, and the first reason
-    problem: str | None  # why nothing can be said of it
-    last_run: dict[str, Any] | None
+Object = dict[str, Any]  # as JSON
 
 
-class Work(TypedDict):
-    """A result that is being made, or was left half made."""
+def overview(root: Path) -> Object:
+    """Return the state of a project's folder. Nothing is changed; a profile with mistakes is told, not raised.
 
-    stage: str
-    key: str
-    nodes: list[str]  # PROFILE/NODE of the present settings that it belongs to
-    holder: str | None  # the process that works on it, as it wrote into the lock
-    steps: int | None  # of the newest checkpoint, from which the next run goes on
-
-
-class Overview(TypedDict):
-    """All of it."""
-
-    profiles: list[ProfileStatus]
-    running: list[Work]
-    interrupted: list[Work]
-    differing: list[str]  # results of --force that were not those stored
-    unsynced: int  # runs that the tracking server is still to be told of
-    disk_bytes: dict[str, int]
-
-
-def overview(root: Path) -> Overview:
-    """Return the state of a project's folder. Nothing is changed; a profile with mistakes is told, not raised."""
+    profiles: how each stands. running, interrupted: results that are being made, or were left half made, with the
+    nodes of the present settings that they belong to, the process at work, and the steps from which the next run goes
+    on. differing: results of --force that were not those stored. unsynced: how many
+    runs the tracking server is still to be told of.
+    """
     names: dict[str, list[str]] = {}
     states = [_profile(root, profile, names) for profile in profiles(root)]
     work = [*_works(root, names)]
@@ -71,21 +47,26 @@ def overview(root: Path) -> Overview:
     }
 
 
-def told(found: Overview) -> Iterator[str]:
+def told(found: Object) -> Iterator[str]:
     """Yield an overview as lines."""
     from rich.filesize import decimal
 
     for state in found["profiles"]:
-        done, to_do = f"{len(state['reuse'])} of {state['nodes']} up to date", [*state["to_do"].items()]
-        first = f"; first to do: {to_do[0][0]}, {to_do[0][1]}" if to_do else ""
-        yield f"{state['profile']}: {state['problem'] or done + first}"
+        to_do = "".join(f"; first to do: {node}, {what}" for node, what in [*state["to_do"].items()][:1])
+        state_told = f"{len(state['reuse'])} of {state['nodes']} up to date{to_do}"
+        yield f"{state['profile']}: {state['problem'] or state_told}"
         if run := state["last_run"]:
-            yield f"  last run {run['started']}: {_run_in_words(run)}"
-    for work in found["running"]:
-        yield f"running: {_work_in_words(work)} ({work['holder']})"
-    for work in found["interrupted"]:
-        again = f"; goes on with `rrlhf run --profile {work['nodes'][0].partition('/')[0]}`" if work["nodes"] else ""
-        yield f"interrupted: {_work_in_words(work)}, saved after step {work['steps']}{again}"
+            killed = run["status"] == "running" and not is_alive(int(run["process"]))
+            took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
+            ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
+            given = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
+            yield f"  last run {run['started']}: {'killed' if killed else run['status']}{took}{ran}{given}"
+    for work in (*found["running"], *found["interrupted"]):
+        what = f"{', '.join(work['nodes']) or work['stage'] + ' of other settings'} {work['key'][:8]}"
+        profile = work["nodes"][0].partition("/")[0] if work["nodes"] else ""
+        again = f"; goes on with `rrlhf run --profile {profile}`" if profile else ""
+        left = f"interrupted: {what}, saved after step {work['steps']}{again}"
+        yield f"running: {what} ({work['holder']})" if work["holder"] else left
     for path in found["differing"]:
         yield f"computed again with another result than the stored one: {path}"
     if found["unsynced"]:
@@ -93,7 +74,7 @@ def told(found: Overview) -> Iterator[str]:
     yield f"disk: {', '.join(f'{name} {decimal(size)}' for name, size in found['disk_bytes'].items())}"
 
 
-def _profile(root: Path, profile: str, names: dict[str, list[str]]) -> ProfileStatus:
+def _profile(root: Path, profile: str, names: dict[str, list[str]]) -> Object:
     """Return a profile's state; note which keys are its nodes' in `names`, in place."""
     problem, planned = None, []
     try:
@@ -113,27 +94,16 @@ def _profile(root: Path, profile: str, names: dict[str, list[str]]) -> ProfileSt
     }
 
 
-def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Work]:
+def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Object]:
     """Yield what lies in the store's staging folder: a folder per result, STAGE-KEY."""
     for staged in sorted((root / "artifacts" / ".staging").glob("*-*")):
         stage, _, key = staged.name.rpartition("-")
-        saved = [int(path.name[:8]) for path in (staged / CHECKPOINT).glob("[0-9]" * 8) if path.is_dir()]
+        saved = [int(path.name) for path in (staged / CHECKPOINT).glob("[0-9]" * 8) if path.is_dir()]
+        lock = root / "artifacts" / ".locks" / key
         yield {
             "stage": stage,
             "key": key,
             "nodes": names.get(key, []),
-            "holder": holder(root / "artifacts" / ".locks" / key),
+            "holder": holder(lock),
             "steps": max(saved, default=None),
         }
-
-
-def _run_in_words(run: Mapping[str, Any]) -> str:
-    killed = run["status"] == "running" and not is_alive(int(run["process"]))
-    took = f" in {in_words(run['seconds'])}" if "seconds" in run else ""
-    ran = f", ran {', '.join(run['ran'])}" if run.get("ran") else ""
-    given = "".join(f" {option(key, value)}" for key, value in run["overrides"].items())
-    return f"{'killed' if killed else run['status']}{took}{ran}{given}"
-
-
-def _work_in_words(work: Work) -> str:
-    return f"{', '.join(work['nodes']) or work['stage'] + ' of other settings'} {work['key'][:8]}"

@@ -14,7 +14,7 @@ from rrlhf.tools.command_line import Profile, Set, overrides
 
 if TYPE_CHECKING:
     from rrlhf.config import Params
-    from rrlhf.pipeline.artifacts import Artifact
+    from rrlhf.pipeline.artifacts import Artifact, Store
     from rrlhf.pipeline.signatures import Notary
 
 
@@ -65,9 +65,12 @@ def sign(
     Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
     """
     from rrlhf.pipeline import dvc
+    from rrlhf.pipeline.artifacts import Store
     from rrlhf.pipeline.graph import DATA
     from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.signatures import notary_of
+    from rrlhf.pipeline.tracking import Tracker
+    from rrlhf.pipeline.tracking.server import database
 
     root = Path.cwd()
     params = load_params(root, profile, overrides(profile, set_))
@@ -77,14 +80,20 @@ def sign(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
         )
     notary.check()
-    artifacts = _named(root, profile, params, models) if models else _all(root)
-    new = _unsigned(root, artifacts, notary)
+    store = Store(root)
+    folders = [folder for folder in sorted(store.root.glob("[!.]*/*")) if folder.is_dir()]
+    every = (store.find(folder.parent.name, folder.name) for folder in folders)
+    artifacts = _named(root, profile, params, models) if models else [found for found in every if found]
+    new = _unsigned(store, artifacts, notary)
     for artifact in new:
         notary.sign(artifact.path)
         if artifact.name == DATA:
             dvc.keep(root, artifact.path)
         print(f"signed {artifact.name} {artifact.digest[:8]}")
-    copies = _in_mlflow(root, params, artifacts)
+    file, copies = database(root), 0
+    if file is None or file.exists():  # MLflow's copies, from which lost artifacts are brought back
+        tracker = Tracker.connect(root, params.tracking.experiment)
+        copies = sum(tracker.models.add_signature(artifact) for artifact in artifacts)
     print(f"{len(new)} signed, {len(artifacts) - len(new)} had a signature; {copies} copies in MLflow have it too")
 
 
@@ -122,21 +131,11 @@ def _named(root: Path, profile: str, params: Params, models: Sequence[str]) -> l
     return list({found.path: found for found in map(lookup.find, models)}.values())
 
 
-def _all(root: Path) -> list[Artifact]:
-    """Return every artifact of the store. Raises TamperedError for the first whose manifest cannot be read."""
-    from rrlhf.pipeline.artifacts import Store
-
-    store = Store(root)
-    folders = [folder for folder in sorted(store.root.glob("[!.]*/*")) if folder.is_dir()]
-    return [found for folder in folders if (found := store.find(folder.parent.name, folder.name))]
-
-
-def _unsigned(root: Path, artifacts: Sequence[Artifact], notary: Notary) -> list[Artifact]:
+def _unsigned(store: Store, artifacts: Sequence[Artifact], notary: Notary) -> list[Artifact]:
     """Return those without a signature. Raises TamperedError with everything that must not be signed."""
-    from rrlhf.pipeline.artifacts import SIGNATURE, Store, TamperedError
+    from rrlhf.pipeline.artifacts import SIGNATURE, TamperedError
     from rrlhf.progress import track
 
-    store = Store(root)
     problems, found = [], []
     for artifact in track(artifacts, len(artifacts), "reading artifacts"):
         problem = store.fault(artifact, deep=True)
@@ -147,15 +146,3 @@ def _unsigned(root: Path, artifacts: Sequence[Artifact], notary: Notary) -> list
     if problems:
         raise TamperedError("\n".join([*problems, "nothing was signed"]))
     return found
-
-
-def _in_mlflow(root: Path, params: Params, artifacts: Sequence[Artifact]) -> int:
-    """Put signatures beside MLflow's copies, from which lost artifacts are brought back; return how many there are."""
-    from rrlhf.pipeline.tracking import Tracker
-    from rrlhf.pipeline.tracking.server import database
-
-    file = database(root)
-    if file and not file.exists():
-        return 0
-    tracker = Tracker.connect(root, params.tracking.experiment)
-    return sum(tracker.models.add_signature(artifact) for artifact in artifacts)
