@@ -61,13 +61,14 @@ def code_behind(module: str, root: Path) -> Code:
             ours.add(name)
             continue
         if name == module or not _is_installed(path):
-            sources[_shown(name, path)] = file_digest(path)
+            sources[f"{name}.__init__" if path.name == "__init__.py" else name] = file_digest(path)
         if _is_installed(path):
             versions |= _versions(top)
         elif path.suffix == ".py":
             package = name if path.name == "__init__.py" else name.rpartition(".")[0]
             found = [each for node in ast.walk(parsed(path)) for _, _, each in imports(node, package)]
-            waiting += [above for each in (name, *found) for above in (each, *packages(each))]
+            parts = [each.split(".") for each in (name, *found)]  # of packages, Python runs the __init__.py of each
+            waiting += [".".join(each[:length]) for each in parts for length in range(1, len(each) + 1)]
     return Code(dict(sorted(sources.items())), versions, tuple(sorted(ours)))
 
 
@@ -151,16 +152,6 @@ def _versions(top: str) -> dict[str, str]:
         return {top: version(top)}
     except PackageNotFoundError:  # its name is another, as PyYAML's: a search through all that is installed
         return {name: version(name) for name in packages_distributions().get(top, [])}
-
-
-def packages(name: str) -> Iterator[str]:
-    """Yield the packages that a module lies in: to import it, Python runs the __init__.py of each."""
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
-def _shown(name: str, path: Path) -> str:
-    return f"{name}.__init__" if path.name == "__init__.py" else name
 
 
 def canonical(statement: ast.stmt, names: Names, top: str) -> tuple[str, list[str]]:

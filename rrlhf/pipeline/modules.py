@@ -1,8 +1,9 @@
 """The code behind a result: definitions of a package, by what they say and use and not by where they lie.
 
-From a stage's `run`, every name is followed to the function, class or value that it stands for. What a module does when
-it is imported, beside defining, counts as well. Nothing is imported for it. Names are followed as written; code that
-finds its way by a name that it makes up (`globals()["f"]`) is not understood, and no stage does that.
+From a stage's `run`, every name is followed to the function, class or value that it stands for. What a module of one of
+these does when it is imported, beside defining, counts as well. Nothing is imported for it. Names are followed as
+written; code that finds its way by a name that it makes up (`globals()["f"]`), or imports a module for what that does
+and uses nothing of it, is not understood, and no stage does that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from rrlhf.memo import Memory
-from rrlhf.sourcecode import canonical, imports, names_bound, packages, parsed
+from rrlhf.sourcecode import canonical, imports, names_bound, parsed
 
 # Of this package: modules whose every effect on a result is already in the key (as settings), or that only show or
 # store things.
@@ -46,12 +47,11 @@ Used = tuple[str, list[Place]]  # a name as written, less where it lies in the p
 
 
 class Module:
-    """A source file, or a folder without one: what it defines, imports (in functions, too) and does on import."""
+    """A source file, or a folder without one: what it defines and imports, in functions too, and does on import."""
 
     def __init__(self, path: Path, name: str, top: str) -> None:
         self.name, self._top = name, top
         package = name.rpartition(".")[0] if path.suffix and path.stem != "__init__" else name
-        self.imports: set[str] = set()
         self.bindings: dict[str, set[str]] = defaultdict(set)
         self.defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name, all statements that bind it
         self._known: dict[ast.stmt, tuple[str, list[str]]] = {}
@@ -59,9 +59,8 @@ class Module:
             if isinstance(statement, ast.If) and ast.unparse(statement.test) in SKIPPED:
                 continue
             for node in ast.walk(statement):
-                for bound, target, module in imports(node, package):
+                for bound, target, _ in imports(node, package):
                     self.bindings[bound].add(target)
-                    self.imports.add(module)
             names = names_bound(statement)
             for each in names:
                 self.defined[each].append(statement)
@@ -111,13 +110,12 @@ class Modules:
         found: dict[Place, list[Used]] = {}
         waiting = [place for root in roots for place in self._behind(root)[1]]
         while waiting:
-            while waiting:
-                place = waiting.pop()
-                if place not in found:
-                    found[place] = [self._behind(use) for _, uses in self._statements(place) for use in uses]
-                    waiting += [target for _, targets in found[place] for target in targets]
-            acting = self._acting(module for module, _ in found) - found.keys()
-            waiting = sorted(acting, key=lambda place: ([text for text, _ in self._statements(place)], place))
+            place = waiting.pop()
+            if place not in found:
+                module = self._read[place[0]]
+                found[place] = [self._behind(use) for _, uses in self._statements(place) for use in uses]
+                waiting += [target for _, targets in found[place] for target in targets]
+                waiting += [(module.name, OTHER_LINES)] if module and OTHER_LINES in module.defined else []
         return found
 
     def exists(self, module: str) -> bool:
@@ -163,20 +161,6 @@ class Modules:
         here = [name] if name in module.defined else [] if elsewhere else sorted(module.defined)
         imported = [place for each in elsewhere for place in self._behind(each)[1]]
         return ".".join(parts), [*((module.name, each) for each in here), *imported]
-
-    def _acting(self, names: Iterable[str]) -> set[Place]:
-        """Return what happens when modules are imported, and with them what they import."""
-        found, seen, waiting = set[Place](), set[str](), [*names]
-        while waiting:
-            name = waiting.pop()
-            module = self._module(name)
-            if name in seen or name in WITHOUT_EFFECT:
-                continue
-            seen.add(name)
-            waiting += [*packages(name), *(module.imports if module else ())]
-            if module and OTHER_LINES in module.defined:
-                found.add((name, OTHER_LINES))
-        return found
 
     def _module(self, name: str) -> Module | None:
         if name not in self._read:

@@ -213,8 +213,6 @@ def test_two_functions_of_one_name_are_not_taken_for_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reached"),
     [
-        ("import shop.effects\ndef run(): return 1\n", {"run", "(other lines)", "TABLE", "entry"}),
-        ("def run(): import shop.effects.deep\n", {"run", "(other lines)", "TABLE", "entry"}),
         ("from shop import again\ndef run(): return again.entry()\n", {"run", "(other lines)", "TABLE", "entry"}),
         ("from shop import plain\ndef run(name): return getattr(plain, name)\n", {"run", "first", "second"}),
         ("from shop.plain import first\ndef run(first=first): return first\n", {"run", "first"}),
@@ -228,7 +226,6 @@ def test_two_functions_of_one_name_are_not_taken_for_each_other(tmp_path):
 def test_whatever_code_may_meet_is_reached(tmp_path, text, reached):
     files = {
         "effects/__init__.py": "TABLE = {}\ndef entry(): ...\nTABLE['entry'] = entry\n",
-        "effects/deep.py": "",
         "again.py": "from .effects import entry\n",
         "plain.py": "def first(): ...\ndef second(): ...\n",
     }
