@@ -32,9 +32,10 @@ from rrlhf.files import clear
 from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import HISTORY, Store
 from rrlhf.pipeline.keys import key_digest
-from rrlhf.pipeline.tracking import Tracker, Version
+from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.auditing.audit import Audit
-from rrlhf.tools.lineage.lookup import graph_of
+from rrlhf.tools.lineage.lookup import Lookup, graph_of
 from rrlhf.tools.lineage.openlineage import as_lines
 from rrlhf.tools.lineage.rows import sightings
 from rrlhf.tools.lineage.text import as_json, mermaid, page, tree
@@ -165,11 +166,10 @@ def measure_audit() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folders = list(artifacts(root))
-        tracker = Tracker.connect(root, "rrlhf")
+        params = load_params(Path(__file__).parents[1])
 
         def audit() -> None:
-            versions = tracker.versions()
-            report = Audit(root, graph_of(versions, here=Store(root).products()), versions, tracker, deep=True).run()
+            report = Audit(Lookup(root, "default", params), deep=True).run()
             assert not report.broken
 
         plain(folders)

@@ -728,8 +728,8 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
         made, read = made_of(root, drawn)
         for artifact in made.values():
             tracker.register(artifact, None, profile="default")
-        versions = tracker.versions()
-        graph = graph_of(versions, here=Store(root).products())
+        lookup = Lookup(root, "default", PARAMS)
+        graph, versions = lookup.graph, lookup.versions
         pages = {version.key: client.get_run(version.run_id).inputs.model_inputs for version in versions}
         for key, artifact in made.items():
             product = graph.find(key)
@@ -749,7 +749,7 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
                 Store(root).checked(artifact.stage, key)
             [line] = [line for line in str(caught.value).splitlines() if line.startswith("built on it: ")]
             assert set(re.findall("[0-9a-f]{8}", line)) == {each[:8] for each in below}
-            found = Audit(root, graph, versions, tracker).run(product).broken
+            found = Audit(lookup).run(product).broken
             [broken] = [each for each in found if str(weights) in each.problem]
             assert sorted(broken.downstream) == sorted(in_a_line(each) for each in told)
             weights.write_bytes(sound)

@@ -14,7 +14,7 @@ from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_di
 from rrlhf.pipeline.seal import sealed
 from rrlhf.pipeline.signatures import Notary
 from rrlhf.tools.auditing.audit import Audit, as_text
-from rrlhf.tools.lineage.lookup import graph_of
+from rrlhf.tools.lineage.lookup import Lookup, graph_of
 from rrlhf.tools.signing.command import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
@@ -25,10 +25,9 @@ class Audited(Finished):
     """A finished project that is looked at."""
 
     def audit(self, deep=True, model=None, notary=None):
-        versions = self.tracker.versions()
-        graph = graph_of(versions, here=Store(self.root).products())
-        audit = Audit(self.root, graph, versions, self.tracker, deep=deep, notary=notary)
-        return audit.run(graph.find(model, "tiny") if model else None)
+        lookup = Lookup(self.root, "tiny", self.project.params)
+        lookup.store = Store(self.root, notary)
+        return Audit(lookup, deep=deep).run(lookup.product(model) if model else None)
 
     def use(self):
         """Look for results as every run does first; what a run would make again counts as found."""

@@ -5,21 +5,19 @@ Products are looked at in the order in which they were made, so the first broken
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rrlhf.memo import sha256
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact
+from rrlhf.pipeline.ancestry import Product
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
-from rrlhf.pipeline.tracking import Tracker, Version, tag_fault
+from rrlhf.pipeline.tracking import Version, tag_fault
+from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.lineage.text import line
-
-if TYPE_CHECKING:
-    from rrlhf.pipeline.signatures import Notary
 
 REPLACE = "remove the folder, and `rrlhf run` restores it or computes it again"
 
@@ -42,23 +40,13 @@ class Report(NamedTuple):
 
 
 class Audit:
-    """One look at a project. `deep`: read every byte, also of MLflow's and DVC's copies. `notary`: verifies."""
+    """One look at a project. `deep`: read every byte, also of MLflow's and DVC's copies."""
 
-    def __init__(
-        self,
-        root: Path,
-        graph: Graph,
-        versions: Sequence[Version],
-        tracker: Tracker,
-        *,
-        deep: bool = False,
-        notary: Notary | None = None,
-    ) -> None:
-        self.graph, self.tracker, self.deep = graph, tracker, deep
-        self.store = Store(root, notary)
+    def __init__(self, lookup: Lookup, *, deep: bool = False) -> None:
+        self.graph, self.tracker, self.store, self.deep = lookup.graph, lookup.tracker, lookup.store, deep
         self.notes: list[str] = []
         self._versions: dict[tuple[str, str], list[Version]] = {}
-        for version in versions:
+        for version in lookup.versions:
             self._versions.setdefault((version.digest, version.key), []).append(version)
         self.checks = [  # what yields what is wrong with a product, and the way to mend it
             (self._absence, "`rrlhf run` with its settings makes it again; `rrlhf accept` takes over what is in data/"),

@@ -113,11 +113,7 @@ def audit(
     from rrlhf.tools.auditing import audit as auditing
 
     lookup = _lookup(profile)
-    start = lookup.product(model) if model else None
-    check = auditing.Audit(
-        Path.cwd(), lookup.graph, lookup.versions, lookup.tracker, deep=deep, notary=lookup.store.notary
-    )
-    report = check.run(start)
+    report = auditing.Audit(lookup, deep=deep).run(lookup.product(model) if model else None)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
     if report.broken:
         raise SystemExit(VERIFICATION_FAILED)

@@ -137,8 +137,7 @@ def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decis
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
     yardstick = _yardstick(lookup, project, artifact)
     found = measure(yardstick, artifact.path, opponent.path, project.params)
-    audit = Audit(project.root, lookup.graph, lookup.versions, lookup.tracker, notary=lookup.store.notary)
-    broken = audit.run(lookup.graph.find(name)).broken
+    broken = Audit(lookup).run(lookup.graph.find(name)).broken
     gates = [*found.gates, clean([each.problem for each in broken])]
     return {
         "version": name,
