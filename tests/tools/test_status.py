@@ -101,9 +101,9 @@ def test_why_goes_back_to_the_first_cause(command):
 def test_contradictions_are_usage_errors(command):
     code, _, told_ = command("plan", "--profile", "tiny", "--only", "sft", "--until", "ppo")
     assert (code, "goes with neither" in told_) == (2, True)
-    code, _, told_ = command("run", "--dry-run", "--profile", "tiny", "--from", "ensemble")
+    code, _, told_ = command("plan", "--profile", "tiny", "--from", "ensemble")
     assert code == 2
     assert "reward is needed and not up to date" in told_
-    code, out, _ = command("run", "--dry-run", "--profile", "tiny", "--until", "sft", "--json")
+    code, out, _ = command("plan", "--profile", "tiny", "--until", "sft", "--json")
     assert code == 0
     assert {one["node"]: one["action"] for one in json.loads(out)}["reward"] == "skip"

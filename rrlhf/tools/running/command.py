@@ -49,7 +49,6 @@ def run(
     only: Only = None,
     force: Force = None,
     take_aliases: TakeAliases = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, as `rrlhf plan` does.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run what is not up to date, register every model, and write the report.
@@ -65,11 +64,7 @@ def run(
 
     Example: rrlhf run --until ensemble
     """
-    part = _part(from_, until, only, force)
-    if dry_run:
-        plan(profile, set_, from_, until, only, force, as_json)
-    else:
-        run_flow(profile, overrides(profile, set_), part, as_json, take_aliases)
+    run_flow(profile, overrides(profile, set_), _part(from_, until, only, force), as_json, take_aliases)
 
 
 def plan(
@@ -186,10 +181,13 @@ def sync() -> None:
 
 def report(profile: Profile = "default", set_: Set = None) -> None:
     """Write the HTML report of a finished run again, and print its path."""
+    from rrlhf.tools.running.uptodate import stamp_file
+
     changed = overrides(profile, set_)
-    left = [one.node for one in _project(profile, changed).plan() if one.action != "reuse"]
-    if left:
+    project = _project(profile, changed)
+    if left := [one.node for one in project.plan() if one.action != "reuse"]:
         end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")
+    stamp_file(project).unlink(missing_ok=True)
     run_flow(profile, changed)
 
 

@@ -49,7 +49,7 @@ def nothing_to_do(project: Project, planned: list[Planned]) -> Done | None:
     if any(one.action != "reuse" for one in planned):
         return None
     artifacts = _artifacts(project, planned)
-    stamp, noted = _stamp(project, artifacts), _stamp_file(project)
+    stamp, noted = _stamp(project, artifacts), stamp_file(project)
     if not stamp or not noted.is_file() or noted.read_text(encoding="utf-8") != stamp:
         return None
     folders: Json = {name: str(artifact.path.relative_to(project.root)) for name, artifact in artifacts.items()}
@@ -129,7 +129,12 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
 
 def note_report(project: Project, artifacts: Mapping[str, Artifact]) -> None:
     """Remember what the report that was just written is made of."""
-    write(_stamp_file(project), _stamp(project, artifacts))
+    write(stamp_file(project), _stamp(project, artifacts))
+
+
+def stamp_file(project: Project) -> Path:
+    """Return where it is noted what a profile's report was made of; without it the report is written again."""
+    return project.root / ".rrlhf" / "reports" / f"{project.profile}.sha256"
 
 
 def _artifacts(project: Project, planned: list[Planned]) -> dict[str, Artifact]:
@@ -153,7 +158,3 @@ def _stamp(project: Project, artifacts: Mapping[str, Artifact]) -> str:
             "registered": known,
         }
     )
-
-
-def _stamp_file(project: Project) -> Path:
-    return project.root / ".rrlhf" / "reports" / f"{project.profile}.sha256"
