@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
-    models, judge = find_models(project, "tiny", params, [str(start / "sft")], None)
+    models, judge, trunk = find_models(project, "tiny", params, [str(start / "sft")], None)
     assert judge is None
-    opened = Chat([*models, *models], judge, "cpu")
+    opened = Chat([*models, *models], judge, trunk, "cpu")
     named, language = opened.speakers[0]
     trunk = Trunk(language, 1, named.model, Texts(language, named.model))
     opened.ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -13,7 +14,7 @@ from rrlhf.models.rollout import most_likely, sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import head_spread, mean_reward, worst_reward
-from rrlhf.tools.chatting.command import Judge, Named
+from rrlhf.tools.chatting.command import Named
 from rrlhf.types import Message
 
 
@@ -38,12 +39,12 @@ class Answer(TypedDict):
 class Chat:
     """The models of one conversation, and the reward model that judges them."""
 
-    def __init__(self, models: Sequence[Named], judge: Judge | None, device: str) -> None:
+    def __init__(self, models: Sequence[Named], judge: Path | None, trunk: Path | None, device: str) -> None:
         kind = torch.device(device_kind(device))
         self.speakers = [(each, load_model(each.folder, each.model)) for each in models]
         for _, language in self.speakers:
             language.network.to(kind).requires_grad_(False)
-        self.ensemble = load_reward_model(judge.artifact.path, judge.sft, kind) if judge else None
+        self.ensemble = load_reward_model(judge, trunk, kind) if judge and trunk else None
 
     def answers(self, prompt: str, seed: int | None = None) -> list[Answer]:
         """Return every model's answer to a prompt, with its score.

@@ -36,13 +36,6 @@ class Named(NamedTuple):
     artifact: Artifact | None  # None: a plain transformers folder
 
 
-class Judge(NamedTuple):
-    """The reward model that scores the answers."""
-
-    artifact: Artifact
-    sft: Path  # whose layers its heads may read
-
-
 def chat(
     model: Annotated[
         str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
@@ -74,11 +67,11 @@ def chat(
 
     params = load_params(Path.cwd(), profile, overrides(profile, set_))
     asked = prompts(prompt)
-    models, judge = find_models(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
+    models, judge, trunk = find_models(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
     from rrlhf.tools.chatting.chat import Chat
 
-    conversation = Chat(models, judge, params.model.device)
-    scored_by = f"{judge.artifact.name} {judge.artifact.digest[:8]}" if judge else None
+    conversation = Chat(models, judge.path if judge else None, trunk, params.model.device)
+    scored_by = f"{judge.name} {judge.digest[:8]}" if judge else None
     for text in asked:
         found = conversation.answers(text, seed)
         if as_json:
@@ -89,8 +82,8 @@ def chat(
 
 def find_models(
     root: Path, profile: str, params: Params, models: Sequence[str], ensemble: str | None
-) -> tuple[list[Named], Judge | None]:
-    """Return the models, and the ensemble that judges them: the one named, the first model's own, or the profile's.
+) -> tuple[list[Named], Artifact | None, Path | None]:
+    """Return the models, the ensemble that judges them (named, the first model's own, or the profile's), and its trunk.
 
     models: registered versions, aliases, digests, or folders of an artifact or of transformers. Raises UsageError that
     says what to do, and TamperedError when a stored file was changed.
@@ -113,9 +106,9 @@ def find_models(
     else:
         judge = Project(root, profile, params).artifact("ensemble")
     if judge is None:
-        return found, None
+        return found, None, None
     reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
-    return found, Judge(judge, lookup.input_of(reward, "sft").path)
+    return found, judge, lookup.input_of(reward, "sft").path  # the SFT model, whose layers its heads may read
 
 
 def _model(lookup: Lookup, reference: str, usual: Model) -> Named:

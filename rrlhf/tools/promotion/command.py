@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Version
     from rrlhf.tools.lineage.lookup import Lookup
-    from rrlhf.tools.promotion.gates import Yardstick
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
 
@@ -135,10 +134,11 @@ def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decis
         raise ValueError(f"{name} is the {to} already")
     against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
-    yardstick = _yardstick(lookup, project, artifact)
-    found = measure(yardstick, artifact.path, opponent.path, project.params)
+    judges = {name: _judge(lookup, project, artifact, name) for name in ("sft", "reward", "ensemble")}
+    models = {**judges, "candidate": artifact, "opponent": opponent}
+    found = measure(_data(project, artifact), models, project.params)
     broken = Audit(lookup).run(lookup.graph.find(name)).broken
-    gates = [*found.gates, clean([each.problem for each in broken])]
+    gates = [*found["gates"], clean([each.problem for each in broken])]
     return {
         "version": name,
         "digest": artifact.digest,
@@ -146,40 +146,33 @@ def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decis
         "against": against,
         "against_digest": opponent.digest,
         "failed": [gate["name"] for gate in gates if not gate["passed"]],
+        **found,
         "gates": gates,
-        "means": found.means,
-        "judge": found.judge,
-        "prompts": found.prompts,
         "samples_per_prompt": project.params.evaluate.samples_per_prompt,
         "seed": project.params.seed,
         "dataset": artifact.inputs["data"],
-        "inputs": {each: getattr(yardstick, each).digest for each in ("sft", "reward", "ensemble")},
+        "inputs": {name: judge.digest for name, judge in judges.items()},
         "git_commit": git_commit(project.root),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _yardstick(lookup: Lookup, project: Project, artifact: Artifact) -> Yardstick:
-    """Return what measures: the models that the version was trained with.
-
-    Where it has no reward models (DPO), those of the profile, if they stand on the same SFT model. The prompts must
-    be those of the version's own data set: it may have been trained on the evaluation prompts of another.
-    """
-    from rrlhf.config import Model
-    from rrlhf.tools.promotion.gates import Yardstick
-
+def _data(project: Project, artifact: Artifact) -> Path:
+    """Return the version's own data set: it may have been trained on the evaluation prompts of another."""
     dataset = project.data()
     if dataset is None or dataset.digest != artifact.inputs["data"]:
         raise ValueError(
             f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "
             f"{dataset.digest if dataset else 'none here'}: name the --profile and --set that it was made with"
         )
-    reward, ensemble = (_reward_model(lookup, project, artifact, name) for name in ("reward", "ensemble"))
-    model = Model.model_validate(artifact.manifest["document"]["params"]["model"])
-    return Yardstick(dataset.path, lookup.input_of(artifact, "sft"), reward, ensemble, model)
+    return dataset.path
 
 
-def _reward_model(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> Artifact:
+def _judge(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> Artifact:
+    """Return a model that the version was trained with.
+
+    Where it has no reward models (DPO), that of the profile, if it stands on the same SFT model.
+    """
     if name in artifact.inputs:
         return lookup.input_of(artifact, name)
     found = project.artifact(name)

@@ -7,8 +7,9 @@ what is not known is not good enough.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -44,47 +45,33 @@ class Read(NamedTuple):
     repetition: Tensor  # share of words that occurred before
 
 
-class Yardstick(NamedTuple):
-    """What every version of one comparison is measured with: data, start and reward models."""
+def measure(data: Path, models: Mapping[str, Artifact], params: Params) -> dict[str, Any]:
+    """Sample, judge, and hold the numbers against the gates of params; return what a decision keeps of that, as JSON.
 
-    data: Path
-    sft: Artifact
-    reward: Artifact
-    ensemble: Artifact
-    model: Model
-
-
-class Weighed(NamedTuple):
-    """What the gates found, and by whose judgement."""
-
-    gates: list[Gate]
-    judge: str
-    prompts: int
-    means: dict[str, dict[str, float]]  # by version and quantity
-
-
-def measure(yardstick: Yardstick, candidate: Path, opponent: Path, params: Params) -> Weighed:
-    """Sample, judge, and hold the numbers against the gates of params.
-
-    Responses are judged by gold where the prompts have topics, else by the mean of the ensemble's heads, which are
-    no independent judge of a policy that they trained. The prompts are those that no stage trains on.
+    models: "candidate", "opponent", their start "sft", and "reward" and "ensemble", which measure. Responses are judged
+    by gold where the prompts have topics, else by the mean of the ensemble's heads, which are no independent judge of a
+    policy that they trained. The prompts are those that no stage trains on.
     """
-    rows, model = read_table(yardstick.data, "evaluate"), yardstick.model
+    rows = read_table(data, "evaluate")
     has_gold = rows[0]["topic"] is not None
-    start, reward, ensemble = (each.path for each in (yardstick.sft, yardstick.reward, yardstick.ensemble))
+    model = Model.model_validate(models["candidate"].manifest["document"]["params"]["model"])
+    start, reward, ensemble = (models[name].path for name in ("sft", "reward", "ensemble"))
     judges = load_judges(model, params.gold, start, reward, ensemble, [], has_gold=has_gold)
-    folders = {"candidate": candidate, "opponent": opponent, "start": start}
+    folders = {"candidate": models["candidate"].path, "opponent": models["opponent"].path, "start": start}
     reads: dict[Path, Read] = {}
     for name, folder in folders.items():
         if folder not in reads:
             responses = sample_responses(folder, name, rows, model, params.evaluate, params.seed)
             reads[folder] = _read(read_responses(judges, responses, rows, model, params.evaluate, name))
-    found = gates(reads[candidate], reads[opponent], reads[start], params.gates)
-    means = {
-        name: {quantity: values.double().mean().item() for quantity, values in reads[folder]._asdict().items()}
-        for name, folder in folders.items()
+    return {
+        "gates": gates(reads[folders["candidate"]], reads[folders["opponent"]], reads[start], params.gates),
+        "means": {
+            name: {quantity: values.double().mean().item() for quantity, values in reads[folder]._asdict().items()}
+            for name, folder in folders.items()
+        },
+        "judge": "gold" if has_gold else "mean of the ensemble's heads",
+        "prompts": len(rows),
     }
-    return Weighed(found, "gold" if has_gold else "mean of the ensemble's heads", len(rows), means)
 
 
 def _read(reading: Reading) -> Read:
