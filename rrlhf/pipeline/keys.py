@@ -115,9 +115,9 @@ def changes(old: Document, new: Document) -> list[Change]:
 
 
 @cache
-def our_modules(memory: Path | None = None) -> Modules:
-    """Return the modules of this package; `memory`: a file that remembers them from one process to the next."""
-    return Modules(PACKAGE, memory)
+def our_modules() -> Modules:
+    """Return the modules of this package."""
+    return Modules(PACKAGE)
 
 
 def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:

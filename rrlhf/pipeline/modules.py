@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
 
-from rrlhf.memo import Memory
 from rrlhf.sourcecode import canonical, imports, names_bound, parsed
 
 # Of this package: modules whose every effect on a result is already in the key (as settings), or that only show or
@@ -77,16 +74,12 @@ class Module:
 
 
 class Modules:
-    """The modules of one package. A file is read once: one process imports a module once, too.
+    """The modules of one package. A file is read once: one process imports a module once, too."""
 
-    memory: a file that remembers closures from one process to the next, while no file of the package changes.
-    """
-
-    def __init__(self, package: Path, memory: Path | None = None) -> None:
+    def __init__(self, package: Path) -> None:
         self.package = package
-        self._memory = Memory(memory) if memory else None
         self._read: dict[str, Module | None] = {}
-        self._closures: dict[str, dict[str, str]] = {}
+        self._closures: dict[tuple[str, ...], dict[str, str]] = {}
 
     def closure(self, *roots: str) -> dict[str, str]:
         """Return the digest of every definition that the roots use at any depth, by name, and one of the whole.
@@ -94,13 +87,9 @@ class Modules:
         roots: dotted names of definitions, or of modules, which stand for all that they define. Where definitions of
         several modules have one name, their digests stand side by side.
         """
-        key = " ".join(roots)
-        if key not in self._closures:
-            self._closures = self._remembered()
-            if key not in self._closures:
-                self._closures[key] = self._closure(roots)
-                self._remember()
-        return {**self._closures[key]}
+        if roots not in self._closures:
+            self._closures[roots] = self._closure(roots)
+        return {**self._closures[roots]}
 
     def reached(self, *roots: str) -> dict[Place, list[Used]]:
         """Return every definition that the roots use at any depth, and what each of them uses itself.
@@ -170,23 +159,6 @@ class Modules:
             path = next(iter([*files, *([base] if base.is_dir() else [])]), None) if top == self.package.name else None
             self._read[name] = Module(path, name, top) if path else None
         return self._read[name]
-
-    def _remembered(self) -> dict[str, dict[str, str]]:
-        if self._memory is None or self._memory.known.get("of") != self._sources:
-            return self._closures
-        return {**self._memory.known["closures"], **self._closures}
-
-    def _remember(self) -> None:
-        if self._memory:
-            self._memory.known = {"of": self._sources, "closures": self._closures}
-            self._memory.grew = True
-            self._memory.save()
-
-    @cached_property
-    def _sources(self) -> str:
-        """A digest of all files of the package, and of this Python, whose syntax trees may be others."""
-        files = sorted(self.package.rglob("*.py"))
-        return _sha256(sys.version, *(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files))
 
 
 def changed_definitions(old: Mapping[str, str], new: Mapping[str, str]) -> str:

@@ -76,7 +76,7 @@ class Project:
         self.store = Store(root, notary_of(root, params.signatures))
         self.nodes = nodes(params) if graph is None else [*graph]
         self.notes: list[str] = []
-        self.modules = modules or our_modules(root / ".rrlhf" / "code.json")
+        self.modules = modules or our_modules()
 
     @classmethod
     def opened(

@@ -230,11 +230,3 @@ def test_whatever_code_may_meet_is_reached(tmp_path, text, reached):
         "plain.py": "def first(): ...\ndef second(): ...\n",
     }
     assert closure(tmp_path, files | {"stages/sell.py": text}).keys() - {WHOLE} == reached
-
-
-def test_memory_of_code_gives_what_reading_gives(tmp_path):
-    for size in ("2", "3", "2  # again"):
-        closure(tmp_path, replaced("SIZE = 2", f"SIZE = {size}")(SHOP))
-        for _ in range(2):
-            fresh, remembering = Modules(tmp_path / "shop"), Modules(tmp_path / "shop", tmp_path / "code.json")
-            assert remembering.closure(ROOT) == fresh.closure(ROOT)

@@ -149,7 +149,7 @@ class World:
         for name, stage, own, inputs in GRAPH:
             sections = {each: self.params[f"{name}.{each}"] for each in own} if inputs else first
             graph.append(Node(name, stage, sections, inputs))
-        modules = Modules(self.root / "tiny", self.root / ".rrlhf" / "code.json")
+        modules = Modules(self.root / "tiny")
         return Project(self.root, "tiny", PARAMS, graph=graph, modules=modules)
 
     # the model
