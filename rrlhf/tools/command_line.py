@@ -10,12 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from rrlhf.environment import FULL, FullError, free_bytes
 from rrlhf.types import Json
+
+if TYPE_CHECKING:
+    from rrlhf.tools.lineage.lookup import Lookup
 
 FAILED, USAGE, VERIFICATION_FAILED, SIGNALLED = 1, 2, 3, 128
 
@@ -25,6 +28,9 @@ Set = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one parameter for this run; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Model = Annotated[
+    str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
+]
 
 
 def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
@@ -34,6 +40,15 @@ def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
     parsed = dict(parse_override(text) for text in texts or [])
     load_params(Path.cwd(), profile, parsed)
     return parsed
+
+
+def opened(profile: str, set_: list[str] | None = None) -> Lookup:
+    """Return what there is in this folder's project, by a profile's settings with --set options."""
+    from rrlhf.pipeline.params import load_params, parse_override
+    from rrlhf.tools.lineage.lookup import Lookup
+
+    params = load_params(Path.cwd(), profile, dict(parse_override(text) for text in set_ or []))
+    return Lookup(Path.cwd(), profile, params)
 
 
 @contextmanager

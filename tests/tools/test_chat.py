@@ -13,6 +13,7 @@ from rrlhf.rewards.scoring import RewardModel
 from rrlhf.rewards.trunk import Trunk
 from rrlhf.tools.chatting.chat import Chat
 from rrlhf.tools.chatting.command import find_models, in_words, prompts
+from rrlhf.tools.lineage.lookup import Lookup
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def chat(start, rewards, project):
     params = load_params(ROOT, "tiny")
-    models, judge, trunk = find_models(project, "tiny", params, [str(start / "sft")], None)
+    models, judge, trunk = find_models(Lookup(project, "tiny", params), [str(start / "sft")], None)
     assert judge is None
     opened = Chat([*models, *models], judge, trunk, "cpu")
     named, language = opened.speakers[0]
@@ -60,7 +61,7 @@ def test_without_an_ensemble_there_are_no_scores(chat):
 
 def test_a_folder_that_is_no_model_is_named(project, tmp_path):
     with pytest.raises(ValueError, match="not the folder of an artifact"):
-        find_models(project, "tiny", load_params(ROOT, "tiny"), [str(tmp_path)], None)
+        find_models(Lookup(project, "tiny", load_params(ROOT, "tiny")), [str(tmp_path)], None)
 
 
 def test_a_prompt_is_given_or_read_from_stdin(monkeypatch):

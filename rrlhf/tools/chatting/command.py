@@ -16,10 +16,10 @@ import typer
 
 from rrlhf.located import UsageError
 from rrlhf.pipeline.stages import STAGES
-from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 
 if TYPE_CHECKING:
-    from rrlhf.config import Model, Params
+    from rrlhf import config
     from rrlhf.pipeline.artifacts import Artifact
     from rrlhf.tools.chatting.chat import Answer
     from rrlhf.tools.lineage.lookup import Lookup
@@ -32,14 +32,12 @@ class Named(NamedTuple):
 
     name: str
     folder: Path
-    model: Model
+    model: config.Model
     artifact: Artifact | None  # None: a plain transformers folder
 
 
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
-    ],
+    model: Model,
     other: Annotated[str | None, typer.Argument(metavar="MODEL2", help="A second model, side by side.")] = None,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Left out: stdin, or a loop on a terminal.")
@@ -63,14 +61,11 @@ def chat(
 
     Example: echo "Write about rain." | rrlhf chat rrlhf-policy@champion --json
     """
-    from rrlhf.pipeline.params import load_params
-
-    params = load_params(Path.cwd(), profile, overrides(profile, set_))
-    asked = prompts(prompt)
-    models, judge, trunk = find_models(Path.cwd(), profile, params, [model, *([other] if other else [])], ensemble)
+    lookup, asked = opened(profile, set_), prompts(prompt)
+    models, judge, trunk = find_models(lookup, [model, *([other] if other else [])], ensemble)
     from rrlhf.tools.chatting.chat import Chat
 
-    conversation = Chat(models, judge.path if judge else None, trunk, params.model.device)
+    conversation = Chat(models, judge.path if judge else None, trunk, lookup.params.model.device)
     scored_by = f"{judge.name} {judge.digest[:8]}" if judge else None
     for text in asked:
         found = conversation.answers(text, seed)
@@ -81,7 +76,7 @@ def chat(
 
 
 def find_models(
-    root: Path, profile: str, params: Params, models: Sequence[str], ensemble: str | None
+    lookup: Lookup, models: Sequence[str], ensemble: str | None
 ) -> tuple[list[Named], Artifact | None, Path | None]:
     """Return the models, the ensemble that judges them (named, the first model's own, or the profile's), and its trunk.
 
@@ -89,10 +84,8 @@ def find_models(
     says what to do, and TamperedError when a stored file was changed.
     """
     from rrlhf.pipeline.plan import Project
-    from rrlhf.tools.lineage.lookup import Lookup
 
-    lookup = Lookup(root, profile, params)
-    found = [_model(lookup, reference, params.model) for reference in models]
+    found = [_model(lookup, reference) for reference in models]
     own = (each.artifact for each in found if each.artifact and "ensemble" in each.artifact.inputs)
     judge: Artifact | None
     if ensemble:
@@ -104,18 +97,18 @@ def find_models(
     elif policy := next(own, None):
         judge = lookup.input_of(policy, "ensemble")
     else:
-        judge = Project(root, profile, params).artifact("ensemble")
+        judge = Project(lookup.root, lookup.profile, lookup.params).artifact("ensemble")
     if judge is None:
         return found, None, None
     reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
     return found, judge, lookup.input_of(reward, "sft").path  # the SFT model, whose layers its heads may read
 
 
-def _model(lookup: Lookup, reference: str, usual: Model) -> Named:
-    from rrlhf.config import Model
+def _model(lookup: Lookup, reference: str) -> Named:
+    from rrlhf import config
     from rrlhf.pipeline.artifacts import MANIFEST
 
-    folder = Path(reference)
+    folder, usual = Path(reference), lookup.params.model
     if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
         return Named(reference, folder, usual, None)
     artifact = lookup.find(reference)
@@ -123,7 +116,7 @@ def _model(lookup: Lookup, reference: str, usual: Model) -> Named:
         raise UsageError(
             f"{reference!r} is made by stage {artifact.stage}, which answers nothing; name one of {', '.join(ANSWERS)}"
         )
-    own = Model.model_validate(artifact.manifest["document"]["params"]["model"])
+    own = config.Model.model_validate(artifact.manifest["document"]["params"]["model"])
     return Named(reference, artifact.path, own.model_copy(update={"device": usual.device}), artifact)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.files import write
-from rrlhf.tools.command_line import VERIFICATION_FAILED, AsJson
+from rrlhf.tools.command_line import VERIFICATION_FAILED, AsJson, opened
 
 if TYPE_CHECKING:
     from rrlhf.tools.lineage.lookup import Lookup
@@ -51,7 +51,7 @@ def lineage(
     """
     if (node is None) == (row is None):
         raise typer.BadParameter(f"name one of {Reference}; or a row of data with --row")
-    format, lookup = Format.JSON if as_json else format, _lookup(profile)
+    format, lookup = Format.JSON if as_json else format, opened(profile)
     if row is not None:
         told = _row(lookup, row, format)
     else:
@@ -88,7 +88,7 @@ def diff(
     """
     from rrlhf.tools.lineage import diff as differences
 
-    lookup = _lookup(profile)
+    lookup = opened(profile)
     graph = lookup.described(lookup.graph.up(lookup.product(a), lookup.product(b)))
     found = differences.compared(graph, graph.find(a, profile), graph.find(b, profile), lookup.store)
     print(json.dumps(differences.as_json(found), indent=1) if as_json else differences.as_text(found))
@@ -112,18 +112,11 @@ def audit(
     """
     from rrlhf.tools.auditing import audit as auditing
 
-    lookup = _lookup(profile)
+    lookup = opened(profile)
     report = auditing.Audit(lookup, deep=deep).run(lookup.product(model) if model else None)
     print(json.dumps(auditing.as_json(report), indent=1) if as_json else auditing.as_text(report))
     if report.broken:
         raise SystemExit(VERIFICATION_FAILED)
-
-
-def _lookup(profile: str) -> Lookup:
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.lineage.lookup import Lookup
-
-    return Lookup(Path.cwd(), profile, load_params(Path.cwd(), profile))
 
 
 def _row(lookup: Lookup, row: str, format: Format) -> str:

@@ -33,15 +33,15 @@ class Lookup:
     """The products of a project: those in its store, and those that MLflow knows, which is asked when it has to be."""
 
     def __init__(self, root: Path, profile: str, params: Params) -> None:
+        self.root, self.profile, self.params = root, profile, params
         self.store = Store(root, notary_of(root, params.signatures))
-        self._root, self._profile, self._experiment = root, profile, params.tracking.experiment
 
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow."""
         from rrlhf.pipeline.tracking import Tracker
 
-        return Tracker.connect(self._root, self._experiment)
+        return Tracker.connect(self.root, self.params.tracking.experiment)
 
     @cached_property
     def versions(self) -> list[Version]:
@@ -51,7 +51,7 @@ class Lookup:
     @cached_property
     def graph(self) -> Graph:
         """Everything that is registered or here."""
-        return graph_of(self.versions, self._profile, self.store.products())
+        return graph_of(self.versions, self.profile, self.store.products())
 
     def described(self, wanted: Collection[Product]) -> Graph:
         """Return the graph with the settings and numbers of what is wanted and not in the folder: MLflow is asked."""
@@ -68,7 +68,7 @@ class Lookup:
 
     def product(self, reference: str) -> Product:
         """Return what a reference means (`Graph.find`), by the names that it has for the profile."""
-        return self.graph.find(reference, self._profile)
+        return self.graph.find(reference, self.profile)
 
     def find(self, reference: str) -> Artifact:
         """Return the artifact of "rrlhf-ensemble@latest", "rrlhf-ensemble/3", a digest's or key's start, or a folder.
@@ -83,7 +83,7 @@ class Lookup:
                 raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
             return self._verified(read_artifact(folder))
         try:
-            found = Graph(self.store.products()).find(reference, self._profile)
+            found = Graph(self.store.products()).find(reference, self.profile)
         except UsageError:
             found = self.product(reference)
         if here := self.store.find(found.stage, found.key) if found.stage and found.key else None:

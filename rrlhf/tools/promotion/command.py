@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rrlhf.located import UsageError
-from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 
 if TYPE_CHECKING:
-    from rrlhf.config import Params
     from rrlhf.pipeline.artifacts import Artifact
     from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Version
@@ -28,7 +27,7 @@ Decision = dict[str, Any]  # with its evidence, as it is kept: JSON
 
 
 def promote(
-    version: Annotated[str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, or the start of a digest.")],
+    version: Model,
     to: Annotated[str, typer.Option(help="The alias to give: the current holder of it is the opponent.")] = "champion",
     override: Annotated[
         str | None, typer.Option(help="Promote although gates fail, for this reason, which is recorded.")
@@ -46,10 +45,7 @@ def promote(
 
     Example: rrlhf promote rrlhf-policy/3 --to champion --override "length is wanted here"
     """
-    from rrlhf.pipeline.params import load_params
-
-    params = load_params(Path.cwd(), profile, overrides(profile, set_))
-    decision = decide(Path.cwd(), profile, params, version, to=to, override=override)
+    decision = decide(opened(profile, set_), version, to=to, override=override)
     if as_json:
         print(json.dumps(decision, indent=1))
     else:
@@ -59,20 +55,17 @@ def promote(
         raise SystemExit(1)
 
 
-def decide(root: Path, profile: str, params: Params, reference: str, *, to: str, override: str | None) -> Decision:
+def decide(lookup: Lookup, reference: str, *, to: str, override: str | None) -> Decision:
     """Hold a version against the gates, keep the evidence, and move the alias when it may be moved.
 
     Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
     """
     from rrlhf.locks import locked
-    from rrlhf.pipeline.plan import Project
-    from rrlhf.tools.lineage.lookup import Lookup
 
-    check(to, override, list(params.arms))
-    with locked(root / ".rrlhf" / "promoting"):
-        lookup = Lookup(root, profile, params)
-        version = named(reference, profile, lookup.versions)
-        found = _weigh(Project(root, profile, params), lookup, version, to)
+    check(to, override, list(lookup.params.arms))
+    with locked(lookup.root / ".rrlhf" / "promoting"):
+        version = named(reference, lookup.profile, lookup.versions)
+        found = _weigh(lookup, version, to)
         outcome = "promoted" if not found["failed"] else "overridden" if override else "refused"
         decision = {**found, "decision": outcome, "override": override if outcome == "overridden" else None}
         file = f"{EVIDENCE}/{to}-{decision['when'].replace(':', '')}.json"
@@ -119,9 +112,10 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
     return {PREFIX: f"{decision['decision']}{failed}", **tags, f"{PREFIX}.evidence": file}
 
 
-def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decision:
+def _weigh(lookup: Lookup, version: Version, to: str) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
     from rrlhf.pipeline.artifacts import git_commit
+    from rrlhf.pipeline.plan import Project
     from rrlhf.tools.auditing.audit import Audit
     from rrlhf.tools.promotion.gates import clean, measure
 
@@ -134,6 +128,7 @@ def _weigh(project: Project, lookup: Lookup, version: Version, to: str) -> Decis
         raise ValueError(f"{name} is the {to} already")
     against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
+    project = Project(lookup.root, lookup.profile, lookup.params)
     judges = {name: _judge(lookup, project, artifact, name) for name in ("sft", "reward", "ensemble")}
     models = {**judges, "candidate": artifact, "opponent": opponent}
     found = measure(_data(project, artifact), models, project.params)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.located import UsageError
-from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 
 if TYPE_CHECKING:
     from rrlhf.pipeline.artifacts import Artifact
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    version: Annotated[
-        str, typer.Argument(help="rrlhf-policy@candidate, rrlhf-policy/3, the start of a digest, or a folder.")
-    ],
+    version: Model,
     only: Annotated[bool, typer.Option("--only", help="Its own stage alone, from the inputs that are kept.")] = False,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Numbers a and b are equal when |a - b| <= t + t |b|.")
@@ -45,24 +43,18 @@ def reproduce(
 
     Example: rrlhf reproduce rrlhf-policy/3 --only --keep again
     """
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.lineage.lookup import Lookup
-
-    root = Path.cwd()
-    params = load_params(root, profile, overrides(profile, set_))
+    lookup = opened(profile, set_)
     if keep and keep.exists():
         raise UsageError(f"--keep {keep}: it exists already; name a new folder")
-    lookup = Lookup(root, profile, params)
     artifact = lookup.find(version)
     from rrlhf.tools.reproduction.rebuild import ancestry, rebuild  # and with it torch
 
     order = [artifact] if only else ancestry(lookup, artifact)
-    changes = _changes(root, lookup, order)
-    (root / ".rrlhf").mkdir(exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=root / ".rrlhf"))
+    changes = _changes(lookup, order)
+    beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=lookup.root / ".rrlhf"))
     rebuilt: list[Rebuilt] = []
     try:
-        for one in rebuild(lookup, order, beside, launch=params.launch, tolerance=tolerance):
+        for one in rebuild(lookup, order, beside, launch=lookup.params.launch, tolerance=tolerance):
             rebuilt.append(one)
             where = f"  {one.differences[0]}" if one.differences else ""
             said = f"{one.name:16}  {one.verdict:22}  {one.seconds:.1f} s{where}"
@@ -95,16 +87,16 @@ def conclusion(version: str, rebuilt: Sequence[Rebuilt]) -> str:
     return f"{version} {said} in {first.name}: {first.differences[0]}{parted}."
 
 
-def _changes(root: Path, lookup: Lookup, order: Sequence[Artifact]) -> dict[str, list[str]]:
+def _changes(lookup: Lookup, order: Sequence[Artifact]) -> dict[str, list[str]]:
     """Return what is not as the key documents have it, and say so on stderr."""
     from rrlhf.pipeline.artifacts import git_commit
     from rrlhf.tools.reproduction.rebuild import changed
 
     changes = {}
     for made in order:
-        if reasons := changed(root, lookup, made):
+        if reasons := changed(lookup, made):
             changes[made.name], commit = reasons, made.manifest["git_commit"]
-            where = f" (it was made at commit {commit}, here is {git_commit(root)})" if commit else ""
+            where = f" (it was made at commit {commit}, here is {git_commit(lookup.root)})" if commit else ""
             print(f"{made.name} is not what it was made with: {'; '.join(reasons)}{where}", file=sys.stderr)
     if changes:
         print("it is rebuilt with what is here, so it may differ", file=sys.stderr, flush=True)

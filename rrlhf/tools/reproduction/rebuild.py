@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rrlhf.config import Launch
-from rrlhf.memo import Memo, sha256
+from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact
 from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.graph import EXTERNAL, Node
@@ -79,14 +79,14 @@ def inputs_of(lookup: Lookup, artifact: Artifact) -> dict[str, Artifact]:
     return {argument: lookup.input_of(artifact, argument) for argument in artifact.inputs if argument not in EXTERNAL}
 
 
-def changed(root: Path, lookup: Lookup, artifact: Artifact) -> list[str]:
+def changed(lookup: Lookup, artifact: Artifact) -> list[str]:
     """Say what of code, library versions and outer inputs is not what an artifact's key document has."""
     document = artifact.manifest["document"]
     arms = inputs_of(lookup, artifact).values() if artifact.stage == "evaluate" else [artifact]
     settings = [made.manifest["document"]["params"].get("arm", {}) for made in arms]
     functions = sorted({path for arm in settings for path in arm.get("functions", {})})
     node = Node(artifact.name, artifact.stage, typed_sections(deepcopy(document["params"])), {}, tuple(functions))
-    outside = external_digests(node, Memo(root / ".rrlhf" / "digests.json"))
+    outside = external_digests(node, lookup.store.memo)
     return differences(document, key_document(node, {**document["inputs"], **outside}))
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rrlhf.located import UsageError
-from rrlhf.tools.command_line import Profile, Set, overrides
+from rrlhf.tools.command_line import Profile, Set, opened
 
 if TYPE_CHECKING:
-    from rrlhf.config import Params
     from rrlhf.pipeline.artifacts import Artifact, Store
     from rrlhf.pipeline.signatures import Notary
+    from rrlhf.tools.lineage.lookup import Lookup
 
 
 def keygen(
@@ -67,14 +67,11 @@ def sign(
     from rrlhf.pipeline import dvc
     from rrlhf.pipeline.artifacts import Store
     from rrlhf.pipeline.graph import DATA
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.pipeline.signatures import notary_of
     from rrlhf.pipeline.tracking import Tracker
     from rrlhf.pipeline.tracking.server import database
 
-    root = Path.cwd()
-    params = load_params(root, profile, overrides(profile, set_))
-    notary = notary_of(root, params.signatures)
+    lookup = opened(profile, set_)
+    root, notary = lookup.root, lookup.store.notary
     if notary is None or not notary.signs:
         raise UsageError(
             "signatures.private_key is null: `rrlhf keygen PATH` makes a pair of keys; then set it in params.yaml"
@@ -83,7 +80,7 @@ def sign(
     store = Store(root)
     folders = [folder for folder in sorted(store.root.glob("[!.]*/*")) if folder.is_dir()]
     every = (store.find(folder.parent.name, folder.name) for folder in folders)
-    artifacts = _named(root, profile, params, models) if models else [found for found in every if found]
+    artifacts = _named(lookup, models) if models else [found for found in every if found]
     new = _unsigned(store, artifacts, notary)
     for artifact in new:
         notary.sign(artifact.path)
@@ -92,7 +89,7 @@ def sign(
         print(f"signed {artifact.name} {artifact.digest[:8]}")
     file, copies = database(root), 0
     if file is None or file.exists():  # MLflow's copies, from which lost artifacts are brought back
-        tracker = Tracker.connect(root, params.tracking.experiment)
+        tracker = Tracker.connect(root, lookup.params.tracking.experiment)
         copies = sum(tracker.models.add_signature(artifact) for artifact in artifacts)
     print(f"{len(new)} signed, {len(artifacts) - len(new)} had a signature; {copies} copies in MLflow have it too")
 
@@ -121,13 +118,13 @@ def written_pair(private: Path) -> list[Path]:
     return [private, public]
 
 
-def _named(root: Path, profile: str, params: Params, models: Sequence[str]) -> list[Artifact]:
+def _named(lookup: Lookup, models: Sequence[str]) -> list[Artifact]:
     """Find artifacts as other commands do, but whether they are signed or not."""
     from rrlhf.config import Signatures
     from rrlhf.tools.lineage.lookup import Lookup
 
-    unsigned = params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
-    lookup = Lookup(root, profile, unsigned)
+    unsigned = lookup.params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
+    lookup = Lookup(lookup.root, lookup.profile, unsigned)
     return list({found.path: found for found in map(lookup.find, models)}.values())
 
 
