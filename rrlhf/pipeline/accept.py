@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
@@ -25,18 +24,10 @@ from rrlhf.pipeline.plan import EVERYTHING, Project
 from rrlhf.pipeline.produce import compare_again
 
 
-class Accepted(NamedTuple):
-    """A node whose earlier result was accepted."""
-
-    node: str
-    old: str  # key of the earlier result
-    verified: bool
-
-
-def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -> Iterator[Accepted]:
+def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -> Iterator[tuple[str, str]]:
     """Accept the newest result of each of these nodes that differs in code alone; those up to date are passed over.
 
-    verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
+    Yields the node and the key of the earlier result. verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
     DifferentError when what was computed again is another result.
     """
     take_over(project.store)
@@ -53,7 +44,7 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
             document = project.document(node, digests)
             old = _earlier(project, node, document)
             _publish(project, node, document, old, found, because, verify=verify)
-            yield Accepted(node.name, old.key, verify)
+            yield node.name, old.key
             planned = planned._replace(digest=old.digest)
         if planned.digest:
             digests[node.name] = planned.digest

@@ -200,7 +200,7 @@ def test_a_data_set_of_an_earlier_version_is_taken_over_with_what_was_made_from_
     (staged / "history.jsonl").write_text("")
     project.store.publish("sft", old | {"code": {"rrlhf.stages.sft": "as it was"}}, staged, seconds=1.0)
     accepted = [*accept(project, project.nodes[:2], "an upgrade", verify=False)]
-    assert [one.node for one in accepted] == ["data", "sft"]
+    assert [node for node, _ in accepted] == ["data", "sft"]
     assert project.data().digest == made[1].digest
     assert dvc.pointer(asked.folder).exists()
     data_, sft_, *_ = Asked(asked.root).project.plan()

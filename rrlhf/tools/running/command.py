@@ -151,9 +151,9 @@ def accept(
 
     project = _project(profile, overrides(profile, set_))
     these = [node for stage in stages for node in _matching(stage, project)] if stages else project.nodes
-    for one in accepting(project, these, because, verify=verify):
-        again = ", computed again with the same bits" if one.verified else ""
-        print(f"{one.node}  accepted from {one.old[:12]}{again}")
+    again = ", computed again with the same bits" if verify else ""
+    for node, old in accepting(project, these, because, verify=verify):
+        print(f"{node}  accepted from {old[:12]}{again}")
 
 
 def relocate() -> None:
