@@ -27,8 +27,8 @@ from rrlhf.pipeline.produce import compare_again
 def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -> Iterator[tuple[str, str]]:
     """Accept the newest result of each of these nodes that differs in code alone; those up to date are passed over.
 
-    Yields the node and the key of the earlier result. verify: compute it again first, and compare. Raises UsageError where there is none, or an input is not up to date;
-    DifferentError when what was computed again is another result.
+    Yields the node and the key of the earlier result. verify: compute it again first, and compare. Raises UsageError
+    where there is none, or an input is not up to date; DifferentError when what was computed again is another result.
     """
     take_over(project.store)
     digests: dict[str, str] = {}

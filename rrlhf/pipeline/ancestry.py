@@ -75,16 +75,16 @@ class Graph:
         """Take products, the newest first."""
         self.products = list(products)
         self._of_content: defaultdict[str, list[Product]] = defaultdict(list)
-        self._sources: dict[Product, list[Link]] = {}
-        self._readers: defaultdict[Product, list[Link]] = defaultdict(list)
+        self.sources: defaultdict[Product, list[Link]] = defaultdict(list)  # links to what a product was made from
+        self.readers: defaultdict[Product, list[Link]] = defaultdict(list)  # and to what was made from it
         for product in self.products:
             for digest in filter(None, (product.digest, product.formerly)):
                 self._of_content[digest].append(product)
         for product in self.products:
             inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
-            self._sources[product] = [Link(self._read(product, name, digest), name, product) for name, digest in inputs]
-            for link in self._sources[product]:
-                self._readers[link.source].append(link)
+            self.sources[product] = [Link(self._read(product, name, digest), name, product) for name, digest in inputs]
+            for link in self.sources[product]:
+                self.readers[link.source].append(link)
 
     def _read(self, product: Product, argument: str, digest: str) -> Product:
         """Return the making that was read; of data, and where no key was noted, the newest with this content.
@@ -99,21 +99,13 @@ class Graph:
             self._of_content[digest].append(found)
         return found
 
-    def sources(self, product: Product) -> list[Link]:
-        """Return the links to what a product was made from."""
-        return self._sources.get(product, [])
-
-    def readers(self, product: Product) -> list[Link]:
-        """Return the links to what was made from a product."""
-        return self._readers.get(product, [])
-
     def up(self, *products: Product) -> list[Product]:
         """Return products with everything they were made from, inputs before what they made."""
-        return _ordered(products, lambda each: [link.source for link in self.sources(each)])
+        return _ordered(products, lambda each: [link.source for link in self.sources[each]])
 
     def down(self, *products: Product) -> list[Product]:
         """Return products with everything made from them, inputs before what they made."""
-        return _ordered(products, lambda each: [link.made for link in self.readers(each)])[::-1]
+        return _ordered(products, lambda each: [link.made for link in self.readers[each]])[::-1]
 
     def built_on(self, name: str) -> list[Product]:
         """Return everything made from what has this key or, as a data set, this digest, inputs before what they made.

@@ -733,7 +733,7 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
         pages = {version.key: client.get_run(version.run_id).inputs.model_inputs for version in versions}
         for key, artifact in made.items():
             product = graph.find(key)
-            assert {link.source.key for link in graph.sources(product)} - {""} == read[key]
+            assert {link.source.key for link in graph.sources[product]} - {""} == read[key]
             assert {client.get_logged_model(each.model_id).tags["rrlhf.key"] for each in pages[key]} == read[key]
             below, waiting = set(), [key]
             while waiting:

@@ -116,7 +116,7 @@ def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_da
     policy = version("rrlhf-policy", "2", "ppo-robust", "c", reads, input_keys={"sft": "A" * 64})
     graph = graph_of([twin, policy, SFT])
     above = {each.digest for each in graph.up(graph.find("rrlhf-sft/1"))}
-    assert graph.sources(graph.find("rrlhf-policy/2"))[1].source is graph.find("rrlhf-sft/1")
+    assert graph.sources[graph.find("rrlhf-policy/2")][1].source is graph.find("rrlhf-sft/1")
     assert DATA in above
     assert other not in above
     assert graph.built_on("another") == []

@@ -72,7 +72,7 @@ class Audit:
     def _absence(self, product: Product) -> Iterator[str]:
         if not product.stage:
             if product.node not in EXTERNAL:
-                readers = ", ".join(line(link.made) for link in self.graph.readers(product)[:3])
+                readers = ", ".join(line(link.made) for link in self.graph.readers[product][:3])
                 yield f"{product.node} {product.digest}, an input of {readers}, is neither here nor registered"
         elif not self._place(product).exists():
             kept = product.node == DATA and dvc.kept(self.store, product.stage, product.key)

@@ -49,7 +49,7 @@ def _run(graph: Graph, product: Product) -> Iterator[Object]:
             "name": product.node,
             "facets": {"jobType": _facet("2-0-4", "JobTypeJobFacet", **job)},
         },
-        "inputs": [_dataset(link.source) for link in graph.sources(product)],
+        "inputs": [_dataset(link.source) for link in graph.sources[product]],
     }
     yield {"eventType": "START", "eventTime": started.isoformat()} | event | {"outputs": []}
     yield {"eventType": "COMPLETE", "eventTime": ended.isoformat()} | event | {"outputs": [_dataset(product)]}

@@ -102,7 +102,7 @@ def as_json(found: Iterable[Sighting]) -> Json:
 def _seen(graph: Graph, data: Product, tables: set[str]) -> dict[Product, str]:
     seen: dict[Product, str] = {}
     for product in graph.down(data)[1:]:
-        sources = dict.fromkeys(link.source for link in graph.sources(product))
+        sources = dict.fromkeys(link.source for link in graph.sources[product])
         looked_into = spec_of(product.stage).tables
         read = tables.intersection(tables if looked_into is None else looked_into) if data in sources else set()
         through = [each.title for each in sources if seen.get(each, MEASURED) != MEASURED]

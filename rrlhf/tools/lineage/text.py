@@ -131,16 +131,16 @@ def _picture(graph: Graph, start: Product, down: bool) -> tuple[list[Product], l
     """Return the products that are drawn, and the links between them by their numbers."""
     products = graph.down(start) if down else graph.up(start)
     numbers = {product: number for number, product in enumerate(products)}
-    links = [link for product in products for link in graph.sources(product) if link.source in numbers]
+    links = [link for product in products for link in graph.sources[product] if link.source in numbers]
     return products, [(numbers[link.source], link.argument, numbers[link.made]) for link in links]
 
 
 def _below(graph: Graph, product: Product, down: bool) -> list[Product]:
     """Return the next products; one that reads another under two names is there once."""
     if not down:
-        return list(dict.fromkeys(link.source for link in graph.sources(product)))
-    direct = dict.fromkeys(link.made for link in graph.readers(product))
-    further = set(graph.down(*(link.made for made in direct for link in graph.readers(made))))
+        return list(dict.fromkeys(link.source for link in graph.sources[product]))
+    direct = dict.fromkeys(link.made for link in graph.readers[product])
+    further = set(graph.down(*(link.made for made in direct for link in graph.readers[made])))
     return [made for made in direct if made not in further]
 
 
