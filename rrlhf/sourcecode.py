@@ -11,11 +11,11 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib.machinery import ModuleSpec
+from importlib.machinery import all_suffixes
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import get_importer, iter_modules
+from pkgutil import iter_modules
 from typing import NamedTuple
 
 from rrlhf.located import ParamsError, did_you_mean
@@ -43,7 +43,7 @@ def code_behind(module: str, root: Path) -> Code:
     Cached: one process imports a module once, and should name the same code ever after. Raises ParamsError when there
     is no such module, and for a file that is no Python.
     """
-    if spec_of(module, root) is None:
+    if source_file(module, root) is None:
         raise ParamsError(not_found(module, root))
     sources: dict[str, str] = {}
     versions: dict[str, str] = {}
@@ -79,32 +79,28 @@ def changed_since(sources: Mapping[str, str], root: Path) -> list[str]:
 
 
 def source_file(module: str, root: Path) -> Path | None:
-    """Return the file of a module, None where it has none or there is no such module."""
-    spec = spec_of(module, root)
-    return Path(spec.origin) if spec and spec.origin and spec.has_location else None
-
-
-def spec_of(module: str, root: Path) -> ModuleSpec | None:
-    """Find a module as an import with `root` on the path would, but import nothing, its packages neither."""
+    """Return the file of a module, as an import with `root` on the path would find it; None where there is none."""
     importable(root)
     importlib.invalidate_caches()  # the file may have been written a moment ago
-    name, *rest = module.split(".")
-    spec = None if name == "__main__" else find_spec(name)
-    for part in rest:
-        name = f"{name}.{part}"
-        spec = _inside(spec, name) if spec else None
-    return spec
+    top, *parts = module.split(".")
+    spec = None if top == "__main__" else find_spec(top)
+    if spec is None or not parts:
+        return Path(spec.origin) if spec and spec.origin and spec.has_location else None
+    bases = [Path(folder, *parts) for folder in spec.submodule_search_locations or ()]
+    files = [Path(f"{base}{each}") for base in bases for each in ("/__init__.py", *all_suffixes())]
+    return next((file for file in files if file.is_file()), None)
 
 
 def not_found(module: str, root: Path) -> str:
     """Say that there is no such module, where it was looked for, and which one may be meant."""
     above, _, last = module.rpartition(".")
-    package = spec_of(above, root) if above else None
-    if above and package is None:
+    package, folder = source_file(above, root) if above else None, root.joinpath(*above.split("."))
+    if package and package.name != "__init__.py":
+        return f"no module {module} in {above}, which is no package"
+    if not (package or folder.is_dir()):
         return not_found(above, root)
-    folders = (package.submodule_search_locations or [f"{above}, which is no package"]) if package else [str(root)]
-    known = sorted({found.name for found in iter_modules(folders)})
-    where = ", ".join(folders) if package else f"{root} or among what is installed"
+    known = sorted({found.name for found in iter_modules([str(package.parent if package else folder)])})
+    where = f"{package.parent if package else folder}{'' if above else ' or among what is installed'}"
     return f"no module {module} in {where}{did_you_mean(last, known) if known else ''}"
 
 
@@ -128,18 +124,6 @@ def parsed(path: Path) -> ast.Module:
         return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
         raise ParamsError(f"{path}:{getattr(error, 'lineno', None) or 1}: not valid Python: {error}") from None
-
-
-def _inside(package: ModuleSpec, name: str) -> ModuleSpec | None:
-    """Find a module in the folders of its package; a folder without __init__.py is a package too, after all else."""
-    bare = None
-    for folder in package.submodule_search_locations or ():
-        finder = get_importer(folder)
-        spec = finder.find_spec(name) if finder else None
-        if spec and spec.loader:
-            return spec
-        bare = bare or spec
-    return bare
 
 
 def _is_installed(path: Path) -> bool:

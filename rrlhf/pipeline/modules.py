@@ -165,16 +165,9 @@ def changed_definitions(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """Say which definitions differ between two closures."""
     if (WHOLE in old) != (WHOLE in new):
         return "identified in another way by another rrlhf"
-    told = {
-        "changed": [name for name in new if name in old and name != WHOLE and old[name] != new[name]],
-        "added": [name for name in new if name not in old],
-        "removed": [name for name in old if name not in new],
-    }
-    listed = {
-        verb: ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-        for verb, names in told.items()
-    }
-    return "; ".join(f"{names} {verb}" for verb, names in listed.items() if names) or "put together otherwise"
+    names = [name for name in {**new, **old} if name != WHOLE and old.get(name) != new.get(name)]
+    more = f" and {len(names) - 3} more" if names[3:] else ""
+    return f"{', '.join(names[:3])}{more} changed" if names else "put together otherwise"
 
 
 def _acts(statement: ast.stmt, bound: set[str]) -> bool:

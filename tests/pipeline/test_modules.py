@@ -190,9 +190,9 @@ def test_what_may_change_a_number_changes_the_key(tmp_path_factory, changed):
         ('"rest": 19', '"rest": 20', "RATES changed"),
         ("SIZE = 2", "SIZE = 3", "SIZE changed"),
         ("self.sides", "self.width", "Wheel changed"),
-        ("_half", "_part", "whole changed; _part added; _half removed"),
+        ("_half", "_part", "_part, whole, _half changed"),
         ("def whole", "@cache\ndef whole", "whole changed"),
-        ("SIZE = 2", "SIZE = 2\nprint(SIZE)", "(other lines) added"),
+        ("SIZE = 2", "SIZE = 2\nprint(SIZE)", "(other lines) changed"),
         ("a price", "the price", ""),
     ],
 )
