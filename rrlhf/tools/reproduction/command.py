@@ -6,9 +6,9 @@ import json
 import math
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,10 +51,9 @@ def reproduce(
 
     order = [artifact] if only else ancestry(lookup, artifact)
     changes = _changes(lookup, order)
-    beside = Path(tempfile.mkdtemp(prefix="reproduce-", dir=lookup.root / ".rrlhf"))
     rebuilt: list[Rebuilt] = []
-    try:
-        for one in rebuild(lookup, order, beside, launch=lookup.params.launch, tolerance=tolerance):
+    with TemporaryDirectory(prefix="reproduce-", dir=lookup.root / ".rrlhf", ignore_cleanup_errors=True) as beside:
+        for one in rebuild(lookup, order, Path(beside), tolerance=tolerance):
             rebuilt.append(one)
             where = f"  {one.differences[0]}" if one.differences else ""
             said = f"{one.name:16}  {one.verdict:22}  {one.seconds:.1f} s{where}"
@@ -62,8 +61,6 @@ def reproduce(
         if keep:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(beside, keep)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     print(json.dumps(_as_json(version, rebuilt, changes), indent=1) if as_json else conclusion(version, rebuilt))
     if worst(rebuilt).verdict == "differs":
         raise SystemExit(1)

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rrlhf.config import Launch
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact
 from rrlhf.pipeline.external import external_digests
@@ -90,9 +89,7 @@ def changed(lookup: Lookup, artifact: Artifact) -> list[str]:
     return differences(document, key_document(node, {**document["inputs"], **outside}))
 
 
-def rebuild(
-    lookup: Lookup, order: Sequence[Artifact], beside: Path, *, launch: Launch, tolerance: float
-) -> Iterator[Rebuilt]:
+def rebuild(lookup: Lookup, order: Sequence[Artifact], beside: Path, *, tolerance: float) -> Iterator[Rebuilt]:
     """Make every artifact again in `beside`, from what was rebuilt before where that is part of `order`, else as kept.
 
     Ends after one that differs: what follows says nothing more.
@@ -102,7 +99,7 @@ def rebuild(
         out = beside / f"{number:02d}-{kept.name}"
         inputs = {argument: made.get(each.key, each.path) for argument, each in inputs_of(lookup, kept).items()}
         began = time.monotonic()
-        execute(kept.manifest["document"], inputs=inputs, out=out, launch=launch)
+        execute(kept.manifest["document"], inputs=inputs, out=out, launch=lookup.params.launch)
         found = compare(kept.path, out, kept.manifest["files"], tolerance)
         yield Rebuilt(kept.name, found, first_step(kept.path, out) if found else None, time.monotonic() - began)
         if verdict(found) == "differs":
