@@ -33,22 +33,19 @@ Model = Annotated[
 ]
 
 
-def overrides(profile: str, texts: list[str] | None) -> dict[str, Json]:
-    """Parse --set options and check the settings, all mistakes at once, before anything starts."""
-    from rrlhf.pipeline.params import load_params, parse_override
+def overrides(set_: list[str] | None) -> dict[str, Json]:
+    """Parse --set options; whether they fit the settings is told when those are read."""
+    from rrlhf.pipeline.params import parse_override
 
-    parsed = dict(parse_override(text) for text in texts or [])
-    load_params(Path.cwd(), profile, parsed)
-    return parsed
+    return dict(parse_override(text) for text in set_ or [])
 
 
 def opened(profile: str, set_: list[str] | None = None) -> Lookup:
     """Return what there is in this folder's project, by a profile's settings with --set options."""
-    from rrlhf.pipeline.params import load_params, parse_override
+    from rrlhf.pipeline.params import load_params
     from rrlhf.tools.lineage.lookup import Lookup
 
-    params = load_params(Path.cwd(), profile, dict(parse_override(text) for text in set_ or []))
-    return Lookup(Path.cwd(), profile, params)
+    return Lookup(Path.cwd(), profile, load_params(Path.cwd(), profile, overrides(set_)))
 
 
 @contextmanager

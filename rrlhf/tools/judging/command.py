@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
+from rrlhf.tools.command_line import AsJson, Profile, Set, opened
 
 if TYPE_CHECKING:
     from rrlhf.pipeline.artifacts import Artifact
@@ -62,12 +62,10 @@ def evaluate_reward(
 
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
-    from rrlhf.pipeline.params import load_params
     from rrlhf.pipeline.plan import Project
-    from rrlhf.tools.lineage.lookup import Lookup
 
-    root, params = Path.cwd(), load_params(Path.cwd(), profile, overrides(profile, set_))
-    project, lookup = Project(root, profile, params), Lookup(root, profile, params)
+    lookup = opened(profile, set_)
+    project = Project(lookup.root, lookup.profile, lookup.params)
     artifact = _reward_model(project, lookup, model)
 
     from rrlhf.judging.labelled import load_pairs

@@ -64,7 +64,7 @@ def run(
 
     Example: rrlhf run --until ensemble
     """
-    run_flow(profile, overrides(profile, set_), _part(from_, until, only, force), as_json, take_aliases)
+    run_flow(profile, overrides(set_), _part(from_, until, only, force), as_json, take_aliases)
 
 
 def plan(
@@ -87,7 +87,7 @@ def plan(
     from rrlhf.pipeline.plan import total
     from rrlhf.tools.running.uptodate import unregistered
 
-    project = _project(profile, overrides(profile, set_))
+    project = _project(profile, overrides(set_))
     planned = project.plan(_part(from_, until, only, force))
     if as_json:
         print(json.dumps([one.as_json() for one in planned], indent=1))
@@ -112,7 +112,7 @@ def why(
 
     Example: rrlhf why evaluate --set sft.epochs=3
     """
-    project = _project(profile, overrides(profile, set_))
+    project = _project(profile, overrides(set_))
     nodes, planned = _matching(stage, project), project.plan()
     for node in nodes:
         print("\n".join(_explained(project, planned, node)))
@@ -149,7 +149,7 @@ def accept(
     """
     from rrlhf.pipeline.accept import accept as accepting
 
-    project = _project(profile, overrides(profile, set_))
+    project = _project(profile, overrides(set_))
     these = [node for stage in stages for node in _matching(stage, project)] if stages else project.nodes
     again = ", computed again with the same bits" if verify else ""
     for node, old in accepting(project, these, because, verify=verify):
@@ -183,7 +183,7 @@ def report(profile: Profile = "default", set_: Set = None) -> None:
     """Write the HTML report of a finished run again, and print its path."""
     from rrlhf.tools.running.uptodate import stamp_file
 
-    changed = overrides(profile, set_)
+    changed = overrides(set_)
     project = _project(profile, changed)
     if left := [one.node for one in project.plan() if one.action != "reuse"]:
         end(FAILED, f"not up to date: {', '.join(left)}; `rrlhf run` with the same options comes first")

@@ -39,8 +39,7 @@ def sweep(
     """
     from rrlhf.tools.sweeps.grid import parse_grid
 
-    changed = overrides(profile, set_)
-    _carried_out(profile, changed, parse_grid(settings), baseline, None, as_json)
+    _carried_out(profile, overrides(set_), parse_grid(settings), baseline, None, as_json)
 
 
 def experiment(
@@ -54,7 +53,6 @@ def experiment(
 
     Example: rrlhf experiment robust
     """
-    from rrlhf.pipeline.params import parse_override
     from rrlhf.tools.sweeps.grid import experiments, load_experiment
 
     root = Path.cwd()
@@ -63,8 +61,7 @@ def experiment(
         print(json.dumps(known, indent=1) if as_json else "\n".join(f"{each}: {asks}" for each, asks in known.items()))
         return
     found = load_experiment(root, name)
-    changed = {**found.settings, **dict(parse_override(text) for text in set_ or [])}
-    _carried_out(found.profile, changed, found.sweep, found.baseline, name, as_json)
+    _carried_out(found.profile, {**found.settings, **overrides(set_)}, found.sweep, found.baseline, name, as_json)
 
 
 def _carried_out(
