@@ -26,8 +26,8 @@ def overview(root: Path) -> Object:
 
     profiles: how each stands. running, interrupted: results that are being made, or were left half made, with the
     nodes of the present settings that they belong to, the process at work, and the steps from which the next run goes
-    on. differing: results of --force that were not those stored. unsynced: how many
-    runs the tracking server is still to be told of.
+    on. differing: results of --force that were not those stored. unsynced: how many runs the tracking server is still
+    to be told of.
     """
     names: dict[str, list[str]] = {}
     states = [_profile(root, profile, names) for profile in profiles(root)]
