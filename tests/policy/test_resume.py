@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import save_random_heads
+from interrupting import handing_on, wait_for_rows
 
 from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
@@ -31,8 +32,7 @@ from rrlhf.config import Launch
 from rrlhf.pipeline.launch import execute
 job = json.loads(sys.argv[1])
 inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
-execute(job["document"], inputs=inputs, out=Path(job["out"]), log=lambda row: print(row["step"], flush=True),
-        launch=Launch(**job["launch"]), beside=job["beside"])
+execute(job["document"], inputs=inputs, out=Path(job["out"]), launch=Launch(**job["launch"]), beside=job["beside"])
 """
 
 
@@ -62,16 +62,15 @@ def launch(processes=1):
 
 
 def run(inputs, out, log=lambda row: None, every=2, **changed):
-    execute(document(every, **changed), inputs=inputs, out=out, log=log, launch=launch())
+    with handing_on(log):
+        execute(document(every, **changed), inputs=inputs, out=out, launch=launch())
 
 
 def started(inputs, out, beside=0, processes=1):
     """Run the stage in a process of its own, as the flow does."""
     job = {"document": document(), "inputs": {name: str(folder) for name, folder in inputs.items()}, "out": str(out)}
     job |= {"launch": launch(processes).model_dump(), "beside": beside}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT)
 
 
 def result(out):
@@ -122,11 +121,10 @@ def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path,
 def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole, beside):
     draw = random.Random(beside)
     process = started(inputs, tmp_path, beside)
-    for _ in range(draw.randrange(1, UPDATES - 1)):
-        process.stdout.readline()
+    wait_for_rows(tmp_path, draw.randrange(1, UPDATES - 1), process)
     time.sleep(draw.uniform(0, 0.05))
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     run(inputs, tmp_path)
     assert result(tmp_path) == whole
 

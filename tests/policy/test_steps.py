@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import handing_on, wait_for_rows
 
 from rrlhf import stopping
 from rrlhf.config import Launch, typed_arm
@@ -41,7 +42,7 @@ from rrlhf.pipeline.launch import execute
 supervision.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 document, inputs, out = map(json.loads, sys.argv[1:])
 execute(document, inputs={name: Path(folder) for name, folder in inputs.items()}, out=Path(out),
-        log=lambda row: print(row["step"], flush=True), launch=Launch(processes=1, threads=1, arms_at_once=1))
+        launch=Launch(processes=1, threads=1, arms_at_once=1))
 """
 
 
@@ -60,7 +61,8 @@ def inputs(document, start):
 
 
 def run(document, inputs, out, log=lambda row: None):
-    execute(document, inputs=inputs, out=out, log=log, launch=Launch(processes=1, threads=1, arms_at_once=1))
+    with handing_on(log):
+        execute(document, inputs=inputs, out=out, launch=Launch(processes=1, threads=1, arms_at_once=1))
 
 
 def result(out):
@@ -119,12 +121,10 @@ def test_one_that_was_killed_ends_with_the_same_bits(document, inputs, whole, tm
     arguments = [json.dumps(part) for part in (document, {name: str(path) for name, path in inputs.items()}, str(out))]
     command = [sys.executable, "-c", PROGRAM, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if int(line) == 4:
-                time.sleep(0.02)  # in a step, or in the writing of a checkpoint
-                process.kill()
-                break
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        wait_for_rows(out, 5, process)
+        time.sleep(0.02)  # in a step, or in the writing of a checkpoint
+        process.kill()
     run(document, inputs, out)
     assert result(out) == whole
 
