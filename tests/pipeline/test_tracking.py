@@ -301,8 +301,12 @@ def test_a_policys_run_is_tagged_with_its_health(tracker, client, tmp_path):
         assert run.data.tags["rrlhf.health"] == tag
 
 
+SAMPLE = {"update": 0, "row": 3, "prompt": "Say a.", "response": "a", "finished": True, "kl": None, "proxy": 0.2}
+SAMPLE |= {"heads": [0.1, None]}
+
+
 def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, tmp_path):
-    written = [{"update": 0, "prompt": "Say a.", "response": "a", "kl": None, "heads": [0.1, None]}]
+    written = [SAMPLE]
     (tmp_path / "health.json").write_text('[{"step": 4}]')
     (tmp_path / "samples.json").write_text(json.dumps(written))
 
@@ -334,7 +338,7 @@ def test_a_stage_that_fails_otherwise_is_not_called_healthy(tracker, client, tmp
 def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, tracker, client):
     def fill(staged):
         (staged / "health.json").write_text("[]")
-        (staged / "samples.json").write_text('[{"update": 0, "response": "a"}]')
+        (staged / "samples.json").write_text(json.dumps([SAMPLE]))
 
     policy = published(root, "ppo-robust", {"data": DATA.digest}, fill=fill)
     for _ in range(2):  # registering again adds nothing
@@ -343,7 +347,7 @@ def test_a_run_that_is_written_from_the_history_has_its_health_and_texts(root, t
     assert run.data.tags["rrlhf.health"] == "healthy"
     assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"health.json", "samples.json"}
     told = json.loads(Path(client.download_artifacts(run.info.run_id, "samples.json")).read_bytes())
-    assert told["data"] == [[0, "a"]]
+    assert told["data"] == [[*SAMPLE.values()]]
 
 
 def test_an_evaluation_keeps_its_files_and_makes_no_version(root, tracker, client, family):
