@@ -32,18 +32,13 @@ def overview(root: Path) -> Object:
     names: dict[str, list[str]] = {}
     states = [_profile(root, profile, names) for profile in profiles(root)]
     work = [*_works(root, names)]
-    sizes = {
-        name: sum(path.lstat().st_size for path in [root / name, *(root / name).rglob("*")])
-        for name in FOLDERS
-        if (root / name).exists()
-    }
     return {
         "profiles": states,
         "running": [each for each in work if each["holder"]],
         "interrupted": [each for each in work if not each["holder"] and each["steps"] is not None],
         "differing": sorted(str(path.relative_to(root)) for path in (root / "artifacts" / ".differing").glob("*")),
         "unsynced": len(waiting(root)),
-        "disk_bytes": sizes,
+        "disk_bytes": {name: size for name in FOLDERS if (size := _bytes(root / name))},
     }
 
 
@@ -107,3 +102,9 @@ def _works(root: Path, names: Mapping[str, list[str]]) -> Iterator[Object]:
             "holder": holder(lock),
             "steps": max(saved, default=None),
         }
+
+
+def _bytes(path: Path) -> int:
+    """Return what a file or folder takes of the disk: what has two names, as an accepted result has, counts once."""
+    found = [each.lstat() for each in [path, *path.rglob("*")] if each.exists()]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
