@@ -159,7 +159,7 @@ def test_the_first_run_makes_everything_and_shows_it(first, served):
     }
     assert {row["node"] for row in json.loads(found["plan-tiny"]["data"])} == MODELS | {"data"}
     assert found["progress-tiny"]["data"] == 100
-    assert all(f"{name} | " in found["comparison-tiny"]["data"] for name in ("sft", "single", "robust"))
+    assert all(f"| {name}" in found["comparison-tiny"]["data"] for name in ("sft", "single", "robust"))
     page = f"http://127.0.0.1:{served.mlflow}/#/models/rrlhf-tiny-policy/versions/2"
     assert f"- [rrlhf-tiny-policy v2]({page})" in found["lineage-tiny"]["data"]
     assert f"[robust]({page})" in found["comparison-tiny"]["data"]

@@ -256,6 +256,7 @@ def test_no_record_of_prefects_is_read_or_written(first, shell):
             shutil.rmtree(folder)
 
 
+@pytest.mark.slow  # tests/pipeline/test_tracking.py says it in short
 def test_a_registered_copy_that_was_changed_is_warned_of_and_computed_past(first, shell, client):
     reward = shell.root / first.folders["reward"]
     [version] = client.search_model_versions(f"name = 'rrlhf-tiny-reward' and tags.`rrlhf.key` = '{reward.name}'")

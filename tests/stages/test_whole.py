@@ -46,7 +46,10 @@ def saved(config, folder, model):
     return str(folder)
 
 
-@pytest.mark.parametrize("way", WAYS)
+SHORT = {"Gemma 3, adapters everywhere", "GPT-2 as the trunk"}
+
+
+@pytest.mark.parametrize("way", [way if way in SHORT else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_every_stage_runs_it(way, start, model, tmp_path):
     config, overrides = WAYS[way]
     overrides = FEW | overrides
