@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
-test: .venv/.installed  ## all but the slow ones, in about ten minutes on two cores
+test: .venv/.installed  ## all but the slow ones, in about twelve minutes on two cores
 	$(TESTS)
 
 test-all: .venv/.installed  ## the slow ones too
