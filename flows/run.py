@@ -130,8 +130,8 @@ def running(
     asked = Part(**{name: tuple(names) for name, names in (part or {}).items()})
     with without_secrets(), noted(root, profile, overrides or {}, asked) as ran:
         check_sources(project, fetch=True)
-        for note in project.notes:
-            say(f"note: {note}")
+        for remark in project.notes:
+            say(f"note: {remark}")
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
         check_room(root, room(planned))
@@ -355,9 +355,9 @@ def candidate_of(run: Run) -> Artifact:
 def told(run: Run) -> str:
     """Print the comparison, show it in Prefect's pages, and return the report's path."""
     shown = show(run.project, run.artifacts)
-    address = mlflow_pages(run.project.root)
+    mlflow = mlflow_pages(run.project.root)
     arms = {node.name: node.arm or node.name for node in run.project.nodes}
-    links = {arms[node]: version_page(address, name) for node, name in run.versions.items() if address}
+    links = {arms[node]: version_page(mlflow, name) for node, name in run.versions.items() if mlflow}
     run.pages.comparison(*shown, links)
     return shown.report
 

@@ -88,6 +88,11 @@ def check_room(root: Path, results: int = 0) -> None:
         raise FullError(root, ROOM + results)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or what a person may use of it, is full."""
+    return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+
+
 @contextlib.contextmanager
 def telling_full_disk(folder: Path) -> Iterator[None]:
     """Turn whatever a full disk makes of work in a folder into FullError: libraries have many errors for it."""
@@ -96,12 +101,7 @@ def telling_full_disk(folder: Path) -> Iterator[None]:
     except FullError:
         raise
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if (
-            number in {errno.ENOSPC, errno.EDQUOT}
-            or "No space left on device" in str(error)
-            or free_bytes(folder) < FULL
-        ):
+        if is_full(error) or "No space left on device" in str(error) or free_bytes(folder) < FULL:
             raise FullError(folder) from None
         raise
 

@@ -16,6 +16,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: workers 
 ROOT = Path(__file__).parents[1]
 PROJECT = [".dvc/config", ".dvc/plots", ".dvcignore", "dvc.yaml", "large", "params.yaml", "profiles", "rrlhf", "flows"]
 
+TINY = {  # shape of the random models of every make
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
 LONGEST = [
     "test_pipeline",
     "test_deployment",

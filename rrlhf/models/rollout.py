@@ -36,9 +36,7 @@ class Samples(NamedTuple):
     entropy: Tensor  # [batch, response tokens] of the sampling distribution, nats
     finished: Tensor  # [batch] bool: ended by itself within the limit
     states: dict[int, Tensor]  # by layer: hidden states [batch, prompt + response tokens, width], padded on the right
-    top: (
-        Tensor | None
-    )  # [batch, response tokens, width] normalised last states that predicted each token; None: unknown
+    top: Tensor | None  # [batch, response tokens, width] normalised last states that predicted each; None: unknown
 
     def lists(self) -> list[list[int]]:
         """Return each response's tokens as a list, its end-of-sequence token included."""

@@ -52,15 +52,15 @@ class PolicyTop(nn.Module):
         """Take the layers from `first` on; None: the embeddings too."""
         super().__init__()
         network = language.network
-        self.by_layers, self.trains_all = language.by_layers, first is None
-        self.first = first if self.by_layers else None
-        if self.by_layers:
+        self.trains_all = first is None
+        self.first = first if language.by_layers else None
+        if language.by_layers:
             self.embed = network.get_input_embeddings() if first is None else None
             self.rotary = network.model.rotary_emb
         self.layers = decoder_layers(network)[first or 0 :]
         self.norm: Any = final_norm(network)
         self.unembed = network.get_output_embeddings()
-        self.network = None if self.by_layers else network
+        self.network = None if language.by_layers else network
         self.value = nn.Linear(language.width, 1)
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rrlhf.environment import FULL, FullError, free_bytes
+from rrlhf.environment import FULL, FullError, free_bytes, is_full
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def mending() -> Iterator[None]:
 def os_error(error: OSError) -> str:
     """Say what the system refused, where, and what to do."""
     path = Path(error.filename) if isinstance(error.filename, str) else None
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if is_full(error):
         return str(FullError(path or min((Path.cwd(), Path(tempfile.gettempdir())), key=free_bytes)))
     said = f"{path}: {error.strerror}" if path else f"{type(error).__name__}: {error}"
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS} and path and path.is_relative_to(Path.cwd()):

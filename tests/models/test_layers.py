@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,18 +17,7 @@ from rrlhf.models.top import PolicyTop
 from rrlhf.models.trial import refusal
 
 ROWS = st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=7), min_size=1, max_size=5)
-SHAPE = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+SHAPE = {**TINY, "vocab_size": 60, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 1}
 
 
 @pytest.fixture(scope="module")

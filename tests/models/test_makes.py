@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from conftest import TINY
 
 from rrlhf.models.adapters import merged
 from rrlhf.models.load import ModelError, load_base, load_model, save_model
@@ -16,43 +17,35 @@ from rrlhf.stages.ppo import train
 from rrlhf.stages.sft import sharpen
 
 WINDOW = 5
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-ALONE = {name: size for name, size in SHAPE.items() if name != "num_key_value_heads"}
+ALONE = {name: size for name, size in TINY.items() if name != "num_key_value_heads"}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MAKES = {  # and whether its layers run one by one
-    "Llama": (transformers.LlamaConfig, SHAPE, True),
-    "Llama with tied embeddings": (transformers.LlamaConfig, SHAPE | {"tie_word_embeddings": True}, True),
-    "Llama with one key head": (transformers.LlamaConfig, SHAPE | {"num_key_value_heads": 1}, True),
-    "Mistral with a sliding window": (transformers.MistralConfig, SHAPE | {"sliding_window": WINDOW}, True),
-    "Qwen 2": (transformers.Qwen2Config, SHAPE, True),
+    "Llama": (transformers.LlamaConfig, TINY, True),
+    "Llama with tied embeddings": (transformers.LlamaConfig, TINY | {"tie_word_embeddings": True}, True),
+    "Llama with one key head": (transformers.LlamaConfig, TINY | {"num_key_value_heads": 1}, True),
+    "Mistral with a sliding window": (transformers.MistralConfig, TINY | {"sliding_window": WINDOW}, True),
+    "Qwen 2": (transformers.Qwen2Config, TINY, True),
     "Qwen 2 with windows in some layers": (
         transformers.Qwen2Config,
-        SHAPE | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        TINY | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         True,
     ),
-    "Qwen 3": (transformers.Qwen3Config, SHAPE | {"head_dim": 16}, True),
-    "Phi 3 with a sliding window": (transformers.Phi3Config, SHAPE | {"sliding_window": WINDOW}, True),
-    "OLMo 2": (transformers.Olmo2Config, SHAPE, True),
-    "SmolLM 3": (transformers.SmolLM3Config, SHAPE, True),
-    "Mixtral": (transformers.MixtralConfig, SHAPE | EXPERTS | {"sliding_window": None}, True),
+    "Qwen 3": (transformers.Qwen3Config, TINY | {"head_dim": 16}, True),
+    "Phi 3 with a sliding window": (transformers.Phi3Config, TINY | {"sliding_window": WINDOW}, True),
+    "OLMo 2": (transformers.Olmo2Config, TINY, True),
+    "SmolLM 3": (transformers.SmolLM3Config, TINY, True),
+    "Mixtral": (transformers.MixtralConfig, TINY | EXPERTS | {"sliding_window": None}, True),
     "Qwen 3 with experts": (
         transformers.Qwen3MoeConfig,
-        SHAPE | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        TINY | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         True,
     ),
-    "Gemma 2": (transformers.Gemma2Config, SHAPE | {"head_dim": 8, "sliding_window": WINDOW}, False),
-    "Gemma 3": (transformers.Gemma3TextConfig, SHAPE | {"head_dim": 8, "sliding_window": WINDOW}, False),
-    "Granite": (transformers.GraniteConfig, SHAPE | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}, False),
+    "Gemma 2": (transformers.Gemma2Config, TINY | {"head_dim": 8, "sliding_window": WINDOW}, False),
+    "Gemma 3": (transformers.Gemma3TextConfig, TINY | {"head_dim": 8, "sliding_window": WINDOW}, False),
+    "Granite": (transformers.GraniteConfig, TINY | {"embedding_multiplier": 3.0, "logits_scaling": 2.0}, False),
     "GPT-2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}, False),
     "GPT-NeoX": (transformers.GPTNeoXConfig, ALONE, False),
-    "Phi": (transformers.PhiConfig, SHAPE, False),
+    "Phi": (transformers.PhiConfig, TINY, False),
     "Mamba": (transformers.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}, False),
 }
 every_make = pytest.mark.parametrize("name", MAKES)
