@@ -26,7 +26,7 @@ from rrlhf.progress import in_words, say
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.tracking.registry import Registrations
+    from rrlhf.pipeline.tracking.tracker import Registrations
 
 EVERYTHING = Part()
 
@@ -164,8 +164,8 @@ class Project:
     @cached_property
     def _registered(self) -> Registrations:
         """What is registered, asked once: a run's own models need not be brought back."""
-        from rrlhf.pipeline.tracking.registry import registrations
         from rrlhf.pipeline.tracking.server import AwayError
+        from rrlhf.pipeline.tracking.tracker import registrations
 
         try:
             return registrations(self.root, self.params.tracking.experiment)

@@ -31,9 +31,9 @@ from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.tracking import AwayError, Tracker, TrackingError, server
-from rrlhf.pipeline.tracking.registry import Registration, registrations
-from rrlhf.pipeline.tracking.relocate import relocate
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
+from rrlhf.pipeline.tracking.server import relocate
+from rrlhf.pipeline.tracking.tracker import Registration, registrations
 from rrlhf.policy.health import DivergedError
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
@@ -482,7 +482,7 @@ from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.tracking import Tracker
 root = Path(sys.argv[1])
 tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
-faults = [tracker.alias_fault(v, alias) for v in tracker.versions() for alias in v.aliases]
+faults = [tracker.models.alias_fault(v, alias) for v in tracker.versions() for alias in v.aliases]
 artifacts = list(store.all())
 for artifact in artifacts:
     shutil.rmtree(artifact.path)
@@ -495,7 +495,7 @@ print(json.dumps([[list(v) for v in tracker.versions()], faults, made]))
 def test_a_moved_folder_is_relocated_with_versions_aliases_and_evidence(root, tracker, family):
     policy = register_all(tracker, family)[3]
     evidence = {"to": "champion", "decision": "promoted", "digest": family[3].digest}
-    tracker.keep_decision(policy, evidence, "promotion/champion.json", {})
+    tracker.models.keep_decision(policy, evidence, "promotion/champion.json", {})
     tracker.models.give(policy.name, policy.version, "champion")
     told = json.loads(json.dumps(tracker.versions()))
     moved = root.rename(root.parent / f"{root.name} moved")

@@ -207,13 +207,13 @@ def test_an_alias_that_no_decision_gave_or_whose_evidence_was_changed_is_found(f
     tracker, evidence = finished.tracker, {"to": "champion", "decision": "promoted", "digest": digest}
     finished.tracker.models.give(version.name, version.version, "champion")
     assert "alias champion: no decision gave it" in "".join(found())
-    tracker.keep_decision(version, evidence, "promotion/champion.json", {})
+    tracker.models.keep_decision(version, evidence, "promotion/champion.json", {})
     assert found() == []
     for _ in Changes(one_of(finished.root, "mlartifacts/**/promotion/champion.json")):
         assert "its evidence promotion/champion.json: expected sha256" in "".join(found())
-    tracker.keep_decision(version, evidence | {"decision": "refused"}, "promotion/champion-2.json", {})
+    tracker.models.keep_decision(version, evidence | {"decision": "refused"}, "promotion/champion-2.json", {})
     assert "no decision gave it" in "".join(found())
-    tracker.keep_decision(version, evidence, "promotion/champion-3.json", {})
+    tracker.models.keep_decision(version, evidence, "promotion/champion-3.json", {})
     assert found() == []
 
 

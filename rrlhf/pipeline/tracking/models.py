@@ -5,10 +5,11 @@ What the server keeps of an artifact can be held against the artifact: tags, lin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,14 @@ from rrlhf.pipeline.artifacts import CARD, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import title, what, without_front_matter
 from rrlhf.pipeline.stages import spec_of
 from rrlhf.pipeline.tracking.runs import dataset_input, has, short_digest, stage_tags, write_metrics
-from rrlhf.pipeline.tracking.server import Client
-from rrlhf.types import Dataset
+from rrlhf.pipeline.tracking.server import Client, TrackingError
+from rrlhf.types import Dataset, Json
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
 MADE = "rrlhf.made"  # tag of a version: its stage, digest, inputs and commit, as JSON
 MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
+GATES = "rrlhf.gates"  # start of the tags that tell the last decision
+PROMOTED = "rrlhf.promoted"  # of the tag that lets a version have an alias: "<file of the evidence> <its sha256>"
 LETTERS_PER_TAG = 8000  # MLflow's limit
 
 
@@ -69,6 +72,43 @@ class Models:
         before = self._client.get_registered_model(name).aliases.get(alias)
         self._client.set_registered_model_alias(name, alias, version)
         return f"{name}@{alias}: {f'v{before} -> ' if before else ''}v{version}"
+
+    def keep_decision(self, version: Any, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
+        """Keep the evidence of a decision as a file of the version's run, and its short form as the version's tags.
+
+        The tags are those of the last decision; the files of earlier ones stay.
+        """
+        found = self._client.get_model_version(version.name, version.version)
+        text = json.dumps(evidence, indent=1)
+        self._client.log_text(found.run_id, text, file)
+        earned = f"{PROMOTED}.{evidence['to']}"
+        if evidence["decision"] != "refused":
+            tags = {**tags, earned: f"{file} {hashlib.sha256(text.encode()).hexdigest()}"}
+        for tag in found.tags:
+            if (tag.startswith(GATES) or tag == earned) and tag not in tags:
+                self._client.delete_model_version_tag(version.name, version.version, tag)
+        for tag, value in tags.items():
+            self._client.set_model_version_tag(version.name, version.version, tag, value)
+
+    def alias_fault(self, version: Any, alias: str) -> str | None:
+        """Say why a version should not have an alias that runs do not give, or None.
+
+        The evidence must be there, unchanged and its own.
+        """
+        earned = version.tags.get(f"{PROMOTED}.{alias}")
+        if earned is None:
+            return f"alias {alias}: no decision gave it; `rrlhf promote --to {alias}` holds it against the gates"
+        file, _, expected = earned.rpartition(" ")
+        with tempfile.TemporaryDirectory(prefix="rrlhf-evidence-") as beside:
+            try:
+                text = Path(self._client.download_artifacts(version.run_id, file, beside)).read_bytes()
+            except (OSError, TrackingError):
+                return f"alias {alias}: its evidence {file} is gone"
+        if (found := hashlib.sha256(text).hexdigest()) != expected:
+            return f"alias {alias}: its evidence {file}: expected sha256 {expected}, found {found}"
+        if (digest := json.loads(text)["digest"]) != json.loads(version.tags[MADE])["digest"]:
+            return f"alias {alias}: its evidence {file} is that of {digest}"
+        return None
 
     def new_version(self, artifact: Artifact, name: str, run_id: str) -> Any:
         """Register an artifact's files. The tags come with the version, so there is never one without them."""

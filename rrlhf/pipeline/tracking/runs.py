@@ -18,7 +18,6 @@ from rrlhf.pipeline.artifacts import HISTORY, Artifact, rows_of
 from rrlhf.pipeline.keys import dotted
 from rrlhf.pipeline.tracking.server import Client, TrackingError
 from rrlhf.policy.excerpts import FILE as EXCERPTS
-from rrlhf.policy.excerpts import read_excerpts
 from rrlhf.policy.health import EVENTS, in_words
 from rrlhf.progress import say
 from rrlhf.types import Dataset, Metrics
@@ -204,8 +203,8 @@ def write_told(client: Client, run_id: str, folder: Path) -> None:
     if EVENTS in told and EVENTS not in there:
         client.log_artifact(run_id, str(folder / EVENTS))
     if EXCERPTS in told and EXCERPTS not in there:
-        rows = [vars(row) for row in read_excerpts(folder)]
-        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ()) if name != "gold"}
+        rows = json.loads((folder / EXCERPTS).read_bytes())
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow about pandas 3
             client.log_table(run_id, columns, EXCERPTS)

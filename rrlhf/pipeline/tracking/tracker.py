@@ -1,26 +1,29 @@
-"""The door to MLflow: what the flow tells it and asks it."""
+"""The door to MLflow: what the flow tells it and asks it, and a note of what it has registered."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rrlhf.files import write
 from rrlhf.locks import locked
+from rrlhf.memo import TICK, mark_of
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.stages import model_name, spec_of
-from rrlhf.pipeline.tracking import promotions
 from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
-from rrlhf.pipeline.tracking.registry import Registration, take_note
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, Runs, commit_tags, has, stage_tags
-from rrlhf.pipeline.tracking.server import connect, database, mlflow_pages, trouble
+from rrlhf.pipeline.tracking.server import address, connect, database, mlflow_pages, trouble
 from rrlhf.types import Dataset, Json
+
+NOTE = Path(".rrlhf", "registered.json")
 
 
 class Registered(NamedTuple):
@@ -57,6 +60,20 @@ class Version(NamedTuple):
         """Its stage and digest, the digests and keys of its inputs, and the git commit."""
         found: dict[str, Any] = json.loads(self.tags[MADE])
         return found
+
+
+class Registration(NamedTuple):
+    """What is registered under a key and a name."""
+
+    key: str
+    name: str  # of the model; "" where only a run is kept (the evaluation)
+    version: str  # "" for such a run
+    digest: str
+    aliases: list[str]
+    complete: bool  # its run holds everything and is linked to what it read
+
+
+Registrations = dict[tuple[str, str], Registration]  # by key and name
 
 
 class Tracker:
@@ -232,16 +249,48 @@ class Tracker:
         with trouble(self._client.uri):
             return Path(download_artifacts(artifact_uri=uri, dst_path=str(to), tracking_uri=self._client.uri))
 
-    def keep_decision(self, version: Version, evidence: Mapping[str, Json], file: str, tags: Mapping[str, str]) -> None:
-        """Keep the evidence of a decision about a version with it; see rrlhf/pipeline/tracking/promotions.py."""
-        promotions.keep(self._client, version, evidence, file, tags)
-
-    def alias_fault(self, version: Version, alias: str) -> str | None:
-        """Say why a version should not have an alias that runs do not give, or None."""
-        return promotions.fault(self._client, version, alias)
-
     def log_report(self, run_id: str, html: Path) -> str | None:
         """Keep a report with a run; return where MLflow's pages show it, None when no server of them is known."""
         self._client.log_artifact(run_id, str(html))
         pages = mlflow_pages(self._root)
         return pages and f"{pages}/#/experiments/{self._experiment_id}/runs/{run_id}/artifacts/{html.name}"
+
+
+def registrations(root: Path, experiment: str) -> Registrations:
+    """Return everything that is registered, as a plan and a run with nothing to do ask.
+
+    Asking takes the seconds of MLflow's import, so it is noted what MLflow told. The note holds as long as the database
+    is the very file that was asked; a server is asked every time. Raises TrackingError when it cannot be told.
+    """
+    file = database(root)
+    if file and not file.exists():
+        return {}
+    noted = _noted(root, experiment)
+    found = take_note(root, experiment) if noted is None else noted
+    return {(one.key, one.name): one for one in found}
+
+
+def take_note(root: Path, experiment: str) -> list[Registration]:
+    """Ask MLflow for everything that is registered, and note it."""
+    time.sleep(2 * TICK / 1e9)  # then what is written from now on has another time
+    of = _of(root, experiment)
+    found = Tracker.connect(root, experiment).registrations()
+    if of:
+        write(root / NOTE, json.dumps({"of": of, "registered": found}))
+    return found
+
+
+def _noted(root: Path, experiment: str) -> list[Registration] | None:
+    """Return what is noted; None when it was of another database, or of this one as it was before."""
+    try:
+        note = json.loads((root / NOTE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return [Registration(*one) for one in note["registered"]] if note["of"] == _of(root, experiment) else None
+
+
+def _of(root: Path, experiment: str) -> list[Any] | None:
+    """Return what a note is of; None for a server, which does not tell when it was written to."""
+    file = database(root)
+    mark = mark_of(file) if file and file.exists() else None
+    return [address(root), experiment, mark] if mark else None

@@ -119,7 +119,7 @@ class Audit:
         given = aliases_of(arm, candidate=arm)
         for version in self._of(product) if self._sound(product) else []:
             for alias in sorted({*version.aliases} - {*given}):
-                if problem := self.tracker.alias_fault(version, alias):
+                if problem := self.tracker.models.alias_fault(version, alias):
                     yield f"{version.name}/{version.version} in MLflow, {problem}"
 
     def _copy(self, product: Product) -> Iterator[str]:

@@ -70,7 +70,7 @@ def decide(lookup: Lookup, reference: str, *, to: str, override: str | None) -> 
         decision = {**found, "decision": outcome, "override": override if outcome == "overridden" else None}
         file = f"{EVIDENCE}/{to}-{decision['when'].replace(':', '')}.json"
         # Evidence comes first: no champion is ever without it.
-        lookup.tracker.keep_decision(version, decision, file, tags_of(decision, file))
+        lookup.tracker.models.keep_decision(version, decision, file, tags_of(decision, file))
         if outcome != "refused":
             lookup.tracker.models.give(version.name, version.version, to)
     return decision
@@ -102,14 +102,14 @@ def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
 
 def tags_of(decision: Decision, file: str) -> dict[str, str]:
     """Return the short form of a decision, for the version's tags."""
-    from rrlhf.pipeline.tracking.promotions import PREFIX
+    from rrlhf.pipeline.tracking.models import GATES
     from rrlhf.tools.promotion.gates import in_words
 
     failed = f": {', '.join(decision['failed'])}" if decision["failed"] else ""
     told = {name: decision[name] for name in ("to", "against", "judge", "when", "override")}
     told |= {gate["name"]: in_words(gate)[:500] for gate in decision["gates"]}
-    tags = {f"{PREFIX}.{name}": str(value) for name, value in told.items() if value is not None}
-    return {PREFIX: f"{decision['decision']}{failed}", **tags, f"{PREFIX}.evidence": file}
+    tags = {f"{GATES}.{name}": str(value) for name, value in told.items() if value is not None}
+    return {GATES: f"{decision['decision']}{failed}", **tags, f"{GATES}.evidence": file}
 
 
 def _weigh(lookup: Lookup, version: Version, to: str) -> Decision:

@@ -162,7 +162,7 @@ def relocate() -> None:
     Versions, aliases and the evidence of promotions stay as they are; the database as it was is kept beside it. A
     database of MLFLOW_TRACKING_URI is left alone.
     """
-    from rrlhf.pipeline.tracking.relocate import relocate as move
+    from rrlhf.pipeline.tracking.server import relocate as move
 
     print(move(Path.cwd()))
 

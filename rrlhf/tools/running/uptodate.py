@@ -19,8 +19,8 @@ from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.plan import Planned, Project
 from rrlhf.pipeline.stages import model_name
-from rrlhf.pipeline.tracking.registry import Registration, registrations
 from rrlhf.pipeline.tracking.server import database
+from rrlhf.pipeline.tracking.tracker import Registration, registrations
 from rrlhf.tools.reporting import numbers
 from rrlhf.tools.reporting.courses import Training, training
 from rrlhf.types import Json
