@@ -1,1 +1,1 @@
-"""The Prefect flows: when each stage runs, and when it need not."""
+"""The Prefect flows: what happens, in which order."""

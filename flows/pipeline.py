@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.run import make, running
+from rrlhf.execution.run import make, running
 from rrlhf.pipeline.params import run_name
 
 

@@ -98,7 +98,7 @@ class Served:
         """Have the automations of a file, as `rrlhf serve` does when it starts."""
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        from flows.automations import declare
+        from rrlhf.execution.automations import declare
 
         with temporary_settings({PREFECT_API_URL: self.api}):
             declare(file)
@@ -285,7 +285,7 @@ def refusing():
 def test_a_server_that_takes_no_artifacts_is_told_of_once(refusing, capsys):
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.pages import Pages
+    from rrlhf.execution.pages import Pages
 
     address, requests = refusing
     with temporary_settings({PREFECT_API_URL: address}):

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 from urllib.error import HTTPError
 
 from rrlhf.environment import check_room, end_with_parent
-from rrlhf.located import MendableError
+from rrlhf.located import MendableError, UsageError
 from rrlhf.locks import locked
 from rrlhf.pipeline.tracking import AwayError, Tracker
 from rrlhf.pipeline.tracking.server import PAGES
 from rrlhf.progress import in_words, say
+from rrlhf.sourcecode import not_found, source_file
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 
 HOST = "127.0.0.1"
@@ -100,7 +101,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             server = services.enter_context(start)
             server.wait_for(f"{api}/health")
         for prepare in (
-            [sys.executable, "-m", "flows.automations"],
+            [sys.executable, "-m", "rrlhf.execution.automations"],
             [*PREFECT, "work-pool", "create", POOL, "--type", "process", "--overwrite"],
             [*PREFECT, "deploy", "--all"],
         ):
@@ -121,17 +122,20 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
             raise ServeError(f"a service ended; see {server.log.parent}")
 
 
-def started(root: Path, experiment: str, module: str, results: int = 0) -> Any:
-    """Import a module of flows once Prefect answers, and let Ctrl-C stop between steps.
+def started(root: Path, experiment: str, flow: str, results: int = 0) -> Any:
+    """Return a flow of the project's own flows/ once Prefect answers; Ctrl-C then stops between steps.
 
-    Raises ServeError when Prefect does not, TrackingError when MLflow refuses, and FullError when the disk has no room.
+    Raises UsageError when the project has no such flow, ServeError when Prefect does not answer, TrackingError when
+    MLflow refuses, and FullError when the disk has no room.
     results: bytes that the flow will write, as far as that is known.
     """
+    if source_file(f"flows.{flow}", root) is None:
+        raise UsageError(f"{not_found(f'flows.{flow}', root)}; `rrlhf init` in an empty folder makes one")
     check_room(root, results)
     say("starting: Prefect, MLflow and their databases")
     began = time.monotonic()
     wait_until_ready = start_temporary_server(root)
-    found = import_module(module)  # takes seconds, in which the server starts
+    found = import_module(f"flows.{flow}")  # takes seconds, in which the server starts
     with suppress(AwayError):  # the flow says so, and goes on without it
         Tracker.connect(root, experiment)
     wait_until_ready()
@@ -139,7 +143,7 @@ def started(root: Path, experiment: str, module: str, results: int = 0) -> Any:
     stop_between_steps(STOPPING)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_message_only)
-    return found
+    return getattr(found, flow)
 
 
 def start_temporary_server(root: Path) -> Callable[[], None]:

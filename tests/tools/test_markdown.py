@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from flows.pages import ancestry, comparison, percent_done, plan_rows
+from rrlhf.execution.pages import ancestry, comparison, percent_done, plan_rows
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total

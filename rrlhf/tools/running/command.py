@@ -222,7 +222,7 @@ def run_flow(
             result = done.result
         else:
             say(total(planned) or "nothing to compute; what is here is registered and reported")
-            flow = started(project.root, project.params.tracking.experiment, "flows.pipeline", room(planned)).pipeline
+            flow = started(project.root, project.params.tracking.experiment, "pipeline", room(planned))
             asked = {name: [*names] for name, names in part._asdict().items() if names}
             result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
     if as_json:

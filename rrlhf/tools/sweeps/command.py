@@ -80,7 +80,7 @@ def _carried_out(
     for point in asked:
         load_params(root, profile, {**changed, **point.overrides})
     print(f"{len(asked)} points", file=sys.stderr, flush=True)
-    flow = started(root, params.tracking.experiment, "flows.sweep").sweep
+    flow = started(root, params.tracking.experiment, "sweep")
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         result = flow(profile=profile, grid=grid, overrides=dict(changed), baseline=baseline, name=name)
     print(json.dumps(result, indent=1) if as_json else f"\nfiles: {', '.join(result['files'])}")

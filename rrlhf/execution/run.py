@@ -14,8 +14,8 @@ from prefect.client.schemas import State
 from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 
-from flows.pages import Pages
 from rrlhf.environment import check_room, find_root, set_environment
+from rrlhf.execution.pages import Pages
 from rrlhf.files import write
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline import dvc

@@ -1,4 +1,4 @@
-"""Prefect's automations of automations.yaml, made or brought up to date: `python -m flows.automations`."""
+"""Prefect's automations of automations.yaml, made or brought up to date: `python -m rrlhf.execution.automations`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""One run of the flows in Prefect: what each node makes, and what the pages show. The flows are in flows/."""
