@@ -35,10 +35,9 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.tracking import Version
 from rrlhf.tools.auditing.audit import Audit
+from rrlhf.tools.lineage.diff import sightings
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
-from rrlhf.tools.lineage.openlineage import as_lines
-from rrlhf.tools.lineage.rows import sightings
-from rrlhf.tools.lineage.text import as_json, mermaid, page, tree
+from rrlhf.tools.lineage.text import as_json, as_lines, mermaid, page, tree
 
 NODES, ROWS, TURNS = 10_000, 10_000, 7
 MEGABYTES, ARTIFACTS = 64, 6

@@ -36,7 +36,7 @@ def pipeline(
     """Prepare data, train SFT and reward models, make one policy per arm, and compare the policies.
 
     profile: params.yaml ("default") or a file of profiles/. overrides: by dotted name, {"ppo.kl_weight": 0.05}.
-    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/pipeline/partial.py).
+    part: of the graph, by names of stages under "start", "until", "only", "force" (rrlhf/pipeline/decide.py).
     take_aliases: candidate and the arms' aliases go to what a run with overrides makes, too.
     Returns what ran, the folder of every result, and the report (None where a part has no comparison).
     """

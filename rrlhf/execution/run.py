@@ -22,11 +22,11 @@ from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
 from rrlhf.pipeline.check import check_columns, check_sources
+from rrlhf.pipeline.decide import Chosen, Part, chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import run_name
-from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.plan import Planned, Project, room
 from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.stages import kind_of, telling

@@ -18,10 +18,10 @@ from rrlhf.execution.pages import Pages
 from rrlhf.execution.run import Run, start, take, tracked
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.check import check_sources
+from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, run_name
-from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker

@@ -26,7 +26,6 @@ from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.cards import card, last_values
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import Document, key_digest
-from rrlhf.pipeline.seal import opened, sealed
 from rrlhf.progress import in_words
 from rrlhf.types import Dataset
 
@@ -320,13 +319,33 @@ def read_artifact(folder: Path) -> Artifact:
     Raises TamperedError when the manifest is missing or not as it was written.
     """
     try:
-        manifest = opened((folder / MANIFEST).read_bytes())
+        manifest = unsealed((folder / MANIFEST).read_bytes())
         if manifest["key"] != key_digest(manifest["document"]):
             raise ValueError("its key is not that of its key document")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else error
         raise TamperedError(f"{folder / MANIFEST} is missing or was changed: {reason}{_way_out(folder)}") from None
     return Artifact(folder, manifest)
+
+
+def sealed(document: dict[str, Any]) -> str:
+    """Return the one text of a manifest, whose last field is the sha256 of all the rest.
+
+    A seal finds accidents and careless edits. It is no signature: who rewrites a manifest can seal it again, and is
+    then found by the registry, whose tags hold the digest of the content.
+    """
+    text = json.dumps(document, indent=1)
+    return json.dumps(document | {"seal": hashlib.sha256(text.encode()).hexdigest()}, indent=1)
+
+
+def unsealed(text: bytes) -> dict[str, Any]:
+    """Return the manifest of a sealed text. Raises ValueError when a byte is not as `sealed` wrote it."""
+    document = json.loads(text)
+    if not isinstance(document, dict) or document.pop("seal", None) is None:
+        raise ValueError("it has no seal")
+    if text != sealed(document).encode():
+        raise ValueError("its seal does not fit")
+    return document
 
 
 def content_digest(files: dict[str, str]) -> str:

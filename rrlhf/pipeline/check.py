@@ -17,8 +17,7 @@ from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo, Memory
 from rrlhf.models.sources import base_digest, base_location
-from rrlhf.pipeline.external import external_digests
-from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.keys import external_digests, key_digest
 from rrlhf.types import Message
 
 if TYPE_CHECKING:

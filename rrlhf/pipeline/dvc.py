@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrlhf.files import clear, write_if_new
 from rrlhf.located import MendableError
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, TamperedError, read_artifact
-from rrlhf.pipeline.seal import opened
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, TamperedError, read_artifact, unsealed
 from rrlhf.progress import say
 from rrlhf.stopping import check_stop
 
@@ -61,7 +60,7 @@ def kept(store: Store, stage: str, key: str) -> Artifact | None:
         return None
     manifest = _asked(store, folder, lambda files, path: files.read_bytes(f"{path}/{MANIFEST}"))
     try:
-        found = Artifact(folder, opened(manifest)) if manifest else None
+        found = Artifact(folder, unsealed(manifest)) if manifest else None
     except ValueError:
         return None
     return found if found and found.key == key else None

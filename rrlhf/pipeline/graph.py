@@ -9,7 +9,7 @@ from rrlhf.config import Arm, HeadEnsemble, LoraEnsemble, Member, PaidArm, Param
 from rrlhf.pipeline.stages import STAGES
 
 DATA = "data"
-EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/pipeline/external.py)
+EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/pipeline/keys.py)
 
 
 class Node(NamedTuple):

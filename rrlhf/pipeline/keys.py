@@ -14,11 +14,16 @@ from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from operator import or_
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from rrlhf.config import Model, Prepare, TrunkTraining
+from rrlhf.data.files import source_digest
 from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.memo import Memo
+from rrlhf.models.sources import base_digest
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.modules import Modules, changed_definitions
+from rrlhf.pipeline.stages import spec_of
 from rrlhf.sourcecode import code_behind
 
 PACKAGE = Path(__file__).parents[1]
@@ -46,7 +51,10 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
     modules: the package in which the stages are, this one if left out.
     """
     modules = modules or our_modules()
-    settings = settings_here(node)
+    settings = node.settings
+    if model := settings.get("model"):  # with what "auto" means on this machine
+        model["device"] = device_kind(model["device"])
+        model["dtype"] = dtype_name(model["dtype"], model["device"])
     used = ["torch", "transformers", "tokenizers"]
     if settings.get("trunk", settings.get("reward", {})).get("trunk") == "lora":
         used.append("peft")
@@ -70,15 +78,6 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
         brought: _installed(brought) for name, brought in BROUGHT_BY.items() if name in document["code"]
     }
     return document
-
-
-def settings_here(node: Node) -> dict[str, Any]:
-    """Return a node's settings with what "auto" means on this machine."""
-    settings = node.settings
-    if model := settings.get("model"):
-        model["device"] = device_kind(model["device"])
-        model["dtype"] = dtype_name(model["dtype"], model["device"])
-    return settings
 
 
 @cache
@@ -165,3 +164,16 @@ def _in_words(change: Change) -> str:
 def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def external_digests(node: Node, memo: Memo) -> dict[str, str]:
+    """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
+    found, reads = {}, spec_of(node.stage).base
+    if reads == "model":
+        found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
+    trunk = node.sections.get("trunk", node.sections.get("reward"))
+    if reads == "trunk" and isinstance(trunk, TrunkTraining) and trunk.base is not None:
+        found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
+    if node.stage == "prepare":
+        found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
+    return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rrlhf.files import write
-from rrlhf.pipeline.partial import Part
+from rrlhf.pipeline.decide import Part
 
 FOLDER = Path(".rrlhf", "last")
 

@@ -12,14 +12,11 @@ from rrlhf.config import Params
 from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store
-from rrlhf.pipeline.decide import Action, Facts, decide
-from rrlhf.pipeline.external import external_digests
-from rrlhf.pipeline.former import former_data
+from rrlhf.pipeline.decide import Action, Chosen, Facts, Part, chosen, decide
 from rrlhf.pipeline.graph import DATA, Node, nodes
-from rrlhf.pipeline.keys import Document, differences, key_digest, key_document, our_modules
+from rrlhf.pipeline.keys import Document, differences, external_digests, key_digest, key_document, our_modules
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.partial import Chosen, Part, chosen
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import aliases_of, profile_of
 from rrlhf.progress import in_words, say
@@ -195,6 +192,8 @@ class Project:
         earlier = [
             (differences(old.manifest["document"], document), old) for old in self.earlier if old.name == node.name
         ]
+        from rrlhf.pipeline.accept import former_data
+
         never = "never made here"
         if node.name == DATA and any(former_data(self.root)):
             never += " by this version, which keeps data sets in artifacts/: `rrlhf accept` takes over that in data/"

@@ -18,7 +18,7 @@ from rrlhf.pipeline.launch import execute
 from rrlhf.progress import say
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.partial import Chosen
+    from rrlhf.pipeline.decide import Chosen
     from rrlhf.pipeline.plan import Planned, Project
 
 BringBack = Callable[[Store, str, str], Artifact | None]

@@ -10,14 +10,13 @@ import yaml
 from rrlhf.environment import set_environment
 from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.accept import accept
+from rrlhf.pipeline.accept import accept, former_digest
 from rrlhf.pipeline.artifacts import CopyError, TamperedError
 from rrlhf.pipeline.check import check_sources
-from rrlhf.pipeline.former import former_digest
+from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.keys import canonical, key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import carry_out
 

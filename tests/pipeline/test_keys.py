@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.pipeline.accept import only_code
-from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.graph import nodes
-from rrlhf.pipeline.keys import differences, key_digest, key_document
+from rrlhf.pipeline.keys import differences, external_digests, key_digest, key_document
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
 from rrlhf.sourcecode import changed_since, code_behind

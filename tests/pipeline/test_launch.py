@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from rrlhf.config import Launch, Ppo, typed_arm
-from rrlhf.pipeline import processes
+from rrlhf.pipeline import launch
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_document
-from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.launch import LaunchError, execute
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.processes import LaunchError
 from rrlhf.policy.health import DivergedError
 from rrlhf.stopping import Interrupted, stop
 
@@ -108,7 +107,7 @@ def test_a_number_that_is_none_stops_the_stage(tmp_path, stage, value):
 
 
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
+    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
     with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
@@ -116,14 +115,14 @@ def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
 
 
 def test_what_other_processes_print_is_handed_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
+    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     execute(document, inputs={}, out=tmp_path / "out", launch=Launch(processes=2, threads=1, arms_at_once=1))
     assert capsys.readouterr().err == "hello\nbye\n"
 
 
 def test_a_run_that_is_asked_to_stop_ends_its_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "import time; time.sleep(600)"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
     stop.set()
@@ -145,7 +144,7 @@ def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, m
 def test_a_training_that_diverged_in_another_process_is_told_as_one(tmp_path, monkeypatch):
     says = "import sys; from pathlib import Path; Path(sys.argv[-1]).with_suffix('.problem').write_text(sys.argv[1])"
     told = '{"diverged": true, "said": "DIVERGED at step 4"}'
-    monkeypatch.setattr(processes, "_launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
+    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
     document = {"stage": "ppo", "params": {"model": {"device": "cpu"}}}
     two = Launch(processes=2, threads=1, arms_at_once=1)
     with pytest.raises(DivergedError, match=r"^DIVERGED at step 4$"):

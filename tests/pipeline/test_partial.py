@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from rrlhf.located import ParamsError
+from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.partial import Part, chosen
 
 NODES = nodes(load_params(Path(__file__).parents[2], "tiny"))
 EVERYTHING = {node.name for node in NODES}

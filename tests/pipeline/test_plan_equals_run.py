@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrlhf.pipeline.artifacts import HISTORY, TamperedError
+from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.partial import Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import carry_out
 

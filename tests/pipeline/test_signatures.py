@@ -21,13 +21,21 @@ from cryptography.hazmat.primitives.serialization import (
 from rrlhf.config import Signatures
 from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, CopyError, Store, TamperedError, content_digest
+from rrlhf.pipeline.artifacts import (
+    MANIFEST,
+    SIGNATURE,
+    CopyError,
+    Store,
+    TamperedError,
+    content_digest,
+    opened,
+    sealed,
+)
 from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import produce
-from rrlhf.pipeline.seal import opened, sealed
 from rrlhf.pipeline.signatures import Notary, notary_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.tools.signing.command import sign, written_pair

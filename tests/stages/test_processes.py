@@ -11,7 +11,7 @@ import torch
 from conftest import save_random_heads
 from safetensors.torch import load_file
 
-from rrlhf.pipeline.processes import _launcher
+from rrlhf.pipeline.launch import _launcher
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -10,8 +10,7 @@ from finished import Finished, at_work
 from rrlhf.config import Signatures
 from rrlhf.memo import sha256
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_digest
-from rrlhf.pipeline.seal import sealed
+from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_digest, sealed
 from rrlhf.pipeline.signatures import Notary
 from rrlhf.tools.auditing.audit import Audit, as_text
 from rrlhf.tools.lineage.lookup import Lookup, graph_of

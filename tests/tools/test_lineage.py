@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.tracking import Version
+from rrlhf.tools.lineage.diff import digest_start
 from rrlhf.tools.lineage.lookup import graph_of
-from rrlhf.tools.lineage.rows import digest_start
 from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree
 
 DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"

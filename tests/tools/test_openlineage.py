@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.tools.lineage.openlineage import as_lines
+from rrlhf.tools.lineage.text import as_lines
 
 TEXT, URI = {"type": "string"}, {"type": "string", "format": "uri"}
 TIME = {"type": "string", "format": "date-time"}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,18 +15,8 @@ if TYPE_CHECKING:
     from rrlhf.tools.lineage.lookup import Lookup
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
+Format = Literal["tree", "json", "mermaid", "dot", "html", "openlineage"]
 Profile = Annotated[str, typer.Option(help="Profile whose nodes are named, and whose tracking.experiment is asked.")]
-
-
-class Format(StrEnum):
-    """How a lineage is written."""
-
-    TREE = "tree"
-    JSON = "json"
-    MERMAID = "mermaid"
-    DOT = "dot"
-    HTML = "html"
-    OPENLINEAGE = "openlineage"
 
 
 def lineage(
@@ -36,7 +25,7 @@ def lineage(
     row: Annotated[
         str | None, typer.Option(help="Who saw a row of data: the start of its hash, or the row as JSON.")
     ] = None,
-    format: Annotated[Format, typer.Option(help="How to write it.")] = Format.TREE,
+    format: Annotated[Format, typer.Option(help="How to write it.")] = "tree",
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="File to write instead of the terminal.")] = None,
     profile: Profile = "default",
     as_json: AsJson = False,
@@ -51,24 +40,18 @@ def lineage(
     """
     if (node is None) == (row is None):
         raise typer.BadParameter(f"name one of {Reference}; or a row of data with --row")
-    format, lookup = Format.JSON if as_json else format, opened(profile)
+    format, lookup = "json" if as_json else format, opened(profile)
     if row is not None:
-        told = _row(lookup, row, format)
+        told = _row(lookup, row, as_json=format == "json")
     else:
-        from rrlhf.tools.lineage import openlineage, text
+        from rrlhf.tools.lineage.text import as_json as in_json
+        from rrlhf.tools.lineage.text import as_lines, dot, mermaid, page, tree
 
         graph, start = lookup.graph, lookup.product(str(node))
-        if format in {Format.JSON, Format.HTML, Format.OPENLINEAGE}:
+        if format in {"json", "html", "openlineage"}:
             graph = lookup.described(graph.down(start) if down else graph.up(start))
-        written = {
-            Format.TREE: text.tree,
-            Format.JSON: text.as_json,
-            Format.MERMAID: text.mermaid,
-            Format.DOT: text.dot,
-            Format.HTML: text.page,
-            Format.OPENLINEAGE: openlineage.as_lines,
-        }[format]
-        told = written(graph, graph.find(str(node), profile), down=down)
+        ways = {"tree": tree, "json": in_json, "mermaid": mermaid, "dot": dot, "html": page, "openlineage": as_lines}
+        told = ways[format](graph, graph.find(str(node), profile), down=down)
     if out is None:
         print(told)
     else:
@@ -119,13 +102,13 @@ def audit(
         raise SystemExit(VERIFICATION_FAILED)
 
 
-def _row(lookup: Lookup, row: str, format: Format) -> str:
-    from rrlhf.tools.lineage import rows
+def _row(lookup: Lookup, row: str, *, as_json: bool) -> str:
+    from rrlhf.tools.lineage.diff import digest_start, files_by_version, sightings, sightings_as_json, sightings_as_text
 
-    start, files = rows.digest_start(row), rows.files_by_version(lookup.store)
-    found = rows.sightings(lookup.graph, start, files)
-    if format is Format.JSON:
-        return json.dumps(rows.as_json(found), indent=1)
+    start, files = digest_start(row), files_by_version(lookup.store)
+    found = sightings(lookup.graph, start, files)
+    if as_json:
+        return json.dumps(sightings_as_json(found), indent=1)
     away = [each for each in lookup.graph.products if each.stage == "prepare" and each.digest not in files]
     notes = [f"not searched, for its files are not here: {each.title} {each.short}" for each in away]
-    return "\n".join([rows.as_text(found) or f"no data set that is here has the row {start}", *notes])
+    return "\n".join([sightings_as_text(found) or f"no data set that is here has the row {start}", *notes])

@@ -17,9 +17,8 @@ from rrlhf.config import Params
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact, unsealed
 from rrlhf.pipeline.graph import DATA
-from rrlhf.pipeline.seal import opened
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import profile_of
 
@@ -61,7 +60,7 @@ class Lookup:
             version = kept.get((product.digest, product.key))
             if product.document or version is None or product not in wanted:
                 return product
-            told = Artifact(Path(), opened(self.tracker.manifest(version))).product
+            told = Artifact(Path(), unsealed(self.tracker.manifest(version))).product
             return replace(told, names=product.names, aliases=product.aliases)
 
         return Graph(map(asked, self.graph.products))

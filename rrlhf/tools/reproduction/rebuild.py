@@ -20,9 +20,8 @@ from torch import Tensor
 
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact
-from rrlhf.pipeline.external import external_digests
 from rrlhf.pipeline.graph import EXTERNAL, Node
-from rrlhf.pipeline.keys import differences, key_document
+from rrlhf.pipeline.keys import differences, external_digests, key_document
 from rrlhf.pipeline.launch import execute, typed_sections
 from rrlhf.tools.lineage.lookup import Lookup
 

@@ -16,8 +16,8 @@ from rrlhf.tools.command_line import FAILED, USAGE, AsJson, Profile, Set, end, o
 from rrlhf.types import Json
 
 if TYPE_CHECKING:
+    from rrlhf.pipeline.decide import Part
     from rrlhf.pipeline.graph import Node
-    from rrlhf.pipeline.partial import Part
     from rrlhf.pipeline.plan import Planned, Project
 
 Names = list[str] | None
@@ -202,8 +202,8 @@ def run_flow(
 
     With nothing to do, its result is told without the flow; a server that was named is told all the same.
     """
+    from rrlhf.pipeline.decide import Part
     from rrlhf.pipeline.last_run import noted
-    from rrlhf.pipeline.partial import Part
     from rrlhf.pipeline.plan import room, total
     from rrlhf.progress import say
     from rrlhf.tools.running.uptodate import nothing_to_do, show
@@ -230,7 +230,7 @@ def run_flow(
 
 
 def _part(from_: Names, until: Names, only: Names, force: Names) -> Part:
-    from rrlhf.pipeline.partial import Part
+    from rrlhf.pipeline.decide import Part
 
     return Part(tuple(from_ or ()), tuple(until or ()), tuple(only or ()), tuple(force or ()))
 
@@ -245,14 +245,14 @@ def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = Fals
 
 
 def _matching(stage: str, project: Project) -> list[Node]:
-    from rrlhf.pipeline.partial import matching, unknown
+    from rrlhf.pipeline.decide import matching, unknown
 
     return matching(stage, project.nodes) or end(USAGE, unknown(stage, project.nodes))
 
 
 def _explained(project: Project, planned: Sequence[Planned], node: Node) -> Iterator[str]:
     """Yield lines on what would happen to a node and why; `planned` is the whole plan."""
-    from rrlhf.pipeline.partial import Part, chosen
+    from rrlhf.pipeline.decide import Part, chosen
 
     one = next(one for one in planned if one.node == node.name)
     if one.action == "reuse":
