@@ -13,15 +13,15 @@ import typer
 
 from rrlhf.environment import find_root, set_environment
 from rrlhf.pipeline.dvc import follow_git
-from rrlhf.tools.chatting.command import chat
+from rrlhf.tools.chat import chat
 from rrlhf.tools.command_line import USAGE, end, mending
 from rrlhf.tools.judging.command import evaluate_reward
 from rrlhf.tools.lineage.command import audit, diff, lineage
-from rrlhf.tools.promotion.command import promote
-from rrlhf.tools.reproduction.command import reproduce
+from rrlhf.tools.promote import promote
+from rrlhf.tools.reproduce import reproduce
 from rrlhf.tools.running.command import accept, plan, relocate, report, run, status, sync, why
-from rrlhf.tools.signing.command import keygen, sign
-from rrlhf.tools.sweeps.command import experiment, sweep
+from rrlhf.tools.signing import keygen, sign
+from rrlhf.tools.sweeps.grid import experiment, sweep
 from rrlhf.tools.toy.command import toy
 
 

@@ -393,7 +393,7 @@ class Evaluate(Section):
 
 
 class Gates(Section):
-    """What a version must show to be promoted (rrlhf/tools/promotion/gates.py); null: that gate is left out."""
+    """What a version must show to be promoted (rrlhf/tools/gates.py); null: that gate is left out."""
 
     level: Annotated[float, Field(gt=0, lt=1)]
     min_win_rate: Share | None

@@ -25,9 +25,8 @@ from rrlhf.pipeline.plan import Planned, computing, total
 from rrlhf.pipeline.tracking import version_page
 from rrlhf.progress import in_words
 from rrlhf.tools.lineage.text import tree
-from rrlhf.tools.pages import visible
 from rrlhf.tools.reporting.comparison import table
-from rrlhf.tools.reporting.tables import escaped, markdown
+from rrlhf.tools.reporting.tables import escaped, markdown, visible
 
 
 class Pages:

@@ -24,7 +24,6 @@ from rrlhf.pipeline.cards import about, cut_in_words
 from rrlhf.pipeline.check import check_columns, check_sources
 from rrlhf.pipeline.decide import Chosen, Part, chosen
 from rrlhf.pipeline.graph import DATA, Node
-from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.plan import Planned, Project, room
@@ -37,6 +36,7 @@ from rrlhf.policy.health import DivergedError
 from rrlhf.progress import in_words, say
 from rrlhf.redact import without_secrets
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
+from rrlhf.tools.running.status import noted
 from rrlhf.tools.running.uptodate import note_report, nothing_to_do, report_file, show, trainings_of, write_numbers
 from rrlhf.types import Dataset
 

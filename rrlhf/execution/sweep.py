@@ -27,10 +27,11 @@ from rrlhf.pipeline.stages import STAGES, kind_of
 from rrlhf.pipeline.tracking import Tracker
 from rrlhf.policy.health import DivergedError, suspected_at
 from rrlhf.stopping import STOPPING, stop_between_steps
-from rrlhf.tools.sweeps.comparison import Found, compared
-from rrlhf.tools.sweeps.evidence import evidence
+from rrlhf.tools.reporting.comparison import FIRST
+from rrlhf.tools.reporting.tables import show
+from rrlhf.tools.sweeps.comparison import Found, compared, evidence
 from rrlhf.tools.sweeps.grid import Point, name_of, points, shares, trimmed
-from rrlhf.tools.sweeps.show import Sweep, as_markdown, print_tables, write
+from rrlhf.tools.sweeps.show import Sweep, as_markdown, tables, write
 from rrlhf.types import Json
 
 ORDER = tuple(dict.fromkeys(kind_of(stage) for stage in STAGES))
@@ -180,7 +181,7 @@ def report_sweep(group: Run, told: Sweep, found: Sequence[Found]) -> list[str]:
     files = write(told, found, root / "reports" / "sweeps" / told.name)
     for file in files:
         group.tell(partial(Tracker.log_report, run_id=group.tracking_id, html=file))
-    print_tables(told)
+    show(*tables(told, FIRST))
     written = [str(file.relative_to(root)) for file in files]
     group.pages.sweep(as_markdown(told), written)
     return written

@@ -5,8 +5,6 @@ the same; what was accepted, and why, stands in its manifest and card. Data sets
 made, in data/, become artifacts in this way; models that name such a data set by its former digest are taken, too.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

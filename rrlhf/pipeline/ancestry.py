@@ -1,7 +1,5 @@
 """The graph of everything that was made: what came from what, upwards and downwards. Pure: no files, no server."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections import defaultdict

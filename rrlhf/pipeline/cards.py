@@ -4,8 +4,6 @@ A card follows from the artifact's manifest and its logged rows alone, so the sa
 with the YAML block by which the Hugging Face hub sorts models (huggingface.co/docs/hub/model-cards).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a run does: which nodes may compute, and what becomes of each; one decision for the plan and for the run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """The graph: every node that a run consists of, declared once for the flow, the plan and the keys."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

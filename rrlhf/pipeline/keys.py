@@ -5,8 +5,6 @@ inputs, the digests of the code it imports and of the reward functions it calls,
 path, a time or a host name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from rrlhf.config import Model, Prepare, TrunkTraining
-from rrlhf.data.files import source_digest
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import Memo
-from rrlhf.models.sources import base_digest
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.modules import Modules, changed_definitions
 from rrlhf.pipeline.stages import spec_of
@@ -168,6 +164,9 @@ def _shown(value: Any) -> str:
 
 def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     """Return what identifies the inputs of a node that no other node makes: the base model and the source data."""
+    from rrlhf.data.files import source_digest
+    from rrlhf.models.sources import base_digest
+
     found, reads = {}, spec_of(node.stage).base
     if reads == "model":
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)

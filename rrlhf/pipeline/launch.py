@@ -3,8 +3,6 @@
 The key document and the input folders are all that reaches a stage, so nothing outside its key can change its result.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -6,8 +6,6 @@ written; code that finds its way by a name that it makes up (`globals()["f"]`), 
 and uses nothing of it, is not understood, and no stage does that.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections import defaultdict

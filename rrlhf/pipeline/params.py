@@ -56,7 +56,9 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
         merged = _merge(merged, read(root / file, where, mistakes))
     for dotted, value in (overrides or {}).items():
         path = tuple(dotted.split("."))
-        merged = _merge(merged, _nested(path, value))
+        for key in reversed(path):
+            value = {key: value}
+        merged = _merge(merged, value)
         for depth in range(1, len(path)):
             where.setdefault(path[:depth], f"--set {dotted}")  # a section that there is not
         where[path] = f"--set {dotted}"
@@ -116,12 +118,6 @@ def _texts(level: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield from _texts(value, (*path, str(name)))
     elif isinstance(level, str):
         yield path, level
-
-
-def _nested(path: tuple[str, ...], value: Json) -> Json:
-    for key in reversed(path):
-        value = {key: value}
-    return value
 
 
 def _complete_arms(merged: dict[str, Any]) -> None:

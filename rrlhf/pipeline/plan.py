@@ -39,16 +39,6 @@ class Planned(NamedTuple):
     digest: str | None = None  # of its result, where there is one, here or elsewhere
     size: int = 0  # bytes of that, or of the one before
 
-    def as_json(self) -> Json:
-        """Return it for scripts."""
-        return {
-            "node": self.node,
-            "action": self.action,
-            "reasons": [*self.reasons],
-            "seconds": self.seconds,
-            "key": self.key,
-        }
-
 
 class Project:
     """A project folder's settings and results: finds the key of every node.
@@ -205,7 +195,7 @@ class Project:
         computing = {one.node for one in planned if one.action in {"run", "upstream"}}
         needed = [name for node in self.nodes if node.name in computing for name in node.inputs.values()]
         lines = [
-            f"{name} is needed and not up to date ({_first(skipped[name].reasons)}), but not part of this run"
+            f"{name} is needed and not up to date ({skipped[name].reasons[0]}), but not part of this run"
             for name in dict.fromkeys(needed)
             if name in skipped
         ]
@@ -244,7 +234,3 @@ def total(planned: Iterable[Planned]) -> str:
     known = [one.seconds for one in found if one.seconds is not None]
     at_least = "at least " if len(known) < len(found) else ""
     return f"{counted}; {at_least}{in_words(sum(known))} by earlier runs" if known else counted
-
-
-def _first(reasons: Sequence[str]) -> str:
-    return reasons[0] if reasons else "unknown"

@@ -40,12 +40,11 @@ def carry_out(
     *,
     bring_back: BringBack,
     recorded: Callable[[Path], AbstractContextManager[None]],
-    dataset: Mapping[str, str],
-    input_keys: Mapping[str, str],
+    **beside: Unpack[Beside],
 ) -> tuple[Artifact | None, bool]:
     """Do what was decided for a node whose inputs have these digests; return its result, and whether it was computed.
 
-    None where the run leaves it out. compute, recorded: as of `produce`; dataset, input_keys: as of `Beside`.
+    None where the run leaves it out. compute, recorded: as of `produce`.
     bring_back: from where copies are kept; one that is not what was made is warned of, and does as if it was not there.
     """
     forced, artifact = node.name in wanted.forced, None
@@ -57,17 +56,8 @@ def carry_out(
     if artifact or (planned.action != "reuse" and node.name not in wanted.allowed):
         return artifact, False
     document = project.document(node, digests)
-    return produce(
-        project.store,
-        node.name,
-        document,
-        compute,
-        recorded=recorded,
-        force=forced,
-        dataset=dataset,
-        input_keys=input_keys,
-        profile=project.profile,
-    )
+    beside["profile"] = project.profile
+    return produce(project.store, node.name, document, compute, recorded=recorded, force=forced, **beside)
 
 
 def produce(

@@ -4,8 +4,6 @@
 file with its sha256. `model_signing verify key` reads the same folder without this package.
 """
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 A stage of this name is the function `run` of rrlhf/stages/NAME.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple

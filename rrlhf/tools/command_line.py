@@ -1,7 +1,5 @@
 """What the commands share: options, exit codes, and errors as people should see them."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal
@@ -10,15 +8,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from rrlhf import stopping
 from rrlhf.environment import FULL, FullError, free_bytes, is_full
+from rrlhf.located import MendableError
+from rrlhf.pipeline.params import load_params, parse_override
+from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.types import Json
-
-if TYPE_CHECKING:
-    from rrlhf.tools.lineage.lookup import Lookup
 
 FAILED, USAGE, VERIFICATION_FAILED, SIGNALLED = 1, 2, 3, 128
 
@@ -35,25 +34,17 @@ Model = Annotated[
 
 def overrides(set_: list[str] | None) -> dict[str, Json]:
     """Parse --set options; whether they fit the settings is told when those are read."""
-    from rrlhf.pipeline.params import parse_override
-
     return dict(parse_override(text) for text in set_ or [])
 
 
 def opened(profile: str, set_: list[str] | None = None) -> Lookup:
     """Return what there is in this folder's project, by a profile's settings with --set options."""
-    from rrlhf.pipeline.params import load_params
-    from rrlhf.tools.lineage.lookup import Lookup
-
     return Lookup(Path.cwd(), profile, load_params(Path.cwd(), profile, overrides(set_)))
 
 
 @contextmanager
 def mending() -> Iterator[None]:
     """Turn errors that people can mend into one message and an exit code; the rest keep their traceback."""
-    from rrlhf import stopping
-    from rrlhf.located import MendableError
-
     try:
         yield
     except MendableError as error:

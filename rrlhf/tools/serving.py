@@ -3,8 +3,6 @@
 Prefect is only started here, as a process, never imported: that takes seconds in which the process already works.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os

@@ -28,8 +28,8 @@ from rrlhf.pipeline.artifacts import (
     Store,
     TamperedError,
     content_digest,
-    opened,
     sealed,
+    unsealed,
 )
 from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.keys import key_digest
@@ -38,7 +38,7 @@ from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import produce
 from rrlhf.pipeline.signatures import Notary, notary_of
 from rrlhf.pipeline.tracking import Tracker
-from rrlhf.tools.signing.command import sign, written_pair
+from rrlhf.tools.signing import sign, written_pair
 
 model_signing = pytest.importorskip("model_signing", reason="pip install 'rrlhf[sign]'")
 
@@ -127,7 +127,7 @@ def test_what_is_no_signature_is_refused(store, artifact, text):
 def forge(artifact):
     """Change a file as somebody would who has read the code: digests and seal fit again."""
     (artifact.path / "model.bin").write_bytes(b"hacked!")
-    manifest = opened((artifact.path / MANIFEST).read_bytes())
+    manifest = unsealed((artifact.path / MANIFEST).read_bytes())
     manifest["files"]["model.bin"] = sha256(artifact.path / "model.bin")
     manifest["digest"] = content_digest(manifest["files"])
     (artifact.path / MANIFEST).write_text(sealed(manifest))
@@ -284,7 +284,7 @@ def test_no_key_no_signature_and_no_library(project):
     code = (
         "import sys; from pathlib import Path; from rrlhf.pipeline.params import load_params\n"
         "from rrlhf.pipeline.plan import Project\n"
-        "import rrlhf.cli, rrlhf.tools.signing.command\n"
+        "import rrlhf.cli, rrlhf.tools.signing\n"
         "root = Path(sys.argv[1]); project = Project(root, 'tiny', load_params(root, 'tiny'))\n"
         "project.plan(); project.check_keys()\n"
         "assert project.store.notary is None\n"

@@ -14,7 +14,7 @@ from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_di
 from rrlhf.pipeline.signatures import Notary
 from rrlhf.tools.auditing.audit import Audit, as_text
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
-from rrlhf.tools.signing.command import written_pair
+from rrlhf.tools.signing import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
 REGIONS = {"start": 0.0, "middle": 0.5, "end": 1.0}

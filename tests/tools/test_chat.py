@@ -11,8 +11,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import RewardModel
 from rrlhf.rewards.trunk import Trunk
-from rrlhf.tools.chatting.chat import Chat
-from rrlhf.tools.chatting.command import find_models, in_words, prompts
+from rrlhf.tools.chat import Chat, find_models, in_words, prompts
 from rrlhf.tools.lineage.lookup import Lookup
 
 ROOT = Path(__file__).parents[2]

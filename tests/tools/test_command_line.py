@@ -16,10 +16,10 @@ from rrlhf import environment
 from rrlhf.cli import COMMANDS, app
 from rrlhf.environment import FullError, check_room, telling_full_disk
 from rrlhf.pipeline.decide import Part
-from rrlhf.pipeline.last_run import noted
 from rrlhf.pipeline.plan import Planned, room
 from rrlhf.tools import command_line
 from rrlhf.tools.command_line import mending
+from rrlhf.tools.running.status import noted
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,8 +16,7 @@ from rrlhf.located import ParamsError
 from rrlhf.policy.reading import Reading
 from rrlhf.robust import Scores
 from rrlhf.stages.evaluate import gold_at_length
-from rrlhf.tools.sweeps.comparison import Found, compared
-from rrlhf.tools.sweeps.evidence import at_equal_kl, evidence, holm, win_rate
+from rrlhf.tools.sweeps.comparison import Found, at_equal_kl, compared, evidence, holm, win_rate
 from rrlhf.tools.sweeps.grid import experiments, load_experiment
 from rrlhf.tools.sweeps.show import Sweep, as_markdown, tables, write
 

@@ -13,8 +13,8 @@ from rrlhf.config import Gates
 from rrlhf.judging.calibration import mean_interval
 from rrlhf.judging.content import Measured
 from rrlhf.pipeline.tracking import Version
-from rrlhf.tools.promotion.command import check, named
-from rrlhf.tools.promotion.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
+from rrlhf.tools.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
+from rrlhf.tools.promote import check, named
 
 LIMITS = {"min_win_rate": 0.5, "max_kl": 5.0, "max_sigma": 0.3, "max_length_drift": 0.5, "max_repetition": 0.1}
 

@@ -11,7 +11,7 @@ from scipy import stats
 from rrlhf.judging.content import Calibration, Measured, RewardJudgement, Share
 from rrlhf.judging.evaluation import Evaluation, Point, Policy, read_evaluation, write_evaluation
 from rrlhf.tools.reporting import numbers
-from rrlhf.tools.reporting.courses import Training
+from rrlhf.tools.reporting.verdict import Training
 
 
 def judged(name, **readings):

@@ -26,13 +26,11 @@ from rrlhf.judging.content import (
 from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.tools.lineage.text import branches, line
-from rrlhf.tools.pages import visible
 from rrlhf.tools.reporting.comparison import reward_in_words, samples, table
-from rrlhf.tools.reporting.courses import Event, Training, columns, smoothed, smoothed_stderr
 from rrlhf.tools.reporting.plots import head_charts, looks_of, selection_charts
 from rrlhf.tools.reporting.report import render
-from rrlhf.tools.reporting.tables import show
-from rrlhf.tools.reporting.verdict import verdict
+from rrlhf.tools.reporting.tables import show, visible
+from rrlhf.tools.reporting.verdict import Event, Training, columns, smoothed, smoothed_stderr, verdict
 
 
 def measured(mean: float, stderr: float = 0.05) -> Measured:
@@ -339,10 +337,10 @@ def test_the_same_numbers_give_the_same_page() -> None:
     assert html(evaluation()) == whole()
 
 
-def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights() -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
-    show(table(evaluation()), console)
-    text = console.export_text()
+def test_the_terminal_table_marks_the_highest_gold_and_names_both_weights(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    show(table(evaluation()))
+    text = capsys.readouterr().out
     assert "★ 1.30 ± 0.05" in text
     assert "robust, nominal weight 0.4" in text
     assert re.search(r"robust +│ +– │ +– │ +2.00 ± 0.05", text)

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from rrlhf.pipeline.artifacts import CARD, HISTORY
-from rrlhf.tools.reproduction.command import conclusion, worst
-from rrlhf.tools.reproduction.rebuild import Difference, Rebuilt, compare, first_step, verdict
+from rrlhf.tools.reproduce import Difference, Rebuilt, compare, conclusion, first_step, worst
 
 FILES = ["model.safetensors", "config.json", "rollouts.parquet", "notes.txt", HISTORY, CARD]
 
@@ -35,6 +34,10 @@ def kept(tmp_path):
 
 def found(kept, tolerance=1e-5, **changed):
     return compare(kept, write(kept.parent / "rebuilt", **changed), FILES, tolerance)
+
+
+def verdict(differences):
+    return Rebuilt("sft", differences, None, 1.0).verdict
 
 
 def test_equal_files_are_bit_equal_whatever_the_times_say(kept):

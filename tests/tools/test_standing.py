@@ -7,8 +7,7 @@ import pytest
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Point, Policy
 from rrlhf.policy.health import Event
-from rrlhf.tools.reporting.courses import Training
-from rrlhf.tools.reporting.verdict import headline, standings
+from rrlhf.tools.reporting.verdict import Training, headline, standings
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:

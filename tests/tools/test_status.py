@@ -8,10 +8,9 @@ import pytest
 
 from rrlhf.pipeline.decide import Part
 from rrlhf.pipeline.keys import key_digest
-from rrlhf.pipeline.last_run import last_run, noted
 from rrlhf.pipeline.params import load_params, parse_override
 from rrlhf.pipeline.plan import Project
-from rrlhf.tools.running.status import overview, told
+from rrlhf.tools.running.status import last_run, noted, overview, told
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 What the server keeps of an artifact can be held against the artifact: tags, links, and copies of files.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import platform

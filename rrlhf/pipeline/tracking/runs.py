@@ -1,7 +1,5 @@
 """Runs: one for each flow and each stage, written while it computes or afterwards from an artifact's history."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,6 @@
 """The connection to MLflow: opening it, and its errors, of which being away is one that a run survives."""
 
-from __future__ import annotations
-
+import itertools
 import logging
 import os
 import re
@@ -219,17 +218,11 @@ def relocate(root: Path) -> str:
             with closing(sqlite3.connect(backup)) as copy:
                 connection.backup(copy)
             with connection:
-                changed = sum(_rewrite(connection, old, here) for old in before)
+                changed = 0
+                for old, (table, column) in itertools.product(before, PLACES.items()):
+                    inside = f"{column} = ?2 or substr({column}, 1, length(?2) + 1) = ?2 || '/'"
+                    new = f"update {table} set {column} = ?1 || substr({column}, length(?2) + 1) where {inside}"
+                    changed += connection.execute(new, [here, old]).rowcount
     except sqlite3.Error as error:
         raise TrackingError(f"{database}: {error}; stop what uses it and try again") from None
     return f"{changed} places in {database.name} now lie in {root / FILES}; the database as it was: {backup.name}"
-
-
-def _rewrite(connection: sqlite3.Connection, old: str, here: str) -> int:
-    """Replace the start of every place; return how many there were."""
-    changed = 0
-    for table, column in PLACES.items():
-        inside = f"{column} = ?2 or substr({column}, 1, length(?2) + 1) = ?2 || '/'"
-        change = f"update {table} set {column} = ?1 || substr({column}, length(?2) + 1) where {inside}"
-        changed += connection.execute(change, [here, old]).rowcount
-    return changed

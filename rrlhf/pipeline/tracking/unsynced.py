@@ -3,8 +3,6 @@
 The artifacts hold every number and file, and registering is idempotent: a note says only which artifacts, in which run.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

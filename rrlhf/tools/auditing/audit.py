@@ -3,8 +3,6 @@
 Products are looked at in the order in which they were made, so the first broken link is where the trouble begins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple

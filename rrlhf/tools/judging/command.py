@@ -1,18 +1,15 @@
 """`rrlhf evaluate-reward`."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rrlhf.located import UsageError
+from rrlhf.pipeline.artifacts import Artifact
+from rrlhf.pipeline.plan import Project
 from rrlhf.tools.command_line import AsJson, Profile, Set, opened
-
-if TYPE_CHECKING:
-    from rrlhf.pipeline.artifacts import Artifact
-    from rrlhf.pipeline.plan import Project
-    from rrlhf.tools.lineage.lookup import Lookup
+from rrlhf.tools.lineage.lookup import Lookup
 
 STAGES = ("reward", "ensemble")
 
@@ -62,15 +59,12 @@ def evaluate_reward(
 
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
-    from rrlhf.pipeline.plan import Project
-
     lookup = opened(profile, set_)
     project = Project(lookup.root, lookup.profile, lookup.params)
     artifact = _reward_model(project, lookup, model)
 
     from rrlhf.judging.labelled import load_pairs
-    from rrlhf.tools.judging.judge import judged
-    from rrlhf.tools.judging.report import content, show_report, write
+    from rrlhf.tools.judging.report import content, judged, show_report, write
 
     pairs = load_pairs(data, format, max_rejected=max_rejected, limit=limit) if data else None
     report = judged(project, lookup, artifact, pairs, perturb=perturb, limit=limit)
@@ -83,8 +77,6 @@ def evaluate_reward(
 
 def _reward_model(project: Project, lookup: Lookup, name: str | None) -> Artifact:
     """Return the reward model of a name; without one, the profile's ensemble."""
-    from rrlhf.located import UsageError
-
     artifact = lookup.find(name) if name else project.artifact("ensemble")
     if artifact is None:
         raise ValueError(

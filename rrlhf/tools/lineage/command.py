@@ -1,18 +1,14 @@
 """The commands that ask for ancestry: lineage, diff, audit. Heavy libraries are imported inside."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from rrlhf.files import write
 from rrlhf.tools.command_line import VERIFICATION_FAILED, AsJson, opened
-
-if TYPE_CHECKING:
-    from rrlhf.tools.lineage.lookup import Lookup
+from rrlhf.tools.lineage.lookup import Lookup
 
 Reference = "rrlhf-policy@candidate, rrlhf-policy/3, rrlhf-policy@latest, a data set's name, or the start of a digest"
 Format = Literal["tree", "json", "mermaid", "dot", "html", "openlineage"]
@@ -44,14 +40,12 @@ def lineage(
     if row is not None:
         told = _row(lookup, row, as_json=format == "json")
     else:
-        from rrlhf.tools.lineage.text import as_json as in_json
-        from rrlhf.tools.lineage.text import as_lines, dot, mermaid, page, tree
+        from rrlhf.tools.lineage import text
 
         graph, start = lookup.graph, lookup.product(str(node))
         if format in {"json", "html", "openlineage"}:
             graph = lookup.described(graph.down(start) if down else graph.up(start))
-        ways = {"tree": tree, "json": in_json, "mermaid": mermaid, "dot": dot, "html": page, "openlineage": as_lines}
-        told = ways[format](graph, graph.find(str(node), profile), down=down)
+        told = text.FORMATS[format](graph, graph.find(str(node), profile), down=down)
     if out is None:
         print(told)
     else:

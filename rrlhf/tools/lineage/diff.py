@@ -1,7 +1,5 @@
 """What differs between two products (settings, code, rows of data, numbers, and where it begins), and who saw a row."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

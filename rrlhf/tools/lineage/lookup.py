@@ -80,23 +80,24 @@ class Lookup:
         if folder.is_dir():
             if not (folder / MANIFEST).is_file():
                 raise UsageError(f"{folder}: not the folder of an artifact, for it has no {MANIFEST}")
-            return self._verified(read_artifact(folder))
+            self.store.verify(artifact := read_artifact(folder))
+            return artifact
         try:
             found = Graph(self.store.products()).find(reference, self.profile)
         except UsageError:
             found = self.product(reference)
-        if here := self.store.find(found.stage, found.key) if found.stage and found.key else None:
-            return self._verified(here)
+        if here := self.store.checked(found.stage, found.key) if found.stage and found.key else None:
+            return here
         found = self.product(reference)
         if not found.key:
             raise UsageError(f"{reference!r} is {found.title}, which no stage made as an artifact; name a model")
         try:
-            artifact = (dvc if found.node == DATA else self.tracker).bring_back(self.store, found.stage, found.key)
+            kept = (dvc if found.node == DATA else self.tracker).bring_back(self.store, found.stage, found.key)
         except CopyError as error:
             raise CopyError(f"{error}\n`rrlhf run` with the settings that it was made with makes it again") from None
-        if artifact is None:
+        if kept is None:
             raise ValueError(f"{reference!r} is registered, but its files are neither here nor in MLflow")
-        return artifact
+        return kept
 
     def input_of(self, artifact: Artifact, argument: str) -> Artifact:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""
@@ -107,10 +108,6 @@ class Lookup:
             raise ValueError(
                 f"the {argument} that {artifact.name} was made from, {digest[:12]}, is neither here nor in MLflow"
             ) from None
-
-    def _verified(self, artifact: Artifact) -> Artifact:
-        self.store.verify(artifact)
-        return artifact
 
 
 def graph_of(versions: Sequence[Version], profile: str = "default", here: Iterable[Product] = ()) -> Graph:

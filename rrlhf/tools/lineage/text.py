@@ -1,7 +1,5 @@
 """The graph as text: a tree for the terminal, a page, JSON for scripts, pictures, and OpenLineage events."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,6 +10,7 @@ from uuid import NAMESPACE_URL, uuid5
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import dotted
+from rrlhf.tools.reporting.tables import page as html_page
 
 SPECIAL = str.maketrans({character: f"#{ord(character)};" for character in '"#&<>`[]{}()|\\;'})
 SPECIFICATION = "https://openlineage.io/spec"
@@ -63,11 +62,9 @@ def tree(graph: Graph, start: Product, *, down: bool = False) -> str:
 
 def page(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a page with the branches, which open to digest, settings and numbers. It needs no network."""
-    from rrlhf.tools import pages  # here, so that no tree in a terminal waits for it
-
     title = f"{'Made from' if down else 'Lineage of'} {start.title}"
     shown = branches(graph, start, down=down)
-    return pages.page("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
+    return html_page("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
 
 
 def as_json(graph: Graph, start: Product, *, down: bool = False) -> str:
@@ -215,3 +212,6 @@ def _ended(graph: Graph, product: Product) -> datetime:
     """Return when a product was made: as recorded, or else no later than the first that was made from it."""
     known = [product.created] if product.created else [each.created for each in graph.down(product) if each.created]
     return datetime.fromisoformat(min(known)) if known else datetime.fromtimestamp(0, UTC)
+
+
+FORMATS = {"tree": tree, "json": as_json, "mermaid": mermaid, "dot": dot, "html": page, "openlineage": as_lines}

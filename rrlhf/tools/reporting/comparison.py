@@ -1,7 +1,5 @@
 """The comparison of policies as tables: METRICS says which numbers there are, what they mean, and where they stand."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 from rich.table import Column
@@ -9,8 +7,7 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from rrlhf.judging.evaluation import Evaluation, Policy
-from rrlhf.tools.pages import visible
-from rrlhf.tools.reporting.tables import Table, figures, known
+from rrlhf.tools.reporting.tables import Table, figures, known, visible
 
 
 class Metric(NamedTuple):

@@ -4,8 +4,6 @@ Two small texts in reports/PROFILE: metrics.json, how every policy ended and how
 curves.csv, how every training went. Their owners are evaluation.json and the histories.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -13,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from rrlhf.judging.evaluation import Evaluation
-from rrlhf.tools.reporting.courses import Training
+from rrlhf.tools.reporting.verdict import Training
 from rrlhf.types import Json
 
 FILES = METRICS, CURVES = "metrics.json", "curves.csv"

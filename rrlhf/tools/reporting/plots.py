@@ -3,11 +3,8 @@
 A chart of a page is its own SVG, sized for one column of text, so that it stays readable on a phone.
 """
 
-from __future__ import annotations
-
 import base64
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pydantic_core import to_json
 
 from rrlhf.files import write
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.tools.reporting.comparison import METRICS
-from rrlhf.tools.reporting.courses import columns, smoothed, smoothed_stderr
+from rrlhf.tools.reporting.verdict import columns, smoothed, smoothed_stderr
 
 
 class Look(NamedTuple):
@@ -202,10 +200,10 @@ def dress(axes: Any, across: str, up: str) -> None:
     axes.ticklabel_format(axis="x", scilimits=(-2, 5))  # a policy that hardly moved: labels would overlap
 
 
-def write_study(folder: Path, name: str, study: Mapping[str, Any], figures: Mapping[str, Any]) -> list[Path]:
-    """Write a study's numbers as NAME.json and each figure as .png and .svg."""
+def write_study(folder: Path, name: str, study: object, figures: Mapping[str, Any]) -> list[Path]:
+    """Write a study's numbers as NAME.json, what is not finite as null, and each figure as .png and .svg."""
     written = [folder / f"{name}.json", *(folder / f"{drawn}{end}" for drawn in figures for end in (".png", ".svg"))]
-    write(written[0], json.dumps(study, indent=1))
+    write(written[0], to_json(study, indent=1, inf_nan_mode="null").decode())
     for path in written[1:]:
         figures[path.stem].savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
     return written

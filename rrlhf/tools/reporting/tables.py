@@ -1,17 +1,18 @@
-"""Tables of figures as text, for a terminal, for Markdown and (templates/table.html.j2) for HTML."""
+"""Tables of figures as text, for a terminal, for Markdown and for HTML, in which what others wrote is made visible."""
 
 from __future__ import annotations
 
 import math
 import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rrlhf.judging.content import Measured
-from rrlhf.tools.pages import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.table import Table as Drawn
 
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&])")
 
@@ -40,8 +41,20 @@ def known(value: float | None, decimals: int = 3) -> str:
     return "–" if value is None else f"{value:z.{decimals}f}"
 
 
-def show(table: Table, console: Console) -> None:
-    """Print a table, and what is said below it."""
+def show(*parts: Table | Drawn | str) -> None:
+    """Print tables, with what is said below each, and sentences."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(_drawn(part))
+            part = part.said
+        if part:
+            console.print(part)
+
+
+def _drawn(table: Table) -> Drawn:
     from rich.table import Table as Drawn
     from rich.text import Text
 
@@ -51,9 +64,7 @@ def show(table: Table, console: Console) -> None:
         drawn.add_column(Text(visible(name)), justify="right" if number else "left", no_wrap=no_wrap)
     for row in table.rows:
         drawn.add_row(*(Text(visible(cell), style="bold" if cell.startswith("★") else "") for cell in row))
-    console.print(drawn)
-    if table.said:
-        console.print(table.said, highlight=False, markup=False)
+    return drawn
 
 
 def markdown(table: Table) -> str:
@@ -67,3 +78,28 @@ def markdown(table: Table) -> str:
 def escaped(text: str) -> str:
     """Return a text of one line that Markdown shows as it is."""
     return SPECIAL.sub(r"\\\1", visible(" ".join(text.split())))
+
+
+def page(template: str, **content: object) -> str:
+    """Fill a template of this package; what others wrote is escaped and made visible."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here: a table in a terminal does not wait for it
+
+    environment = Environment(
+        loader=PackageLoader("rrlhf"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    return environment.get_template(template).render(**content)
+
+
+def visible(text: str) -> str:
+    """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
+    return "".join(character if character in "\n\t" else _seen(character) for character in text)
+
+
+def _seen(character: str) -> str:
+    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character

@@ -90,7 +90,7 @@ def plan(
     project = _project(profile, overrides(set_))
     planned = project.plan(_part(from_, until, only, force))
     if as_json:
-        print(json.dumps([one.as_json() for one in planned], indent=1))
+        print(json.dumps([one._asdict() for one in planned], indent=1))
         return
     for note in project.notes:
         print(f"note: {note}")
@@ -203,9 +203,9 @@ def run_flow(
     With nothing to do, its result is told without the flow; a server that was named is told all the same.
     """
     from rrlhf.pipeline.decide import Part
-    from rrlhf.pipeline.last_run import noted
     from rrlhf.pipeline.plan import room, total
     from rrlhf.progress import say
+    from rrlhf.tools.running.status import noted
     from rrlhf.tools.running.uptodate import nothing_to_do, show
     from rrlhf.tools.serving import started
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rrlhf.files import CHECKPOINT
+from rrlhf.files import CHECKPOINT, write
 from rrlhf.located import ParamsError
 from rrlhf.locks import holder, is_alive
 from rrlhf.pipeline.artifacts import TamperedError
-from rrlhf.pipeline.last_run import last_run
+from rrlhf.pipeline.decide import Part
 from rrlhf.pipeline.params import load_params, option, profiles
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.tracking.unsynced import waiting
 from rrlhf.progress import in_words
 
 FOLDERS = ("artifacts", ".dvc", "mlartifacts", "mlflow.db", "reports", ".rrlhf")
+
+LAST = Path(".rrlhf", "last")  # a small file per profile, written at the start and end of its runs
 
 Object = dict[str, Any]  # as JSON
 
@@ -108,3 +115,36 @@ def _bytes(path: Path) -> int:
     """Return what a file or folder takes of the disk: what has two names, as an accepted result has, counts once."""
     found = [each.lstat() for each in [path, *path.rglob("*")] if each.exists()]
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in found}.values())
+
+
+@contextmanager
+def noted(root: Path, profile: str, overrides: Mapping[str, Any], part: Part) -> Iterator[list[str]]:
+    """Note a run's start and how it ended; yield the list in which it is to name the nodes that computed."""
+    ran, began = list[str](), time.monotonic()
+    about = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "process": os.getpid(),
+        "overrides": dict(overrides),
+        "part": {name: [*names] for name, names in part._asdict().items() if names},
+    }
+    file = root / LAST / f"{profile}.json"
+    write(file, json.dumps(about | {"status": "running"}, indent=1))
+    status = "failed"
+    try:
+        yield ran
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        ended = {"status": status, "seconds": round(time.monotonic() - began, 1), "ran": ran}
+        write(file, json.dumps(about | ended, indent=1))
+
+
+def last_run(root: Path, profile: str) -> dict[str, Any] | None:
+    """Return what was noted of a profile's last run; None when there was none."""
+    try:
+        found: dict[str, Any] = json.loads((root / LAST / f"{profile}.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -3,9 +3,6 @@
 That goes without Prefect, MLflow or torch. Whatever cannot be known for certain makes it an ordinary run.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +19,7 @@ from rrlhf.pipeline.stages import model_name
 from rrlhf.pipeline.tracking.server import database
 from rrlhf.pipeline.tracking.tracker import Registration, registrations
 from rrlhf.tools.reporting import numbers
-from rrlhf.tools.reporting.courses import Training, training
+from rrlhf.tools.reporting.verdict import Training, training
 from rrlhf.types import Json
 
 Registered = dict[str, Registration | None]  # by node
@@ -109,8 +106,6 @@ def trainings_of(project: Project, artifacts: Mapping[str, Artifact]) -> dict[st
 
 def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     """Print the comparison, what it says, and the report's path; return them."""
-    from rich.console import Console
-
     from rrlhf.tools.reporting import tables
     from rrlhf.tools.reporting.comparison import samples, table
     from rrlhf.tools.reporting.verdict import verdict
@@ -118,12 +113,8 @@ def show(project: Project, artifacts: Mapping[str, Artifact]) -> Shown:
     evaluation = read_evaluation(artifacts["evaluate"].path)
     sentences = verdict(evaluation, trainings_of(project, artifacts))
     shown = Shown(evaluation, sentences, str(report_file(project).relative_to(project.root)))
-    console = Console(file=sys.stdout)
-    tables.show(table(evaluation), console)
-    console.print(samples(evaluation))
-    for sentence in sentences:
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"\nreport: {shown.report}", highlight=False, markup=False, soft_wrap=True)
+    tables.show(table(evaluation), samples(evaluation), *sentences)
+    print(f"\nreport: {shown.report}", flush=True)
     return shown
 
 

@@ -1,10 +1,7 @@
 """A sweep's tables and pictures."""
 
-from __future__ import annotations
-
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +9,13 @@ from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
-from rich.console import Console
 
 from rrlhf import files
-from rrlhf.tools.reporting.comparison import FIRST, METRICS
-from rrlhf.tools.reporting.courses import columns, smoothed
+from rrlhf.tools.reporting.comparison import METRICS
 from rrlhf.tools.reporting.plots import ACROSS, ARM_LOOKS, Look, draw_line, dress, write_study
-from rrlhf.tools.reporting.tables import Table, markdown, plus_minus, show
-from rrlhf.tools.sweeps.comparison import Found, Row, grouped
-from rrlhf.tools.sweeps.evidence import Evidence
+from rrlhf.tools.reporting.tables import Table, markdown, plus_minus
+from rrlhf.tools.reporting.verdict import columns, smoothed
+from rrlhf.tools.sweeps.comparison import Evidence, Found, Row, grouped
 from rrlhf.types import Json
 
 OVER = (
@@ -48,13 +43,6 @@ class Sweep:
         """Return it as JSON has it."""
         told: dict[str, Any] = json.loads(to_json(self, inf_nan_mode="null"))
         return told
-
-
-def print_tables(sweep: Sweep) -> None:
-    """Print the tables."""
-    console = Console(file=sys.stdout)
-    for table in tables(sweep, FIRST):
-        show(table, console)
 
 
 def as_markdown(sweep: Sweep) -> str:
@@ -112,7 +100,7 @@ def _figures(row: Row, metric: str) -> str:
 def write(sweep: Sweep, found: Sequence[Found], folder: Path) -> list[Path]:
     """Write sweep.json, sweep.md and a picture of the trainings into a folder."""
     groups = [group for group in grouped(found) if group[0].curve]
-    study = write_study(folder, "sweep", sweep.content(), {"courses": courses(groups)} if groups else {})
+    study = write_study(folder, "sweep", sweep, {"courses": courses(groups)} if groups else {})
     written = folder / "sweep.md"
     files.write(written, as_markdown(sweep) + "\n")
     return [*study, written]

@@ -1,8 +1,5 @@
 """`rrlhf toy`."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +28,14 @@ def toy(
 
     Example: rrlhf toy --labelled 0.25 --beta 0.1
     """
-    from rich.console import Console
-
     from rrlhf.tools.reporting.plots import write_study
     from rrlhf.tools.reporting.tables import show
     from rrlhf.tools.toy.study import Setting, figure, study, table, verdict
 
     found = study(Setting(seeds, steps, beta, heads, labelled, interaction))
-    write_study(out, "toy", found.content(), {"toy": figure(found)})
+    told, *_ = write_study(out, "toy", found, {"toy": figure(found)})
     if as_json:
-        print(json.dumps(found.content(), indent=1))
+        print(told.read_text(encoding="utf-8"))
         return
-    console = Console()
-    show(table(found), console)
-    for sentence in verdict(found):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(f"\npicture: {out / 'toy.png'}", highlight=False, markup=False, soft_wrap=True)
+    show(table(found), *verdict(found))
+    print(f"\npicture: {out / 'toy.png'}")

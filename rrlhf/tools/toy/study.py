@@ -1,8 +1,6 @@
 """The toy's comparison: every way to read the learned rewards, over many seeds; its table, verdict and picture."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,10 +77,6 @@ class Study:
     spread: dict[str, Interval]  # of the heads, over labelled cells and over the rest
     arms: dict[str, Arm]
     maps: dict[str, list[list[float]]]  # of the first seed: probabilities [prompts, responses] by policy
-
-    def content(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
-        return asdict(self)
 
 
 def study(setting: Setting) -> Study:

@@ -4,8 +4,6 @@ With 8 responses the expectation over a policy's samples is a sum, so there is n
 approximate what is computed here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple

@@ -4,8 +4,6 @@ A gate passes when the worse end of its interval does. So an interval that is wi
 what is not known is not good enough.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rrlhf.located import UsageError
+from rrlhf.locks import locked
+from rrlhf.pipeline.artifacts import Artifact, git_commit
+from rrlhf.pipeline.plan import Project
 from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
+from rrlhf.tools.lineage.lookup import Lookup, graph_of
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.artifacts import Artifact
-    from rrlhf.pipeline.plan import Project
     from rrlhf.pipeline.tracking import Version
-    from rrlhf.tools.lineage.lookup import Lookup
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
 
@@ -60,8 +61,6 @@ def decide(lookup: Lookup, reference: str, *, to: str, override: str | None) -> 
 
     Raises ValueError that says what to do, before anything is sampled, and TamperedError for a changed file.
     """
-    from rrlhf.locks import locked
-
     check(to, override, list(lookup.params.arms))
     with locked(lookup.root / ".rrlhf" / "promoting"):
         version = named(reference, lookup.profile, lookup.versions)
@@ -88,8 +87,6 @@ def check(to: str, override: str | None, arms: Sequence[str]) -> None:
 
 def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
     """Return the version that a person means. Raises UsageError when there is none, or more than one."""
-    from rrlhf.tools.lineage.lookup import graph_of
-
     found = graph_of(versions, profile).find(reference, profile)
     known = {f"{version.name}/{version.version}": version for version in versions}
     wanted = reference.removeprefix("models:/")  # a model may have names of several profiles
@@ -103,7 +100,7 @@ def named(reference: str, profile: str, versions: Sequence[Version]) -> Version:
 def tags_of(decision: Decision, file: str) -> dict[str, str]:
     """Return the short form of a decision, for the version's tags."""
     from rrlhf.pipeline.tracking.models import GATES
-    from rrlhf.tools.promotion.gates import in_words
+    from rrlhf.tools.gates import in_words
 
     failed = f": {', '.join(decision['failed'])}" if decision["failed"] else ""
     told = {name: decision[name] for name in ("to", "against", "judge", "when", "override")}
@@ -114,10 +111,8 @@ def tags_of(decision: Decision, file: str) -> dict[str, str]:
 
 def _weigh(lookup: Lookup, version: Version, to: str) -> Decision:
     """Measure a version and its opponent; nothing is kept yet."""
-    from rrlhf.pipeline.artifacts import git_commit
-    from rrlhf.pipeline.plan import Project
     from rrlhf.tools.auditing.audit import Audit
-    from rrlhf.tools.promotion.gates import clean, measure
+    from rrlhf.tools.gates import clean, measure
 
     name = f"{version.name}/{version.version}"
     if version.made["stage"] not in {"ppo", "dpo"}:
@@ -181,7 +176,7 @@ def _judge(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> A
 
 
 def _show(decision: Decision) -> None:
-    from rrlhf.tools.promotion.gates import in_words
+    from rrlhf.tools.gates import in_words
 
     print(f"{decision['version']} against {decision['against']}, judged by {decision['judge']}")
     width = max(len(gate["name"]) for gate in decision["gates"])

@@ -1,28 +1,28 @@
-"""Results made again from their key documents, upstream first, and compared with what is kept.
+"""`rrlhf reproduce`: a version made again from its key documents, upstream first, and compared with what is kept.
 
 Two folders are bit-equal, equal within a tolerance, or differ, and then it is told where they first do.
 """
 
-from __future__ import annotations
-
 import json
 import math
+import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple
 
-import pyarrow.parquet as pq
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import typer
 
+from rrlhf.located import UsageError
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact
+from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact, git_commit
 from rrlhf.pipeline.graph import EXTERNAL, Node
 from rrlhf.pipeline.keys import differences, external_digests, key_document
 from rrlhf.pipeline.launch import execute, typed_sections
+from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup
 
 CLOCKS = {"seconds", "tokens_per_second"}  # of the machine, not of the training
@@ -52,7 +52,95 @@ class Rebuilt(NamedTuple):
     @property
     def verdict(self) -> str:
         """What the comparison came to, in words."""
-        return verdict(self.differences)
+        tolerated = [difference.tolerated for difference in self.differences]
+        return VERDICTS[2 if not tolerated else int(all(tolerated))]
+
+
+def reproduce(
+    version: Model,
+    only: Annotated[bool, typer.Option("--only", help="Its own stage alone, from the inputs that are kept.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Numbers a and b are equal when |a - b| <= t + t |b|.")
+    ] = 1e-5,
+    keep: Annotated[Path | None, typer.Option(help="New folder in which what is rebuilt stays.")] = None,
+    profile: Profile = "default",
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version again from its key documents and compare: bit-equal, equal within tolerance, or where it differs.
+
+    The whole way up, from the data set on, in a temporary folder; nothing that is kept changes. What is not as the key
+    documents say, in code, library versions or base models, is told first. Ends with exit code 1 when something
+    differs. Bits depend on the number of threads too: launch.threads, and launch.arms_at_once.
+
+    Example: rrlhf reproduce rrlhf-policy@candidate
+
+    Example: rrlhf reproduce rrlhf-policy/3 --only --keep again
+    """
+    lookup = opened(profile, set_)
+    if keep and keep.exists():
+        raise UsageError(f"--keep {keep}: it exists already; name a new folder")
+    artifact = lookup.find(version)
+    order = [artifact] if only else ancestry(lookup, artifact)
+    changes = _changes(lookup, order)
+    rebuilt: list[Rebuilt] = []
+    with TemporaryDirectory(prefix="reproduce-", dir=lookup.root / ".rrlhf", ignore_cleanup_errors=True) as beside:
+        for one in rebuild(lookup, order, Path(beside), tolerance=tolerance):
+            rebuilt.append(one)
+            where = f"  {one.differences[0]}" if one.differences else ""
+            said = f"{one.name:16}  {one.verdict:22}  {one.seconds:.1f} s{where}"
+            print(said, file=sys.stderr if as_json else sys.stdout, flush=True)
+        if keep:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(beside, keep)
+    print(json.dumps(_as_json(version, rebuilt, changes), indent=1) if as_json else conclusion(version, rebuilt))
+    if worst(rebuilt).verdict == "differs":
+        raise SystemExit(1)
+
+
+def worst(rebuilt: Sequence[Rebuilt]) -> Rebuilt:
+    """Return the first of those whose verdict is the worst."""
+    return min(rebuilt, key=lambda one: VERDICTS.index(one.verdict))
+
+
+def conclusion(version: str, rebuilt: Sequence[Rebuilt]) -> str:
+    """Say in one sentence what was found, and where results first part."""
+    first = worst(rebuilt)
+    if not first.differences:
+        return f"{version} is bit-equal to what its key documents make."
+    parted = f"; its training first parted at {first.parted}" if first.parted else ""
+    differs = first.verdict == "differs"
+    said = "differs; it first does" if differs else "is equal within tolerance; the first bits that are not"
+    return f"{version} {said} in {first.name}: {first.differences[0]}{parted}."
+
+
+def _changes(lookup: Lookup, order: Sequence[Artifact]) -> dict[str, list[str]]:
+    """Return what is not as the key documents have it, and say so on stderr."""
+    changes = {}
+    for made in order:
+        if reasons := changed(lookup, made):
+            changes[made.name], commit = reasons, made.manifest["git_commit"]
+            where = f" (it was made at commit {commit}, here is {git_commit(lookup.root)})" if commit else ""
+            print(f"{made.name} is not what it was made with: {'; '.join(reasons)}{where}", file=sys.stderr)
+    if changes:
+        print("it is rebuilt with what is here, so it may differ", file=sys.stderr, flush=True)
+    return changes
+
+
+def _as_json(version: str, rebuilt: Sequence[Rebuilt], changes: dict[str, list[str]]) -> dict[str, object]:
+    stages = [
+        {
+            "name": one.name,
+            "verdict": one.verdict,
+            "seconds": round(one.seconds, 1),
+            "first_logged_difference": one.parted,
+            "differences": [
+                each._asdict() | {"by": each.by if math.isfinite(each.by) else None} for each in one.differences[:20]
+            ],
+        }
+        for one in rebuilt
+    ]
+    return {"version": version, "verdict": worst(rebuilt).verdict, "changed": changes, "stages": stages}
 
 
 def ancestry(lookup: Lookup, artifact: Artifact) -> list[Artifact]:
@@ -100,8 +188,9 @@ def rebuild(lookup: Lookup, order: Sequence[Artifact], beside: Path, *, toleranc
         began = time.monotonic()
         execute(kept.manifest["document"], inputs=inputs, out=out, launch=lookup.params.launch)
         found = compare(kept.path, out, kept.manifest["files"], tolerance)
-        yield Rebuilt(kept.name, found, first_step(kept.path, out) if found else None, time.monotonic() - began)
-        if verdict(found) == "differs":
+        one = Rebuilt(kept.name, found, first_step(kept.path, out) if found else None, time.monotonic() - began)
+        yield one
+        if one.verdict == "differs":
             return
         made[kept.key] = out
 
@@ -118,12 +207,6 @@ def compare(kept: Path, rebuilt: Path, files: Iterable[str], tolerance: float) -
         elif sha256(kept / name) != sha256(rebuilt / name):
             found += _in_file(kept / name, rebuilt / name, name, tolerance)
     return sorted(found, key=lambda difference: difference.tolerated)
-
-
-def verdict(found: Iterable[Difference]) -> str:
-    """Say in words what a comparison came to."""
-    tolerated = [difference.tolerated for difference in found]
-    return VERDICTS[2 if not tolerated else int(all(tolerated))]
 
 
 def first_step(kept: Path, rebuilt: Path) -> str | None:
@@ -153,6 +236,9 @@ def _in_file(kept: Path, rebuilt: Path, name: str, tolerance: float) -> list[Dif
 
 def _parts(path: Path) -> dict[str, Any] | None:
     """Return what a file holds by its place: tensors, texts and whole numbers. None for another kind of file."""
+    import pyarrow.parquet as pq
+    from safetensors.torch import load_file
+
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     if path.suffix == ".json":
@@ -162,6 +248,8 @@ def _parts(path: Path) -> dict[str, Any] | None:
 
 def _leaves(value: Any, place: str = "value") -> Iterator[tuple[str, Any]]:
     """Yield every part of a JSON value with its place; a number with a point, and a list of such, is a tensor."""
+    import torch
+
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield from _leaves(part, str(key) if place == "value" else f"{place}.{key}")
@@ -177,6 +265,9 @@ def _leaves(value: Any, place: str = "value") -> Iterator[tuple[str, Any]]:
 
 def _apart(old: Any, new: Any, tolerance: float) -> tuple[float, bool]:
     """Return the largest difference of two values, and whether it is tolerated."""
+    import torch
+    from torch import Tensor
+
     if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
         return (0.0, True) if type(old) is type(new) and old == new else (math.inf, False)
     if old.shape != new.shape or old.dtype != new.dtype:

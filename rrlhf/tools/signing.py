@@ -1,21 +1,21 @@
 """The commands about signatures: `rrlhf keygen` makes the keys, `rrlhf sign` signs what was made without them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rrlhf.config import Signatures
 from rrlhf.located import UsageError
+from rrlhf.pipeline import dvc
+from rrlhf.pipeline.artifacts import SIGNATURE, Artifact, Store, TamperedError
+from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.signatures import INSTALL, Notary
+from rrlhf.progress import track
 from rrlhf.tools.command_line import Profile, Set, opened
-
-if TYPE_CHECKING:
-    from rrlhf.pipeline.artifacts import Artifact, Store
-    from rrlhf.pipeline.signatures import Notary
-    from rrlhf.tools.lineage.lookup import Lookup
+from rrlhf.tools.lineage.lookup import Lookup
 
 
 def keygen(
@@ -64,9 +64,6 @@ def sign(
 
     Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
     """
-    from rrlhf.pipeline import dvc
-    from rrlhf.pipeline.artifacts import Store
-    from rrlhf.pipeline.graph import DATA
     from rrlhf.pipeline.tracking import Tracker
     from rrlhf.pipeline.tracking.server import database
 
@@ -99,8 +96,6 @@ def written_pair(private: Path) -> list[Path]:
 
     Raises ValueError when a file is there already or the library is missing: neither is ever overwritten.
     """
-    from rrlhf.pipeline.signatures import INSTALL
-
     try:
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -120,9 +115,6 @@ def written_pair(private: Path) -> list[Path]:
 
 def _named(lookup: Lookup, models: Sequence[str]) -> list[Artifact]:
     """Find artifacts as other commands do, but whether they are signed or not."""
-    from rrlhf.config import Signatures
-    from rrlhf.tools.lineage.lookup import Lookup
-
     unsigned = lookup.params.model_copy(update={"signatures": Signatures(private_key=None, public_key=None)})
     lookup = Lookup(lookup.root, lookup.profile, unsigned)
     return list({found.path: found for found in map(lookup.find, models)}.values())
@@ -130,9 +122,6 @@ def _named(lookup: Lookup, models: Sequence[str]) -> list[Artifact]:
 
 def _unsigned(store: Store, artifacts: Sequence[Artifact], notary: Notary) -> list[Artifact]:
     """Return those without a signature. Raises TamperedError with everything that must not be signed."""
-    from rrlhf.pipeline.artifacts import SIGNATURE, TamperedError
-    from rrlhf.progress import track
-
     problems, found = [], []
     for artifact in track(artifacts, len(artifacts), "reading artifacts"):
         problem = store.fault(artifact, deep=True)

@@ -1,1 +1,0 @@
-"""Prompts answered by one or two models, side by side."""

@@ -1,1 +1,0 @@
-"""Promotion: a registered policy becomes the champion when every gate lets it pass, and the evidence stays with it."""

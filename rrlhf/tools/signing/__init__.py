@@ -1,1 +1,0 @@
-"""Signatures of artifacts, and the commands that make them."""
