@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     SerializerFunctionWrapHandler,
     Tag,
     TypeAdapter,
@@ -23,6 +24,7 @@ from pydantic import (
     model_serializer,
 )
 
+from rrlhf.redact import VARIABLE
 from rrlhf.robust import AGGREGATIONS
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -383,6 +385,32 @@ def typed_arm(**settings: Any) -> Arm:
     return TypeAdapter(AnyArm).validate_python(settings)
 
 
+def _variable(text: str) -> str:
+    if not VARIABLE.search(text):
+        raise ValueError(
+            "name an environment variable as those of secrets are: ..._KEY, ..._TOKEN; the key stays in it"
+        )
+    return text
+
+
+def _http_address(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/?#@:]+(:\d+)?(/[^\s?#]*)?", text):
+        raise ValueError("write an address such as https://api.openai.com/v1, below which chat/completions lies")
+    return text.rstrip("/")
+
+
+class ChatJudge(Section):
+    """A judge that is asked which of two answers is better, by OpenAI's protocol (rrlhf/judging/chat.py)."""
+
+    address: Annotated[str, AfterValidator(_http_address)]
+    name: str  # of the model, as it is called there
+    criteria: str = "Prefer the answer that does what was asked and is correct, clear and harmless."
+    options: dict[str, JsonValue] = {"temperature": 0}  # further fields of every request
+    key_variable: Annotated[str, AfterValidator(_variable)] | None = "OPENAI_API_KEY"  # null: no key is sent
+    at_once: PositiveInt = 4  # requests
+    max_failed: Share = 0.1  # of the comparisons; with more of them without a verdict the stage fails
+
+
 class Evaluate(Section):
     """The comparison of policies."""
 
@@ -390,6 +418,7 @@ class Evaluate(Section):
     batch_size: PositiveInt
     curve_responses: PositiveInt
     samples_shown: PositiveInt
+    judge: ChatJudge | None = Field(default=None, exclude_if=lambda judge: judge is None)  # the user's, beside gold
 
 
 class Gates(Section):

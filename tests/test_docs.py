@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import save_random_heads
 
-from rrlhf.config import Gold, Health
+from rrlhf.config import ChatJudge, Gold, Health
 from rrlhf.data.tables import write_table
+from rrlhf.judging.evaluation import OwnJudge
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_document
 from rrlhf.pipeline.launch import call
@@ -126,6 +127,16 @@ def test_the_glossary_names_all_that_is_cut():
 
 def test_the_glossary_names_what_the_evaluation_measures():
     assert {name.removeprefix("POLICY_") for name in named("evaluate")} == {*METRICS, "function_NAME"}
+
+
+def test_what_a_judge_costs_and_how_it_is_set_are_described():
+    assert named("evaluate", "cost") == {*OwnJudge("").costs}
+    assert named("evaluate", "setting") == {*ChatJudge.model_fields}
+    for name, field in ChatJudge.model_fields.items():
+        default = "–" if field.is_required() else str(field.default)
+        row = next(row for row in section("evaluate").splitlines() if row.startswith(f"| `{name}` |"))
+        told = row.split("|")[2].strip().strip('`"').replace("temperature:", "'temperature':")
+        assert told in {default, default.removeprefix("0")}
 
 
 def test_every_part_of_gold_is_described_and_no_other():

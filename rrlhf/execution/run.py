@@ -21,7 +21,7 @@ from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import Artifact, Store, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
-from rrlhf.pipeline.check import check_columns, check_sources
+from rrlhf.pipeline.check import check_columns, check_judge, check_sources
 from rrlhf.pipeline.decide import Chosen, Part, chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.launch import execute
@@ -134,6 +134,7 @@ def running(
             say(f"note: {remark}")
         planned = project.plan(asked)  # raises when a part lacks what it is built on
         project.check_keys(planned)
+        check_judge(project.params.evaluate.judge, planned)
         check_room(root, room(planned))
         pages.plan(planned)
         done = nothing_to_do(project, planned)

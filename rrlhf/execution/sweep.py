@@ -17,7 +17,7 @@ from rrlhf.environment import find_root, set_environment
 from rrlhf.execution.pages import Pages
 from rrlhf.execution.run import Run, start, take, tracked
 from rrlhf.judging.evaluation import read_evaluation
-from rrlhf.pipeline.check import check_sources
+from rrlhf.pipeline.check import check_judge, check_sources
 from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import key_digest
@@ -57,6 +57,7 @@ def made_at_every_point(
     parts = parts_of(root, profile, given, points(grid, params))
     for part in parts:
         check_sources(part.project, fetch=True)
+    check_judge(params.evaluate.judge, (one for part in parts for one in part.project.plan()))
     everything = Project(root, profile, params)
     group = Run(everything, chosen(Part(), ()), [], Pages(profile), f"sweep {run_name(profile, given)}")
     with grouped(group, given, parts) as runs:

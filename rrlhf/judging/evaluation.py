@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
+from rrlhf.types import Metrics
 
 FILE = "evaluation.json"
 
@@ -90,6 +91,27 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
+class OwnJudge:
+    """The judge that the user brought, and what its verdicts cost."""
+
+    name: str
+    requests: int = 0  # all different, with those that an earlier evaluation made
+    prompt_tokens: int = 0  # as the server counts
+    completion_tokens: int = 0
+    failures: dict[str, int] = field(default_factory=dict)  # comparisons without a verdict, by reason
+
+    @property
+    def costs(self) -> Metrics:
+        """What it cost, as metrics."""
+        return {
+            "judge_requests": self.requests,
+            "judge_prompt_tokens": self.prompt_tokens,
+            "judge_completion_tokens": self.completion_tokens,
+            "judge_failures": sum(self.failures.values()),
+        }
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The content of evaluation.json."""
 
@@ -100,6 +122,7 @@ class Evaluation:
     selection: Sequence[Chosen] = ()
     excerpts: dict[str, list[Excerpt]] = field(default_factory=dict)  # of the responses in training, by policy
     gold_agreement: Sequence[GoldAgreement] = ()
+    judge: OwnJudge | None = None
 
     @property
     def start(self) -> str | None:

@@ -6,18 +6,19 @@ for a base that it never saw.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import Model, Params
+from rrlhf.config import ChatJudge, Model, Params
 from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo, Memory
 from rrlhf.models.sources import base_digest, base_location
 from rrlhf.pipeline.keys import external_digests, key_digest
+from rrlhf.pipeline.plan import Planned, computing
 from rrlhf.types import Message
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ def check_sources(project: Project, *, fetch: bool = False) -> None:
         mistakes += found
     if mistakes:
         raise ParamsError("\n".join(dict.fromkeys(mistakes)))
+
+
+def check_judge(judge: ChatJudge | None, planned: Iterable[Planned]) -> None:
+    """Raise ParamsError when policies are to be compared and the judge behind an address does not answer."""
+    if judge and any(one.node == "evaluate" for one in computing(planned)):
+        from rrlhf.judging.chat import check_chat
+
+        check_chat(judge)
 
 
 def check_columns(project: Project, data: Path) -> None:

@@ -188,12 +188,11 @@ def kind_of(stage: str) -> str:
 
 
 def telling(stage: str, metrics: Mapping[str, float]) -> str:
-    """Return the numbers that say most of a result; of a comparison every policy's gold, or proxy where none judged."""
+    """Return the numbers that say most of a result; of a comparison every policy's gold, or what stands for it."""
     names = spec_of(stage).telling
     if names is None:
-        names = tuple(name for name in metrics if name.endswith("_gold")) or tuple(
-            name for name in metrics if name.endswith("_proxy")
-        )
+        told = ([name for name in metrics if name.endswith(end)] for end in ("_gold", "_judge_win_rate", "_proxy"))
+        names = tuple(next(filter(None, told), ()))
     return ", ".join(f"{name} {metrics[name]:.3g}" for name in names if name in metrics)
 
 

@@ -1,8 +1,9 @@
 """Stage 6: the comparison of policies, on prompts that none of them was trained on.
 
 The gold judge is read here and in data preparation only; no policy is trained against it, nor against the second judge
-(rrlhf/judging/second.py), which is read here only. The SFT model stands in the comparison as the optimum under a
-constant reward. Of best-of-n the responses are there already; its KL is a bound.
+(rrlhf/judging/second.py), which is read here only. A judge of the user's own says how often a policy beats its start.
+The SFT model stands in the comparison as the optimum under a constant reward. Of best-of-n the responses are there
+already; its KL is a bound.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rrlhf.config import Arm, BestOfNArm, Evaluate, Gold, Model, PaidArm, PpoArm
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
-from rrlhf.judging.content import GoldAgreement, RewardJudgement
+from rrlhf.judging.chat import Comparisons
+from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
 from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample, write_evaluation
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
 from rrlhf.judging.second import SecondJudge
@@ -71,9 +73,18 @@ def run(
         for name, reading in readings.items()
     }
     at_length = gold_at_length(readings)
+    own = Comparisons(evaluate.judge) if evaluate.judge else None
+    verdicts = _against_start(own, readings, rows) if own else {}
     evaluation = Evaluation(
         policies=[
-            _policy(name, reading, opinions[name], at_length.get(name), *paid_by.get(name, (None, NO_SCALE)))
+            _policy(
+                name,
+                reading,
+                opinions[name],
+                at_length.get(name),
+                verdicts.get(name, {}),
+                *paid_by.get(name, (None, NO_SCALE)),
+            )
             for name, reading in readings.items()
         ],
         curves=[
@@ -86,8 +97,9 @@ def run(
         excerpts={name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges.gold))},
         reward_models=_judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
         gold_agreement=_agreements(readings),
+        judge=own.told() if own else None,
     )
-    log({"step": 0, **judges.told()})
+    log({"step": 0, **judges.told(), **(evaluation.judge.costs if evaluation.judge else {})})
     for policy in evaluation.policies:
         log({"step": 0, **{f"{policy.name}_{metric}": value.mean for metric, value in policy.metrics.items()}})
     write_evaluation(evaluation, out)
@@ -107,8 +119,32 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
+def _against_start(judge: Comparisons, readings: dict[str, Reading], rows: Rows) -> dict[str, dict[str, Measured]]:
+    """Return how each policy's responses do against the start's, by the user's judge: those of one number meet."""
+    start, found = readings["sft"], {}
+    for name, reading in readings.items():
+        each = min(reading.per_prompt, start.per_prompt)
+        ours, theirs = (
+            [text for i, text in enumerate(one.texts) if i % one.per_prompt < each] for one in (reading, start)
+        )
+        wins = judge.wins(
+            [row["prompt"] for row in rows for _ in range(each)], ours, theirs, f"evaluate: judge of {name}"
+        )
+        known = ~wins.isnan()
+        if known.any():
+            wins, prompt = wins[known], (torch.arange(len(wins)) // each)[known]
+            found[name] = {"judge_win_rate": estimate(wins, prompt), "judge_ties": estimate(wins == 0.5, prompt)}
+    return found
+
+
 def _policy(
-    name: str, reading: Reading, second_opinion: Tensor, at_length: Tensor | None, arm: Arm | None, scale: Scale
+    name: str,
+    reading: Reading,
+    second_opinion: Tensor,
+    at_length: Tensor | None,
+    verdicts: dict[str, Measured],
+    arm: Arm | None,
+    scale: Scale,
 ) -> Policy:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
@@ -134,7 +170,7 @@ def _policy(
         name=name,
         reward=reward,
         settings=arm.settings if isinstance(arm, PaidArm) else {},
-        metrics={key: estimate(column, reading.prompt) for key, column in columns.items()},
+        metrics={key: estimate(column, reading.prompt) for key, column in columns.items()} | verdicts,
         functions=arm.functions if isinstance(arm, PaidArm) else {},
         method=arm.method if arm else None,
         n=arm.n if isinstance(arm, BestOfNArm) else None,

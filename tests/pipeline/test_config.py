@@ -15,6 +15,7 @@ from rrlhf.located import ParamsError
 from rrlhf.pipeline.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
 
 ROOT = Path(__file__).parents[2]
+JUDGE = {"address": "https://a/v1", "name": "x"}
 CHOOSY = {"method": "best_of_n", "reward": "single", "n": 4, "seed": 1}
 
 
@@ -198,6 +199,11 @@ def test_a_weight_is_a_finite_number(value):
             {"dpo__loss": "ipo", "dpo__label_smoothing": 0.1},
             "label_smoothing: it belongs to the loss sigmoid, not to ipo",
         ),
+        ({"evaluate__judge": {"address": "https://a/v1"}}, "evaluate.judge.name: is missing"),
+        ({"evaluate__judge": {"address": "a/v1", "name": "x"}}, "write an address such as https://"),
+        ({"evaluate__judge": JUDGE | {"key_variable": "KEYS"}}, "name an environment variable as those of secrets"),
+        ({"evaluate__judge": JUDGE | {"model": "x"}}, "evaluate.judge.model: unknown setting"),
+        ({"evaluate__judge": JUDGE | {"options": {"api": "sk-" + "x" * 20}}}, "it holds a password or a key"),
         (
             {"dpo__pairs_per_batch": 5, "launch__processes": 2, "launch__arms_at_once": 1},
             "dpo.pairs_per_batch: 5 is not a multiple of launch.processes 2",

@@ -81,6 +81,19 @@ def test_what_the_gold_judge_reads_with_is_an_input_of_all_that_it_judges(tmp_pa
     assert given == {"data", "sft", "evaluate"}
 
 
+def test_a_judge_of_ones_own_is_in_the_key_of_the_comparison_and_in_none_without_one():
+    judge = {"address": "https://a/v1", "name": "x"}
+    without, one, other = (
+        {node.name: key_document(node, {}) for node in nodes(load_params(ROOT, "tiny", {"evaluate.judge": given}))}
+        for given in (None, judge, judge | {"criteria": "Prefer brevity."})
+    )
+    assert {name for name in without if without[name] != one[name]} == {"evaluate"}
+    assert "judge" not in without["evaluate"]["params"]["evaluate"]
+    assert [change.split(" ")[0] for change in differences(one["evaluate"], other["evaluate"])] == [
+        "evaluate.judge.criteria"
+    ]
+
+
 def test_settings_that_change_no_number_are_in_no_key():
     params = load_params(ROOT, "tiny")
     other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere", "limits.max_cut": 0.5})

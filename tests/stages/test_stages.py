@@ -9,11 +9,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chat_server import chat_server, longer
 
-from rrlhf.config import typed_arm
+from rrlhf.config import ChatJudge, typed_arm
 from rrlhf.data.fingerprints import row_hash
 from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.data.tasks import WritingTask
+from rrlhf.judging.content import Measured
+from rrlhf.judging.evaluation import OwnJudge, read_evaluation
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.reward import read_arm, write_arm
@@ -21,6 +24,7 @@ from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.stages import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.tools.reporting.comparison import METRICS
+from rrlhf.tools.reporting.report import render
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +58,11 @@ def made(params, tmp_path_factory):
         for name, arm in params.arms.items()
         if arm.method == "ppo"
     }
-    run("evaluate", evaluate, **common, gold=params.gold, evaluate=params.evaluate, **inputs, policies=policies)
+    with pytest.MonkeyPatch.context() as patch, chat_server(longer) as (address, _):
+        patch.chdir(root)
+        judge = ChatJudge(address=address, name="gpt-x", key_variable=None)
+        settings = params.evaluate.model_copy(update={"judge": judge})
+        run("evaluate", evaluate, **common, gold=params.gold, evaluate=settings, **inputs, policies=policies)
     return root, rows
 
 
@@ -267,6 +275,20 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, 
     assert metrics["rules"]["reward"]["mean"] == pytest.approx(expected, abs=1e-6)
     assert "reward" not in metrics["single"]
     assert found[2]["functions"] == {"length_rule:length": 0.5}
+
+
+def test_a_judge_behind_an_address_compares_every_policy_with_its_start(made):
+    found, rows = read_evaluation(made[0] / "evaluate"), made[1]
+    rates = found.measured("judge_win_rate")
+    assert rates["sft"] == Measured(0.5, 0.0, found.measured("gold")["sft"].n)
+    assert 0 <= rates["robust"].mean <= 1
+    asked = found.judge.requests
+    assert 0 < asked <= 2 * 2 * rates["robust"].n
+    assert found.judge == OwnJudge("gpt-x", asked, 10 * asked, 2 * asked)
+    told = {name: value for row in rows["evaluate"] for name, value in row.items()}
+    assert (told["judge_requests"], told["robust_judge_win_rate"]) == (asked, rates["robust"].mean)
+    html = render(found, profile="tiny", params={}, lineage=None, facts={}, trained={})
+    assert f"gpt-x compared each response with the start&#39;s, in both orders: {asked} requests" in html
 
 
 def test_repetition_is_the_share_of_words_said_before():

@@ -1,13 +1,14 @@
 """The report's first screen says in words what the numbers say, and no more."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from rrlhf.judging.content import Measured
-from rrlhf.judging.evaluation import Evaluation, Point, Policy
+from rrlhf.judging.evaluation import Evaluation, OwnJudge, Point, Policy
 from rrlhf.policy.health import Event
-from rrlhf.tools.reporting.verdict import Training, headline, standings
+from rrlhf.tools.reporting.verdict import Training, headline, standings, verdict
 
 
 def measured(mean: float, stderr: float = 0.1) -> Measured:
@@ -69,16 +70,37 @@ def test_changes_have_intervals_of_two_standard_errors_of_the_difference():
 
 def test_the_headline_groups_arms_that_came_out_alike():
     arms = [policy(name, gold=measured(gold)) for name, gold in (("a", 2.0), ("b", 0.0), ("c", 3.0), ("d", 1.0))]
-    told = headline(standings(evaluation(*arms, gold=measured(1.0)), {}))
+    case = evaluation(*arms, gold=measured(1.0))
+    told = headline(standings(case, {}), case)
     better, worse, same = "a and c are better than the start", "b is worse than the start", "d is not clearly different"
     assert told == f"By the independent judge, {better}; {worse}; {same} from the start."
 
 
 def test_without_a_judge_nothing_is_said_of_quality():
-    found = standings(evaluation(policy("a", proxy=measured(9.0)), proxy=measured(0.0)), {})
-    assert headline(found) == "No independent judge read this run: whether the responses became better is not known."
+    case = evaluation(policy("a", proxy=measured(9.0)), proxy=measured(0.0))
+    found = standings(case, {})
+    assert (
+        headline(found, case) == "No independent judge read this run: whether the responses became better is not known."
+    )
     assert found[0].words == "not judged"
     assert found[0].changes.keys() == {"proxy"}
+
+
+def test_without_gold_the_judge_that_the_user_brought_decides_by_its_win_rate():
+    arms = [policy("a", judge_win_rate=measured(0.8, 0.05)), policy("b", judge_win_rate=measured(0.55, 0.05))]
+    case = evaluation(*arms, judge_win_rate=measured(0.5, 0.0))
+    case = replace(case, judge=OwnJudge("gpt-x", 84, 12345, 168, {"refused": 1, "HTTP 500": 2}))
+    assert verdict(case, {}) == [
+        "By the judge gpt-x, a is better than the start; b is not clearly different from the start.",
+        "a has the highest judge win rate, +0.25 (+0.11 to +0.39) over b.",
+        "gpt-x compared each response with the start's, in both orders: 84 requests, 12,345 tokens read and 168 "
+        "written; left out without a verdict: refused (1), HTTP 500 (2).",
+        "a against the start: judge win rate +0.30 (+0.20 to +0.40); no warning.",
+        "b against the start: judge win rate +0.05 (-0.05 to +0.15); no warning.",
+    ]
+    arms = [policy("a", gold=measured(0.0), judge_win_rate=measured(0.8, 0.05))]
+    case = replace(evaluation(*arms, gold=measured(1.0), judge_win_rate=measured(0.5, 0.0)), judge=case.judge)
+    assert verdict(case, {})[0] == "By the independent judge, a is worse than the start."
 
 
 def test_warnings_are_those_of_the_courses_and_of_the_detectors():

@@ -29,6 +29,11 @@ METRICS = {
         "where there is room",
         "second opinion",
     ),
+    "judge_win_rate": Metric(
+        "How often the judge that you brought prefers the response to the start's. Ties are half; 0.5: as good.",
+        "first",
+    ),
+    "judge_ties": Metric("How often that judge finds both equally good, or the one that it is shown first better."),
     "gold_at_length": Metric(
         "Gold at the start's length: what mere length gains or loses is taken off.", "where there is room"
     ),

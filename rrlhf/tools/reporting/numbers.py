@@ -15,7 +15,7 @@ from rrlhf.tools.reporting.verdict import Training
 from rrlhf.types import Json
 
 FILES = METRICS, CURVES = "metrics.json", "curves.csv"
-COMPARED = ("gold", "proxy", "kl")
+COMPARED = ("gold", "judge_win_rate", "proxy", "kl")
 COLUMNS = ("gold", "proxy", "kl", "score", "spread", "sigma", "entropy", "response_tokens")  # of curves.csv, if known
 DIGITS = 6  # significant ones, which every difference worth a look survives
 

@@ -16,7 +16,7 @@ from rrlhf.tools.reporting import plots
 from rrlhf.tools.reporting.comparison import reward_in_words, rows
 from rrlhf.tools.reporting.plots import ARM_LOOKS, Chart, data_uri, dress, empty_chart
 from rrlhf.tools.reporting.tables import Table, figures, known, page
-from rrlhf.tools.reporting.verdict import Training, headline, lead, standings
+from rrlhf.tools.reporting.verdict import Training, asked, headline, lead, standings
 from rrlhf.types import Json
 
 AGREEMENT = (
@@ -66,8 +66,9 @@ def render(
         profile=profile,
         rewards={policy.name: reward_in_words(policy) for policy in evaluation.policies},
         standings=stand,
-        headline=headline(stand),
+        headline=headline(stand, evaluation),
         lead=lead(evaluation),
+        asked=asked(evaluation),
         has_gold=bool(evaluation.measured("gold")),
         rows=rows(evaluation),
         looks=looks,

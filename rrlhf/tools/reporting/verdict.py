@@ -27,6 +27,7 @@ Column = NDArray[np.float64]
 
 FEWEST_WORDS = 2 / 3  # of the start's: below it a policy has collapsed into fragments
 MOST_RISE = {"repetition": 0.1, "gibberish": 0.1}  # over the start's: above it it has collapsed into noise
+JUDGES = ("gold", "judge_win_rate")  # the first of them that read a run decides
 UNJUDGED = "not judged"
 BETTER = "better than the start"
 FELL_APART = "scored above the start, but with responses that have collapsed"
@@ -136,27 +137,40 @@ def verdict(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[str
     found = standings(evaluation, trained)
     each = []
     for arm in found:
-        changes = [f"{metric} {change}" for metric, change in arm.changes.items()]
+        changes = [f"{_spoken(metric)} {change}" for metric, change in arm.changes.items()]
         each.append(f"{arm.policy} against the start: {', '.join(changes)}; {'; '.join(arm.warnings) or 'no warning'}.")
-    return [*filter(None, [headline(found), lead(evaluation)]), *each]
+    return [*filter(None, [headline(found, evaluation), lead(evaluation), asked(evaluation)]), *each]
 
 
 def lead(evaluation: Evaluation) -> str:
-    """Say how the best arm by gold, or by proxy without a judge, compares with the next, if there is one."""
-    metric = "gold" if evaluation.measured("gold") else "proxy"
+    """Say how the best arm by the judge, or by proxy without one, compares with the next, if there is one."""
+    metric = next(filter(evaluation.measured, JUDGES), "proxy")
     known = evaluation.measured(metric)
     ranked = sorted((arm for arm in evaluation.arms if arm in known), key=lambda arm: -known[arm].mean)
     if len(ranked) < 2:
         return ""
     gap = difference(known[ranked[0]], known[ranked[1]])
     noise = ", which may be noise" if gap.is_noise else ""
-    return f"{ranked[0]} has the highest {metric}, {gap.interval} over {ranked[1]}{noise}."
+    return f"{ranked[0]} has the highest {_spoken(metric)}, {gap.interval} over {ranked[1]}{noise}."
+
+
+def asked(evaluation: Evaluation) -> str:
+    """Say what the judge that the user brought was asked, and how often in vain; nothing without one."""
+    judge = evaluation.judge
+    if judge is None:
+        return ""
+    failed = ", ".join(f"{reason} ({count})" for reason, count in judge.failures.items())
+    return (
+        f"{judge.name} compared each response with the start's, in both orders: {judge.requests} requests, "
+        f"{judge.prompt_tokens:,} tokens read and {judge.completion_tokens:,} written; "
+        f"{f'left out without a verdict: {failed}' if failed else 'all with a verdict'}."
+    )
 
 
 def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[Standing]:
     """Return where every arm stands, in the order of the comparison; nothing without a start to compare with."""
     start, points, fell_apart = evaluation.start, evaluation.courses, collapsed(evaluation)
-    known = {metric: evaluation.measured(metric) for metric in ("gold", "proxy")}
+    known = {metric: evaluation.measured(metric) for metric in (*JUDGES, "proxy")}
     found = []
     for name in evaluation.arms if start else ():
         changes = {
@@ -164,7 +178,7 @@ def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[S
             for metric, values in known.items()
             if name in values and start in values
         }
-        words = _in_words(changes["gold"]) if "gold" in changes else UNJUDGED
+        words = next((_in_words(changes[metric]) for metric in JUDGES if metric in changes), UNJUDGED)
         warnings = [fell_apart[name]] if name in fell_apart else []
         went = course(points.get(name, ()))
         if went and went.over_optimised:
@@ -179,7 +193,7 @@ def standings(evaluation: Evaluation, trained: Mapping[str, Training]) -> list[S
     return found
 
 
-def headline(standings: Sequence[Standing]) -> str:
+def headline(standings: Sequence[Standing], evaluation: Evaluation) -> str:
     """Say in one sentence which arms are better than the start, and which are not."""
     groups: dict[str, list[str]] = {}
     for standing in standings:
@@ -192,7 +206,8 @@ def headline(standings: Sequence[Standing]) -> str:
         f"{' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))} {'are' if names[1:] else 'is'} {words}"
         for words, names in groups.items()
     ]
-    return f"By the independent judge, {'; '.join(told)}."
+    own = None if evaluation.measured("gold") else evaluation.judge
+    return f"By {f'the judge {own.name}' if own else 'the independent judge'}, {'; '.join(told)}."
 
 
 def collapsed(evaluation: Evaluation) -> dict[str, str]:
@@ -209,6 +224,10 @@ def collapsed(evaluation: Evaluation) -> dict[str, str]:
                 if now < FEWEST_WORDS * before if metric == "words" else now > before + MOST_RISE[metric]:
                     found.setdefault(name, []).append(f"{metric} from {before:.3g} to {now:.3g}")
     return {name: f"its responses have collapsed ({', '.join(told)})" for name, told in found.items()}
+
+
+def _spoken(metric: str) -> str:
+    return metric.replace("_", " ")
 
 
 def _in_words(change: Difference) -> str:

@@ -202,6 +202,7 @@ def run_flow(
 
     With nothing to do, its result is told without the flow; a server that was named is told all the same.
     """
+    from rrlhf.pipeline.check import check_judge
     from rrlhf.pipeline.decide import Part
     from rrlhf.pipeline.plan import room, total
     from rrlhf.progress import say
@@ -214,6 +215,7 @@ def run_flow(
         project = _project(profile, overrides, take_aliases)
         planned = project.plan(part)
         project.check_keys(planned)
+        check_judge(project.params.evaluate.judge, planned)  # again in the flow, which may be started without this
         done = None if "PREFECT_API_URL" in os.environ else nothing_to_do(project, planned)
         if done:
             with noted(project.root, profile, overrides, part):

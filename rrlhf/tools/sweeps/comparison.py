@@ -21,7 +21,7 @@ from rrlhf.tools.reporting.comparison import METRICS
 from rrlhf.tools.reporting.verdict import columns, course, difference, smoothed
 from rrlhf.types import Json
 
-COMPARED = ("gold", "second_opinion", "gold_at_length", "words")  # metrics of finished policies
+COMPARED = ("gold", "second_opinion", "judge_win_rate", "gold_at_length", "words")  # metrics of finished policies
 AT_EQUAL_KL = {"gold": "gold at equal KL", "second_opinion": "second opinion at equal KL"}
 WIN_RATE = "win rate"  # share of evaluation prompts with the higher gold; a tie is half
 
