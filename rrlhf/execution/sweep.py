@@ -59,7 +59,7 @@ def made_at_every_point(
         check_sources(part.project, fetch=True)
     check_judge(params.evaluate.judge, (one for part in parts for one in part.project.plan()))
     everything = Project(root, profile, params)
-    group = Run(everything, chosen(Part(), ()), [], Pages(profile), f"sweep {run_name(profile, given)}")
+    group = Run(everything, chosen(Part(), everything.nodes), [], Pages(profile), f"sweep {run_name(profile, given)}")
     with grouped(group, given, parts) as runs:
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
