@@ -6,18 +6,22 @@ import inspect
 import io
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rrlhf.environment import find_root, set_environment
+from rrlhf.pipeline.artifacts import git_commit
 from rrlhf.pipeline.dvc import follow_git
 from rrlhf.tools.chat import chat
-from rrlhf.tools.command_line import USAGE, end, mending
+from rrlhf.tools.command_line import mending
+from rrlhf.tools.init import init
 from rrlhf.tools.judging.command import evaluate_reward
 from rrlhf.tools.lineage.command import audit, diff, lineage
 from rrlhf.tools.promote import promote
+from rrlhf.tools.push import push
 from rrlhf.tools.reproduce import reproduce
 from rrlhf.tools.running.command import accept, plan, relocate, report, run, status, sync, why
 from rrlhf.tools.signing import keygen, sign
@@ -40,11 +44,27 @@ def serve(
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(run, plan, why, status, report, accept),
-    *(lineage, diff, audit, promote, reproduce),
+    *(init, run, plan, why, status, report, accept),
+    *(lineage, diff, audit, promote, reproduce, push),
     *(sweep, experiment, chat, evaluate_reward, toy, serve),
     *(sync, relocate, keygen, sign),
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        folder = Path(__file__).parents[1]
+        commit = git_commit(folder) if (folder / ".git").exists() else None
+        print(f"rrlhf {version('rrlhf')}" + (f", commit {commit} in {folder}" if commit else ""))
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, help="Tell the version, and end.")
+    ] = False,
+) -> None:
+    """Take what comes before a command's name."""
 
 
 def _paragraphs(command: Callable[..., None]) -> str:
@@ -58,23 +78,21 @@ app = typer.Typer(
     "set is wrong, 3 a stored file was changed, or a forced stage gave another result, 4 DVC's lock cannot be had, 130 "
     "interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    callback=_options,
 )
 for _command in COMMANDS:
     app.command(help=_paragraphs(_command))(mending()(_command))
 
 
 def main() -> None:
-    """Run the command in the project's folder, and end with its exit code."""
+    """Run the command, in the project's folder where it needs one, and end with its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a ± that the terminal does not have is no reason to fail
-    if len(sys.argv) > 1 and not {"-h", "--help"} & set(sys.argv):
-        try:
-            root = find_root(Path.cwd())
-        except FileNotFoundError as error:
-            end(USAGE, str(error))
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if not first.startswith("-") and first != "init" and not {"-h", "--help"} & set(sys.argv):
         with mending():
+            root = find_root(Path.cwd())
             set_environment(root)
             follow_git(root)
     app()

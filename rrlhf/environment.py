@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rrlhf.located import MendableError
+from rrlhf.located import MendableError, UsageError
 from rrlhf.redact import redact_output
 
 QUIET = {
@@ -55,7 +55,7 @@ def find_root(start: Path) -> Path:
     for folder in (start, *start.parents):
         if (folder / "params.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"no params.yaml in {start} or above: run rrlhf in the project's folder")
+    raise UsageError(f"no params.yaml in {start} or above: run rrlhf in a project's folder; `rrlhf init` makes one")
 
 
 def set_environment(root: Path) -> None:

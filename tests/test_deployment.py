@@ -260,6 +260,47 @@ def test_a_run_that_was_killed_is_crashed(first, served):
 
 
 @pytest.fixture
+def told_of():
+    """A server that takes messages: its address, and what was sent to it."""
+    messages = []
+
+    class Taking(BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Taking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", messages
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_told_by_the_automation_in_the_comments(served, told_of):
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    address, messages = told_of
+    with temporary_settings({PREFECT_API_URL: served.api}):
+        sends = {"subject": "{{subject}}", "body": "{{body}}"}
+        block = CustomWebhookNotificationBlock(name="test", url=address, json_data=sends).save("told", overwrite=True)
+    file, nobody = served.root / "told.yaml", "00000000-0000-0000-0000-000000000000"
+    text = (ROOT / "automations.yaml").read_text().replace("  # - name", "  - name").replace("  #   ", "    ")
+    file.write_text(text.replace(nobody, str(block)))
+    served.declare(file)
+    with pytest.raises(AssertionError, match="no_such"):
+        served.run("-p", 'overrides={"ppo.no_such": 1}')
+    [message] = until(lambda: messages)
+    assert message["subject"].endswith(": Failed")
+    assert "ppo.no_such" in message["body"]
+    assert "/runs/flow-run/" in message["body"]
+
+
+@pytest.fixture
 def refusing():
     """A server that refuses everything, and what it was asked: first of all for a token, which most do without."""
     requests = []

@@ -24,7 +24,7 @@ from rrlhf.locks import locked
 from rrlhf.pipeline.tracking import AwayError, Tracker
 from rrlhf.pipeline.tracking.server import PAGES
 from rrlhf.progress import in_words, say
-from rrlhf.sourcecode import not_found, source_file
+from rrlhf.sourcecode import importable
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 
 HOST = "127.0.0.1"
@@ -40,7 +40,7 @@ MLflow   {mlflow}
 
 Start a run from another shell:
   export PREFECT_API_URL={api}
-  .venv/bin/prefect deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
+  {command} deployment run reward-robust-rlhf/default -p 'overrides={{"ppo.kl_weight": 0.05}}' --watch
 
 Ctrl-C stops everything."""
 
@@ -113,7 +113,10 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         show = _service("MLflow", [*command, *kept], NO_JOBS | environment, root)
         with work as worker, show as pages:
             pages.wait_for(f"{mlflow}/health")
-            print(ADDRESSES.format(prefect=f"http://{HOST}:{prefect_port}", mlflow=mlflow, api=api), flush=True)
+            beside = Path(sys.executable).with_name("prefect")
+            known = {"api": api, "prefect": f"http://{HOST}:{prefect_port}", "mlflow": mlflow}
+            known["command"] = str(beside.relative_to(root) if beside.is_relative_to(root) else beside)
+            print(ADDRESSES.format(**known), flush=True)
             while all(each.process.poll() is None for each in (server, worker, pages)):
                 check_stop()
                 time.sleep(0.5)
@@ -127,8 +130,9 @@ def started(root: Path, experiment: str, flow: str, results: int = 0) -> Any:
     MLflow refuses, and FullError when the disk has no room.
     results: bytes that the flow will write, as far as that is known.
     """
-    if source_file(f"flows.{flow}", root) is None:
-        raise UsageError(f"{not_found(f'flows.{flow}', root)}; `rrlhf init` in an empty folder makes one")
+    if not (file := root / "flows" / f"{flow}.py").is_file():
+        raise UsageError(f"{file}: not there; `rrlhf init` in an empty folder makes one")
+    importable(root)
     check_room(root, results)
     say("starting: Prefect, MLflow and their databases")
     began = time.monotonic()
