@@ -101,7 +101,7 @@ def differences(old: Document, new: Document) -> list[str]:
 
 def changes(old: Document, new: Document) -> list[Change]:
     """Return what changed from one key document to another: settings, inputs, code, versions."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     found = [Change(path, before.get(path, UNSET), after.get(path, UNSET)) for path in after | before]
     differing = [change for change in found if _text(change.old) != _text(change.new)]
     return sorted(
@@ -115,21 +115,18 @@ def our_modules() -> Modules:
     return Modules(PACKAGE)
 
 
-def dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every setting by its dotted name, as text."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from dotted(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", str(value)
+def dotted(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return every setting by its dotted name, as text."""
+    return [(".".join(path), str(value)) for path, value in leaves(settings) if value != {}]
 
 
-def _flatten(document: Document, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in document.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, (*path, key))
+def leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every value below mappings with its path; an empty mapping is a value."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, (*path, str(name)))
         else:
-            yield (*path, key), value
+            yield (*path, str(name)), value
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from rrlhf.checks import contradictions
 from rrlhf.config import Params
 from rrlhf.located import ParamsError, Where, did_you_mean, place, read
+from rrlhf.pipeline.keys import leaves
 from rrlhf.redact import redacted
 from rrlhf.types import Json
 
@@ -65,8 +66,8 @@ def load_params(root: Path, profile: str = "default", overrides: Mapping[str, Js
     _complete_arms(merged)
     mistakes += [
         _told(path, "it holds a password or a key, which every result would keep: give it by the environment", where)
-        for path, text in _texts(merged)
-        if redacted(text) != text
+        for path, value in leaves(merged)
+        if isinstance(value, str) and redacted(value) != value
     ]
     try:
         params = Params.model_validate(merged)
@@ -109,15 +110,6 @@ def _merge(under: Any, over: Any) -> Any:
     if not (isinstance(under, dict) and isinstance(over, dict)):
         return over
     return under | {key: _merge(under.get(key), value) for key, value in over.items()}
-
-
-def _texts(level: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield every setting that is a text, and its path."""
-    if isinstance(level, dict):
-        for name, value in level.items():
-            yield from _texts(value, (*path, str(name)))
-    elif isinstance(level, str):
-        yield path, level
 
 
 def _complete_arms(merged: dict[str, Any]) -> None:
