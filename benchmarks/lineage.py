@@ -33,7 +33,7 @@ from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import HISTORY, Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.tracking import Version
+from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.diff import sightings
 from rrlhf.tools.lineage.lookup import Lookup, graph_of

@@ -14,7 +14,7 @@ from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import aliases_of
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 
 
 @contextmanager

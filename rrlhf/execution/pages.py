@@ -22,7 +22,7 @@ from prefect.exceptions import PrefectException
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.plan import Planned, computing, total
-from rrlhf.pipeline.tracking import version_page
+from rrlhf.pipeline.tracking.server import version_page
 from rrlhf.progress import in_words
 from rrlhf.tools.lineage.text import tree
 from rrlhf.tools.reporting.comparison import table

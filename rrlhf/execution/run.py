@@ -29,8 +29,16 @@ from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.plan import Planned, Project, room
 from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.stages import kind_of, telling
-from rrlhf.pipeline.tracking import AwayError, Tracker, TrackingError, mlflow_pages, version_page
-from rrlhf.pipeline.tracking.server import address, check_answer, database
+from rrlhf.pipeline.tracking.server import (
+    AwayError,
+    TrackingError,
+    address,
+    check_answer,
+    database,
+    mlflow_pages,
+    version_page,
+)
+from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.pipeline.tracking.unsynced import Made, Unsynced, note, sync
 from rrlhf.policy.health import DivergedError
 from rrlhf.progress import in_words, say

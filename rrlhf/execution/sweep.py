@@ -24,7 +24,7 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, run_name
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import STAGES, kind_of
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.policy.health import DivergedError, suspected_at
 from rrlhf.stopping import STOPPING, stop_between_steps
 from rrlhf.tools.reporting.comparison import FIRST

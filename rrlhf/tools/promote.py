@@ -20,7 +20,7 @@ from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.tracking import Version
+    from rrlhf.pipeline.tracking.tracker import Version
 
 EVIDENCE = "promotion"  # folder of the evidence among the files of a version's run
 

@@ -21,8 +21,8 @@ from urllib.error import HTTPError
 from rrlhf.environment import check_room, end_with_parent
 from rrlhf.located import MendableError, UsageError
 from rrlhf.locks import locked
-from rrlhf.pipeline.tracking import AwayError, Tracker
-from rrlhf.pipeline.tracking.server import PAGES
+from rrlhf.pipeline.tracking.server import PAGES, AwayError
+from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.progress import in_words, say
 from rrlhf.sourcecode import importable
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps

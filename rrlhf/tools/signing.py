@@ -64,8 +64,8 @@ def sign(
 
     Example: rrlhf sign rrlhf-policy@candidate --set signatures.private_key=~/.config/rrlhf/key
     """
-    from rrlhf.pipeline.tracking import Tracker
     from rrlhf.pipeline.tracking.server import database
+    from rrlhf.pipeline.tracking.tracker import Tracker
 
     lookup = opened(profile, set_)
     root, notary = lookup.root, lookup.store.notary

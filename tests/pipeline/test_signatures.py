@@ -37,7 +37,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import produce
 from rrlhf.pipeline.signatures import Notary, notary_of
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.tools.signing import sign, written_pair
 
 model_signing = pytest.importorskip("model_signing", reason="pip install 'rrlhf[sign]'")

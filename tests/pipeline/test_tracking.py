@@ -30,10 +30,10 @@ from rrlhf.pipeline.cards import without_front_matter
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
-from rrlhf.pipeline.tracking import AwayError, Tracker, TrackingError, server
+from rrlhf.pipeline.tracking import server
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
-from rrlhf.pipeline.tracking.server import relocate
-from rrlhf.pipeline.tracking.tracker import Registration, registrations
+from rrlhf.pipeline.tracking.server import AwayError, TrackingError, relocate
+from rrlhf.pipeline.tracking.tracker import Registration, Tracker, registrations
 from rrlhf.policy.health import DivergedError
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
@@ -416,7 +416,7 @@ KILLED_WHILE_COPYING = """
 import resource, signal, sys
 from pathlib import Path
 from rrlhf.pipeline.artifacts import Store
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when a file grows past the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 root = Path(sys.argv[1])
@@ -479,7 +479,7 @@ AFTER_A_MOVE = """
 import json, shutil, sys
 from pathlib import Path
 from rrlhf.pipeline.artifacts import Store
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 root = Path(sys.argv[1])
 tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
 faults = [tracker.models.alias_fault(v, alias) for v in tracker.versions() for alias in v.aliases]

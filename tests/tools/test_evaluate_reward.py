@@ -14,7 +14,7 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
-from rrlhf.pipeline.tracking import Tracker
+from rrlhf.pipeline.tracking.tracker import Tracker
 
 PROFILE = ("--profile", "tiny")
 

@@ -12,7 +12,7 @@ from scipy import stats
 from rrlhf.config import Gates
 from rrlhf.judging.calibration import mean_interval
 from rrlhf.judging.content import Measured
-from rrlhf.pipeline.tracking import Version
+from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
 from rrlhf.tools.promote import check, named
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.tracking import Version
+from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.lineage.diff import digest_start
 from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree

@@ -10,7 +10,7 @@ from rrlhf.execution.pages import ancestry, comparison, percent_done, plan_rows
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import Evaluation, Policy
 from rrlhf.pipeline.plan import Planned, total
-from rrlhf.pipeline.tracking import Version
+from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.reporting.tables import Table, escaped, markdown
 from rrlhf.tools.sweeps.comparison import Found, compared

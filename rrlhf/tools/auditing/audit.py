@@ -13,7 +13,8 @@ from rrlhf.pipeline.ancestry import Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
-from rrlhf.pipeline.tracking import Version, tag_fault
+from rrlhf.pipeline.tracking.models import tag_fault
+from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.lineage.text import line
 

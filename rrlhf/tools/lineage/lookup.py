@@ -23,7 +23,7 @@ from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import profile_of
 
 if TYPE_CHECKING:
-    from rrlhf.pipeline.tracking import Tracker, Version
+    from rrlhf.pipeline.tracking.tracker import Tracker, Version
 
 Identity = tuple[str, str]  # digest of the content, key
 
@@ -38,7 +38,7 @@ class Lookup:
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow."""
-        from rrlhf.pipeline.tracking import Tracker
+        from rrlhf.pipeline.tracking.tracker import Tracker
 
         return Tracker.connect(self.root, self.params.tracking.experiment)
 
