@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rrlhf.config import Params
 from rrlhf.located import ParamsError
@@ -113,29 +112,23 @@ class Project:
 
         making: the nodes that the same run computes before it, by key.
         """
-        facts = Facts(
-            allowed=node.name in wanted.allowed,
-            forced=node.name in wanted.forced,
-            missing=[name for name in node.inputs.values() if name not in digests],
-        )
+        missing = [name for name in node.inputs.values() if name not in digests]
         key = digest = None
-        if not facts.missing:
+        known: dict[str, Any] = {}  # of the result; nothing is asked that needs not be
+        if not missing:
             document = self.document(node, digests)
             key = key_digest(document)
-            facts, digest = self._looked_up(facts, node, document, (making or {}).get(key, ""))
-        return Planned(node.name, *decide(facts), None, key, digest)
-
-    def _looked_up(self, facts: Facts, node: Node, document: Document, twin: str) -> tuple[Facts, str | None]:
-        """Add what is known of the result of a key, and return its digest, too; nothing is asked that needs not be."""
-        key = key_digest(document)
-        if here := self.store.checked(node.stage, key):
-            return replace(facts, here=True, accepted=here.accepted), here.digest
-        if twin:
-            return replace(facts, twin=twin), None
-        if found := self._elsewhere(node, key):
-            digest, where = found
-            return replace(facts, elsewhere=where), digest
-        return replace(facts, lacking=self.reasons(node, document, key)), None
+            if here := self.store.checked(node.stage, key):
+                digest, known = here.digest, {"here": True, "accepted": here.accepted}
+            elif twin := (making or {}).get(key):
+                known = {"twin": twin}
+            elif found := self._elsewhere(node, key):
+                digest, known = found[0], {"elsewhere": found[1]}
+            else:
+                nearest = [] if self.store.was_here(key) else self.closest(node, document)[0]
+                known = {"lacking": nearest or ["artifact missing"]}
+        allowed, forced = node.name in wanted.allowed, node.name in wanted.forced
+        return Planned(node.name, *decide(Facts(allowed, forced, missing, **known)), None, key, digest)
 
     def _elsewhere(self, node: Node, key: str) -> tuple[str, str] | None:
         """Return the digest of a result that is not here and can be brought back, and where from, in words."""
@@ -170,12 +163,6 @@ class Project:
         """Return the checked data set of the present settings, if it is here."""
         node = self.nodes[0]
         return self.store.checked(node.stage, key_digest(self.document(node, {})))
-
-    def reasons(self, node: Node, document: Document, key: str) -> list[str]:
-        """Say why a node whose result is not there has to compute."""
-        if self.store.was_here(key):
-            return ["artifact missing"]
-        return self.closest(node, document)[0] or ["artifact missing"]
 
     def closest(self, node: Node, document: Document) -> tuple[list[str], Artifact | None]:
         """Return the differences to the most similar result that this node had before, and that result."""
