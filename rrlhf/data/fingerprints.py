@@ -6,8 +6,6 @@ Texts count as they are, without Unicode normalisation: other code points are ot
 "the same prompt" by the looser rule that also splits the data (`rrlhf.data.load.prompt_hash`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict, deque

@@ -5,8 +5,6 @@ line, and too many of them fail the stage. What a row has besides the columns of
 functions. Blank lines are ignored.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -4,8 +4,6 @@ Texts are kept as they are: nothing is cleaned and no special token is parsed. O
 their outer whitespace, because it belongs to the notation.
 """
 
-from __future__ import annotations
-
 import re
 import reprlib
 import sys

@@ -1,7 +1,5 @@
 """The files of a prepared data set: parquet tables whose columns are fixed here."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

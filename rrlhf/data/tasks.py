@@ -4,8 +4,6 @@ Each asks for one friendly sentence, of a kind that a small model can write and 
 judge in gold.py compares an answer with its task's topic.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 KINDS = {

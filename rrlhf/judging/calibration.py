@@ -4,8 +4,6 @@ A pair is written from its preferred side, so its outcome is always 1 and a prob
 stand for probabilities wherever a logarithm is taken: they stay finite where a probability rounds to 1.
 """
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 from typing import NamedTuple

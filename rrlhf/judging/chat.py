@@ -5,8 +5,6 @@ first places (Zheng et al. 2023, arXiv 2306.05685). Every answer is kept under .
 nothing is asked twice and an interrupted evaluation goes on where it was.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ A quantity that the data do not determine (a rank correlation with a constant, a
 None.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Sentence embeddings: unit vectors, near each other where texts mean the same (Reimers 2019, arXiv 1908.10084)."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The comparison of policies: what the last stage writes into evaluation.json, and all that is shown of it reads."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

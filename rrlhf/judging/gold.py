@@ -5,8 +5,6 @@ labels pairs and measures finished policies, and nothing is ever trained against
 spelled, likely as English, finished and long enough are judged one by one, so that no single trick satisfies them all.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import groupby, pairwise

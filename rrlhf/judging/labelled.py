@@ -4,8 +4,6 @@ RewardBench (Lambert et al. 2024, arXiv 2403.13787) names a subset for every pai
 RewardBench 2 (Malik et al. 2025, arXiv 2506.01937) asks about several responses at once, in lists.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from pathlib import Path

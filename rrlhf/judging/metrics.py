@@ -5,8 +5,6 @@ log-odds of its own; one that regresses on another reward does not, and its prob
 that reward's were: the fitted temperature says by which factor they are off.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ seeded generator: text, kind and seed give one text, on every machine. A text wi
 cannot change places) stays as it is; a text with something to read never loses all of it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from random import Random

@@ -5,8 +5,6 @@ embeddings, fitted to the clean held-out pairs, which no policy and no reward mo
 features nor noisy labels with the reward models.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 The base model is neither the policy nor the reward models' trunk as trained, and nothing trains against it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What is there: every profile's state and last run, what runs now, what was interrupted, and the disk used."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
