@@ -411,6 +411,28 @@ class ChatJudge(Section):
     max_failed: Share = 0.1  # of the comparisons; with more of them without a verdict the stage fails
 
 
+class RewardJudge(Section):
+    """A judge that is a reward model, a sequence classifier with one label (rrlhf/judging/scored.py)."""
+
+    base: str
+    revision: str | None = None
+
+
+def _kind_of_judge(judge: Any) -> str | None:
+    known = judge if isinstance(judge, dict) else getattr(judge, "__dict__", {})
+    return "chat" if "address" in known else "reward" if "base" in known else None
+
+
+AnyJudge = Annotated[
+    Annotated[ChatJudge, Tag("chat")] | Annotated[RewardJudge, Tag("reward")],
+    Discriminator(
+        _kind_of_judge,
+        custom_error_type="judge",
+        custom_error_message="write {address: ..., name: ...} for one that is asked, {base: ...} for a reward model",
+    ),
+]
+
+
 class Evaluate(Section):
     """The comparison of policies."""
 
@@ -418,7 +440,7 @@ class Evaluate(Section):
     batch_size: PositiveInt
     curve_responses: PositiveInt
     samples_shown: PositiveInt
-    judge: ChatJudge | None = Field(default=None, exclude_if=lambda judge: judge is None)  # the user's, beside gold
+    judge: AnyJudge | None = Field(default=None, exclude_if=lambda judge: judge is None)  # the user's, beside gold
 
 
 class Gates(Section):

@@ -130,7 +130,7 @@ def test_the_glossary_names_what_the_evaluation_measures():
 
 
 def test_what_a_judge_costs_and_how_it_is_set_are_described():
-    assert named("evaluate", "cost") == {*OwnJudge("").costs}
+    assert named("evaluate", "cost") == {*OwnJudge("", requests=0).costs}
     assert named("evaluate", "setting") == {*ChatJudge.model_fields}
     for name, field in ChatJudge.model_fields.items():
         default = "–" if field.is_required() else str(field.default)

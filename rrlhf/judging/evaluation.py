@@ -40,6 +40,7 @@ class Point:
     heads: list[float]
     sigma: float | None = None
     second_opinion: float | None = None
+    judge_score: float | None = None
     gold: float | None = None
     gold_stderr: float | None = None
 
@@ -93,14 +94,16 @@ class OwnJudge:
     """The judge that the user brought, and what its verdicts cost."""
 
     name: str
-    requests: int = 0  # all different, with those that an earlier evaluation made
+    requests: int | None = None  # all different, with those of earlier evaluations; None: it is not asked, it scores
     prompt_tokens: int = 0  # as the server counts
     completion_tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # comparisons without a verdict, by reason
 
     @property
     def costs(self) -> Metrics:
-        """What it cost, as metrics."""
+        """What it cost, as metrics; nothing where it is not asked."""
+        if self.requests is None:
+            return {}
         return {
             "judge_requests": self.requests,
             "judge_prompt_tokens": self.prompt_tokens,

@@ -204,7 +204,7 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
         notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
     problems = [*problems, *_tokenizer_problems(network, tokenizer)]
     if "strftime_now(" in tokenizer.get_chat_template():
-        problems += _pin_date(tokenizer, date.fromisoformat(model.date))
+        problems += pin_date(tokenizer, date.fromisoformat(model.date))
         notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
     tokens = model.prompt_tokens + model.response_tokens
     if why := refusal(network.config, tokens):
@@ -235,7 +235,7 @@ def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:
         yield "its tokenizer has no end-of-sequence token"
 
 
-def _pin_date(tokenizer: Any, day: date) -> list[str]:
+def pin_date(tokenizer: Any, day: date) -> list[str]:
     """Have a chat template print this day instead of today's, in place: a prompt must not depend on the calendar."""
     template = tokenizer.get_chat_template()  # of several by name, the one for chats
     fixed = PRINTED_DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import ChatJudge, Model, Params
+from rrlhf.config import AnyJudge, ChatJudge, Model, Params
 from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo, Memory
@@ -72,12 +72,16 @@ def check_sources(project: Project, *, fetch: bool = False) -> None:
         raise ParamsError("\n".join(dict.fromkeys(mistakes)))
 
 
-def check_judge(judge: ChatJudge | None, planned: Iterable[Planned]) -> None:
-    """Raise ParamsError when policies are to be compared and the judge behind an address does not answer."""
+def check_judge(judge: AnyJudge | None, planned: Iterable[Planned]) -> None:
+    """Raise ParamsError when policies are to be compared and the user's judge does not answer, or is none."""
     if judge and any(one.node == "evaluate" for one in computing(planned)):
         from rrlhf.judging.chat import check_chat
+        from rrlhf.judging.scored import check_classifier
 
-        check_chat(judge)
+        if isinstance(judge, ChatJudge):
+            check_chat(judge)
+        else:
+            check_classifier(judge)
 
 
 def check_columns(project: Project, data: Path) -> None:

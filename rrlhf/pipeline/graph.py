@@ -7,7 +7,7 @@ from rrlhf.config import Arm, HeadEnsemble, LoraEnsemble, Member, PaidArm, Param
 from rrlhf.pipeline.stages import STAGES
 
 DATA = "data"
-EXTERNAL = ("base", "source")  # inputs that no node makes (rrlhf/pipeline/keys.py)
+EXTERNAL = ("base", "judge", "source")  # inputs that no node makes (rrlhf/pipeline/keys.py)
 
 
 class Node(NamedTuple):

@@ -14,7 +14,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from rrlhf.config import Model, Prepare, TrunkTraining
+from rrlhf.config import Evaluate, Model, Prepare, RewardJudge, TrunkTraining
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import Memo
 from rrlhf.pipeline.graph import Node
@@ -170,6 +170,9 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     trunk = node.sections.get("trunk", node.sections.get("reward"))
     if reads == "trunk" and isinstance(trunk, TrunkTraining) and trunk.base is not None:
         found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
+    evaluate = node.sections.get("evaluate")
+    if isinstance(evaluate, Evaluate) and isinstance(evaluate.judge, RewardJudge):
+        found["judge"] = base_digest(evaluate.judge, memo, "evaluate.judge")
     if node.stage == "prepare":
         found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
     return found

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.config import Arm, BestOfNArm, Evaluate, Gold, Model, PaidArm, PpoArm
+from rrlhf.config import AnyJudge, Arm, BestOfNArm, ChatJudge, Evaluate, Gold, Model, PaidArm, PpoArm
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
@@ -26,6 +26,7 @@ from rrlhf.judging.chat import Comparisons
 from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
 from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample, write_evaluation
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
+from rrlhf.judging.scored import Scorer
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
 from rrlhf.policy.excerpts import read_excerpts
@@ -73,7 +74,7 @@ def run(
         for name, reading in readings.items()
     }
     at_length = gold_at_length(readings)
-    own = Comparisons(evaluate.judge) if evaluate.judge else None
+    own = _own_judge(evaluate.judge, model) if evaluate.judge else None
     verdicts = _against_start(own, readings, rows) if own else {}
     evaluation = Evaluation(
         policies=[
@@ -90,7 +91,7 @@ def run(
         curves=[
             point
             for name, folder in trained.items()
-            for point in _curve(name, folder, data, judges.gold, second, evaluate.curve_responses)
+            for point in _curve(name, folder, data, judges.gold, second, own, evaluate.curve_responses)
         ],
         selection=[point for name in selecting for point in _selection(name, policies[name], rows, judges.gold)],
         samples=[_sample(number, row, readings) for number, row in enumerate(rows[: evaluate.samples_shown])],
@@ -119,7 +120,13 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
-def _against_start(judge: Comparisons, readings: dict[str, Reading], rows: Rows) -> dict[str, dict[str, Measured]]:
+def _own_judge(settings: AnyJudge, model: Model) -> Comparisons | Scorer:
+    return Comparisons(settings) if isinstance(settings, ChatJudge) else Scorer(settings, model)
+
+
+def _against_start(
+    judge: Comparisons | Scorer, readings: dict[str, Reading], rows: Rows
+) -> dict[str, dict[str, Measured]]:
     """Return how each policy's responses do against the start's, by the user's judge: those of one number meet."""
     start, found = readings["sft"], {}
     for name, reading in readings.items():
@@ -134,6 +141,9 @@ def _against_start(judge: Comparisons, readings: dict[str, Reading], rows: Rows)
         if known.any():
             wins, prompt = wins[known], (torch.arange(len(wins)) // each)[known]
             found[name] = {"judge_win_rate": estimate(wins, prompt), "judge_ties": estimate(wins == 0.5, prompt)}
+        if isinstance(judge, Scorer):
+            scores = judge.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts, "evaluate: judge")
+            found[name]["judge_score"] = estimate(scores, reading.prompt)
     return found
 
 
@@ -179,7 +189,13 @@ def _policy(
 
 
 def _curve(
-    name: str, folder: Path, data: Path, gold: PromptedGold | None, second: SecondJudge, most: int
+    name: str,
+    folder: Path,
+    data: Path,
+    gold: PromptedGold | None,
+    second: SecondJudge,
+    own: Comparisons | Scorer | None,
+    most: int,
 ) -> list[Point]:
     """Read the responses that a policy gave while it trained, by the judges `most` an update: one point per update."""
     table = read_table(data, "ppo")
@@ -188,11 +204,14 @@ def _curve(
     read = [row for some in updates for row in some[:most]]
     counts = [len(some[:most]) for some in updates]
     asked, texts = [table[row["prompt"]] for row in read], [row["response"] for row in read]
-    opinions = second.score([row["prompt"] for row in asked], texts).split(counts)
+    prompts = [row["prompt"] for row in asked]
+    opinions = second.score(prompts, texts).split(counts)
+    scores = own.score(prompts, texts, f"evaluate: judge of {name}'s training") if isinstance(own, Scorer) else None
     finished = [row["finished"] for row in read]
     golds = torch.tensor(gold.score(asked, texts, finished).total).split(counts) if gold else repeat(None)
     points = []
-    for some, opinion, judged in zip(updates, opinions, golds, strict=False):
+    own_scores = repeat(None) if scores is None else scores.split(counts)
+    for some, opinion, own_score, judged in zip(updates, opinions, own_scores, golds, strict=False):
         found = None if judged is None else estimate(judged)
         points.append(
             Point(
@@ -204,6 +223,7 @@ def _curve(
                 heads=torch.tensor([row["heads"] for row in some]).mean(0).tolist(),
                 sigma=fmean(row["sigma"] for row in some),
                 second_opinion=opinion.mean().item(),
+                judge_score=None if own_score is None else own_score.mean().item(),
                 gold=found.mean if found else None,
                 gold_stderr=found.stderr if found else None,
             )

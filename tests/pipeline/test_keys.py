@@ -94,6 +94,17 @@ def test_a_judge_of_ones_own_is_in_the_key_of_the_comparison_and_in_none_without
     ]
 
 
+def test_the_files_of_a_reward_model_as_judge_are_an_input_of_the_comparison(tmp_path):
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    found, digests = nodes(load_params(ROOT, "tiny", {"evaluate.judge": {"base": str(tmp_path / "judge")}})), []
+    for content in ("{}", "[]"):
+        (tmp_path / "judge" / "config.json").write_text(content)
+        digests.append({n.name: external_digests(n, Memo(tmp_path / "memo.json")).get("judge") for n in found})
+    assert {name for name, digest in digests[0].items() if digest} == {"evaluate"}
+    assert digests[0]["evaluate"] != digests[1]["evaluate"]
+
+
 def test_settings_that_change_no_number_are_in_no_key():
     params = load_params(ROOT, "tiny")
     other = load_params(ROOT, "tiny", {"launch.threads": 1, "tracking.experiment": "elsewhere", "limits.max_cut": 0.5})

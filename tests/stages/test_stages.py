@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_server import chat_server, longer
+from conftest import classifier
 
-from rrlhf.config import ChatJudge, typed_arm
+from rrlhf.config import ChatJudge, RewardJudge, typed_arm
 from rrlhf.data.fingerprints import row_hash
 from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.data.tasks import WritingTask
@@ -208,7 +209,8 @@ def test_the_evaluation_compares_every_policy_on_the_same_prompts(made, params):
 
 def test_every_number_of_the_evaluation_has_its_meaning(made):
     found = json.loads((made[0] / "evaluate" / "evaluation.json").read_text())
-    assert {metric for policy in found["policies"] for metric in policy["metrics"]} == set(METRICS)
+    scored = {"judge_score"}  # by a judge that is a reward model; here it is one behind an address
+    assert {metric for policy in found["policies"] for metric in policy["metrics"]} == set(METRICS) - scored
 
 
 def test_the_evaluation_shows_what_each_policy_wrote_as_it_trained(made, params):
@@ -252,7 +254,9 @@ def test_a_policy_folder_says_what_it_was_trained_for(made):
     assert pq.read_table(made[0] / "robust" / "rollouts.parquet").num_rows > 0
 
 
-def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, tmp_path, monkeypatch):
+def test_every_policy_is_read_by_the_reward_functions_of_all_arms_and_by_a_reward_model_as_judge(
+    made, params, tmp_path, monkeypatch
+):
     root, _ = made
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -263,7 +267,9 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, 
     shutil.copytree(root / "single", policies["rules"])
     write_arm(policies["rules"], arm)
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")} | {"policies": policies}
-    settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": params.evaluate}
+    classifier(tmp_path / "judge")
+    judged = params.evaluate.model_copy(update={"judge": RewardJudge(base="judge")})
+    settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": judged}
     out = tmp_path / "out"
     out.mkdir()
     evaluate.run(**settings, **inputs, out=out, log=lambda row: None)
@@ -275,6 +281,11 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms(made, params, 
     assert metrics["rules"]["reward"]["mean"] == pytest.approx(expected, abs=1e-6)
     assert "reward" not in metrics["single"]
     assert found[2]["functions"] == {"length_rule:length": 0.5}
+    scores = {name: metrics[name]["judge_score"]["mean"] for name in metrics}
+    assert metrics["sft"]["judge_win_rate"]["mean"] == 0.5
+    assert scores["single"] == scores["rules"] != scores["sft"]
+    points = [point for point in read_evaluation(out).curves if point.policy == "single"]
+    assert len({point.judge_score for point in points}) == params.ppo.updates
 
 
 def test_a_judge_behind_an_address_compares_every_policy_with_its_start(made):

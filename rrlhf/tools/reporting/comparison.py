@@ -33,6 +33,7 @@ METRICS = {
         "How often the judge that you brought prefers the response to the start's. Ties are half; 0.5: as good.",
         "first",
     ),
+    "judge_score": Metric("Score by the reward model that you brought as a judge.", "where there is room", "score"),
     "judge_ties": Metric("How often that judge finds both equally good, or the one that it is shown first better."),
     "gold_at_length": Metric(
         "Gold at the start's length: what mere length gains or loses is taken off.", "where there is room"

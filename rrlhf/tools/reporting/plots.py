@@ -54,6 +54,7 @@ COURSES: list[Panel] = [
     ("gold", "kl", "Gold by distance", "What the judge says, the further a policy moves away from its start."),
     ("gold", "update", "Gold over training", "The same, over time. A star marks each arm's peak."),
     ("second_opinion", "update", "The second judge", "Of another make than gold: the two should agree."),
+    ("judge_score", "update", "The judge that you brought", "Its score. Falling while the proxy rises: hacking."),
     ("proxy", "kl", "Proxy by distance", "What the single head says. Rising here while gold falls: hacking."),
     ("proxy", "update", "Proxy over training", "The same, over time."),
     (

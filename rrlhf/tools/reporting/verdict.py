@@ -155,10 +155,12 @@ def lead(evaluation: Evaluation) -> str:
 
 
 def asked(evaluation: Evaluation) -> str:
-    """Say what the judge that the user brought was asked, and how often in vain; nothing without one."""
+    """Say what the judge that the user brought did, and how often in vain; nothing without one."""
     judge = evaluation.judge
     if judge is None:
         return ""
+    if judge.requests is None:
+        return f"{judge.name} scored each response; the higher score of a response and the start's wins."
     failed = ", ".join(f"{reason} ({count})" for reason, count in judge.failures.items())
     return (
         f"{judge.name} compared each response with the start's, in both orders: {judge.requests} requests, "
