@@ -126,6 +126,7 @@ class Sft(Section):
     microbatch_size: PositiveInt
     learning_rate: PositiveFloat
     max_grad_norm: PositiveFloat
+    keep_states: bool = True
 
 
 class HeadTraining(Section):

@@ -20,8 +20,20 @@ def adaptable(network: Any) -> list[str]:
     """Return the names of the maps in the decoder layers that adapters can stand beside, each once."""
     from transformers.pytorch_utils import Conv1D
 
-    parts = decoder_layers(network).named_modules()
-    return sorted({name.rpartition(".")[2] for name, part in parts if isinstance(part, nn.Linear | Conv1D)})
+    maps = {part: name for name, part in network.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    named = {maps[part].rpartition(".")[2]: maps[part] for part in decoder_layers(network).modules() if part in maps}
+    return sorted(name for name, whole in named.items() if _is_taken(network, whole))
+
+
+def _is_taken(network: Any, name: str) -> bool:
+    """Whether peft puts adapters beside this map, which it refuses beside some of a make's."""
+    from peft import LoraConfig
+
+    try:
+        _peft_model(network, LoraConfig(r=1, target_modules=[name]), "tried").unload()
+    except ValueError:
+        return False
+    return True
 
 
 def usual_targets(network: Any) -> list[str]:
@@ -125,15 +137,19 @@ def load_adapters(language: LanguageModel, folder: Path) -> LanguageModel:
 
 
 def _around(language: LanguageModel, config: Any, names: list[str]) -> LanguageModel:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():  # peft 0.21 asks for what transformers 5.23 calls by another name
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        model = PeftModel(language.network, config, names[0])
+    model = _peft_model(language.network, config, names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     model.set_requires_grad(names)
     return language._replace(adapters=model)
+
+
+def _peft_model(network: Any, config: Any, name: str) -> Any:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # peft 0.21 asks for what transformers 5.23 calls by another name
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return PeftModel(network, config, name)
 
 
 def _beside(module: nn.Module) -> list[Any]:

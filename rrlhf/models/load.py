@@ -126,6 +126,31 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> Lang
     return _loaded(place, model.base, model, weights=weights, fetch=fetch)
 
 
+def load_shape(model: Model) -> LanguageModel:
+    """Return a base as shapes on the meta device, without a tokenizer; of a hub id, config.json alone is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        if model.base.startswith("random:"):
+            language = _random_model(model.base)
+        else:
+            place = base_location(model)
+            place = _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
+            options = {} if isinstance(place, Path) else {"revision": model.revision}
+            config = AutoConfig.from_pretrained(place, **options)
+            language = LanguageModel(AutoModelForCausalLM.from_config(config), None, _saved(config, model))
+        language.network.to(_held(model)).requires_grad_(False)
+    return language._replace(by_layers=_made_to_run(language.network.eval(), model) is None)
+
+
+def trained_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that train, and make them float32, in place: bfloat16 would lose steps that are small."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    for weight in weights:
+        weight.data = weight.data.float()
+    return weights
+
+
 def load_model(folder: Path, model: Model) -> LanguageModel:
     """Load a saved model folder; model: the settings of the run. Raises ModelError when it cannot be used."""
     return _loaded(folder, str(folder), model)
@@ -156,7 +181,7 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
             "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), and the "
             "tokenizer likewise"
         )
-    stored = AutoConfig.from_pretrained(place, **options).dtype or torch.float32
+    kept = _saved(AutoConfig.from_pretrained(place, **options), model)
     how: dict[str, Any] = {} if weights else {"device_map": "meta"}
     how |= {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     try:
@@ -168,7 +193,6 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
             raise
         told = str(error).splitlines()[0]
         raise ModelError(f"{name}: model.attn_implementation {model.attn_implementation}: {told}") from error
-    kept = stored if model.save_dtype == "auto" else getattr(torch, model.save_dtype)
     language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
     return _ready(language, name, model, [*_weight_problems(report)])
 
@@ -176,6 +200,12 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
 def _held(model: Model) -> torch.dtype:
     """Return the dtype of weights in memory, but for those that train."""
     return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+
+
+def _saved(config: Any, model: Model) -> torch.dtype:
+    """Return the dtype in which weights are saved."""
+    found: torch.dtype = config.dtype or torch.float32
+    return found if model.save_dtype == "auto" else getattr(torch, model.save_dtype)
 
 
 def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
@@ -211,17 +241,23 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
         problems.append(why)
     if problems:
         raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
-    whole = why_whole(network.config, tokens, model.attn_implementation)
-    if whole:
+    if whole := _made_to_run(network, model):
         notes.append(f"{whole}, so every pass runs all of it: ppo.trains lora needs the least memory and time then")
-    else:
+    network.generation_config.eos_token_id = ends = _ends(network, tokenizer)
+    generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=ends)
+    return language._replace(notes=tuple(notes), by_layers=whole is None, generation=generation)
+
+
+def _made_to_run(network: Any, model: Model) -> str | None:
+    """Make a network run as the settings say, in place; say why it runs whole, if it does."""
+    tokens = model.prompt_tokens + model.response_tokens
+    whole = why_whole(network.config, tokens, model.attn_implementation)
+    if whole is None:
         register()
         network.set_attn_implementation(PACKED)
     if model.gradient_checkpointing:
         recompute(network)
-    network.generation_config.eos_token_id = ends = _ends(network, tokenizer)
-    generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=ends)
-    return language._replace(notes=tuple(notes), by_layers=whole is None, generation=generation)
+    return whole
 
 
 def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:

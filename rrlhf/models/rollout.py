@@ -144,7 +144,7 @@ def sample(
     for step in range(response_tokens):
         state = network.model.norm(hidden)
         uniform = torch.rand(batch, generator=generator, device=device)[rows]
-        token, logprob, spread = _draw(network.lm_head(state).float(), uniform, temperature)
+        token, logprob, spread = draw(network.lm_head(state).float(), uniform, temperature)
         counts = running[rows]
         responses[rows, step] = torch.where(counts, token, language.end)
         mask[rows, step] = counts
@@ -196,7 +196,7 @@ def _generated(
 
     def drawn(_: Tensor, logits: Tensor) -> Tensor:
         uniform = torch.rand(len(prompts), generator=generator, device=device)
-        found.append(_draw(logits.float(), uniform, temperature))
+        found.append(draw(logits.float(), uniform, temperature))
         return torch.full_like(logits, -torch.inf).scatter(1, found[-1][0][:, None], 0.0)
 
     network.generate(
@@ -222,7 +222,7 @@ def _generated(
     )
 
 
-def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return one index per row with its log-probability at temperature 1 and the entropy in nats of what is drawn from.
 
     Inverts the cumulative distribution at `uniform` [rows]: several times faster than torch.multinomial on a large

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rrlhf.advantages import has_critic
 from rrlhf.config import Model, Ppo
 from rrlhf.models.adapters import adapted
-from rrlhf.models.load import LanguageModel
+from rrlhf.models.load import LanguageModel, trained_weights
 from rrlhf.models.rollout import Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
 from rrlhf.policy.checkpoint import State
@@ -157,7 +157,7 @@ def prepare_learner(
 ) -> Learner:
     """Freeze what does not train and build PPO's optimizer."""
     language.network.requires_grad_(False).to(engine.device)
-    language, top, reference = _trainable(language, ppo)
+    language, top, reference = trainable(language, ppo)
     top.value.requires_grad_(has_critic(ppo))
     own = seed * 1000 + engine.process_index
     return Learner(
@@ -173,12 +173,12 @@ def prepare_learner(
     )
 
 
-def top_layers(engine: Accelerator, language: LanguageModel, train_layers: int | None, setting: str) -> PolicyTop:
+def top_layers(language: LanguageModel, device: torch.device, train_layers: int | None, setting: str) -> PolicyTop:
     """Let the top layers and the last norm train, and no value head; None: everything.
 
     Raises ValueError, which names the setting, when the model has fewer layers.
     """
-    language.network.requires_grad_(False).to(engine.device)
+    language.network.requires_grad_(False).to(device)
     top = PolicyTop(language, None if train_layers is None else first_trained(language, train_layers, setting))
     top.let_train()
     top.value.requires_grad_(False)
@@ -188,20 +188,14 @@ def top_layers(engine: Accelerator, language: LanguageModel, train_layers: int |
 def with_optimizer(
     engine: Accelerator, language: LanguageModel, top: PolicyTop, learning_rate: float, steps: int, **adam: Any
 ) -> Trained:
-    """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule.
-
-    They become float32: steps much smaller than a weight would be lost in bfloat16.
-    """
-    weights = [parameter for parameter in top.parameters() if parameter.requires_grad]
-    for weight in weights:
-        weight.data = weight.data.float()
-    optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
+    """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule."""
+    optimizer = torch.optim.Adam(trained_weights(top), lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     policy, optimizer = engine.prepare(top, optimizer)
     return Trained(engine, language, top, policy, optimizer, schedule)
 
 
-def _trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, PolicyTop, Callable[..., Read]]:
+def trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, PolicyTop, Callable[..., Read]]:
     """Let the weights of `ppo.trains` move; return the model, what trains of it, and its reference.
 
     That is the policy before the first step.

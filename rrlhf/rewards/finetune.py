@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
 from rrlhf.models.adapters import adapted, merged
-from rrlhf.models.load import autocast, microbatches
+from rrlhf.models.load import LanguageModel, autocast, microbatches, trained_weights
 from rrlhf.models.states import entering
 from rrlhf.models.whole import decoder_layers
 from rrlhf.rewards.features import distinct, identity
@@ -51,13 +51,18 @@ class TrunkTop(nn.Module):
 @contextmanager
 def trainable(trunk: Trunk, settings: TrunkTraining) -> Iterator[None]:
     """Let the trunk's upper layers train, whole or through LoRA, which is merged into the weights at the end."""
-    language, layers = trunk.language, range(trunk.layer - settings.train_layers, trunk.layer)
-    if settings.trunk == "lora":
-        language = adapted(language, layers, settings.lora_rank)
-    else:
-        decoder_layers(language.network)[layers.start : layers.stop].requires_grad_(True)
+    language = let_train(trunk, settings)
     yield
     merged(language).network.requires_grad_(False)
+
+
+def let_train(trunk: Trunk, settings: TrunkTraining) -> LanguageModel:
+    """Let the trunk's upper layers, or adapters in them, train, in place; return the language model with these."""
+    layers = range(trunk.layer - settings.train_layers, trunk.layer)
+    if settings.trunk == "lora":
+        return adapted(trunk.language, layers, settings.lora_rank)
+    decoder_layers(trunk.language.network)[layers.start : layers.stop].requires_grad_(True)
+    return trunk.language
 
 
 def finetune(
@@ -78,9 +83,7 @@ def finetune(
     """
     responses = PairedResponses(trunk, pairs, settings)
     top = TrunkTop(trunk, heads, responses.first)
-    trained = [parameter for parameter in top.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.data = parameter.data.float()
+    trained = trained_weights(top)
     optimizer = torch.optim.AdamW(trained, lr=settings.trunk_learning_rate, weight_decay=0.0, fused=True)
     steps = settings.trunk_epochs * math.ceil(len(pairs) / settings.trunk_pairs_per_batch)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)

@@ -58,14 +58,19 @@ def run(
     paid_by = {name: read_arm(folder) for name, folder in policies.items()}
     paths = [path for arm, _ in paid_by.values() if isinstance(arm, PaidArm) for path in arm.functions]
     functions = load_functions(paths, further_columns(data))
-    judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     trained = {name: policies[name] for name, (arm, _) in paid_by.items() if isinstance(arm, PpoArm)}
     selecting = {name: arm for name, (arm, _) in paid_by.items() if isinstance(arm, BestOfNArm)}
+    responses = {  # before the judges are there: one model at a time takes memory
+        name: read_candidates(folder).best
+        if name in selecting
+        else sample_responses(folder, name, rows, model, evaluate, seed)
+        for name, folder in {"sft": sft, **policies}.items()
+    }
+    judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
     readings: dict[str, Reading] = {}
-    for name, folder in {"sft": sft, **policies}.items():
+    for name, said in responses.items():
         arm = selecting.get(name)
-        sampled = None if arm else sample_responses(folder, name, rows, model, evaluate, seed)
-        reading = read_responses(judges, sampled or read_candidates(folder).best, rows, model, evaluate, name)
+        reading = read_responses(judges, said, rows, model, evaluate, name)
         bound = torch.full_like(reading.kl, best_of_n_kl(arm.n)) if arm else reading.kl
         readings[name] = reading._replace(kl=bound)
     second = SecondJudge(preferences(data, "heldout"))

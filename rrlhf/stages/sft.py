@@ -30,10 +30,10 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     rows = [answer(texts, *demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})
     batches = shuffled(len(rows), sft.batch_size, sft.epochs, seed)
-    top = top_layers(engine, language, sft.train_layers, "sft.train_layers")
+    top = top_layers(language, engine.device, sft.train_layers, "sft.train_layers")
     trained = with_optimizer(engine, language, top, sft.learning_rate, len(batches))
-    answers = Answers(trained, rows, model)
-    if top.first is not None:
+    answers = Answers(trained, rows, model, keep_states=sft.keep_states)
+    if top.first is not None and sft.keep_states:
         answers.read_below(sft.microbatch_size, "sft: frozen layers")
     with Checkpoints(out, engine, seed=seed, model=model, sft=sft) as checkpoints:
         steps = resumable(partial(train, answers, batches, sft), trained, checkpoints, "sft")

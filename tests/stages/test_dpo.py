@@ -51,7 +51,7 @@ def trained(start, model, settings, tmp_path_factory):
 def prepared(start, model, settings):
     """The policy before its first step."""
     language, engine = load_model(start / "sft", model), Accelerator(cpu=True)
-    top = top_layers(engine, language, settings.train_layers, "dpo.train_layers")
+    top = top_layers(language, engine.device, settings.train_layers, "dpo.train_layers")
     return with_optimizer(engine, language, top, settings.learning_rate, 8)
 
 

@@ -38,6 +38,7 @@ TakeAliases = Annotated[
     typer.Option("--take-aliases", help="Give candidate and the arms' aliases to what this run makes, although --set "
                  "changed the settings; otherwise those of the settings as they stand stay."),
 ]  # fmt: skip
+Memory = Annotated[bool, typer.Option("--memory", help="Show instead what every stage will need of memory at most.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="All reasons, not only the first.")]
 
 
@@ -74,6 +75,7 @@ def plan(
     until: Until = None,
     only: Only = None,
     force: Force = None,
+    memory: Memory = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -83,11 +85,16 @@ def plan(
     will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
 
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
+
+    Example: rrlhf plan --memory --set model.gradient_checkpointing=true
     """
     from rrlhf.pipeline.plan import total
     from rrlhf.tools.running.uptodate import unregistered
 
-    project = _project(profile, overrides(set_))
+    project = _project(profile, changed := overrides(set_))
+    if memory:
+        _print_memory(project, changed, as_json)
+        return
     planned = project.plan(_part(from_, until, only, force))
     if as_json:
         print(json.dumps([one._asdict() for one in planned], indent=1))
@@ -244,6 +251,18 @@ def _project(profile: str, overrides: dict[str, Json], take_aliases: bool = Fals
     project = Project.opened(Path.cwd(), profile, overrides, take_aliases=take_aliases)
     check_sources(project)
     return project
+
+
+def _print_memory(project: Project, changed: dict[str, Json], as_json: bool) -> None:
+    from rrlhf.tools.running import memory
+
+    found = memory.by_node(project)
+    stage = {node.name: node.stage for node in project.nodes}[memory.largest(found)]
+    less = dict(sorted(memory.cheaper(project, stage, changed), key=lambda each: each[1]))
+    if as_json:
+        print(json.dumps(memory.as_json(found, less), indent=1))
+    else:
+        print("\n".join(memory.lines(found, less, project.params.launch)))
 
 
 def _matching(stage: str, project: Project) -> list[Node]:
