@@ -40,12 +40,19 @@ COMMON: dict[str, Any] = {
     "ppo.train_layers": 3,
     "launch.threads": 1,
 }
+SLOW = {  # bfloat16 on a processor without units for it
+    "model.dtype": "bfloat16",
+    "sft.batch_size": 8,
+    "sft.microbatch_size": 8,
+    "ppo.prompts_per_update": 16,
+    "ppo.minibatch_size": 8,
+}
 WORDS = {"model.vocabulary": 24_000}  # rows of the output matrix: a case with large logits
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, all layers": ("sft", {}),
     "sft, two layers": ("sft", {"sft.train_layers": 2}),
     "sft, checkpointing": ("sft", {"model.gradient_checkpointing": True}),
-    "sft, bfloat16": ("sft", {"model.dtype": "bfloat16"}),
+    "sft, bfloat16": ("sft", SLOW),
     "sft, 24k words": ("sft", WORDS),
     "sft, parts of a batch": ("sft", {"sft.microbatch_size": 8}),
     "dpo, three layers": ("dpo-direct", {"dpo.train_layers": 3}),
@@ -54,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reward, full": ("reward", {"reward.trunk": "full"}),
     "ppo, layers": ("ppo-robust", {}),
     "ppo, lora": ("ppo-robust", {"ppo.trains": "lora"}),
-    "ppo, lora, bfloat16": ("ppo-robust", {"ppo.trains": "lora", "model.dtype": "bfloat16"}),
+    "ppo, lora, bfloat16": ("ppo-robust", {"ppo.trains": "lora", **SLOW}),
     "ppo, lora, checkpointing": ("ppo-robust", {"ppo.trains": "lora", "model.gradient_checkpointing": True}),
     "ppo, full": ("ppo-robust", {"ppo.trains": "full"}),
     "ppo, full, 24k words": ("ppo-robust", {"ppo.trains": "full", **WORDS}),

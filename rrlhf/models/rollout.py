@@ -43,6 +43,20 @@ class Samples(NamedTuple):
         return [row[keep].tolist() for row, keep in zip(self.responses, self.mask, strict=True)]
 
 
+class Draws(NamedTuple):
+    """Uniform numbers, one a row at every step, of which several processes take their share: as many make the same."""
+
+    generator: torch.Generator  # at the same place in all processes
+    processes: int = 1
+    rank: int = 0
+    group: int = 1  # neighbouring rows that one process has
+
+    def __call__(self, rows: int) -> Tensor:
+        """Return the numbers of this process's rows, [rows]."""
+        everyone = torch.rand(rows * self.processes, generator=self.generator, device=self.generator.device)
+        return everyone.view(-1, self.processes, self.group)[:, self.rank].flatten()
+
+
 class Response(NamedTuple):
     """One sampled response."""
 
@@ -110,7 +124,7 @@ def sample(
     language: LanguageModel,
     prompts: list[list[int]],
     response_tokens: int,
-    generator: torch.Generator,
+    draws: Draws,
     keep: tuple[int, ...] = (),
     temperature: float = 1.0,
 ) -> Samples:
@@ -122,7 +136,7 @@ def sample(
     from transformers import DynamicCache
 
     if not language.by_layers:
-        return _generated(language, prompts, response_tokens, generator, temperature)
+        return _generated(language, prompts, response_tokens, draws, temperature)
     network, device = language.network, language.device
     ends = torch.tensor(language.ends, device=device)
     batch, width = len(prompts), max(map(len, prompts))
@@ -143,7 +157,7 @@ def sample(
     age = ages(lengths, width, response_tokens)  # of the cache's columns: prompts, their padding, responses
     for step in range(response_tokens):
         state = network.model.norm(hidden)
-        uniform = torch.rand(batch, generator=generator, device=device)[rows]
+        uniform = draws(batch)[rows]
         token, logprob, spread = draw(network.lm_head(state).float(), uniform, temperature)
         counts = running[rows]
         responses[rows, step] = torch.where(counts, token, language.end)
@@ -168,8 +182,8 @@ def sample(
 
 def most_likely(language: LanguageModel, prompt: list[int], response_tokens: int) -> list[int]:
     """Return the tokens of the response that takes the most likely token at every step, its end included."""
-    generator = torch.Generator(language.device)
-    [said] = sample(language, [prompt], response_tokens, generator, temperature=LIKELIEST).lists()
+    draws = Draws(torch.Generator(language.device))
+    [said] = sample(language, [prompt], response_tokens, draws, temperature=LIKELIEST).lists()
     return said
 
 
@@ -177,7 +191,7 @@ def _generated(
     language: LanguageModel,
     prompts: list[list[int]],
     response_tokens: int,
-    generator: torch.Generator,
+    draws: Draws,
     temperature: float,
 ) -> Samples:
     """Sample by the model's own `generate`, whose cache, positions and masks are those of its make.
@@ -195,7 +209,7 @@ def _generated(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def drawn(_: Tensor, logits: Tensor) -> Tensor:
-        uniform = torch.rand(len(prompts), generator=generator, device=device)
+        uniform = draws(len(prompts))
         found.append(draw(logits.float(), uniform, temperature))
         return torch.full_like(logits, -torch.inf).scatter(1, found[-1][0][:, None], 0.0)
 
@@ -286,7 +300,7 @@ def sample_in_batches(
         generator = torch.Generator(language.device).manual_seed(seed * 100_003 + number)
         with autocast(model):
             asked = [prompts[i] for i in batches[number]]
-            return sample(language, asked, model.response_tokens, generator, temperature=temperature)
+            return sample(language, asked, model.response_tokens, Draws(generator), temperature=temperature)
 
     workers = torch.get_num_threads() if language.device.type == "cpu" else 1
     responses: dict[int, Response] = {}

@@ -6,6 +6,7 @@ The key document and the input folders are all that reaches a stage, so nothing 
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from rrlhf.stopping import check_stop, stop_between_steps
 from rrlhf.types import Log
 
 LAST_LINES = 15
+KILLED = re.compile(r"Signal \d+ \((SIGKILL)\) received by PID")  # so says accelerate's launcher of a process
 
 
 class LaunchError(MendableError):
@@ -189,7 +191,13 @@ def call_in_processes(
         raise DivergedError(found["said"])
     if process.returncode:
         ended = f"{document['stage']} in {processes} processes" if processes > 1 else document["stage"]
-        raise LaunchError(found.get("said") or f"{ended} ended with {process.returncode}:\n" + "\n".join(last))
+        ended += f" ended with {process.returncode}"
+        if killed := KILLED.search("\n".join(last)):
+            ended += (
+                f": one of them was killed ({killed[1]}), as the system does when memory runs out; the same command "
+            )
+            ended += "goes on from the last checkpoint. They said last"
+        raise LaunchError(found.get("said") or f"{ended}:\n" + "\n".join(last))
 
 
 def _hand_on(lines: IO[str], last: deque[str]) -> None:

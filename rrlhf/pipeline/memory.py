@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, Params
 from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.located import ParamsError
 from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel, autocast, load_shape, trained_weights
 from rrlhf.models.memory import FEW, Pass, Rows, make_runnable, reading, sampling, size, states, through_all, training
@@ -183,7 +184,8 @@ def _trunk(params: Params, ensemble: Ensemble | None = None) -> Iterator[Moment]
         trunk = trunk._replace(language=adapted(language, layers, settings.lora_rank, heads))
     elif trains:
         trunk = trunk._replace(language=let_train(trunk, settings))
-    trained = _ready(trunk.language, TrunkTop(trunk, top_heads, layers.start), own, 1)
+    top = TrunkTop(trunk, top_heads, layers.start)
+    trained = _ready(trunk.language, top, own, 1)
     encoded = [Encoded(tokens, rows.prompt) for tokens in rows.tokens]
     read = trained.read(lambda: trunk.features(encoded, rows.batch))
     yield Moment("features", trained.base["weights"], activations=read)
@@ -194,8 +196,8 @@ def _trunk(params: Params, ensemble: Ensemble | None = None) -> Iterator[Moment]
     lengths = torch.full((some.batch,), some.prompt), torch.full((some.batch,), some.response)
 
     def loss(depth: int) -> Tensor:
-        cut = trunk._replace(layer=layers.start + depth)
-        return TrunkTop(cut, top_heads, layers.start).forward(entered, *lengths).mean.sum()
+        top.trunk = trunk._replace(layer=layers.start + depth)
+        return top.forward(entered, *lengths).mean.sum()
 
     parts = math.ceil(2 * settings.trunk_pairs_per_batch / some.batch)
     yield Moment("training", **trained.base, **trained.step(len(layers), loss, parts))
@@ -227,6 +229,8 @@ def _top_layers(params: Params, train_layers: int | None) -> Trained:
 
 
 def _ready(language: LanguageModel, top: nn.Module, model: Model, processes: int) -> Trained:
+    if language.network.config._experts_implementation == "grouped_mm":
+        raise ParamsError(f"model.base {model.base}: what a model with experts takes of memory cannot be planned")
     trained = size(trained_weights(top))
     make_runnable(language.network, top)
     return Trained(language, top, model, trained, processes)

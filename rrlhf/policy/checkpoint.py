@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,20 +36,22 @@ class State(NamedTuple):
 
     shared: dict[str, Any]  # equal in all processes
     own: dict[str, Any]  # of this process
+    owns: Sequence[dict[str, Any]] = ()  # once it is read, of all processes for which this one goes on
 
 
 class Checkpoints:
     """The checkpoints of a run in its folder `out`; a context, in which no other run writes them.
 
     Two stay: the newest, and the newest good one, to which a run can roll back. made_for: settings that a checkpoint
-    must share to be used, as well as the number of processes. Where weights are spread over processes (FSDP, DeepSpeed)
-    nothing is kept.
+    must share to be used; the number of processes may be another. Where weights are spread over processes (FSDP,
+    DeepSpeed) nothing is kept.
     """
 
     def __init__(self, out: Path, engine: Accelerator, **made_for: Section | int) -> None:
         self._folder, self._engine = out / CHECKPOINT, engine
-        settings = {name: each.model_dump() if isinstance(each, Section) else each for name, each in made_for.items()}
-        self._made_for = settings | {"processes": engine.num_processes}
+        self._made_for = {
+            name: each.model_dump() if isinstance(each, Section) else each for name, each in made_for.items()
+        }
         self._works = engine.distributed_type in WHOLE
         self._held = ExitStack()
 
@@ -117,8 +120,20 @@ class Checkpoints:
         return f"it was made with other settings ({', '.join(other)})" if other else None
 
     def _read(self, folder: Path) -> State:
-        files = (SHARED, f"own-{self._engine.process_index}.pt")
-        return State(*(torch.load(folder / file, map_location="cpu", weights_only=True) for file in files))
+        """Read a checkpoint; of fewer processes each goes on for several, more have some that go on for none."""
+        rank, processes = self._engine.process_index, self._engine.num_processes
+        saved = len([*folder.glob("own-*.pt")])
+        owns = {
+            number: _loaded(folder / f"own-{number}.pt") for number in {rank % saved, *range(rank, saved, processes)}
+        }
+        return State(
+            _loaded(folder / SHARED), owns[rank % saved], [owns[each] for each in range(rank, saved, processes)]
+        )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

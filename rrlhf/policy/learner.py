@@ -19,7 +19,7 @@ from rrlhf.advantages import has_critic
 from rrlhf.config import Model, Ppo
 from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel, trained_weights
-from rrlhf.models.rollout import Samples, sample, tokens_of
+from rrlhf.models.rollout import Draws, Samples, sample, tokens_of
 from rrlhf.models.top import PolicyTop, Read, first_trained
 from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
@@ -75,8 +75,8 @@ class Learner(Trained):
     reference: Callable[..., Read]  # as `PolicyTop.read`
     rewards: RewardModels
     kl_weight: float  # beta as it stands; moves where ppo.kl_target is set
-    generator: torch.Generator  # sampling
-    shuffle: torch.Generator  # order of minibatches
+    generator: torch.Generator  # sampling; at the same place in all processes
+    shuffle: torch.Generator  # order of minibatches, of which each process has its own
     update: int = 0  # updates that count; a rollback takes some of them back
     rollouts: int = 0  # in all
 
@@ -87,10 +87,19 @@ class Learner(Trained):
         return layer is not None and first is not None and layer <= first
 
     def sample(self, prompts: list[list[int]]) -> Samples:
-        """Sample from the policy, and keep the states that enter the trained layers and the reward heads' layer."""
+        """Sample from the policy, and keep the states that enter the trained layers and the reward heads' layer.
+
+        As many processes as there are give the same responses to all prompts, but for rounding.
+        """
         wanted = (self.top.first, self.rewards.layer if self.shares_trunk else None)
         layers = tuple(layer for layer in wanted if layer is not None)
-        return sample(self.language, prompts, self.model.response_tokens, self.generator, layers)
+        engine = self.engine
+        draws = Draws(self.generator, engine.num_processes, engine.process_index, self.ppo.responses_per_prompt)
+        samples = sample(self.language, prompts, self.model.response_tokens, draws, layers)
+        drawn = samples.mask.sum(1).max()
+        for _ in range(int(engine.gather(drawn).max() - drawn)):  # so often did others draw after this one's had ended
+            draws(len(prompts))
+        return samples
 
     def read(self, prompts: list[list[int]], samples: Samples) -> tuple[Place, Read, Read]:
         """Return where the policy's top layers read samples, and what it and the reference say of them.
@@ -131,7 +140,7 @@ class Learner(Trained):
 
     def state(self, **own: Any) -> State:
         """Return what a checkpoint must hold; own: what else there is of this process."""
-        shared, own = super().state(**own)
+        shared, own, _ = super().state(**own)
         counted = {"kl_weight": self.kl_weight, "update": self.update, "rollouts": self.rollouts}
         return State(shared | counted, own | {"random": [each.get_state() for each in self._generators]})
 
@@ -159,7 +168,7 @@ def prepare_learner(
     language.network.requires_grad_(False).to(engine.device)
     language, top, reference = trainable(language, ppo)
     top.value.requires_grad_(has_critic(ppo))
-    own = seed * 1000 + engine.process_index
+    own = seed * 1000
     return Learner(
         **vars(with_optimizer(engine, language, top, ppo.learning_rate, ppo.updates)),
         model=model,
@@ -169,7 +178,7 @@ def prepare_learner(
         rewards=rewards,
         kl_weight=ppo.kl_weight,
         generator=torch.Generator(engine.device).manual_seed(own),
-        shuffle=torch.Generator().manual_seed(own),
+        shuffle=torch.Generator().manual_seed(own + engine.process_index),
     )
 
 

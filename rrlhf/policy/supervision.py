@@ -92,7 +92,8 @@ def resumed(learner: Learner, checkpoints: Checkpoints, label: str) -> History:
         return history
     learner.resume(saved)
     told = saved.own["history"]
-    responses, events = [RolloutResponse(*row) for row in told["responses"]], [Event(*row) for row in told["events"]]
+    responses = [RolloutResponse(*row) for own in saved.owns for row in own["history"]["responses"]]
+    events = [Event(*row) for row in told["events"]]
     return History(**told | {"responses": responses, "events": events})
 
 

@@ -40,11 +40,11 @@ class TrunkTop(nn.Module):
         super().__init__()
         self.layers = decoder_layers(trunk.language.network)[first : trunk.layer]
         self.heads = heads.to(trunk.language.device)
-        self._trunk, self._first = trunk, first
+        self.trunk, self._first = trunk, first
 
     def forward(self, states: Tensor, prompts: Tensor, texts: Tensor) -> Scores:
         """Return raw scores [rows, heads] of rows, of what enters the layers that train."""
-        scores: Scores = self.heads(self._trunk.upper(states, self._first, prompts, texts))
+        scores: Scores = self.heads(self.trunk.upper(states, self._first, prompts, texts))
         return scores
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rrlhf.models.layers import prefill, run_layers
 from rrlhf.models.load import load_base
-from rrlhf.models.rollout import sample
+from rrlhf.models.rollout import Draws, sample
 from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop
 from rrlhf.models.trial import refusal
@@ -97,7 +97,7 @@ def test_states_below_the_first_layer_are_the_embeddings(language):
 
 def test_a_prompt_is_answered_several_times_as_if_each_stood_alone(language):
     rows, network = [[3, 9, 12, 7]] * 3 + [[3, 9, 4]], language.network
-    drawn = sample(language, rows, 6, torch.Generator().manual_seed(1), keep=(1,))
+    drawn = sample(language, rows, 6, Draws(torch.Generator().manual_seed(1)), keep=(1,))
     for number, prompt in enumerate(rows):
         tokens = prompt + drawn.lists()[number]
         with torch.no_grad():

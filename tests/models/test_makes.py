@@ -8,7 +8,7 @@ from conftest import TINY
 
 from rrlhf.models.adapters import merged
 from rrlhf.models.load import ModelError, load_base, load_model, save_model
-from rrlhf.models.rollout import sample
+from rrlhf.models.rollout import Draws, sample
 from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.policy.learner import prepare_learner
@@ -97,14 +97,14 @@ def alone(own, prompt, response):
 def test_samples_are_those_of_generate_and_have_its_log_probabilities(name, brought):
     language, own = brought(name)
     assert language.by_layers == MAKES[name][2]
-    drawn = sample(language, PROMPTS, 12, torch.Generator().manual_seed(1))
+    drawn = sample(language, PROMPTS, 12, Draws(torch.Generator().manual_seed(1)))
     for prompt, said, logprobs in zip(PROMPTS, drawn.lists(), drawn.logprobs, strict=True):
         torch.testing.assert_close(logprobs[: len(said)], alone(own, prompt, said), atol=1e-4, rtol=1e-4)
     if language.by_layers:  # what enters the layers that train comes with the samples
-        drawn = sample(language, PROMPTS, 12, torch.Generator().manual_seed(1), keep=(1,))
+        drawn = sample(language, PROMPTS, 12, Draws(torch.Generator().manual_seed(1)), keep=(1,))
         read, _ = PolicyTop(language, 1)(drawn.states[1], drawn.prompt_lengths, drawn.responses, drawn.mask)
         torch.testing.assert_close(read, drawn.logprobs, atol=1e-4, rtol=1e-4)
-    likeliest = sample(language, PROMPTS, 12, torch.Generator().manual_seed(1), temperature=1e-6)
+    likeliest = sample(language, PROMPTS, 12, Draws(torch.Generator().manual_seed(1)), temperature=1e-6)
     for prompt, said in zip(PROMPTS, likeliest.lists(), strict=True):
         one = torch.tensor([prompt])
         greedy = own.generate(
@@ -168,7 +168,7 @@ def test_own_draws_are_the_same_whichever_way_a_model_runs(brought):
     assert packed.by_layers
     assert not whole.by_layers
     assert whole.network.config._attn_implementation == "eager"
-    one, other = (sample(each, PROMPTS * 8, 30, torch.Generator().manual_seed(3)) for each in (packed, whole))
+    one, other = (sample(each, PROMPTS * 8, 30, Draws(torch.Generator().manual_seed(3))) for each in (packed, whole))
     assert one.finished.any()
     assert one.lists() == other.lists()
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)
@@ -182,7 +182,7 @@ def test_a_models_own_advice_for_sampling_is_saved_with_it_and_not_followed(brou
     load_base(model).tokenizer.save_pretrained(tmp_path)
     advice.save_pretrained(tmp_path)
     advised, (plain, _) = load_base(model.model_copy(update={"base": str(tmp_path)})), brought("GPT-2")
-    one, other = (sample(each, PROMPTS, 12, torch.Generator().manual_seed(3)) for each in (advised, plain))
+    one, other = (sample(each, PROMPTS, 12, Draws(torch.Generator().manual_seed(3))) for each in (advised, plain))
     assert one.lists() == other.lists()
     save_model(advised, tmp_path / "saved")
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "saved").repetition_penalty == 9.0

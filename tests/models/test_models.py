@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rrlhf.models.load import ModelError, load_base, load_model, save_model
-from rrlhf.models.rollout import most_likely, sample
+from rrlhf.models.rollout import Draws, most_likely, sample
 from rrlhf.models.text import Texts
 from rrlhf.models.top import PolicyTop
 
@@ -175,7 +175,7 @@ def test_every_end_ends_a_response(several_ends, settings):
     with torch.no_grad():
         for end in ends:
             language.network.lm_head.weight[end].mul_(20)
-    drawn = sample(language, [[3, 9, 12]] * 60, 30, torch.Generator().manual_seed(0))
+    drawn = sample(language, [[3, 9, 12]] * 60, 30, Draws(torch.Generator().manual_seed(0)))
     said = [row[-1] for row in drawn.lists()]
     assert set(said) >= set(ends)
     for row, finished in zip(drawn.lists(), drawn.finished.tolist(), strict=True):

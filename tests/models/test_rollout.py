@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rrlhf.models.load import load_base
-from rrlhf.models.rollout import response_features, sample, sample_in_batches, text_lengths
+from rrlhf.models.rollout import Draws, response_features, sample, sample_in_batches, text_lengths
 from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop
 
@@ -24,7 +24,7 @@ def language(settings):
 
 
 def drawn(language, prompts=PROMPTS, seed=0, tokens=10, keep=(), temperature=1.0):
-    return sample(language, prompts, tokens, torch.Generator().manual_seed(seed), keep, temperature)
+    return sample(language, prompts, tokens, Draws(torch.Generator().manual_seed(seed)), keep, temperature)
 
 
 def test_log_probabilities_and_entropies_are_those_of_the_network_run_on_each_row_alone(language):

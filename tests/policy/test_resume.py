@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import save_random_heads
 from interrupting import handing_on, wait_for_rows
 
@@ -21,6 +24,7 @@ from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
+from rrlhf.policy.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 UPDATES = 6
@@ -38,6 +42,28 @@ execute(job["document"], inputs=inputs, out=Path(job["out"]), launch=Launch(**jo
 
 class KilledError(Exception):
     pass
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_a_checkpoint_is_gone_on_from_by_any_number_of_processes(processes, tmp_path):
+    """Saved by three: what each of them knew is known once, and everyone goes on with somebody's randomness."""
+
+    def checkpoints(rank, of):
+        engine = Accelerator(cpu=True)
+        there = SimpleNamespace(process_index=rank, num_processes=of, is_main_process=rank == 0)
+        there.distributed_type, there.wait_for_everyone = engine.distributed_type, lambda: None
+        return Checkpoints(tmp_path, there, seed=1)
+
+    saved = tmp_path / CHECKPOINT / "00000002"
+    saved.mkdir(parents=True)
+    content = {"shared.pt": {"update": 2}} | {f"own-{rank}.pt": {"random": rank} for rank in range(3)}
+    for name, one in content.items():
+        torch.save(one, saved / name)
+    files = {name: sha256(saved / name) for name in content}
+    (saved / "checkpoint.json").write_text(json.dumps({"made_for": {"seed": 1}, "files": files}))
+    found = [checkpoints(rank, processes).newest() for rank in range(processes)]
+    assert sorted(own["random"] for state in found for own in state.owns) == [0, 1, 2]
+    assert [state.own["random"] for state in found] == [rank % 3 for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")

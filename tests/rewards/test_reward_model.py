@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from rrlhf.data.tables import prompts
 from rrlhf.models.load import LanguageModel, load_base, save_model
-from rrlhf.models.rollout import Samples, response_features, sample, text_lengths
+from rrlhf.models.rollout import Draws, Samples, response_features, sample, text_lengths
 from rrlhf.pipeline.params import load_params
 from rrlhf.rewards.scoring import RewardModel, load_reward_model
 from rrlhf.stages import ensemble, evaluate, ppo, reward
@@ -123,7 +123,7 @@ def test_the_policys_pass_and_the_text_give_the_same_scores(shared, texts):
     model: RewardModel = load_reward_model(shared.root / "ensemble", shared.start / "sft")
     trunk, (asked, _) = model.trunks[0], texts
     tokens = [trunk.encode(prompt, "").tokens for prompt in asked]
-    drawn: Samples = sample(trunk.language, tokens, 12, torch.Generator().manual_seed(0), keep=(trunk.layer,))
+    drawn: Samples = sample(trunk.language, tokens, 12, Draws(torch.Generator().manual_seed(0)), keep=(trunk.layer,))
     pooled = response_features(drawn.states[trunk.layer], drawn.prompt_lengths, text_lengths(drawn))
     responses = [trunk.language.tokenizer.decode(row).removesuffix("</s>") for row in drawn.lists()]
     again = [trunk.encode(*pair).tokens for pair in zip(asked, responses, strict=True)]
