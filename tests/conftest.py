@@ -85,6 +85,16 @@ def shared_project(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """Return one database with MLflow's tables, to be copied; making them takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """A small data set without topics, and a random model as the SFT model: folders `data` and `sft`."""
     from rrlhf.data.tables import write_table

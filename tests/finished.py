@@ -1,8 +1,8 @@
 """A project in which everything was made and registered, as by `rrlhf run`, but in this process and without Prefect."""
 
-from contextlib import contextmanager
-
-import pytest
+import os
+from contextlib import chdir, contextmanager
+from unittest.mock import patch
 
 from rrlhf.environment import set_environment
 from rrlhf.files import clear
@@ -20,9 +20,8 @@ from rrlhf.pipeline.tracking.tracker import Tracker
 @contextmanager
 def at_work(root):
     """Have this process work in a project's folder; everything that it changes is put back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("PATH", "")  # restored afterwards: set_environment changes it
+    with chdir(root), patch.dict(os.environ):
+        os.environ.pop("PREFECT_HOME", None)  # of another project
         set_environment(root)
         yield
 

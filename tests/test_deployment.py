@@ -105,7 +105,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(shared_project):
+def served(shared_project, database):
+    shutil.copy(database, shared_project)
     for name in ("prefect.yaml", "automations.yaml"):
         shutil.copy(ROOT / name, shared_project / name)
     tiny = shared_project / "profiles" / "tiny.yaml"

@@ -13,7 +13,7 @@ import yaml
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^\$ (.+)$", README, re.MULTILINE)]
 TYPED = [command[1:] for command in COMMANDS if command[0] == "rrlhf"]
-IN_SHORT = {"plan", "run", "status"}  # these run in `make test` too, where they are typed without options
+IN_SHORT = {"plan", "status"}  # these are in `make test` too; tests/test_pipeline.py has a run
 BEFORE = [  # what the README says was run before its examples
     ["run", "--profile", "tiny"],
     ["run", "--profile", "tiny", "--set", "prepare.flip_rate=0.4", "--set", "ppo.kl_weight=0.3"],

@@ -49,6 +49,7 @@ MAKES = {  # and whether its layers run one by one
     "Mamba": (transformers.MambaConfig, {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}, False),
 }
 every_make = pytest.mark.parametrize("name", MAKES)
+UNLIKE = {"Llama", "Gemma 2", "GPT-2", "Mamba"}  # each other; the rest train by `lora` and `full` as one of these does
 
 
 def rows_of(lengths, seed=0):
@@ -129,8 +130,14 @@ def test_what_is_read_of_rows_together_is_what_the_network_says_of_each_alone(na
             torch.testing.assert_close(found[number, : len(row)], entered, atol=1e-4, rtol=1e-4)
 
 
-@every_make
-@pytest.mark.parametrize("trains", ["layers", "lora", "full"])
+@pytest.mark.parametrize(
+    ("name", "trains"),
+    [
+        pytest.param(name, trains, marks=[] if trains == "layers" or name in UNLIKE else pytest.mark.slow)
+        for name in MAKES
+        for trains in ("layers", "lora", "full")
+    ],
+)
 def test_ppo_trains_it_and_transformers_loads_the_policy(name, trains, brought, ppo, rewards, model, tmp_path):
     language, own = brought(name)
     ppo = ppo.model_copy(update={"updates": 1, "epochs": 1, "trains": trains})

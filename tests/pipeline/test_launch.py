@@ -17,7 +17,7 @@ from rrlhf.policy.health import DivergedError
 from rrlhf.stopping import Interrupted, stop
 
 ROOT = Path(__file__).parents[2]
-HERE = Launch(processes=1, threads=0, arms_at_once=1)
+HERE = Launch(processes=1, threads=1, arms_at_once=1)  # more would stay with the tests that come after
 
 
 @pytest.fixture

@@ -364,9 +364,25 @@ def folder_of(world, made_of):
     return world.paths[made_of]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(st.lists(st.tuples(edits, st.booleans()), min_size=1, max_size=6))
+sequences = given(st.lists(st.tuples(edits, st.booleans()), min_size=1, max_size=6))
+some = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+
+
+@some
+@sequences
 def test_the_plan_is_what_a_run_does(sequence):
+    edit_and_compare(sequence)
+
+
+@pytest.mark.slow
+@settings(some, max_examples=400)
+@sequences
+def test_the_plan_is_what_a_run_does_whatever_else_happens(sequence):
+    edit_and_compare(sequence)
+
+
+def edit_and_compare(sequence):
+    """Make every edit, and compare plan and run with the model's after each."""
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
         patch.setattr("rrlhf.pipeline.artifacts.sync", lambda path: None)  # the disk is not what this is about

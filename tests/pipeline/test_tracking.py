@@ -49,14 +49,6 @@ DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf
 ROWS = [{"step": step, "loss": 1 / step, "seconds": 0.5 * step} for step in (1, 2, 3)]
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    """Return one database with MLflow's tables; making them takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def root(tmp_path, database, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

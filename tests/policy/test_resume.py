@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,24 +124,42 @@ def whole(inputs, tmp_path_factory):
     return result(out)
 
 
-@pytest.mark.parametrize("steps", [(0,), (3,), (1, 2, 5)])
-def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, whole, steps):
-    for step in steps:
+@pytest.fixture(scope="module")
+def broken(inputs, tmp_path_factory):
+    """The folder of a run that broke at its fourth rollout, which was saved."""
+    out = tmp_path_factory.mktemp("broken")
+    with pytest.raises(KilledError):
+        run(inputs, out, stops_at(3))
+    return out
+
+
+@pytest.fixture
+def stopped(broken, tmp_path):
+    return shutil.copytree(broken, tmp_path / "stopped")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list that has an entry for each rollout that is computed."""
+    from rrlhf.stages import ppo
+
+    rollouts, collect = [], ppo.collect
+    monkeypatch.setattr(ppo, "collect", lambda *arguments: rollouts.append(1) or collect(*arguments))
+    return rollouts
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bits(inputs, tmp_path, whole):
+    for step in (0, 1, 2, 5):
         with pytest.raises(KilledError):
             run(inputs, tmp_path, stops_at(step))
     run(inputs, tmp_path)
     assert result(tmp_path) == whole
 
 
-def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, tmp_path, monkeypatch):
-    from rrlhf.stages import ppo
-
-    with pytest.raises(KilledError):
-        run(inputs, tmp_path, stops_at(4))
-    computed, collect = [], ppo.collect
-    monkeypatch.setattr(ppo, "collect", lambda *arguments: computed.append(1) or collect(*arguments))
-    run(inputs, tmp_path)
+def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, stopped, whole, computed):
+    run(inputs, stopped)
     assert len(computed) == 2
+    assert result(stopped) == whole
 
 
 @pytest.mark.parametrize("beside", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -156,26 +175,23 @@ def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole
 
 
 @pytest.mark.parametrize("harm", ["half-written", "changed", "no manifest"])
-def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, tmp_path, whole, harm):
-    with pytest.raises(KilledError):
-        run(inputs, tmp_path, stops_at(3))
-    (saved,) = (tmp_path / CHECKPOINT).glob("00000004*")
+def test_a_checkpoint_that_is_not_whole_is_not_used(inputs, stopped, whole, harm):
+    (saved,) = (stopped / CHECKPOINT).glob("00000004*")
     if harm == "half-written":
-        saved.rename(tmp_path / CHECKPOINT / ".partial")
+        saved.rename(stopped / CHECKPOINT / ".partial")
     elif harm == "changed":
         (saved / "shared.pt").write_bytes(b"half")
     else:
         (saved / "checkpoint.json").unlink()
-    run(inputs, tmp_path)
-    assert result(tmp_path) == whole
+    run(inputs, stopped)
+    assert result(stopped) == whole
 
 
-def test_a_checkpoint_of_other_settings_is_not_used(inputs, tmp_path, whole, capsys):
+def test_a_checkpoint_of_other_settings_is_not_used(inputs, stopped, computed, capsys):
     with pytest.raises(KilledError):
-        run(inputs, tmp_path, stops_at(3), kl_weight=0.5)
-    run(inputs, tmp_path)
+        run(inputs, stopped, stops_at(0), kl_weight=0.5)
     assert "made with other settings (ppo)" in capsys.readouterr().err
-    assert result(tmp_path) == whole
+    assert len(computed) == 1
 
 
 def test_other_settings_are_prepared_in_another_folder(tmp_path):

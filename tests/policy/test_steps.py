@@ -50,6 +50,10 @@ class KilledError(Exception):
     pass
 
 
+# Both go through the same steps: one is enough where every test has to train three times, or in another process.
+one_in_short = pytest.mark.parametrize("document", ["sft", pytest.param("dpo", marks=pytest.mark.slow)], indirect=True)
+
+
 @pytest.fixture(scope="module", params=DOCUMENTS)
 def document(request):
     return DOCUMENTS[request.param]
@@ -116,6 +120,7 @@ def test_one_that_is_asked_to_stop_saves_its_last_step(document, inputs, whole, 
     assert result(out) == whole
 
 
+@one_in_short
 def test_one_that_was_killed_ends_with_the_same_bits(document, inputs, whole, tmp_path):
     out = tmp_path / "out"
     arguments = [json.dumps(part) for part in (document, {name: str(path) for name, path in inputs.items()}, str(out))]
@@ -129,6 +134,7 @@ def test_one_that_was_killed_ends_with_the_same_bits(document, inputs, whole, tm
     assert result(out) == whole
 
 
+@one_in_short
 def test_other_settings_start_anew(document, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(supervision, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
 

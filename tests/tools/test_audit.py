@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 
 import pytest
@@ -36,7 +37,8 @@ class Audited(Finished):
 
 
 @pytest.fixture(scope="module")
-def finished(shared_project):
+def finished(shared_project, database):
+    shutil.copy(database, shared_project)
     with at_work(shared_project):
         rows = [{"prompt": f"Say {i}.", "chosen": f"Here: {i}.", "rejected": f"Not {i}."} for i in range(60)]
         (shared_project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,23 +117,24 @@ def test_a_finished_project_is_sound_and_has_no_other_kinds_of_files(finished):
 def test_a_changed_region_of_an_artifact_is_found_by_audit_and_by_the_next_use(finished, name):
     path = one_of(finished.root, f"artifacts/*/*/{name}")
     for region in Changes(path):
-        first = finished.audit(deep=region == "start").broken[0]
-        assert str(path) in first.problem
-        with pytest.raises(TamperedError, match=f"{path.parent.name}/{path.name}"):
-            finished.use()
-    assert finished.use() == []
+        if region == "start":
+            assert str(path) in finished.audit(deep=False).broken[0].problem
+        else:
+            with pytest.raises(TamperedError, match=f"{path.parent.name}/{path.name}"):
+                finished.use()
 
 
 @pytest.mark.parametrize("name", [*DATA[:-1], "history.jsonl", "artifact.json"])  # the last of DATA is empty
 def test_a_changed_region_of_a_data_set_is_found_by_audit_and_by_the_next_use(finished, name):
     path = finished.data.path / name
-    for _ in Changes(path):
-        first = finished.audit(deep=False).broken[0]
-        assert str(path) in first.problem
-        assert "rrlhf-tiny-sft v1" in "".join(first.downstream)
-        with pytest.raises(TamperedError, match=name):
-            finished.use()
-    assert finished.use() == []
+    for region in Changes(path):
+        if region == "start":
+            first = finished.audit(deep=False).broken[0]
+            assert str(path) in first.problem
+            assert "rrlhf-tiny-sft v1" in "".join(first.downstream)
+        else:
+            with pytest.raises(TamperedError, match=name):
+                finished.use()
 
 
 def test_a_changed_region_of_dvcs_copy_is_found_by_the_audit(finished):

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -112,7 +113,8 @@ for command in ("lineage nope", "chat nope -p hi", "evaluate-reward nope", "prom
 """
 
 
-def test_an_unknown_model_is_told_as_a_mistake_before_anything_heavy_is_imported(project):
+def test_an_unknown_model_is_told_as_a_mistake_before_anything_heavy_is_imported(project, database):
+    shutil.copy(database, project)
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     done = subprocess.run(
         [sys.executable, "-c", UNKNOWN], cwd=project, env=environment, capture_output=True, text=True, check=True

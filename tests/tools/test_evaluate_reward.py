@@ -40,8 +40,9 @@ def prepared_by_hand(project, document):
 
 
 @pytest.fixture(scope="module")
-def made(shared_project):
+def made(shared_project, database):
     """The project folder, and the tiny profile's artifacts up to the ensemble, registered."""
+    shutil.copy(database, shared_project)
     params = load_params(shared_project, "tiny")
     project = Project(shared_project, "tiny", params)
     node, *models = project.nodes

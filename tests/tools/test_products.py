@@ -1,6 +1,7 @@
 """Promote, reproduce, sweep and chat on finished models, by command, with MLflow on sqlite."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(shared_project):
+def shell(shared_project, database):
+    shutil.copy(database, shared_project)
     with at_work(shared_project):
         Finished(shared_project, {"arms.direct": None, "arms.choosy": None})
         yield Shell(shared_project)
