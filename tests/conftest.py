@@ -28,11 +28,15 @@ TINY = {  # shape of the random models of every make
 LONGEST = [
     "test_pipeline",
     "test_deployment",
-    "test_products",
-    "test_audit",
     "test_interrupted",
+    "test_tracking",
+    "test_audit",
+    "test_products",
+    "test_makes",
     "test_ppo",
-    "test_dvc",
+    "test_steps",
+    "test_resume",
+    "test_kinds",
 ]
 
 

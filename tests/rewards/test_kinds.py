@@ -167,7 +167,8 @@ def test_the_default_kind_has_the_nodes_that_it_always_had():
     assert found["ensemble"] == {"reward"}
 
 
-@pytest.mark.parametrize("kind", ["trained members", "lora"])
+# tests/stages/test_whole.py has a policy that reads adapters
+@pytest.mark.parametrize("kind", ["trained members", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_policy_is_trained_and_compared_with_it(made, kind):
     found = made(kind)
     for node in nodes(found.params):
