@@ -40,9 +40,9 @@ class Point:
     heads: list[float]
     sigma: float | None = None
     second_opinion: float | None = None
-    judge_score: float | None = None
     gold: float | None = None
     gold_stderr: float | None = None
+    judge_score: float | None = None
 
 
 @dataclass(frozen=True)
