@@ -3,12 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+TORTURE := tests/test_interrupted.py tests/test_away.py tests/test_security.py tests/test_surroundings.py \
+	tests/test_redact.py tests/data/test_fuzz.py tests/policy/test_resume.py tests/stages/test_processes.py \
+	tests/pipeline/test_artifacts.py tests/pipeline/test_launch.py tests/pipeline/test_tracking.py \
+	tests/tools/test_audit.py tests/tools/test_upkeep.py tests/tools/test_command_line.py
 PREFECT_PORT ?= 4200
 MLFLOW_PORT ?= 5000
 # Without its compiled modules every process would take three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all check serve clean
+.PHONY: demo test test-all torture check serve clean
 
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
@@ -18,6 +22,9 @@ test: .venv/.installed  ## all but the slow ones, in about twelve minutes on two
 
 test-all: .venv/.installed  ## the slow ones too
 	$(TESTS) -m ""
+
+torture: .venv/.installed  ## kills, servers that go away, hostile files and machines: the slow ones too
+	$(TESTS) -m "" $(TORTURE)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -17,6 +17,8 @@ from rrlhf.pipeline.artifacts import git_commit
 from rrlhf.pipeline.dvc import follow_git
 from rrlhf.tools.chat import chat
 from rrlhf.tools.command_line import mending
+from rrlhf.tools.doctor import doctor
+from rrlhf.tools.gc import gc
 from rrlhf.tools.init import init
 from rrlhf.tools.judging.command import evaluate_reward
 from rrlhf.tools.lineage.command import audit, diff, lineage
@@ -47,7 +49,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(init, run, plan, why, status, report, accept),
     *(lineage, diff, audit, promote, reproduce, push),
     *(sweep, experiment, chat, evaluate_reward, toy, serve),
-    *(sync, relocate, keygen, sign),
+    *(sync, relocate, keygen, sign, gc, doctor),
 )
 
 

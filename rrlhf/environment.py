@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from rrlhf.located import MendableError, UsageError
@@ -66,6 +67,9 @@ def set_environment(root: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     for name, value in (QUIET | {"PREFECT_HOME": str(home)}).items():
         os.environ.setdefault(name, value)
+    if (prefect := find_spec("prefect")) and prefect.origin:  # a logging.yml in its home could name code to be run
+        own = Path(prefect.origin).with_name("logging") / "logging.yml"
+        os.environ.setdefault("PREFECT_LOGGING_SETTINGS_PATH", str(own))
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # a log needs lines (rrlhf/progress.py), not a bar that redraws
     beside = str(Path(sys.executable).parent)

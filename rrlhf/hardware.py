@@ -8,6 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 
+def cores() -> int:
+    """Return how many processors this process may use; of a system that does not tell, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @cache
 def _has_cuda() -> bool:
     cpu_build = version("torch").endswith("+cpu")
@@ -41,4 +46,4 @@ def dtype_name(wanted: str, device: str) -> str:
 def describe() -> dict[str, str | int]:
     """Facts for the record beside an artifact; they are not part of its identity."""
     info = os.uname()
-    return {"machine": info.machine, "system": info.sysname, "cores": len(os.sched_getaffinity(0))}
+    return {"machine": info.machine, "system": info.sysname, "cores": cores()}

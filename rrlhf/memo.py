@@ -35,8 +35,8 @@ class Memory:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.known: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            self.known: dict[str, Any] = {**json.loads(path.read_bytes())}
+        except (OSError, ValueError, TypeError, RecursionError):
             self.known = {}
         self.grew = False
         self._saving = threading.Lock()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from rrlhf.redact import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -24,7 +26,7 @@ _users = 0
 
 def say(text: str) -> None:
     """Tell on stderr, at once, what begins: whatever reads it through a pipe would else wait for minutes."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def is_main_process() -> bool:

@@ -1,15 +1,17 @@
-"""Keys and passwords are taken out of texts before anything shows or keeps them.
+"""What no text may bring to whoever sees or keeps it: keys and passwords, and what acts on a terminal.
 
-Known by name, as the value of an environment variable or what stands behind a name; and by pattern, as addresses with
-a password and the keys of well-known services have one.
+Secrets are known by name, as the value of an environment variable or what stands behind a name; and by pattern, as
+addresses with a password and the keys of well-known services have one.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -39,6 +41,16 @@ def redacted(text: str) -> str:
     return text
 
 
+def visible(text: str) -> str:
+    """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
+    return "".join(character if character in "\n\t" else _seen(character) for character in text)
+
+
+def _seen(character: str) -> str:
+    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character
+
+
 @contextmanager
 def without_secrets() -> Iterator[None]:
     """Let no error out that tells a secret: whoever catches it may keep it, as Prefect does."""
@@ -55,9 +67,9 @@ def without_secrets() -> Iterator[None]:
 
 
 def redact_output() -> None:
-    """Have everything that this process prints or logs from now on go through `redacted`."""
+    """Have everything that this process prints or logs from now on go through `redacted`; a closed stream is none."""
     if not isinstance(sys.stderr, _Redacting):
-        sys.stdout, sys.stderr = _Redacting(sys.stdout), _Redacting(sys.stderr)
+        sys.stdout, sys.stderr = _Redacting(sys.stdout or io.StringIO()), _Redacting(sys.stderr or io.StringIO())
     made = logging.getLogRecordFactory()
     if not isinstance(made, partial):
         logging.setLogRecordFactory(partial(_record, made))
@@ -77,11 +89,11 @@ class _Redacting:
 
 
 def _record(made: Callable[..., logging.LogRecord], *arguments: Any, **named: Any) -> logging.LogRecord:
-    """Return a log's record without secrets, wherever handlers then take it."""
+    """Return a log's record without secrets or what acts on a terminal, wherever handlers then take it."""
     record = made(*arguments, **named)
     with suppress(TypeError, ValueError):  # of a message that does not go with its arguments
-        if (text := record.getMessage()) != redacted(text):
-            record.msg, record.args = redacted(text), ()
+        if (text := record.getMessage()) != visible(redacted(text)):
+            record.msg, record.args = visible(redacted(text)), ()
     if record.exc_info and record.exc_info[1]:
-        record.exc_text = redacted(logging.Formatter().formatException(record.exc_info))
+        record.exc_text = visible(redacted(logging.Formatter().formatException(record.exc_info)))
     return record

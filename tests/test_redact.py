@@ -7,7 +7,9 @@ import pytest
 
 from rrlhf.located import ParamsError
 from rrlhf.pipeline.params import load_params
+from rrlhf.progress import say
 from rrlhf.redact import redact_output, redacted, without_secrets
+from rrlhf.tools.command_line import mending
 
 CANARY = "c4n4ry-0123456789"
 
@@ -74,6 +76,33 @@ def test_what_is_printed_and_logged_loses_its_secrets(monkeypatch, capsys, caplo
     assert "[redacted]" in said.err
     assert caplog.text.count("[redacted]") >= 2  # message and trace
     assert CANARY not in said.out + said.err + caplog.text
+
+
+ACTING = "\x1b[2J\x1b]0;owned\x07\u202egnp\0\ud800\r"
+SEEN = "⟨U+001B⟩[2J⟨U+001B⟩]0;owned⟨U+0007⟩⟨U+202E⟩gnp⟨U+0000⟩⟨U+D800⟩⟨U+000D⟩"
+
+
+def test_a_text_of_others_does_not_act_on_a_terminal_or_in_a_log(capsys, caplog):
+    def fail():
+        raise ValueError(f"reward function f raised {ACTING}")
+
+    say(f"note: {ACTING}\tand\nso on")
+    with pytest.raises(SystemExit), mending():
+        fail()
+    assert capsys.readouterr().err == f"note: {SEEN}\tand\nso on\nreward function f raised {SEEN}\n"
+    factory = logging.getLogRecordFactory()
+    redact_output()
+    try:
+        logging.getLogger("some").warning("read %s", ACTING)
+        try:
+            fail()
+        except ValueError:
+            logging.getLogger("some").exception("failed")
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert f"read {SEEN}" in caplog.text
+    assert caplog.text.count(SEEN) == 2
+    assert "\x1b" not in caplog.text
 
 
 def test_a_secret_in_the_settings_is_refused_before_anything_keeps_it(project):

@@ -24,9 +24,10 @@ from rrlhf.pipeline.ancestry import Graph, Product
 from rrlhf.pipeline.plan import Planned, computing, total
 from rrlhf.pipeline.tracking.server import version_page
 from rrlhf.progress import in_words
+from rrlhf.redact import visible
 from rrlhf.tools.lineage.text import tree
 from rrlhf.tools.reporting.comparison import table
-from rrlhf.tools.reporting.tables import escaped, markdown, visible
+from rrlhf.tools.reporting.tables import escaped, markdown
 
 
 class Pages:

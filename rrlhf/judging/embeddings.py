@@ -17,8 +17,9 @@ class Embedder:
 
     def __init__(self) -> None:
         self.folder = _folder()
-        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        network = AutoModel.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+        options = {"local_files_only": True, "trust_remote_code": False}
+        self._tokenizer = AutoTokenizer.from_pretrained(self.folder, **options)
+        network = AutoModel.from_pretrained(self.folder, dtype=torch.float32, use_safetensors=True, **options)
         self._network: torch.nn.Module = network.eval()
 
     @torch.no_grad()

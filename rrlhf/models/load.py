@@ -181,20 +181,55 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
             "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER), and the "
             "tokenizer likewise"
         )
-    kept = _saved(AutoConfig.from_pretrained(place, **options), model)
+    options["trust_remote_code"] = False
     how: dict[str, Any] = {} if weights else {"device_map": "meta"}
     how |= {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
-    try:
+    with _refusing(name, model.attn_implementation):
+        if isinstance(place, Path):
+            _check_files(place)
+        config = AutoConfig.from_pretrained(place, **options)
+        if "/" in str(config._attn_implementation):
+            raise ModelError(f"{name}: its config.json asks for code of the hub, {config._attn_implementation}")
         network, report = AutoModelForCausalLM.from_pretrained(
-            place, dtype=_held(model), output_loading_info=True, ignore_mismatched_sizes=True, **how, **options
+            place,
+            dtype=_held(model),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **how,
+            **options,
         )
-    except (ImportError, ValueError) as error:
-        if model.attn_implementation == "auto":
-            raise
-        told = str(error).splitlines()[0]
-        raise ModelError(f"{name}: model.attn_implementation {model.attn_implementation}: {told}") from error
-    language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), kept)
-    return _ready(language, name, model, [*_weight_problems(report)])
+        language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), _saved(config, model))
+        return _ready(language, name, model, [*_weight_problems(report)])
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError for weights that are pickles, which can hold code, or that lie outside their folder."""
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
+        raise ValueError(
+            "its weights are a pickle (*.bin), which can hold code: have whoever made it write safetensors, as "
+            "save_pretrained does"
+        )
+    for index in folder.glob("*.index.json"):
+        outside = {name for name in json.loads(index.read_bytes())["weight_map"].values() if Path(name).name != name}
+        if outside:
+            raise ValueError(f"{index.name} names files outside of the folder: {', '.join(sorted(outside))}")
+
+
+@contextlib.contextmanager
+def _refusing(name: str, attention: str = "auto") -> Iterator[None]:
+    """Turn whatever is raised for files that cannot be used, or that would have to be run, into ModelError."""
+    try:
+        yield
+    except (ModelError, OSError, RuntimeError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "trust_remote_code" in str(error):
+            said = "it needs code that comes with it to be run, and rrlhf runs none: take a make that transformers has"
+        elif attention != "auto":
+            said = f"model.attn_implementation {attention}: {said}"
+        raise ModelError(f"{name}: {said}") from error
 
 
 def _held(model: Model) -> torch.dtype:
@@ -307,11 +342,13 @@ def _converted(gguf: Path) -> Path:
     folder = cache / f"{sha256(gguf)}-{version('transformers')}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as beside:
+        with tempfile.TemporaryDirectory(dir=cache) as beside, _refusing(str(gguf)):
+            options = {"gguf_file": gguf.name, "trust_remote_code": False}
+            dequantized = GgufConfig(dequantize=True)
             network = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+                gguf.parent, quantization_config=dequantized, dtype=torch.float32, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
             staged = Path(beside) / "model"
             save_model(LanguageModel(network, tokenizer), staged)
             for path in staged.iterdir():

@@ -213,7 +213,8 @@ class Store:
         finally:
             self.memo.save()
         for path in sorted(artifact.path.rglob("*")):
-            if path.is_file() and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
+            is_entry = path.is_symlink() or not path.is_dir()
+            if is_entry and path.relative_to(artifact.path).as_posix() not in {*files, MANIFEST, SIGNATURE}:
                 return f"{path}: expected no such file, {MANIFEST} does not list it"
         if artifact.digest != content_digest(files):
             return f"{artifact.path / MANIFEST}: the digest does not follow from the files it lists"
@@ -221,7 +222,7 @@ class Store:
 
     def all(self) -> Iterator[Artifact]:
         """Yield every artifact whose manifest can be read."""
-        for path in sorted(self.root.glob(f"*/*/{MANIFEST}")):
+        for path in sorted(self.root.glob(f"[!.]*/*/{MANIFEST}")):
             with suppress(TamperedError):
                 yield read_artifact(path.parent)
 

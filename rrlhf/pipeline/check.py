@@ -153,6 +153,8 @@ def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) ->
         if found is None:
             note = f"{section}.base {model.base}: not looked at, its files are not here; a run does first"
             return Facts(notes=[note])
+        if found.problems:  # which may be mended elsewhere, as by installing what it needs
+            return found
         memory.known[key], memory.grew = found._asdict(), True
         memory.save()
     return Facts(**memory.known[key])

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from rrlhf.config import AnyArm, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.environment import end_with_parent, release_memory
 from rrlhf.files import CHECKPOINT
+from rrlhf.hardware import cores
 from rrlhf.located import MendableError
 from rrlhf.pipeline.artifacts import HISTORY, rows_of
 from rrlhf.pipeline.keys import Document
@@ -59,12 +60,12 @@ def execute(
     _keep_checkpoint(out)
     processes = launch.processes if spec_of(document["stage"]).processes else 1
     if processes > 1 or beside:
-        threads = launch.threads or max(len(os.sched_getaffinity(0)) // (processes + beside), 1)
+        threads = launch.threads or max(cores() // (processes + beside), 1)
         call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, processes=processes, threads=threads)
     else:
         import torch
 
-        torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(launch.threads or cores())
         try:
             call(document, inputs=inputs, out=out, log=recorder(out, document["stage"], max_cut))
         finally:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: TID251 - what torch raises where it would have to run something
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from accelerate.utils import DistributedType
 
 from rrlhf.config import Section
 from rrlhf.files import CHECKPOINT, sync
+from rrlhf.located import MendableError
 from rrlhf.locks import locked
 from rrlhf.memo import sha256
 
@@ -37,6 +40,12 @@ class State(NamedTuple):
     shared: dict[str, Any]  # equal in all processes
     own: dict[str, Any]  # of this process
     owns: Sequence[dict[str, Any]] = ()  # once it is read, of all processes for which this one goes on
+
+
+class PlantedError(MendableError):
+    """A checkpoint asks for code to be run."""
+
+    exit_code = 3
 
 
 class Checkpoints:
@@ -110,13 +119,13 @@ class Checkpoints:
         """Say why a checkpoint cannot be used."""
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
-            broken = [name for name, digest in manifest["files"].items() if sha256(folder / name) != digest]
-        except (OSError, ValueError, KeyError) as error:
+            there = {path.name: sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
+            broken = sorted(name for name, _ in there.items() ^ manifest["files"].items())
+            other = [name for name, value in self._made_for.items() if manifest["made_for"].get(name) != value]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return f"it is not whole ({error})"
         if broken:
             return f"{broken[0]} was changed"
-        made_for = manifest["made_for"]
-        other = [name for name, value in self._made_for.items() if made_for.get(name) != value]
         return f"it was made with other settings ({', '.join(other)})" if other else None
 
     def _read(self, folder: Path) -> State:
@@ -132,7 +141,13 @@ class Checkpoints:
 
 
 def _loaded(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise PlantedError(
+            f"{path} holds more than tensors, numbers and texts, which no run saves, and nothing of it was run\n"
+            f"to go on from an earlier one, or from the start: rm -r {quote(str(path.parent))}"
+        ) from None
     return content
 
 

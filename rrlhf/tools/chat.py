@@ -213,7 +213,7 @@ def _show(found: Sequence[Answer], judge: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rrlhf.tools.reporting.tables import visible
+    from rrlhf.redact import visible
 
     shown = Table(show_lines=True, expand=True)
     for answer in found:

@@ -16,6 +16,7 @@ from rrlhf import stopping
 from rrlhf.environment import FULL, FullError, free_bytes, is_full
 from rrlhf.located import MendableError
 from rrlhf.pipeline.params import load_params, parse_override
+from rrlhf.redact import visible
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.types import Json
 
@@ -80,5 +81,5 @@ def os_error(error: OSError) -> str:
 
 def end(code: int, message: str) -> NoReturn:
     """Say why the command ends, and end it."""
-    print(message, file=sys.stderr)
+    print(visible(message), file=sys.stderr)
     raise SystemExit(code)

@@ -23,6 +23,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.policy.reward import read_arm, write_arm
 from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import RewardHeads
+from rrlhf.robust import Scores
 from rrlhf.stages import ensemble, evaluate, ppo, prepare, reward, sft
 from rrlhf.tools.reporting.comparison import METRICS
 from rrlhf.tools.reporting.report import render
@@ -185,6 +186,14 @@ def test_every_head_differs_and_is_normalised_on_the_reference_responses(made):
 
 @pytest.mark.parametrize("loss", ["reparam_mse", "gaussian_nll", "bradley_terry"])
 @pytest.mark.parametrize("target", ["stage1_reward", "margin"])
+def test_heads_that_all_give_the_same_scores_are_refused():
+    scores = Scores(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="all reward heads give the same scores"):
+        ensemble._refuse_identical(scores)
+    ensemble._refuse_identical(scores._replace(mean=scores.mean + torch.tensor([0.0, 0.1])))
+    ensemble._refuse_identical(Scores(torch.ones(2, 1), torch.ones(2, 1)))
+
+
 def test_every_way_to_train_the_ensemble_lowers_its_loss(made, params, tmp_path, loss, target):
     settings = params.ensemble.model_copy(update={"loss": loss, "target": target, "weight_decay": 0.0})
     rows = []

@@ -1,20 +1,26 @@
 """A finished tiny project, in which every kind of file is changed: the audit and the next use both find it."""
 
+import hashlib
 import json
 import os
 import shutil
 import sqlite3
+import time
+from contextlib import closing
 
 import pytest
 from finished import Finished, at_work
 
 from rrlhf.config import Signatures
-from rrlhf.memo import sha256
+from rrlhf.judging.evaluation import read_evaluation
+from rrlhf.memo import mark_of, sha256
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_digest, sealed
 from rrlhf.pipeline.signatures import Notary
+from rrlhf.pipeline.tracking.tracker import NOTE, registrations
 from rrlhf.tools.auditing.audit import Audit, as_text
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
+from rrlhf.tools.running.uptodate import trainings_of, write_numbers
 from rrlhf.tools.signing import written_pair
 
 OVERRIDES = {"prepare.source": "rows.jsonl", "prepare.format": "rows"}
@@ -166,6 +172,120 @@ def test_a_changed_region_of_mlflows_description_of_a_model_is_found(finished):
     path = one_of(finished.root, "mlartifacts/models/*/artifacts/MLmodel")
     for _ in Changes(path):
         assert str(path) in finished.audit().broken[0].problem
+
+
+def test_a_file_that_was_planted_beside_mlflows_copy_is_found(finished):
+    planted = one_of(finished.root, "mlartifacts/models/*/artifacts/MLmodel").parent / "code.py"
+    planted.write_text("")
+    try:
+        [found] = finished.audit().broken
+        assert found.problem == f"MLflow's copy: {planted}: expected no such file"
+        assert found.mend == "remove this copy, and `rrlhf run` keeps a new one"
+    finally:
+        planted.unlink()
+
+
+def test_nothing_that_mlflow_or_dvc_keeps_beside_the_files_is_run(finished, tmp_path):
+    """MLmodel names a module to import, a .dvc file may have a command: neither counts when files are brought back."""
+    mark = tmp_path / "fired"
+    description = f"flavors: {{python_function: {{loader_module: !!python/object/apply:os.system ['touch {mark}']}}}}"
+    models = {path: path.read_bytes() for path in finished.root.glob("mlartifacts/models/*/artifacts/MLmodel")}
+    pointer, stages = dvc.pointer(finished.data.path), finished.root / "dvc.yaml"
+    kept, declared = pointer.read_bytes(), stages.read_bytes()
+    try:
+        for path in models:
+            path.write_text(description)
+        pointer.write_bytes(kept + f"cmd: touch {mark}\n".encode())
+        assert "extra keys not allowed @ data['cmd']" in dvc.fault(Store(finished.root), finished.data)
+        pointer.write_bytes(kept)
+        stages.write_text(f"stages: {{planted: {{cmd: touch {mark}, outs: [planted]}}}}\n")
+        for name, bring in {"sft": finished.tracker.bring_back, "data": dvc.bring_back}.items():
+            made = finished.artifacts[name]
+            away = made.path.rename(finished.root / "away")
+            back = bring(Store(finished.root), made.stage, made.key)
+            assert back.digest == made.digest
+            shutil.rmtree(away)
+        assert not mark.exists()
+    finally:
+        for path, content in {**models, pointer: kept, stages: declared}.items():
+            path.write_bytes(content)
+    assert finished.audit().broken == []
+
+
+def test_a_memo_that_was_edited_to_hide_a_change_is_seen_through_by_a_deep_audit_alone(finished):
+    path, memo = finished.artifacts["sft"].path / "model.safetensors", finished.root / ".rrlhf" / "digests.json"
+    sound = change(path, "middle")
+    time.sleep(0.05)
+    try:
+        known = json.loads(memo.read_bytes()) | {
+            str(path.resolve()): [*mark_of(path), hashlib.sha256(sound).hexdigest()]
+        }
+        memo.write_text(json.dumps(known))
+        assert finished.use() == []
+        assert finished.audit(deep=False).broken == []
+        assert str(path) in finished.audit(deep=True).broken[0].problem
+        assert finished.audit(deep=False).broken  # it knows the file now
+    finally:
+        path.write_bytes(sound)
+    assert finished.audit(deep=False).broken == []
+
+
+@pytest.mark.parametrize("note", ["{}", "[]", '{"of": 1, "registered": 2}', "[" * 99999])
+def test_an_odd_note_of_what_is_registered_is_asked_anew(finished, note):
+    sound = registrations(finished.root, "rrlhf")
+    (finished.root / NOTE).write_text(note)
+    assert registrations(finished.root, "rrlhf") == sound
+
+
+def test_numbers_that_were_changed_where_git_keeps_them_are_found(finished):
+    project = finished.project
+    write_numbers(
+        project, read_evaluation(finished.artifacts["evaluate"].path), trainings_of(project, finished.artifacts)
+    )
+    metrics = finished.root / "reports" / "tiny" / "metrics.json"
+    try:
+        assert finished.audit(deep=False).broken == []
+        for _ in Changes(metrics):
+            [found] = finished.audit(deep=False).broken
+            assert found.problem.startswith(f"{metrics}: expected the numbers of the present results")
+            assert found.mend == "`rrlhf run` writes it again"
+    finally:
+        shutil.rmtree(metrics.parent)
+
+
+RUN_TAGS = ["rrlhf.node", "rrlhf.stage", "rrlhf.digest"]
+
+
+@pytest.mark.parametrize(("table", "name"), [*(("tags", tag) for tag in RUN_TAGS), ("latest_metrics", "loss")])
+def test_a_changed_tag_or_number_of_a_run_is_found_by_a_deep_audit(finished, table, name):
+    [version] = [each for each in finished.tracker.versions() if each.name == "rrlhf-tiny-sft"]
+    where = f"where key = '{name}' and run_uuid = '{version.run_id}'"
+    with closing(sqlite3.connect(finished.root / "mlflow.db")) as database:
+        [(sound,)] = database.execute(f"select value from {table} {where}").fetchall()
+        for value in (sound[:-1] if isinstance(sound, str) else sound + 1, sound):
+            database.execute(f"update {table} set value = ? {where}", (value,))
+            database.commit()
+            found = [
+                each for each in finished.audit().broken if f"run {version.run_id}: {name}: expected" in each.problem
+            ]
+            assert bool(found) == (value != sound)
+
+
+@pytest.mark.parametrize("tag", ["rrlhf.key", "rrlhf.digest"])
+def test_a_changed_tag_of_mlflows_copy_is_found_by_a_deep_audit(finished, tag):
+    [version] = [each for each in finished.tracker.versions() if each.name == "rrlhf-tiny-sft"]
+    client, run_id = finished.tracker.models._client, version.run_id
+    [model] = [
+        each
+        for each in client.search_logged_models([client.get_run(run_id).info.experiment_id])
+        if each.source_run_id == run_id
+    ]
+    client.set_logged_model_tags(model.model_id, {tag: "0"})
+    try:
+        assert any("MLflow has no copy whose tags" in each.problem for each in finished.audit().broken)
+    finally:
+        client.set_logged_model_tags(model.model_id, {tag: model.tags[tag]})
+    assert finished.audit().broken == []
 
 
 def test_a_changed_memo_of_digests_does_no_harm(finished):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from html import unescape
+from html.parser import HTMLParser
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ from rrlhf.judging.content import (
 )
 from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.redact import visible
 from rrlhf.tools.lineage.text import branches, line
 from rrlhf.tools.reporting.comparison import reward_in_words, samples, table
 from rrlhf.tools.reporting.plots import head_charts, looks_of, selection_charts
 from rrlhf.tools.reporting.report import render
-from rrlhf.tools.reporting.tables import show, visible
+from rrlhf.tools.reporting.tables import show
 from rrlhf.tools.reporting.verdict import Event, Training, columns, smoothed, smoothed_stderr, verdict
 
 
@@ -224,6 +226,40 @@ def test_text_from_models_and_settings_is_escaped() -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", page)
 
 
+class Live(HTMLParser):
+    """What a browser would make of a page: its elements and their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {tag, *(f"{tag} {name}" for name, _ in attrs)}
+
+
+NASTY = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</pre></div></td></table></style></title><svg onload=alert(1)>",
+    "\"'><iframe srcdoc='<b onclick=1>'>",
+    "<!--><base href=//evil><!-- {{ 7 * 7 }} {% raw %}",
+    "\0<\0script>\ud800\u2028</SCRIPT>\r<a href=javascript:alert(1)>x</a>",
+]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_a_browser_finds_no_element_in_a_page_that_a_text_brought(nasty: str) -> None:
+    def elements(text: str) -> set[str]:
+        named = policy(text, "single", gold=1.0)
+        planted = brief(samples=[answered(text, single=text)], excerpts={"single": [wrote(4, 0, text)]})
+        planted = replace(planted, policies=[*planted.policies, named])
+        live = Live()
+        live.feed(html(planted, params={"ppo": {text: text}}, lineage=ancestry(text), facts={text: text}))
+        return live.found
+
+    assert elements(nasty) == elements("plain")
+
+
 def test_reward_models_are_shown_with_calibration_heads_and_gold() -> None:
     page = whole()
     text = re.sub(r"<[^>]+>", " ", page)
@@ -287,10 +323,11 @@ def test_arms_that_were_not_watched_have_no_health() -> None:
     assert "What they wrote" not in page
 
 
-def test_what_a_policy_wrote_as_it_trained_is_shown_by_prompt_and_escaped() -> None:
-    def wrote(row: int, update: int, text: str, kl: float | None = 1.25) -> Excerpt:
-        return Excerpt(update, row, f"Prompt {row}", text, True, kl, 0.5, [0.1])
+def wrote(row: int, update: int, text: str, kl: float | None = 1.25) -> Excerpt:
+    return Excerpt(update, row, f"Prompt {row}", text, True, kl, 0.5, [0.1])
 
+
+def test_what_a_policy_wrote_as_it_trained_is_shown_by_prompt_and_escaped() -> None:
     some = brief(excerpts={"single": [wrote(4, 0, "At first."), wrote(4, 9, "<b>Sure"), wrote(7, 3, " ", None)]})
     text = re.sub(r"<[^>]+>", " ", html(some).split("What they wrote as they trained")[1])
     assert re.search(r"Prompt 4\s+rollout 0\s+At first.\s+proxy 0.50 · KL 1.2\s+rollout 9\s+&lt;b&gt;Sure", text)

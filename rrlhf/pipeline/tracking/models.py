@@ -190,20 +190,39 @@ class Models:
             folder = Path(fetched)
             yield (folder / INSIDE, folder / "MLmodel") if spec_of(artifact.stage).model else (folder, None)
 
+    def unregistered(self) -> dict[str, Path]:
+        """Return the folders here of all logged models that no version names, by their ids."""
+        named = {model_id_of(each) for each in every(self._client.search_model_versions)}
+        search = partial(self._client.search_logged_models, [self._experiment_id])
+        places = {model.model_id: Path(unquote(urlparse(model.artifact_location).path)) for model in every(search)}
+        return {model: place.parent for model, place in places.items() if model not in named and place.is_dir()}
+
+    def delete(self, model_id: str) -> None:
+        """Have MLflow forget a logged model; its files are the caller's."""
+        self._client.delete_logged_model(model_id)
+
     def mlmodel_digest(self, artifact: Artifact) -> str | None:
         """Return the sha256 that the MLmodel beside an artifact's copy had when it was written, where that is known."""
         return next((found.tags[MLMODEL] for found in self._models(artifact) if MLMODEL in found.tags), None)
 
-    def link_fault(self, artifact: Artifact, run_id: str) -> str | None:
-        """Say which models MLflow links to the run that made an artifact, when they are not its inputs, or None."""
+    def run_fault(self, artifact: Artifact, run_id: str) -> str | None:
+        """Say what MLflow tells otherwise of the run that made an artifact: tags, last numbers, or inputs; or None."""
         run = self._client.get_run(run_id)
-        if run.data.tags.get("rrlhf.digest") != artifact.digest:
-            return None  # links wait for inputs that are not registered yet
+        expected: dict[str, Any] = stage_tags(artifact.name, artifact.stage, artifact.key)
+        linked = run.data.tags.get("rrlhf.digest")  # links wait for inputs that are not registered yet
+        expected |= {} if linked is None else {"rrlhf.digest": artifact.digest}
+        expected |= {name: float(value) for name, value in artifact.metrics.items() if name not in {"step", "seconds"}}
+        for name, value in expected.items():
+            found = {**run.data.metrics, **run.data.tags}.get(name)
+            if repr(found) != repr(value):  # NaN is what it is
+                return f"run {run_id}: {name}: expected {value}, found {found}"
+        if linked is None:
+            return None
         tags = [self._client.get_logged_model(entry.model_id).tags for entry in run.inputs.model_inputs]
         keys = artifact.input_keys
         read = {(each.get("rrlhf.digest"), each.get("rrlhf.key") if keys else None) for each in tags}
-        expected = {(artifact.inputs[name], keys.get(name)) for name in artifact.made_from}
-        return None if read == expected else f"run {run_id}: expected links to {expected}, found {read}"
+        made_from = {(artifact.inputs[name], keys.get(name)) for name in artifact.made_from}
+        return None if read == made_from else f"run {run_id}: expected links to {made_from}, found {read}"
 
     def add_signature(self, artifact: Artifact) -> bool:
         """Put an artifact's signature beside every copy of its files, over one that is there; False without a copy."""

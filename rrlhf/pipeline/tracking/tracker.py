@@ -284,9 +284,9 @@ def _noted(root: Path, experiment: str) -> list[Registration] | None:
     """Return what is noted; None when it was of another database, or of this one as it was before."""
     try:
         note = json.loads((root / NOTE).read_bytes())
-    except (OSError, ValueError):
+        return [Registration(*one) for one in note["registered"]] if note["of"] == _of(root, experiment) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return [Registration(*one) for one in note["registered"]] if note["of"] == _of(root, experiment) else None
 
 
 def _of(root: Path, experiment: str) -> list[Any] | None:

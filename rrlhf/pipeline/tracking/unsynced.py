@@ -44,6 +44,11 @@ def waiting(root: Path) -> list[Path]:
     return sorted((root / FOLDER).glob("*.json"))
 
 
+def results(root: Path) -> list[Made]:
+    """Return what these runs made."""
+    return [Made(*each) for path in waiting(root) for each in json.loads(path.read_bytes())["made"]]
+
+
 def note(root: Path, run: Unsynced) -> None:
     """Note a run that ended while the server was away."""
     with locked(root / FOLDER / "lock"):

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
+from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
 from rrlhf.pipeline.tracking.models import tag_fault
 from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.lineage.text import line
+from rrlhf.tools.running.uptodate import changed_numbers
 
 REPLACE = "remove the folder, and `rrlhf run` restores it or computes it again"
 
@@ -43,6 +46,7 @@ class Audit:
 
     def __init__(self, lookup: Lookup, *, deep: bool = False) -> None:
         self.graph, self.tracker, self.store, self.deep = lookup.graph, lookup.tracker, lookup.store, deep
+        self.lookup = lookup
         self.notes: list[str] = []
         self._versions: dict[tuple[str, str], list[Version]] = {}
         for version in lookup.versions:
@@ -66,6 +70,7 @@ class Audit:
                 broken += [Broken(problem, mend, line(product), below) for problem in found]
         if start is None:
             broken += self._strays({self._place(product) for product in products})
+            broken += self._numbers() if not broken else []
         return Report(len(products), broken, self.notes)
 
     def _absence(self, product: Product) -> Iterator[str]:
@@ -109,7 +114,7 @@ class Audit:
                 yield f"{where}: expected the name of a model of stage {artifact.stage}"
             if problem := tag_fault(artifact, version.tags):
                 yield f"{where}, {problem}"
-            if self.deep and version.run_id and (problem := self.tracker.models.link_fault(artifact, version.run_id)):
+            if self.deep and version.run_id and (problem := self.tracker.models.run_fault(artifact, version.run_id)):
                 yield f"{where}, {problem}"
 
     def _aliases(self, product: Product) -> Iterator[str]:
@@ -133,10 +138,16 @@ class Audit:
                 self.notes.append(f"DVC keeps no files of {line(product)}")
             return
         with self.tracker.models.copy(artifact) as found:
-            if found is None:
+            if found is None and self._of(product):
+                yield "MLflow has no copy whose tags rrlhf.key and rrlhf.digest are its own"
+            elif found is None:
                 self.notes.append(f"MLflow keeps no files of {line(product)}")
+            if found is None:
                 return
             folder, description = found
+            if description:
+                beside = {*description.parent.iterdir()} - {folder, description}
+                yield from (f"MLflow's copy: {path}: expected no such file" for path in sorted(beside))
             try:
                 copy = read_artifact(folder)
                 problem = self.store.fault(copy, deep=True)
@@ -162,6 +173,17 @@ class Audit:
                 problem = str(error).partition("\n")[0]
             downstream = [line(each) for each in self.graph.built_on(folder.name)]
             yield Broken(problem, REPLACE, f"{folder.parent.name} {folder.name[:8]}", downstream)
+
+    def _numbers(self) -> Iterator[Broken]:
+        """Hold the numbers that git keeps against the profile's results."""
+        try:
+            changed = changed_numbers(Project(self.lookup.root, self.lookup.profile, self.lookup.params))
+        except ParamsError as error:
+            changed = []
+            self.notes.append(f"the numbers that git keeps were not looked at: {str(error).partition(chr(10))[0]}")
+        for path in changed:
+            problem = f"{path}: expected the numbers of the present results, found others"
+            yield Broken(problem, "`rrlhf run` writes it again", f"profile {self.lookup.profile}", [])
 
     def _place(self, product: Product) -> Path:
         return self.store.folder(product.stage, product.key)

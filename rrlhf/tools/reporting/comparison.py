@@ -7,7 +7,8 @@ from rich.table import Table as Drawn
 from rich.text import Text
 
 from rrlhf.judging.evaluation import Evaluation, Policy
-from rrlhf.tools.reporting.tables import Table, figures, known, visible
+from rrlhf.redact import visible
+from rrlhf.tools.reporting.tables import Table, figures, known
 
 
 class Metric(NamedTuple):

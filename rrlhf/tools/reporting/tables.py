@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from rrlhf.judging.content import Measured
+from rrlhf.redact import visible
 
 if TYPE_CHECKING:
     from rich.table import Table as Drawn
@@ -93,13 +93,3 @@ def page(template: str, **content: object) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(**content)
-
-
-def visible(text: str) -> str:
-    """Show control and other unseen characters as ⟨U+001B⟩, so that no text acts on a terminal or hides in a page."""
-    return "".join(character if character in "\n\t" else _seen(character) for character in text)
-
-
-def _seen(character: str) -> str:
-    hidden = unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
-    return f"⟨U+{ord(character):04X}⟩" if hidden else character

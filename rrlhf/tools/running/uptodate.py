@@ -98,6 +98,16 @@ def write_numbers(project: Project, evaluation: Evaluation, trainings: Mapping[s
         write_if_new(path, numbers.texts(evaluation, trainings)[name])
 
 
+def changed_numbers(project: Project) -> list[Path]:
+    """Return those of these files that do not say what the results of the present settings do, if all are there."""
+    artifacts = _artifacts(project, project.plan())
+    files = {name: path for name, path in numbers_files(project).items() if path.is_file()}
+    if not files or {node.name for node in project.nodes} - artifacts.keys():
+        return []
+    expected = numbers.texts(read_evaluation(artifacts["evaluate"].path), trainings_of(project, artifacts))
+    return [path for name, path in files.items() if path.read_bytes() != expected[name].encode()]
+
+
 def trainings_of(project: Project, artifacts: Mapping[str, Artifact]) -> dict[str, Training]:
     """Return what is told of every arm's training, by arm."""
     told = {node.arm: training(artifacts[node.name]) for node in project.nodes if node.arm}
