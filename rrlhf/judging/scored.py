@@ -16,7 +16,7 @@ from rrlhf.config import Model, RewardJudge
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.judging.evaluation import OwnJudge
 from rrlhf.located import ParamsError
-from rrlhf.models.load import pin_date
+from rrlhf.models.load import check_files, pin_date
 from rrlhf.models.sources import base_location
 from rrlhf.progress import track
 from rrlhf.stopping import check_stop
@@ -30,7 +30,9 @@ class Scorer:
         place, options = check_classifier(settings)
         self._settings, device = settings, device_kind(model.device)
         dtype = getattr(torch, dtype_name(model.dtype, device))
-        network: Any = AutoModelForSequenceClassification.from_pretrained(place, dtype=dtype, **options)
+        network: Any = AutoModelForSequenceClassification.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, **options
+        )
         self._network: Any = network.eval().to(device)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(place, **options)
         prints_date = self._tokenizer.chat_template and "strftime_now(" in self._tokenizer.get_chat_template()
@@ -71,7 +73,10 @@ def check_classifier(settings: RewardJudge) -> tuple[Path | str, dict[str, Any]]
     """Return where the classifier is and how it is fetched. Raises ParamsError when it is none with one label."""
     place = base_location(settings, "evaluate.judge")
     options: dict[str, Any] = {"local_files_only": True} if isinstance(place, Path) else {"revision": settings.revision}
+    options["trust_remote_code"] = False
     try:
+        if isinstance(place, Path):
+            check_files(place)
         config = AutoConfig.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         raise ParamsError(f"evaluate.judge.base {settings.base}: {str(error).splitlines()[0]}") from None

@@ -186,7 +186,7 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
     how |= {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     with _refusing(name, model.attn_implementation):
         if isinstance(place, Path):
-            _check_files(place)
+            check_files(place)
         config = AutoConfig.from_pretrained(place, **options)
         if "/" in str(config._attn_implementation):
             raise ModelError(f"{name}: its config.json asks for code of the hub, {config._attn_implementation}")
@@ -203,7 +203,7 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
         return _ready(language, name, model, [*_weight_problems(report)])
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Raise ValueError for weights that are pickles, which can hold code, or that lie outside their folder."""
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         raise ValueError(
