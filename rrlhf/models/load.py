@@ -128,7 +128,7 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> Lang
 
 def load_shape(model: Model) -> LanguageModel:
     """Return a base as shapes on the meta device, without a tokenizer; of a hub id, config.json alone is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         if model.base.startswith("random:"):
@@ -136,8 +136,7 @@ def load_shape(model: Model) -> LanguageModel:
         else:
             place = base_location(model)
             place = _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
-            options = {} if isinstance(place, Path) else {"revision": model.revision}
-            config = AutoConfig.from_pretrained(place, **options)
+            config = _config(place, model.base, {} if isinstance(place, Path) else {"revision": model.revision})
             language = LanguageModel(AutoModelForCausalLM.from_config(config), None, _saved(config, model))
         language.network.to(_held(model)).requires_grad_(False)
     return language._replace(by_layers=_made_to_run(language.network.eval(), model) is None)
@@ -169,7 +168,7 @@ def save_model(language: LanguageModel, folder: Path) -> None:
 
 def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True, fetch: bool = False) -> LanguageModel:
     """Load a folder or a hub id."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     is_local = isinstance(place, Path)
@@ -187,9 +186,7 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
     with _refusing(name, model.attn_implementation):
         if isinstance(place, Path):
             check_files(place)
-        config = AutoConfig.from_pretrained(place, **options)
-        if "/" in str(config._attn_implementation):
-            raise ModelError(f"{name}: its config.json asks for code of the hub, {config._attn_implementation}")
+        config = _config(place, name, options)
         network, report = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=_held(model),
@@ -201,6 +198,16 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
         )
         language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), _saved(config, model))
         return _ready(language, name, model, [*_weight_problems(report)])
+
+
+def _config(place: Path | str, name: str, options: dict[str, Any]) -> Any:  # transformers.PreTrainedConfig
+    """Read config.json. Raises ModelError where it asks for code of the hub."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(place, **options | {"trust_remote_code": False})
+    if "/" in str(config._attn_implementation):
+        raise ModelError(f"{name}: its config.json asks for code of the hub, {config._attn_implementation}")
+    return config
 
 
 def check_files(folder: Path) -> None:
