@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -93,11 +94,11 @@ def run(inputs, out, log=lambda row: None, every=2, **changed):
         execute(document(every, **changed), inputs=inputs, out=out, launch=launch())
 
 
-def started(inputs, out, beside=0, processes=1):
+def started(inputs, out, beside=0, processes=1, **streams):
     """Run the stage in a process of its own, as the flow does."""
     job = {"document": document(), "inputs": {name: str(folder) for name, folder in inputs.items()}, "out": str(out)}
     job |= {"launch": launch(processes).model_dump(), "beside": beside}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT, **streams)
 
 
 def result(out):
@@ -160,6 +161,21 @@ def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, stopped, 
     run(inputs, stopped)
     assert len(computed) == 2
     assert result(stopped) == whole
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_that_is_killed_is_told_and_another_number_of_them_goes_on(inputs, tmp_path, whole):
+    with started(inputs, tmp_path, processes=2, stderr=subprocess.PIPE, text=True) as training:
+        wait_for_rows(tmp_path, 3, training)
+        ranks = [each for each in psutil.Process(training.pid).children(recursive=True) if "RANK" in each.environ()]
+        next(each for each in ranks if each.environ()["RANK"] == "1").kill()
+        _, told = training.communicate(timeout=120)
+    assert "ppo in 2 processes ended with 1: one of them was killed (SIGKILL)" in told
+    run(inputs, tmp_path)
+    asked, undisturbed = (
+        sorted((each["update"], each["prompt"]) for each in one[1]) for one in (result(tmp_path), whole)
+    )
+    assert asked == undisturbed  # every response is there once, whichever process had it
 
 
 @pytest.mark.parametrize("beside", [0, pytest.param(1, marks=pytest.mark.slow)])
