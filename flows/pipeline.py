@@ -43,6 +43,7 @@ def pipeline(
     with running(profile, overrides, part, take_aliases) as run:
         make("prepare", run)  # demonstrations, preferences and prompts, split by prompt
         make("sft", run)  # policy_0, where every policy starts
+        make("given", run)  # reward models that people have, where some are used as they are
         make("reward", run)  # the single head: the proxy
         make("member", run)  # reward models of their own, where the ensemble is made of such
         make("ensemble", run)  # K heads with a posterior

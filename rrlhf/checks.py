@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rrlhf.config import BestOfNArm, Ensemble, HeadEnsemble, LoraEnsemble, PaidArm, Params, Ppo, Prepare, Reward
+from rrlhf.config import (
+    BestOfNArm,
+    Ensemble,
+    GivenEnsemble,
+    HeadEnsemble,
+    LoraEnsemble,
+    PaidArm,
+    Params,
+    Ppo,
+    Prepare,
+    Reward,
+)
 from rrlhf.config import WarmEnsemble as Warm
 from rrlhf.located import did_you_mean
 
@@ -85,6 +96,16 @@ def _reward_models(reward: Reward, ensemble: Ensemble) -> Iterator[Mistake]:
         yield "reward.revision", "it is the commit of reward.base, which is null"
     if isinstance(ensemble, HeadEnsemble) and not ensemble.freeze_backbone and reward.trunk == "frozen":
         yield "ensemble.freeze_backbone", "it is false: set reward.trunk to lora or full"
+    if reward.head == "own" and reward.base is None:
+        yield "reward.head", "own is that of a reward model of yours: name it in reward.base"
+    if reward.head == "own" and reward.trunk != "frozen":
+        yield "reward.trunk", "reward.head own takes a reward model as it is: set frozen, or reward.head to trained"
+    if ensemble.models and not isinstance(ensemble, GivenEnsemble):
+        yield "ensemble.models", f"they belong to kind given, not to {ensemble.kind}"
+    if isinstance(ensemble, GivenEnsemble) and ensemble.sigma != "posterior":
+        yield "ensemble.sigma", "reward models as they are have learned none: set posterior"
+    if isinstance(ensemble, GivenEnsemble) and ensemble.heads and ensemble.hidden:
+        yield "ensemble.hidden", "beside reward models as they are stand linear heads: set 0, or ensemble.heads to 0"
     if isinstance(ensemble, Warm) and reward.trunk == "frozen" and ensemble.hidden:
         yield "ensemble.hidden", "kind warm on a frozen trunk averages linear heads: set 0, or train the trunk"
 

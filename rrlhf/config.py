@@ -143,13 +143,34 @@ class HeadTraining(Section):
     dro_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class TrunkTraining(Section):
-    """The layers below the reward heads: where they come from, and how they train."""
+class OwnModel(Section):
+    """A language model of a reward model's own; null: as the one of all stages."""
 
     base: str | None
     revision: str | None
     prompt_tokens: PositiveInt | None
     response_tokens: PositiveInt | None
+
+    def language_model(self, shared: Model) -> Model:
+        """Return the settings of the language model that these layers are of; shared: the one of all stages."""
+        given = {"prompt_tokens": self.prompt_tokens, "response_tokens": self.response_tokens}
+        own = {"base": self.base, "revision": self.revision} if self.base is not None else {}
+        return shared.model_copy(update=own | {name: limit for name, limit in given.items() if limit is not None})
+
+
+class Given(OwnModel):
+    """A reward model that people have, a sequence classifier with one label, used as it is, with its own head."""
+
+    base: str
+    revision: str | None = None
+    prompt_tokens: PositiveInt | None = None
+    response_tokens: PositiveInt | None = None
+    batch_size: PositiveInt | None = None  # null: as reward.batch_size
+
+
+class TrunkTraining(OwnModel):
+    """The layers below the reward heads: where they come from, and how they train."""
+
     layer: PositiveInt
     batch_size: PositiveInt
     trunk: Literal["frozen", "lora", "full"]
@@ -160,15 +181,11 @@ class TrunkTraining(Section):
     trunk_learning_rate: PositiveFloat
     trunk_max_grad_norm: PositiveFloat
 
-    def language_model(self, shared: Model) -> Model:
-        """Return the settings of the language model that these layers are of; shared: the one of all stages."""
-        given = {"prompt_tokens": self.prompt_tokens, "response_tokens": self.response_tokens}
-        own = {"base": self.base, "revision": self.revision} if self.base is not None else {}
-        return shared.model_copy(update=own | {name: limit for name, limit in given.items() if limit is not None})
-
 
 class Reward(HeadTraining, TrunkTraining):
     """The single reward head and the trunk features that all heads share."""
+
+    head: Literal["trained", "own"] = Field(default="trained", exclude_if=lambda head: head == "trained")
 
 
 class Member(HeadTraining):
@@ -183,10 +200,11 @@ class Member(HeadTraining):
 
 
 class Ensemble(Member):
-    """The ensemble of reward models, of one of four kinds."""
+    """The ensemble of reward models, of one of five kinds."""
 
     kind: str
     heads: PositiveInt
+    models: list[Given] = Field(default=[], exclude_if=lambda models: not models)  # of kind given alone
     freeze_backbone: Literal[True]
     diversity: Annotated[float, Field(ge=0, le=0)]  # of kind lora alone
 
@@ -217,7 +235,17 @@ class WarmEnsemble(Ensemble):
     kind: Literal["warm"]
 
 
-AnyEnsemble = Annotated[HeadEnsemble | LoraEnsemble | MemberEnsemble | WarmEnsemble, Discriminator("kind")]
+class GivenEnsemble(Ensemble):
+    """Reward models that people have, as they are, and heads beside them that are members on the reward's trunk."""
+
+    kind: Literal["given"]
+    heads: Annotated[int, Field(ge=0)]
+    models: Annotated[list[Given], Field(min_length=1)]
+
+
+AnyEnsemble = Annotated[
+    HeadEnsemble | LoraEnsemble | MemberEnsemble | WarmEnsemble | GivenEnsemble, Discriminator("kind")
+]
 
 
 class Ppo(Section):

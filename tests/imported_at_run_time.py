@@ -45,6 +45,19 @@ def run(document, inputs, out):
     return {each for each in executed if each[0].partition(".")[0] == "rrlhf"}
 
 
+def reward_model(model, folder):
+    """Save a reward model as people have one."""
+    from transformers import LlamaForSequenceClassification
+
+    from rrlhf.models.load import load_base
+
+    language = load_base(model)
+    language.network.config.num_labels = 1
+    LlamaForSequenceClassification(language.network.config).save_pretrained(folder)
+    language.tokenizer.save_pretrained(folder)
+    return folder
+
+
 def main(root):
     import torch
 
@@ -55,7 +68,13 @@ def main(root):
     torch.set_num_threads(1)
     (root / "rrlhf_rules.py").write_text("def short(completions): return [1.0 for _ in completions]\n")
     sys.path.insert(0, str(root))
-    graph = nodes(load_params(Path(__file__).parents[1], "tiny", SMALL))
+    graph = nodes(params := load_params(Path(__file__).parents[1], "tiny", SMALL))
+    brought = {
+        "ensemble.kind": "given",
+        "ensemble.models": [{"base": str(reward_model(params.model, root / "brought"))}],
+    }
+    alone = nodes(load_params(Path(__file__).parents[1], "tiny", SMALL | brought))
+    graph += [node for node in alone if node.stage == "given"]
     documents = {node.name: key_document(node, {}) for node in graph}
     used = {}
     for node in graph:

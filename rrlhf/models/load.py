@@ -48,6 +48,7 @@ class LanguageModel(NamedTuple):
     adapters: Any = None  # peft.PeftModel around the network, where adapters stand beside its maps
     by_layers: bool = True  # whether its layers run one by one (layers.py); else it runs whole (whole.py)
     generation: Any = None  # transformers.GenerationConfig that is saved with it; sampling here follows no other advice
+    score: Any = None  # torch.nn.Linear that makes a reward of the last token's final state; None: it brought none
 
     @property
     def layers(self) -> int:
@@ -63,6 +64,12 @@ class LanguageModel(NamedTuple):
     def device(self) -> torch.device:
         """Where its weights are."""
         return torch.device(self.network.device)
+
+    @property
+    def padding(self) -> int | None:
+        """The token that its configuration calls padding."""
+        found: int | None = self.network.config.get_text_config().pad_token_id
+        return found
 
     @property
     def ends(self) -> list[int]:
@@ -110,11 +117,12 @@ def accumulated(
     yield parts[-1], contextlib.nullcontext()
 
 
-def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> LanguageModel:
+def load_base(model: Model, *, weights: bool = True, fetch: bool = True, reward_model: bool = False) -> LanguageModel:
     """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random.
 
     weights: whether they are read; without them the model has shapes only. fetch: whether files of the hub that are not
-    here are downloaded. Raises ModelError when it cannot be used.
+    here are downloaded. reward_model: whether it may be one, a sequence classifier with one label. Raises ModelError
+    when it cannot be used.
     """
     if model.base.startswith("random:"):
         drawn = _random_model(model.base)
@@ -123,7 +131,7 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True) -> Lang
     place = base_location(model)
     if isinstance(place, Path) and place.suffix == ".gguf":
         place = _converted(place)
-    return _loaded(place, model.base, model, weights=weights, fetch=fetch)
+    return _loaded(place, model.base, model, weights=weights, fetch=fetch, reward_model=reward_model)
 
 
 def load_shape(model: Model) -> LanguageModel:
@@ -166,9 +174,17 @@ def save_model(language: LanguageModel, folder: Path) -> None:
         language.generation.save_pretrained(folder)
 
 
-def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True, fetch: bool = False) -> LanguageModel:
+def _loaded(
+    place: Path | str,
+    name: str,
+    model: Model,
+    *,
+    weights: bool = True,
+    fetch: bool = False,
+    reward_model: bool = False,
+) -> LanguageModel:
     """Load a folder or a hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import find_adapter_config_file
 
     is_local = isinstance(place, Path)
@@ -187,7 +203,9 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
         if isinstance(place, Path):
             check_files(place)
         config = _config(place, name, options)
-        network, report = AutoModelForCausalLM.from_pretrained(
+        scores = reward_model and any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
+        make: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+        network, report = make.from_pretrained(
             place,
             dtype=_held(model),
             output_loading_info=True,
@@ -196,8 +214,13 @@ def _loaded(place: Path | str, name: str, model: Model, *, weights: bool = True,
             **how,
             **options,
         )
-        language = LanguageModel(network, AutoTokenizer.from_pretrained(place, **options), _saved(config, model))
-        return _ready(language, name, model, [*_weight_problems(report)])
+        problems = [*_weight_problems(report, "reward model" if scores else "causal language model")]
+        score = None
+        if scores:
+            network, score, wrong = _opened(network, name)
+            problems += wrong
+        kept, tokenizer = _saved(config, model), AutoTokenizer.from_pretrained(place, **options)
+        return _ready(LanguageModel(network, tokenizer, kept, score=score), name, model, problems)
 
 
 def _config(place: Path | str, name: str, options: dict[str, Any]) -> Any:  # transformers.PreTrainedConfig
@@ -239,6 +262,32 @@ def _refusing(name: str, attention: str = "auto") -> Iterator[None]:
         raise ModelError(f"{name}: {said}") from error
 
 
+def _opened(classifier: Any, name: str) -> tuple[Any, Any, list[str]]:
+    """Take a sequence classifier apart: its decoder as a language model, the map that scores, and what is wrong.
+
+    The language model's output matrix is the input embeddings: nothing is sampled from it. Raises ModelError when the
+    score is no linear map of the decoder's last state.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, score = classifier.config, getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise ModelError(
+            f"{name}: a reward model must score by one linear map of a decoder's last state (`score`), as those of the "
+            f"Llama, Qwen, Mistral, Gemma and GPT-2 families do; {type(classifier).__name__} does not"
+        )
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    setattr(network, network.base_model_prefix, classifier.base_model)
+    network.config = config
+    output, config.get_text_config().tie_word_embeddings = network.get_output_embeddings(), True
+    output.weight = network.get_input_embeddings().weight
+    if output.bias is not None:
+        output.bias = nn.Parameter(output.weight.new_zeros(len(output.weight)))
+    labels = f"it gives {score.out_features} scores (num_labels in config.json), a reward model gives one"
+    return network, score, [] if score.out_features == 1 else [labels]
+
+
 def _held(model: Model) -> torch.dtype:
     """Return the dtype of weights in memory, but for those that train."""
     return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
@@ -250,12 +299,12 @@ def _saved(config: Any, model: Model) -> torch.dtype:
     return found if model.save_dtype == "auto" else getattr(torch, model.save_dtype)
 
 
-def _weight_problems(report: dict[str, Any]) -> Iterator[str]:
+def _weight_problems(report: dict[str, Any], kind: str) -> Iterator[str]:
     """Yield what transformers says about weights that it did not find, did not expect, or that have other shapes."""
     mismatched = {each if isinstance(each, str) else each[0] for each in report.get("mismatched_keys", ())}
     for names, what in (
         (set(report.get("missing_keys", ())), "are not in its file, so they would be drawn at random"),
-        (set(report.get("unexpected_keys", ())), "are in its file and belong to no part of a causal language model"),
+        (set(report.get("unexpected_keys", ())), f"are in its file and belong to no part of a {kind}"),
         (mismatched, "have other shapes in its file than config.json says"),
     ):
         if names:
@@ -283,7 +332,7 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
         problems.append(why)
     if problems:
         raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
-    if whole := _made_to_run(network, model):
+    if (whole := _made_to_run(network, model)) and language.score is None:
         notes.append(f"{whole}, so every pass runs all of it: ppo.trains lora needs the least memory and time then")
     network.generation_config.eos_token_id = ends = _ends(network, tokenizer)
     generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=ends)

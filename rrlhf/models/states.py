@@ -40,6 +40,17 @@ def states_at(language: LanguageModel, entered: Tensor, lengths: Tensor, first: 
     return packing.grid(run_layers(language.network, packing.packed(entered), first, layer, packing=packing))
 
 
+def final_states(language: LanguageModel, entered: Tensor, lengths: Tensor, first: int) -> Tensor:
+    """Return what the output matrix reads at the last token of each row, [batch, width], of what `entering` gives."""
+    rows, last = torch.arange(len(lengths), device=lengths.device), lengths - 1
+    if not language.by_layers:
+        return run_whole(language.network, entered, (rows, last)).final
+    packing = Packing.of(lengths)
+    hidden = run_layers(language.network, packing.packed(entered), first, language.layers, packing=packing)
+    final: Tensor = language.network.model.norm(hidden[0, packing.flat(rows, last)])
+    return final
+
+
 @torch.no_grad()
 def hidden_states(language: LanguageModel, rows: Sequence[Sequence[int]], layer: int) -> Tensor:
     """Return the states that enter `layer` for rows of tokens, padded on the right, [batch, tokens, width]."""

@@ -23,7 +23,7 @@ class Texts:
 
     def __init__(self, language: LanguageModel, model: Model) -> None:
         self._language, self._model = language, model
-        self._encoded: dict[str, list[int]] = {}  # prompts by their messages
+        self._asked: dict[str, tuple[list[Message], list[int]]] = {}  # prompts' turns and tokens, by their messages
         self._is_cut: dict[str, dict[str, bool]] = {}  # by kind and text
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -32,16 +32,7 @@ class Texts:
         Special tokens in what users wrote are plain text. A prompt that is longer than `model.prompt_tokens` loses its
         oldest turns, and then the beginning of its last one; the system turn and all headers stay.
         """
-        key = json.dumps(messages)
-        if key not in self._encoded:
-            turns = [*messages]
-            if self._model.system_prompt is not None and turns[0]["role"] != "system":
-                turns = [Message(role="system", content=self._model.system_prompt), *turns]
-            whole = self._rendered(turns)
-            fits = self._fits(whole)
-            self._encoded[key] = whole if fits else self._shortened(turns)
-            self._count(PROMPTS, key, not fits)
-        return self._encoded[key]
+        return self._fitted(messages)[1]
 
     def response(self, text: str) -> list[int]:
         """Return a response's tokens without an end, cut to `model.response_tokens`."""
@@ -52,6 +43,12 @@ class Texts:
     def answer(self, text: str) -> list[int]:
         """Return a response as the model would say it: with its end, unless the limit comes first."""
         return [*self.response(text), self._language.end][: self._model.response_tokens]
+
+    def conversation(self, messages: Sequence[Message], text: str) -> list[int]:
+        """Return a prompt with its response, each cut as it is alone, as the chat template writes the two together."""
+        turns, tokens = self._fitted(messages)[0], self.response(text)
+        said = decode(self._language, tokens) if self._is_cut[RESPONSES][text] else text
+        return render(self._language, [*turns, Message(role="assistant", content=said)], begin=False)
 
     def apart(self, pairs: Sequence[Preference], encoded: Callable[[str], list[int]]) -> list[Preference]:
         """Leave out pairs whose responses are the same when cut: they state no preference.
@@ -85,6 +82,19 @@ class Texts:
                 say(f"{label}: {sum(cut.values())} of {len(cut)} {kind} {what} ({share})")
         return self.cut
 
+    def _fitted(self, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
+        """Return a prompt's turns, as many as fit, and their tokens."""
+        key = json.dumps(messages)
+        if key not in self._asked:
+            turns = [*messages]
+            if self._model.system_prompt is not None and turns[0]["role"] != "system":
+                turns = [Message(role="system", content=self._model.system_prompt), *turns]
+            whole = self._rendered(turns)
+            fits = self._fits(whole)
+            self._asked[key] = (turns, whole) if fits else self._shortened(turns)
+            self._count(PROMPTS, key, not fits)
+        return self._asked[key]
+
     def _count(self, kind: str, text: str, is_cut: bool) -> None:
         self._is_cut.setdefault(kind, {})[text] = is_cut
 
@@ -94,8 +104,8 @@ class Texts:
     def _rendered(self, turns: list[Message]) -> list[int]:
         return render(self._language, turns)
 
-    def _shortened(self, turns: list[Message]) -> list[int]:
-        """Return the tokens of the longest end of a dialogue that fits; its system turn stays.
+    def _shortened(self, turns: list[Message]) -> tuple[list[Message], list[int]]:
+        """Return the longest end of a dialogue that fits, and its tokens; its system turn stays.
 
         Raises NoRoomError when not even one character of the last turn fits.
         """
@@ -104,27 +114,28 @@ class Texts:
         while len(rest) > 2:  # a question with its answer goes at a time
             rest = rest[2:]
             if self._fits(tokens := self._rendered([*system, *rest])):
-                return tokens
+                return [*system, *rest], tokens
         *before, last = rest
 
-        def without(removed: int) -> list[int]:
+        def without(removed: int) -> list[Message]:
             end = Message(role=last["role"], content=last["content"][removed:])
-            return self._rendered([*system, *before, end])
+            return [*system, *before, end]
 
         most = len(last["content"]) - 1
-        removed = bisect_left(range(most), True, key=lambda n: self._fits(without(n)))
-        if not self._fits(tokens := without(removed)):
+        shortest = bisect_left(range(most), True, key=lambda n: self._fits(self._rendered(without(n))))
+        kept = without(shortest)
+        if not self._fits(tokens := self._rendered(kept)):
             raise NoRoomError(
                 f"prompt_tokens {self._model.prompt_tokens} leaves no room for a prompt: the chat template with its "
                 f"system turn and one character takes {len(tokens)} tokens; raise it, or shorten the system turn"
             )
-        return tokens
+        return kept, tokens
 
 
-def render(language: LanguageModel, turns: Sequence[Message]) -> list[int]:
-    """Return the tokens of a dialogue up to where the assistant begins; what users wrote is no special token."""
+def render(language: LanguageModel, turns: Sequence[Message], *, begin: bool = True) -> list[int]:
+    """Return the tokens of a dialogue, and of where the assistant begins; what users wrote is no special token."""
     tokens: list[int] = language.tokenizer.apply_chat_template(
-        list(turns), add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+        list(turns), add_generation_prompt=begin, sanitize_control_tokens=True, return_dict=False
     )
     return tokens
 

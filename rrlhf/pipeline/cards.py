@@ -88,7 +88,7 @@ def what(manifest: Mapping[str, Any]) -> str:
     params = manifest["document"]["params"]
     arm, ensemble = params.get("arm", {}), params.get("ensemble", {})
     return spec_of(manifest["document"]["stage"]).about.format(
-        heads=ensemble.get("heads", "several"),
+        heads=ensemble.get("heads", 0) + len(ensemble.get("models", ())),
         kind=ensemble.get("kind", "heads"),
         loss=params.get("dpo", {}).get("loss", "sigmoid"),
         n=arm.get("n", 1),
@@ -139,7 +139,7 @@ def _front_matter(manifest: Mapping[str, Any]) -> str:
 def _base(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings that name the language model below: of a reward model, its trunk's own where it has one."""
     params = manifest["document"]["params"]
-    own: Mapping[str, Any] = params.get("trunk") or params.get("reward") or {}
+    own: Mapping[str, Any] = params.get("given") or params.get("trunk") or params.get("reward") or {}
     shared: Mapping[str, Any] = params.get("model", {})
     return own if own.get("base") else shared
 

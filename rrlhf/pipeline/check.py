@@ -37,6 +37,7 @@ class Facts(NamedTuple):
     notes: Sequence[str] = ()  # what a person should know of how it is used
     layers: int | None = None  # None: unknown
     maps: Sequence[str] = ()  # names of those that adapters can stand beside; none: unknown
+    scores: bool = False  # whether it is a reward model, with a head of its own
 
 
 def check_sources(project: Project, *, fetch: bool = False) -> None:
@@ -131,13 +132,23 @@ def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tupl
 
     fetch: whether what lies on the hub alone is downloaded for it; otherwise a note says that it was not looked at.
     """
-    model = trunk = facts(params.model, "model", root, memo, fetch=fetch)
-    own = params.reward.language_model(params.model)
-    if own != params.model:
-        section = "reward" if params.reward.base else "model"
-        trunk = facts(own, section, root, memo, fetch=fetch)
-    mistakes = [*model.problems, *trunk.problems, *_misfits(params, model, trunk)]
-    return [*dict.fromkeys(mistakes)], [*dict.fromkeys([*model.notes, *trunk.notes])]
+    reward, models = params.reward, params.ensemble.models
+    named = {f"ensemble.models.{number}": each for number, each in enumerate(models)}
+    as_is = {**named, **({"reward": reward} if reward.head == "own" else {})}
+    found = {"model": facts(params.model, "model", root, memo, fetch=fetch)}
+    for section, own in {"reward": reward, **named}.items():
+        language = own.language_model(params.model)
+        if own.base is not None or language != params.model:
+            found[section] = facts(language, section if own.base else "model", root, memo, fetch=fetch)
+    mistakes = [problem for each in found.values() for problem in each.problems]
+    mistakes += _misfits(params, found["model"], found.get("reward", found["model"]))
+    mistakes += [
+        f"{section}.base {own.base}: a language model, and no reward model that scores by itself, which config.json "
+        "would name as ...ForSequenceClassification: train heads on it by reward.base with reward.head trained"
+        for section, own in as_is.items()
+        if found[section].layers is not None and not found[section].scores
+    ]
+    return [*dict.fromkeys(mistakes)], [*dict.fromkeys(note for each in found.values() for note in each.notes)]
 
 
 def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) -> Facts:
@@ -145,7 +156,7 @@ def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) ->
     digest = base_digest(model, memo, section)
     if model.base.startswith("random:"):
         return Facts(layers=int(model.base.removeprefix("random:").partition("x")[0]))
-    read = {"base": digest, "params": model.model_dump(), "of": section}
+    read = {"base": digest, "params": model.model_dump(), "of": section, "reward_model": section != "model"}
     key = key_digest(read | {"transformers": version("transformers")})
     memory = Memory(root / KNOWN)
     if key not in memory.known:
@@ -167,7 +178,8 @@ def _misfits(params: Params, model: Facts, trunk: Facts) -> Iterator[str]:
     for setting, layers, base, matters in (
         ("ppo.train_layers", ppo.train_layers, model, "ppo" in methods and ppo.trains != "full"),
         ("dpo.train_layers", dpo.train_layers or 0, model, "dpo" in methods),
-        ("reward.layer", reward.layer, trunk, True),
+        ("reward.layer", reward.layer, trunk, not trunk.scores),
+        ("reward.train_layers", reward.train_layers, trunk, trunk.scores and reward.trunk != "frozen"),
     ):
         if matters and base.layers is not None and layers > base.layers:
             yield f"{setting} {layers}: the model has {base.layers} layers; set it to at most that"
@@ -185,18 +197,21 @@ def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
     from rrlhf.models.text import Texts
 
     try:
-        language = load_base(model, weights=False, fetch=fetch)
+        language = load_base(model, weights=False, fetch=fetch, reward_model=section != "model")
     except ModelError as error:
         return Facts(problems=[f"{section}.base {line}" for line in str(error).splitlines()])
-    except OSError as error:
-        if isinstance(base_location(model, section), str) and not fetch:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and isinstance(base_location(model, section), str) and not fetch:
             return None
         return Facts(problems=[f"{section}.base {model.base}: {str(error).splitlines()[0]}"])
     problems: list[str] = []
     notes = [*language.notes]
     try:
-        Texts(language, model).prompt(QUESTION)
-        notes += _unmarked(language)
+        if language.score is None:
+            Texts(language, model).prompt(QUESTION)
+            notes += _unmarked(language)
+        else:
+            Texts(language, model).conversation(QUESTION, "An answer.")
     except TemplateError as error:
         told = f"a user's turn ({error})"
         if model.system_prompt is not None:
@@ -205,7 +220,7 @@ def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
     except ValueError as error:
         problems.append(f"{section}.{error}")
     notes = [f"{section}.base {model.base}: {note}" for note in notes]
-    return Facts(problems, notes, language.layers, adaptable(language.network))
+    return Facts(problems, notes, language.layers, adaptable(language.network), language.score is not None)
 
 
 def _unmarked(language: LanguageModel) -> Iterator[str]:

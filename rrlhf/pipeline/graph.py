@@ -3,7 +3,19 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rrlhf.config import Arm, HeadEnsemble, LoraEnsemble, Member, PaidArm, Params, Section, TrunkTraining, WarmEnsemble
+from rrlhf.config import (
+    Arm,
+    Given,
+    HeadEnsemble,
+    LoraEnsemble,
+    Member,
+    OwnModel,
+    PaidArm,
+    Params,
+    Section,
+    TrunkTraining,
+    WarmEnsemble,
+)
 from rrlhf.pipeline.stages import STAGES
 
 DATA = "data"
@@ -40,7 +52,7 @@ def nodes(params: Params) -> list[Node]:
     return [
         _node(DATA, "prepare", sections),
         _node("sft", "sft", sections),
-        _node("reward", "reward", sections),
+        _given("reward", params.reward, params) if params.reward.head == "own" else _node("reward", "reward", sections),
         *_reward_ensemble(params, sections),
         *arms,
         evaluate._replace(
@@ -54,6 +66,13 @@ def _node(name: str, stage: str, sections: Mapping[str, Any]) -> Node:
     """Return a node with what its stage reads, as declared."""
     spec = STAGES[stage]
     return Node(name, stage, {each: sections[each] for each in spec.settings}, {each: each for each in spec.reads})
+
+
+def _given(name: str, model: OwnModel, params: Params) -> Node:
+    """Return the node of a reward model that is used as it is."""
+    told = model.model_dump(include=set(Given.model_fields))
+    told["batch_size"] = told["batch_size"] or params.reward.batch_size
+    return _node(name, "given", {"model": params.model, "given": Given.model_validate(told)})
 
 
 def _policy(name: str, arm: Arm, sections: Mapping[str, Any]) -> Node:
@@ -79,7 +98,10 @@ def _reward_ensemble(params: Params, sections: Mapping[str, Any]) -> list[Node]:
         _node(f"member-{number}", "member", {**own, "seed": 1000 * params.seed + number})
         for number in range(ensemble.heads)
     ]
-    inputs = {**node.inputs, **{each.name: each.name for each in members}}
+    given = [_given(f"given-{number}", each, params) for number, each in enumerate(ensemble.models)]
+    inputs = {**node.inputs, **{each.name: each.name for each in [*given, *members]}}
     if isinstance(ensemble, WarmEnsemble):
         return [*members, with_trunk._replace(inputs={DATA: DATA, **inputs})]
-    return [*members, node._replace(inputs=inputs)]
+    if given and members:  # which may read the SFT model's layers
+        inputs["sft"] = "sft"
+    return [*given, *members, node._replace(inputs=inputs)]

@@ -14,7 +14,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from rrlhf.config import Evaluate, Model, Prepare, RewardJudge, TrunkTraining
+from rrlhf.config import Evaluate, Model, OwnModel, Prepare, RewardJudge
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import Memo
 from rrlhf.pipeline.graph import Node
@@ -167,9 +167,10 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
     found, reads = {}, spec_of(node.stage).base
     if reads == "model":
         found["base"] = base_digest(cast(Model, node.sections["model"]), memo)
-    trunk = node.sections.get("trunk", node.sections.get("reward"))
-    if reads == "trunk" and isinstance(trunk, TrunkTraining) and trunk.base is not None:
-        found["base"] = base_digest(trunk.language_model(cast(Model, node.sections["model"])), memo, "reward")
+    own = next((section for section in node.sections.values() if isinstance(section, OwnModel)), None)
+    if reads == "trunk" and own is not None and own.base is not None:
+        told = node.name.replace("given-", "ensemble.models.") if node.name.startswith("given-") else "reward"
+        found["base"] = base_digest(own.language_model(cast(Model, node.sections["model"])), memo, told)
     evaluate = node.sections.get("evaluate")
     if isinstance(evaluate, Evaluate) and isinstance(evaluate.judge, RewardJudge):
         found["judge"] = base_digest(evaluate.judge, memo, "evaluate.judge")

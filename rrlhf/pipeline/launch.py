@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from rrlhf.config import AnyArm, Launch, Member, Params, Section, TrunkTraining
+from rrlhf.config import AnyArm, Given, Launch, Member, Params, Section, TrunkTraining
 from rrlhf.environment import end_with_parent, release_memory
 from rrlhf.files import CHECKPOINT
 from rrlhf.hardware import cores
@@ -82,7 +82,7 @@ def call(document: Document, *, inputs: Mapping[str, Path], out: Path, log: Log)
 def typed_sections(settings: Mapping[str, Any]) -> dict[str, Section | int]:
     """Rebuild the typed sections from the settings of a key document."""
     types: dict[str, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
-    types |= {"arm": AnyArm, "member": Member, "trunk": TrunkTraining}
+    types |= {"arm": AnyArm, "given": Given, "member": Member, "trunk": TrunkTraining}
     return {name: TypeAdapter(types[name]).validate_python(value) for name, value in settings.items()}
 
 
@@ -92,12 +92,18 @@ def _arguments(inputs: Mapping[str, Path]) -> dict[str, Any]:
     The policies of all arms are one argument, by the arm's name; so are the members of an ensemble, in their order.
     """
     arguments: dict[str, Any] = {}
-    for name in sorted(inputs, key=lambda name: int(name.partition("member-")[2] or 0)):
+    for name in sorted(inputs, key=_place):
         if many := spec_of(name.partition("-")[0]).many:
             arguments.setdefault(many, {})[arm_of(name) or name] = inputs[name]
         else:
             arguments[name] = inputs[name]
     return arguments
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Return by what members are sorted, their stage and number; all else keeps its order."""
+    stage, _, number = name.partition("-")
+    return (stage, int(number)) if spec_of(stage).many == "members" else ("", 0)
 
 
 def _keep_checkpoint(out: Path) -> None:

@@ -159,9 +159,10 @@ def _path(loc: tuple[int | str, ...], merged: Mapping[str, Any]) -> tuple[tuple[
     level: Any = merged
     *above, last = (str(part) for part in loc if part != "[key]")
     for part in above:
-        if isinstance(level.get(part), dict):
+        inside = level[int(part)] if isinstance(level, list) else level.get(part)
+        if isinstance(inside, dict | list):
             path.append(part)
-            level = level[part]
+            level = inside
         else:
             tags.append(part)
     return (*path, last), tags

@@ -27,7 +27,7 @@ _PAIRS = ("preferences", "heldout")
 class StageSpec(NamedTuple):
     """What is known of a stage. The defaults are those of one that makes no model."""
 
-    settings: tuple[str, ...] = ()  # sections that `run` is given: of the params, or the node's own arm, member, trunk
+    settings: tuple[str, ...] = ()  # sections that `run` is given: of the params, or the node's own, such as its arm
     reads: tuple[str, ...] = ()  # nodes whose folders it is given; of an ensemble and the comparison there are more
     tables: tuple[str, ...] | None = None  # of the data set, those that it looks into; None: any
     base: Literal["", "model", "trunk"] = ""  # the settings of the language model that it reads from outside
@@ -75,6 +75,20 @@ STAGES = {
         title="Reward model",
         about="A reward model with a single head, by maximum likelihood of the preferences (Bradley-Terry). Its score "
         "is the proxy: what plain PPO maximises, and by which every policy is compared.",
+        telling=("heldout_accuracy",),
+        units=_REWARD_MODEL,
+    ),
+    "given": StageSpec(
+        settings=("model", "given"),
+        reads=("data",),
+        tables=_PAIRS,
+        base="trunk",
+        many="members",
+        model="reward-given",
+        makes="reward model",
+        title="Reward model as it was given, {name}",
+        about="A reward model that was made elsewhere, with its own head. The preference pairs say how sure it is of a "
+        "score; on the held-out ones its scores are normalised.",
         telling=("heldout_accuracy",),
         units=_REWARD_MODEL,
     ),

@@ -20,6 +20,7 @@ from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, m
 from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import RewardModel, load_for_policy, read_by, shared_layer
+from rrlhf.rewards.trunk import Trunk
 from rrlhf.robust import AGGREGATIONS, Scores, head_spread, most_confident, nominal_reward, worst_reward
 from rrlhf.types import Message, Metrics
 
@@ -108,7 +109,8 @@ def load_reward_models(
     reward: Path, ensemble: Path, device: torch.device, functions: Sequence[RewardFunction] = ()
 ) -> RewardModels:
     """Load what scores a policy's responses."""
-    single, several = (load_for_policy(folder, device) for folder in (reward, ensemble))
+    loaded: dict[str | None, Trunk] = {}
+    single, several = (load_for_policy(folder, device, loaded) for folder in (reward, ensemble))
     return RewardModels(single, several, shared_layer((single, several), reward), functions)
 
 

@@ -10,38 +10,43 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rrlhf.rewards.features import FILE as FEATURES
-from rrlhf.rewards.features import PairFeatures
-from rrlhf.rewards.heads import POSTERIOR, Pairs, RewardHeads
+from rrlhf.rewards.features import PairFeatures, folder_of, side_by_side
+from rrlhf.rewards.heads import POSTERIOR, RewardHeads
 from rrlhf.rewards.heads import WEIGHTS as HEADS
-from rrlhf.rewards.trunk import FILE, Trunk, identity_of, link_trunk, load_trunk
+from rrlhf.rewards.trunk import FILE, Trunk, identity_of, link_trunk, load_trunk, save_trunk
 
 
-def side_by_side(members: Mapping[str, Path], reward: Path, out: Path) -> tuple[RewardHeads, PairFeatures | None]:
+def gathered(
+    members: Mapping[str, Path], reward: Path, out: Path, sft: Path | None = None
+) -> tuple[RewardHeads, PairFeatures | None]:
     """Stack the members' heads and write the trunks that they read.
 
-    Returns the heads, and the features [pairs, heads, width] of the members' own trunks; None where they share the
-    reward model's.
+    sft: the SFT model, whose layers some may read beside members that read text. Returns the heads, and the features
+    [pairs, heads, width] of the members' own trunks; None where they share the reward model's.
     """
     folders = list(members.values())
     heads = stacked([RewardHeads.load(folder) for folder in folders])
-    if identity_of(folders[0]) == identity_of(reward):
+    if {identity_of(folder) for folder in folders} == {identity_of(reward)}:
         link_trunk(reward, out)
         return heads, None
-    described = json.loads((folders[0] / FILE).read_text(encoding="utf-8"))
-    described["members"] = list(members)
-    described["identity"] = sha256("".join(str(identity_of(folder)) for folder in folders).encode()).hexdigest()
+    layers: Path | None = None  # of the SFT model, once they are written
     for name, folder in members.items():
         (out / name).mkdir()
-        link_trunk(folder, out / name)
+        if identity_of(folder):
+            link_trunk(folder, out / name)
+        elif layers:
+            link_trunk(layers, out / name)
+        else:
+            layers = out / name
+            save_trunk(load_trunk(folder, sft), layers, own=True)
+    described = json.loads((out / next(iter(members)) / FILE).read_text(encoding="utf-8"))
+    described["members"] = list(members)
+    described["identity"] = sha256("".join(str(identity_of(out / name)) for name in members).encode()).hexdigest()
     (out / FILE).write_text(json.dumps(described), encoding="utf-8")
-    features = [PairFeatures.load(folder) for folder in folders]
-    train, heldout = (
-        Pairs(*(torch.stack(each, dim=1) for each in zip(*sides, strict=True)))
-        for sides in ([member.train for member in features], [member.heldout for member in features])
-    )
-    return heads, PairFeatures(train, heldout, features[0].heldout_prompts)
+    return heads, side_by_side([PairFeatures.load(folder_of(folder, reward)) for folder in folders])
 
 
 def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
@@ -69,12 +74,22 @@ def averaged(members: Mapping[str, Path]) -> tuple[RewardHeads, Trunk | None]:
 
 def stacked(heads: list[RewardHeads]) -> RewardHeads:
     """Return one module with the heads of all, each with its own statistics, before its posterior is known."""
-    states = [head.state_dict() for head in heads]
+    states = [_widened(head.state_dict(), max(int(each.shape["width"]) for each in heads)) for head in heads]
     tensors = {name: torch.cat([state[name] for state in states]) for name in states[0] if name not in POSTERIOR}
     for name in ("feature_mean", "feature_std"):
         rows = torch.stack([state[name] for state in states])
         tensors[name] = rows[0] if (rows == rows[0]).all() else rows
     shape = heads[0].shape
     return RewardHeads(
-        int(shape["width"]), len(tensors["bias"]), int(shape["hidden"]), float(shape["sigma_floor"])
+        tensors["feature_mean"].shape[-1], len(tensors["bias"]), int(shape["hidden"]), float(shape["sigma_floor"])
     ).filled(tensors)
+
+
+def _widened(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Return a head's weights and statistics for features that were filled up with zeros to `width`."""
+    room, reads = width - len(state["feature_mean"]), "inner" if "inner" in state else "outer"
+    return state | {
+        "feature_mean": pad(state["feature_mean"], (0, room)),
+        "feature_std": pad(state["feature_std"], (0, room), value=1.0),
+        reads: pad(state[reads], (0, 0, 0, room)),
+    }

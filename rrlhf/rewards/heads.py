@@ -104,6 +104,15 @@ class RewardHeads(nn.Module):
         self.feature_std = features.std(0).clamp(min=1e-6).to(self.bias.device)
 
     @torch.no_grad()
+    def take(self, score: nn.Linear) -> None:
+        """Become, in place, the one linear head that maps features, as they are, to what `score` makes of them."""
+        weight, bias = score.weight.float(), 0.0 if score.bias is None else score.bias.float()
+        self.outer.zero_()
+        self.outer[..., 0] = weight * self.feature_std
+        self.bias.zero_()
+        self.bias[:, 0] = weight @ self.feature_mean + bias
+
+    @torch.no_grad()
     def normalise(self, features: Tensor) -> None:
         """Take the score statistics from the reference set [rows, width], in place.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rrlhf.rewards.features import beside
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import FILE, Trunk, identity_of, load_trunk, trunk_layer
 from rrlhf.robust import Scores
@@ -20,18 +21,28 @@ class RewardModel(NamedTuple):
     """Heads with the trunks whose features they read: one for all heads, or one for each."""
 
     heads: RewardHeads
-    trunks: tuple[Trunk, ...]
-    identity: str | None  # equal for reward models whose features are the same; None: the policy's own frozen layers
+    trunks: tuple[Trunk, ...]  # none where the policy's pass gives the features
 
     def features(
-        self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int, label: str = ""
+        self,
+        prompts: Sequence[list[Message]],
+        responses: Sequence[str],
+        batch_size: int,
+        label: str = "",
+        known: dict[str | None, Tensor] | None = None,
     ) -> Tensor:
-        """Return what the heads read, [responses, width] or [responses, heads, width], on the CPU."""
-        found = [
-            trunk.features([trunk.encode(*pair) for pair in zip(prompts, responses, strict=True)], batch_size, label)
-            for trunk in self.trunks
-        ]
-        return found[0] if len(found) == 1 else torch.stack(found, dim=1)
+        """Return what the heads read, [responses, width] or [responses, heads, width], on the CPU.
+
+        known: features of these responses by their trunk's identity, None for the policy's pass; grows by those of the
+        trunks that run.
+        """
+        known = {} if known is None else known
+        for trunk in self.trunks:
+            if trunk.identity not in known:
+                rows = [trunk.encode(*pair) for pair in zip(prompts, responses, strict=True)]
+                known[trunk.identity] = trunk.features(rows, batch_size, label)
+        found = [known[trunk.identity] for trunk in self.trunks] or [known[None]]
+        return found[0] if len(found) == 1 else beside(found)
 
     def score(
         self, prompts: Sequence[list[Message]], responses: Sequence[str], batch_size: int = 32, label: str = ""
@@ -44,34 +55,46 @@ class RewardModel(NamedTuple):
 
     @property
     def cut(self) -> Metrics:
-        """The share of the prompts and of the responses so far that were cut to what the trunks read."""
-        return self.trunks[0].texts.cut if self.trunks else {}  # all have one tokenizer and the same limits
+        """The share of the prompts and of the responses so far that were cut; of several trunks the largest."""
+        cut: Metrics = {}
+        for trunk in self.trunks:
+            cut |= {kind: max(share, cut.get(kind, 0.0)) for kind, share in trunk.texts.cut.items()}
+        return cut
 
 
-def load_reward_model(folder: Path, shared_trunk: Path | None, device: torch.device | None = None) -> RewardModel:
+def load_reward_model(
+    folder: Path,
+    shared_trunk: Path | None,
+    device: torch.device | None = None,
+    loaded: dict[str | None, Trunk] | None = None,
+) -> RewardModel:
     """Load a reward or ensemble artifact. One without a trunk of its own needs the SFT model's folder.
 
-    device: where it runs; None: where it was trained. Raises ValueError when the folder is missing.
+    device: where it runs; None: where it was trained. loaded: trunks that are in memory, by identity; grows. Raises
+    ValueError when the folder is missing.
     """
-    described = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    members = [folder / name for name in described.get("members", [])]
-    trunks = tuple(load_trunk(part, shared_trunk, device) for part in members or [folder])
-    return RewardModel(RewardHeads.load(folder).to(trunks[0].language.device), trunks, identity_of(folder))
+    described, trunks = json.loads((folder / FILE).read_text(encoding="utf-8")), {} if loaded is None else loaded
+    parts = [folder / name for name in described.get("members", [])] or [folder]
+    for part in parts:
+        if identity_of(part) not in trunks:
+            trunks[identity_of(part)] = load_trunk(part, shared_trunk, device)
+    own = tuple(trunks[identity_of(part)] for part in parts)
+    return RewardModel(RewardHeads.load(folder).to(own[0].language.device), own)
 
 
-def load_for_policy(folder: Path, device: torch.device) -> RewardModel:
-    """Load a reward model for the rollouts of a policy.
+def load_for_policy(folder: Path, device: torch.device, loaded: dict[str | None, Trunk]) -> RewardModel:
+    """Load a reward model for the rollouts of a policy; loaded: as of `load_reward_model`.
 
     Without a trunk of its own it gets none here: the policy's pass gives its features.
     """
     if identity_of(folder) is None:
-        return RewardModel(RewardHeads.load(folder).to(device), (), None)
-    return load_reward_model(folder, None, device)
+        return RewardModel(RewardHeads.load(folder).to(device), ())
+    return load_reward_model(folder, None, device, loaded)
 
 
 def shared_layer(models: Sequence[RewardModel], reward: Path) -> int | None:
     """Return the layer of the policy's own network whose entering states some of the models read; None: none does."""
-    return trunk_layer(reward) if None in {model.identity for model in models} else None
+    return None if all(model.trunks for model in models) else trunk_layer(reward)
 
 
 def read_by(
@@ -87,8 +110,5 @@ def read_by(
     pooled: features [responses, width] from the policy's pass, for the models without a trunk of their own. Models
     with the same trunk share one pass.
     """
-    features: dict[str | None, Tensor] = {} if pooled is None else {None: pooled}
-    for model in models:
-        if model.identity not in features:
-            features[model.identity] = model.features(prompts, responses, batch_size, label)
-    return [model.heads.score(features[model.identity]) for model in models]
+    known: dict[str | None, Tensor] = {} if pooled is None else {None: pooled}
+    return [model.heads.score(model.features(prompts, responses, batch_size, label, known)) for model in models]

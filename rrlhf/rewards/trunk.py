@@ -1,7 +1,8 @@
-"""The trunk below reward heads: layers of a language model that turn a response into one pooled feature vector.
+"""The trunk below reward heads: layers of a language model that turn a response into one feature vector.
 
 Either the policy's own frozen layers, whose states come with every rollout, or a trunk of the reward model's own, with
-its own tokenizer and chat template, which reads text.
+its own tokenizer and chat template, which reads text. A reward model that people brought, a sequence classifier, is a
+trunk of its own whose features are those that its score is a linear map of: the final state of the last token.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.config import Model, TrunkTraining
+from rrlhf.config import Given, Model, TrunkTraining
 from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
 from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
 from rrlhf.models.rollout import response_features
-from rrlhf.models.states import entering, states_at
+from rrlhf.models.states import entering, final_states, states_at
 from rrlhf.models.text import Texts
 from rrlhf.models.whole import decoder_layers
 from rrlhf.progress import track
@@ -48,11 +49,22 @@ class Trunk(NamedTuple):
     layer: int
     model: Model  # token limits, system prompt, device and precision
     texts: Texts  # as its tokenizer and chat template make tokens of them, within its limits
+    reads_end: bool = False  # features are the last token's final state, not the mean over the response at `layer`
+    identity: str | None = None  # equal for trunks whose features are the same; None: the policy's own, or not stored
 
     def encode(self, prompt: list[Message], response: str) -> Encoded:
-        """Return a prompt with its response as tokens."""
+        """Return a prompt with its response as tokens.
+
+        Where the last token is read, the end of the turn belongs to them, but no padding: transformers' sequence
+        classifiers take a row's last token that is not the padding token, whatever stands behind it.
+        """
         asked = self.texts.prompt(prompt)
-        return Encoded([*asked, *self.texts.response(response)], len(asked))
+        if not self.reads_end:
+            return Encoded([*asked, *self.texts.response(response)], len(asked))
+        tokens = self.texts.conversation(prompt, response)
+        while tokens[-1] == self.language.padding:
+            tokens.pop()
+        return Encoded(tokens, min(len(asked), len(tokens)))
 
     def features(self, rows: Sequence[Encoded], batch_size: int, label: str = "") -> Tensor:
         """Return pooled features in the order of the rows, on the CPU: [rows, width], or [rows, adapters, width].
@@ -78,6 +90,8 @@ class Trunk(NamedTuple):
         """Return pooled features of rows, of what `entering` gives for layer `first`."""
 
         def pooled() -> Tensor:
+            if self.reads_end:
+                return final_states(self.language, entered, prompts + texts, first).float()
             states = states_at(self.language, entered, prompts + texts, first, self.layer)
             return response_features(states, prompts, texts)
 
@@ -103,11 +117,24 @@ def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
     Raises ValueError when it has fewer layers than the settings ask for.
     """
     own = settings.language_model(model)
-    language = load_model(sft, own) if settings.base is None else load_base(own)
+    language = load_model(sft, own) if settings.base is None else load_base(own, reward_model=True)
+    if language.score is not None:
+        return _given(language, own)
     if settings.layer > language.layers:
         raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
     language.network.to(device_kind(model.device)).requires_grad_(False)
     return Trunk(language, settings.layer, own, Texts(language, own))
+
+
+def given_trunk(given: Given, model: Model) -> Trunk:
+    """Load a reward model that people brought, for its own head."""
+    own = given.language_model(model)
+    return _given(load_base(own, reward_model=True), own)
+
+
+def _given(language: LanguageModel, own: Model) -> Trunk:
+    language.network.to(device_kind(own.device)).requires_grad_(False)
+    return Trunk(language, language.layers, own, Texts(language, own), reads_end=True)
 
 
 def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:
@@ -121,10 +148,15 @@ def save_trunk(trunk: Trunk, folder: Path, *, own: bool) -> None:
         save_model(cut(trunk), folder / FOLDER)
         weights = sorted(path for part in (ADAPTERS, FOLDER) for path in (folder / part).rglob("*.safetensors"))
         identity = "-".join(sha256(path)[:32] for path in weights)
-    described = trunk.model.model_dump() | {"base": FOLDER, "revision": None}
-    (folder / FILE).write_text(
-        json.dumps({"layer": trunk.layer, "identity": identity, "model": described}), encoding="utf-8"
-    )
+        if trunk.reads_end:  # others of these weights may read more of a text
+            identity += f"-{trunk.model.prompt_tokens}-{trunk.model.response_tokens}"
+    described = {
+        "layer": trunk.layer,
+        "identity": identity,
+        "model": trunk.model.model_dump() | {"base": FOLDER, "revision": None},
+        **({"reads_end": True} if trunk.reads_end else {}),
+    }
+    (folder / FILE).write_text(json.dumps(described), encoding="utf-8")
 
 
 def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = None) -> Trunk:
@@ -140,7 +172,8 @@ def load_trunk(folder: Path, shared: Path | None, device: torch.device | None = 
     language = load_model(folder / FOLDER if own else shared or folder, model)
     language = load_adapters(language, folder)
     language.network.to(device or device_kind(model.device)).requires_grad_(False)
-    return Trunk(language, int(described["layer"]), model, Texts(language, model))
+    texts = Texts(language, model)
+    return Trunk(language, int(described["layer"]), model, texts, "reads_end" in described, described.get("identity"))
 
 
 def trunk_layer(folder: Path) -> int:

@@ -16,14 +16,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, TrunkTraining, WarmEnsemble
+from rrlhf.config import Ensemble, GivenEnsemble, LoraEnsemble, MemberEnsemble, Model, TrunkTraining, WarmEnsemble
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models.adapters import adapted, diversity
 from rrlhf.models.load import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs
 from rrlhf.rewards.finetune import finetune, trainable
-from rrlhf.rewards.gather import averaged, side_by_side
+from rrlhf.rewards.gather import averaged, gathered
 from rrlhf.rewards.heads import RewardHeads, bootstrap_weights, fit
 from rrlhf.rewards.objectives import PairLoss, stage2_loss
 from rrlhf.rewards.trunk import Trunk, link_trunk, load_trunk, save_trunk
@@ -37,8 +37,8 @@ def run(*, seed: int, model: Model, ensemble: Ensemble, reward: Path, out: Path,
     inputs: what its kind reads besides, which the function for that names.
     """
     own: PairFeatures | None = None  # of a trunk that is no longer the reward model's
-    if isinstance(ensemble, MemberEnsemble):
-        heads, own = side_by_side(reward=reward, out=out, **inputs)
+    if isinstance(ensemble, MemberEnsemble | GivenEnsemble):
+        heads, own = gathered(reward=reward, out=out, **inputs)
     elif isinstance(ensemble, WarmEnsemble):
         heads, own = average(reward=reward, out=out, **inputs)
     else:

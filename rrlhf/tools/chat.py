@@ -127,7 +127,7 @@ def find_models(
     judge: Artifact | None
     if ensemble:
         judge = lookup.find(ensemble)
-        if judge.stage not in {"ensemble", "reward"}:
+        if judge.stage not in {"ensemble", "reward", "given"}:
             raise UsageError(
                 f"--ensemble {ensemble!r} is made by stage {judge.stage}; name an ensemble or reward model"
             )
@@ -137,8 +137,9 @@ def find_models(
         judge = Project(lookup.root, lookup.profile, lookup.params).artifact("ensemble")
     if judge is None:
         return found, None, None
-    reward = judge if judge.stage == "reward" else lookup.input_of(judge, "reward")
-    return found, judge, lookup.input_of(reward, "sft").path  # the SFT model, whose layers its heads may read
+    reward = lookup.input_of(judge, "reward") if judge.stage == "ensemble" else judge
+    sft = lookup.input_of(reward, "sft").path if "sft" in reward.inputs else None
+    return found, judge, sft  # the SFT model, whose layers its heads may read
 
 
 def _model(lookup: Lookup, reference: str) -> Named:
@@ -168,7 +169,7 @@ class Chat:
         self.speakers = [(each, load_model(each.folder, each.model)) for each in models]
         for _, language in self.speakers:
             language.network.to(kind).requires_grad_(False)
-        self.ensemble = load_reward_model(judge, trunk, kind) if judge and trunk else None
+        self.ensemble = load_reward_model(judge, trunk, kind) if judge else None
 
     def answers(self, prompt: str, seed: int | None = None) -> list[Answer]:
         """Return every model's answer to a prompt, with its score.

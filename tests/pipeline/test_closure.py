@@ -45,4 +45,15 @@ def test_what_is_taken_to_be_without_effect_does_not_compute():
 
 
 def test_every_stage_was_run(found):
-    assert set(found) == {"prepare", "sft", "reward", "member", "ensemble", "ppo", "dpo", "best_of_n", "evaluate"}
+    assert set(found) == {
+        "prepare",
+        "sft",
+        "given",
+        "reward",
+        "member",
+        "ensemble",
+        "ppo",
+        "dpo",
+        "best_of_n",
+        "evaluate",
+    }

@@ -109,8 +109,8 @@ def test_only_the_layers_in_use_are_stored(own):
 
 def test_the_reward_models_of_one_trunk_share_its_identity(own, shared):
     single, several = (load_reward_model(own.root / name, None) for name in ("reward", "ensemble"))
-    assert single.identity == several.identity is not None
-    assert load_reward_model(shared.root / "reward", shared.start / "sft").identity is None
+    assert single.trunks[0].identity == several.trunks[0].identity is not None
+    assert load_reward_model(shared.root / "reward", shared.start / "sft").trunks[0].identity is None
 
 
 def test_without_a_trunk_of_its_own_it_asks_for_the_folder(shared):

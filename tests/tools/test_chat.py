@@ -25,7 +25,7 @@ def chat(start, rewards, project):
     opened = Chat([*models, *models], judge, trunk, "cpu")
     named, language = opened.speakers[0]
     trunk = Trunk(language, 1, named.model, Texts(language, named.model))
-    opened.ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,), None)
+    opened.ensemble = RewardModel(RewardHeads.load(rewards[1]), (trunk,))
     return opened
 
 

@@ -154,7 +154,7 @@ def test_the_single_head_is_judged_too(rrlhf, made):
 
 def test_mistakes_are_told_with_a_way_out(rrlhf, made, tmp_path, file):
     assert "close: rrlhf-tiny-ensemble@latest" in rrlhf("rrlhf-ensembel@latest", *PROFILE, code=2).output
-    assert "name a model of reward or ensemble" in rrlhf("rrlhf-tiny-sft@latest", *PROFILE, code=2).output
+    assert "name a model of reward or given or ensemble" in rrlhf("rrlhf-tiny-sft@latest", *PROFILE, code=2).output
     assert "`rrlhf run` comes first" in rrlhf(code=1).output
     assert "no artifact.json" in rrlhf(str(tmp_path), *PROFILE, code=2).output
     (tmp_path / "notes.txt").touch()

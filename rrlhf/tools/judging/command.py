@@ -11,7 +11,7 @@ from rrlhf.pipeline.plan import Project
 from rrlhf.tools.command_line import AsJson, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup
 
-STAGES = ("reward", "ensemble")
+STAGES = ("reward", "given", "ensemble")
 
 
 def evaluate_reward(

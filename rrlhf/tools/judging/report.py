@@ -69,11 +69,12 @@ def judged(
     kind are sampled for every response. Raises ValueError that says what to do, and TamperedError when a stored file
     was changed.
     """
-    features = artifact if artifact.stage == "reward" else lookup.input_of(artifact, "reward")
+    features = lookup.input_of(artifact, "reward") if artifact.stage == "ensemble" else artifact
     if perturb and pairs is None:
         pairs = _heldout_texts(project, features, limit)
     if pairs:
-        answer = _judged_texts(artifact, lookup.input_of(features, "sft").path, pairs, perturb, project.params)
+        sft = lookup.input_of(features, "sft").path if "sft" in features.inputs else None
+        answer = _judged_texts(artifact, sft, pairs, perturb, project.params)
     else:
         stored = PairFeatures.load(folder_of(artifact.path, features.path))
         first = Pairs(*(side[:limit] for side in stored.heldout))
@@ -83,7 +84,9 @@ def judged(
     return RewardReport(f"{artifact.name} {artifact.digest[:8]}", artifact.digest, source, answer)
 
 
-def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, perturb: int, params: Params) -> Answer:
+def _judged_texts(
+    artifact: Artifact, sft: Path | None, labelled: LabelledPairs, perturb: int, params: Params
+) -> Answer:
     """Score the pairs' texts, whole and perturbed."""
     pairs, prompts = labelled.pairs, prompt_numbers(labelled.pairs)
     model = load_reward_model(artifact.path, sft, torch.device(device_kind(params.model.device)))
@@ -108,7 +111,7 @@ def _judged_texts(artifact: Artifact, sft: Path, labelled: LabelledPairs, pertur
 
 
 def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
-    return (judge_single if artifact.stage == "reward" else judge_ensemble)(artifact.name, scores)
+    return (judge_ensemble if artifact.stage == "ensemble" else judge_single)(artifact.name, scores)
 
 
 def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> LabelledPairs:
