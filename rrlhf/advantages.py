@@ -1,7 +1,5 @@
 """Which estimator turns a rollout's token rewards into advantages, with statistics over all processes."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from accelerate import Accelerator

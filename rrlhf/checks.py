@@ -1,7 +1,5 @@
 """Settings that are fine alone and wrong together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rrlhf.config import (

@@ -1,7 +1,5 @@
 """The `rrlhf` command. Heavy libraries are imported inside the commands that need them."""
 
-from __future__ import annotations
-
 import inspect
 import io
 import sys

@@ -1,7 +1,5 @@
 """All settings as frozen, typed sections: what may stand in params.yaml (rrlhf/pipeline/params.py reads it)."""
 
-from __future__ import annotations
-
 import re
 from datetime import date
 from functools import reduce
@@ -165,7 +163,7 @@ class Given(OwnModel):
     revision: str | None = None
     prompt_tokens: PositiveInt | None = None
     response_tokens: PositiveInt | None = None
-    batch_size: PositiveInt | None = None  # null: as reward.batch_size
+    batch_size: PositiveInt | None = None  # null: as reward.batch_size; of a judge, evaluate.batch_size
 
 
 class TrunkTraining(OwnModel):
@@ -440,20 +438,13 @@ class ChatJudge(Section):
     max_failed: Share = 0.1  # of the comparisons; with more of them without a verdict the stage fails
 
 
-class RewardJudge(Section):
-    """A judge that is a reward model, a sequence classifier with one label (rrlhf/judging/scored.py)."""
-
-    base: str
-    revision: str | None = None
-
-
 def _kind_of_judge(judge: Any) -> str | None:
     known = judge if isinstance(judge, dict) else getattr(judge, "__dict__", {})
     return "chat" if "address" in known else "reward" if "base" in known else None
 
 
 AnyJudge = Annotated[
-    Annotated[ChatJudge, Tag("chat")] | Annotated[RewardJudge, Tag("reward")],
+    Annotated[ChatJudge, Tag("chat")] | Annotated[Given, Tag("reward")],
     Discriminator(
         _kind_of_judge,
         custom_error_type="judge",

@@ -1,7 +1,5 @@
 """The process environment that every command and every worker starts with; what the user has set wins."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

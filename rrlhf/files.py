@@ -1,7 +1,5 @@
 """Small text files written whole or not at all, folders made empty, and both on the disk."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

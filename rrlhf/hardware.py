@@ -1,7 +1,5 @@
 """What the machine offers, told without importing torch: part of every key, because it changes numbers."""
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from importlib.metadata import version

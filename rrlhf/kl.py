@@ -4,8 +4,6 @@ Every estimate is made of log_ratio = log(pi / pi_ref) of tokens that pi sampled
 divergence", http://joschu.net/blog/kl-approx.html); shapes stay as they are.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """How `mlflow.pyfunc.load_model` loads a registered policy; MLflow finds this module by its name in MLmodel."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

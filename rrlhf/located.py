@@ -1,7 +1,5 @@
 """YAML files whose keys remember their lines, so that a mistake found later can say where it is."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from pathlib import Path

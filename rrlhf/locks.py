@@ -1,7 +1,5 @@
 """Locks between processes, and whether one is there."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import sys

@@ -1,7 +1,5 @@
 """Every loss, one function each. Means over tokens are masked means; pairs are [batch] or [batch, heads]."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ A file counts as unchanged with the same size, inode, and times of content (mtim
 set the first time back, the second only the kernel writes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Secrets are known by name, as the value of an environment variable or what stand
 addresses with a password and the keys of well-known services have one.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -4,8 +4,6 @@ Masks are True where a token counts; responses are [batch, response tokens]. Whe
 to one prompt, each run of `group` rows belongs to one prompt.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

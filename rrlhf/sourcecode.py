@@ -3,8 +3,6 @@
 Nothing is imported for it.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib

@@ -3,8 +3,6 @@
 Whatever lasts asks `check_stop` after each of its steps.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The words every layer shares: plain, frozen shapes without behaviour."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypedDict

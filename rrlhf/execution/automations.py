@@ -1,7 +1,5 @@
 """Prefect's automations of automations.yaml, made or brought up to date: `python -m rrlhf.execution.automations`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

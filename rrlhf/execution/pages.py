@@ -1,7 +1,5 @@
 """What a run shows in Prefect's pages: its plan, how far it is, what came out, and what that was made from."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """One run of the pipeline: what its nodes need, make, find and register, as tasks that Prefect shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The product at every point of a grid: mapped tasks, what is equal made once, one comparison at the end."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager

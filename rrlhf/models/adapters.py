@@ -1,7 +1,5 @@
 """Low-rank adapters beside frozen matrices, one or several, by peft (LoRA, Hu et al. 2021, arXiv 2106.09685)."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Language models: where they come from, what of them is refused, and how they are saved."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ No formula says what a layer of any make keeps for its backward pass, but the la
 training and sampling, and what they allocate is counted as it comes and goes. All rows are as long as they may be.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache

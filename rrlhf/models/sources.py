@@ -1,7 +1,5 @@
 """Where a base model lies, and its digest; found without importing torch."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable
@@ -11,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from rrlhf.config import Model, RewardJudge
+from rrlhf.config import Model
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 
 SECONDS_TO_ANSWER = 4.0  # of the hub, for an error that names what a branch stands for
 
 
-def base_location(model: Model | RewardJudge, section: str = "model") -> Path | str:
+def base_location(model: Model, section: str = "model") -> Path | str:
     """Return the file or folder of `model.base`, or its hub id. Raises ParamsError when it cannot be had.
 
     section: where the settings name it, for the message.
@@ -35,7 +33,7 @@ def base_location(model: Model | RewardJudge, section: str = "model") -> Path | 
     return base
 
 
-def base_digest(model: Model | RewardJudge, memo: Memo, section: str = "model") -> str:
+def base_digest(model: Model, memo: Memo, section: str = "model") -> str:
     """Return what identifies the base model's content."""
     if model.base.startswith("random:"):
         if not re.fullmatch(r"random:[1-9]\d*x[1-9]\d*", model.base):

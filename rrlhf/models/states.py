@@ -1,7 +1,5 @@
 """States of given rows of tokens, of a model that runs by its layers or whole."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How text becomes tokens within the limits of the settings, and how much of it is cut."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence

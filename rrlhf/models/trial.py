@@ -4,8 +4,6 @@ What is tried is a small model of its make with random weights: what a configura
 scaled embedding or a capped score, shows in those as in the real ones, and costs no memory.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any

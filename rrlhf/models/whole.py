@@ -5,8 +5,6 @@ wanted of a pass is caught where it goes by: the states that leave a decoder lay
 output matrix reads those that count and no others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

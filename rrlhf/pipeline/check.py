@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rrlhf.config import AnyJudge, ChatJudge, Model, Params
+from rrlhf.config import AnyJudge, ChatJudge, Given, Model, Params
 from rrlhf.data.files import is_hub_id, source_digest
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo, Memory
@@ -74,15 +74,11 @@ def check_sources(project: Project, *, fetch: bool = False) -> None:
 
 
 def check_judge(judge: AnyJudge | None, planned: Iterable[Planned]) -> None:
-    """Raise ParamsError when policies are to be compared and the user's judge does not answer, or is none."""
-    if judge and any(one.node == "evaluate" for one in computing(planned)):
+    """Raise ParamsError when policies are to be compared and the judge behind an address does not answer."""
+    if isinstance(judge, ChatJudge) and any(one.node == "evaluate" for one in computing(planned)):
         from rrlhf.judging.chat import check_chat
-        from rrlhf.judging.scored import check_classifier
 
-        if isinstance(judge, ChatJudge):
-            check_chat(judge)
-        else:
-            check_classifier(judge)
+        check_chat(judge)
 
 
 def check_columns(project: Project, data: Path) -> None:
@@ -132,8 +128,9 @@ def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tupl
 
     fetch: whether what lies on the hub alone is downloaded for it; otherwise a note says that it was not looked at.
     """
-    reward, models = params.reward, params.ensemble.models
+    reward, models, judge = params.reward, params.ensemble.models, params.evaluate.judge
     named = {f"ensemble.models.{number}": each for number, each in enumerate(models)}
+    named |= {"evaluate.judge": judge} if isinstance(judge, Given) else {}
     as_is = {**named, **({"reward": reward} if reward.head == "own" else {})}
     found = {"model": facts(params.model, "model", root, memo, fetch=fetch)}
     for section, own in {"reward": reward, **named}.items():
@@ -144,7 +141,7 @@ def check_models(params: Params, root: Path, memo: Memo, *, fetch: bool) -> tupl
     mistakes += _misfits(params, found["model"], found.get("reward", found["model"]))
     mistakes += [
         f"{section}.base {own.base}: a language model, and no reward model that scores by itself, which config.json "
-        "would name as ...ForSequenceClassification: train heads on it by reward.base with reward.head trained"
+        "would name as ...ForSequenceClassification; heads are trained on one that is named as reward.base alone"
         for section, own in as_is.items()
         if found[section].layers is not None and not found[section].scores
     ]

@@ -14,7 +14,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from rrlhf.config import Evaluate, Model, OwnModel, Prepare, RewardJudge
+from rrlhf.config import Evaluate, Given, Model, OwnModel, Prepare
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import Memo
 from rrlhf.pipeline.graph import Node
@@ -172,8 +172,9 @@ def external_digests(node: Node, memo: Memo) -> dict[str, str]:
         told = node.name.replace("given-", "ensemble.models.") if node.name.startswith("given-") else "reward"
         found["base"] = base_digest(own.language_model(cast(Model, node.sections["model"])), memo, told)
     evaluate = node.sections.get("evaluate")
-    if isinstance(evaluate, Evaluate) and isinstance(evaluate.judge, RewardJudge):
-        found["judge"] = base_digest(evaluate.judge, memo, "evaluate.judge")
+    if isinstance(evaluate, Evaluate) and isinstance(evaluate.judge, Given):
+        judge = evaluate.judge.language_model(cast(Model, node.sections["model"]))
+        found["judge"] = base_digest(judge, memo, "evaluate.judge")
     if node.stage == "prepare":
         found["source"] = source_digest(cast(Prepare, node.sections["prepare"]), memo)
     return found

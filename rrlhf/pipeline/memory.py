@@ -4,10 +4,7 @@ The models are there as shapes only, and run as the stages run them (rrlhf/model
 its libraries (about half a gigabyte), tables of the data, and what an allocator keeps of memory that is free.
 """
 
-from __future__ import annotations
-
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, Params
-from rrlhf.hardware import device_kind, dtype_name
+from rrlhf.hardware import cores, device_kind, dtype_name
 from rrlhf.located import ParamsError
 from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel, autocast, load_shape, trained_weights
@@ -211,7 +208,7 @@ def _evaluate(params: Params) -> Iterator[Moment]:
     trained = _ready(language, top, model, 1)
     rows, weights = _rows(model, params.evaluate.batch_size), _weights(language.network)
     on_processor = device_kind(model.device) == "cpu"
-    workers = (params.launch.threads or len(os.sched_getaffinity(0))) if on_processor else 1
+    workers = (params.launch.threads or cores()) if on_processor else 1
     with autocast(_on_processor(model)):
         found = sampling(language, rows, 0)
     yield Moment("sampling, prompts", weights, activations=workers * found.first)

@@ -1,7 +1,5 @@
 """Given responses, of demonstrations or preference pairs, as the layers that train read them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a policy wrote as it trained: a few prompts' responses at the first, the middle and the last rollout."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A finding asks for a rollback; `hacking_suspected` only warns. Rules read rows o
 know no tensors: what is healthy can be judged from a log alone, and again from the same log.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, variance

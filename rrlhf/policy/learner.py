@@ -5,8 +5,6 @@ rollout's pass through the frozen layers serves both. `lora`: low-rank adapters 
 modules are the reference. `full`: everything, embeddings included, with a reference of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Responses as everybody who compares policies reads them: sampled on the same prompts, scored by the same judges."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

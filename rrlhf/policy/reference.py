@@ -1,7 +1,5 @@
 """The frozen policy that a training is compared with, as cheap in memory as it gets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

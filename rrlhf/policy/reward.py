@@ -1,7 +1,5 @@
 """What reward models and reward functions say of responses, and what an arm's policy is paid for them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ A function is called as TRL's GRPOTrainer calls its reward functions, so that th
 keywords, and one number per response in return.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import inspect

@@ -3,8 +3,6 @@
 Responses that were chosen among are kept in one table, with all that was said of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

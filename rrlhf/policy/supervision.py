@@ -4,8 +4,6 @@ A loop yields a row of metrics after every step. From outside, it is begun where
 saved now and then, and PPO's is watched: where its health fails, it begins again from the last good checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -5,8 +5,6 @@ fits. The heads were trained on the frozen trunk before (linear probing, then fi
 arXiv 2202.10054), so the first gradients do not wreck the features.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence

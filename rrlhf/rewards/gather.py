@@ -1,7 +1,5 @@
 """Members into one ensemble: side by side, or averaged into one reward model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from hashlib import sha256

@@ -1,7 +1,5 @@
 """What reward heads are trained to: the losses of losses.py, put together as the settings say."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

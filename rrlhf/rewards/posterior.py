@@ -5,8 +5,6 @@ direction that no pair covers; the posterior of one head is wide there. Last-lay
 al. 2024 (arXiv 2402.13210), Zhang et al. 2024 (arXiv 2403.05171). Pure: tensors in, tensors out.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A reward model as its users see it: text in, scores out."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

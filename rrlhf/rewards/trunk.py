@@ -5,8 +5,6 @@ its own tokenizer and chat template, which reads text. A reward model that peopl
 trunk of its own whose features are those that its score is a linear map of: the final state of the last token.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -4,8 +4,6 @@ A policy like any other to the evaluation, and the simplest optimiser that a rew
 growing n is the reward's alone, no training gets in between (Gao et al. 2022, arXiv 2210.10760).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ layers train, as in PPO. The reference is the policy before its first step, so i
 once, and no copy of it is needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ pairs. Other kinds are independent members, adapters beside one trunk (UP-RLHF, 
 members' weights (WARM, arXiv 2401.12187).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path

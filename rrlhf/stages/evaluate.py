@@ -6,8 +6,6 @@ The SFT model stands in the comparison as the optimum under a constant reward. O
 already; its KL is a bound.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import groupby, repeat
 from pathlib import Path
@@ -79,7 +77,7 @@ def run(
         for name, reading in readings.items()
     }
     at_length = gold_at_length(readings)
-    own = _own_judge(evaluate.judge, model) if evaluate.judge else None
+    own = _own_judge(evaluate.judge, model, evaluate.batch_size) if evaluate.judge else None
     verdicts = _against_start(own, readings, rows) if own else {}
     evaluation = Evaluation(
         policies=[
@@ -125,30 +123,34 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
-def _own_judge(settings: AnyJudge, model: Model) -> Comparisons | Scorer:
-    return Comparisons(settings) if isinstance(settings, ChatJudge) else Scorer(settings, model)
+def _own_judge(settings: AnyJudge, model: Model, batch_size: int) -> Comparisons | Scorer:
+    return Comparisons(settings) if isinstance(settings, ChatJudge) else Scorer(settings, model, batch_size)
 
 
 def _against_start(
     judge: Comparisons | Scorer, readings: dict[str, Reading], rows: Rows
 ) -> dict[str, dict[str, Measured]]:
     """Return how each policy's responses do against the start's, by the user's judge: those of one number meet."""
-    start, found = readings["sft"], {}
+    start, label = readings["sft"], "evaluate: judge of {}"
+    found: dict[str, dict[str, Measured]] = {}
+    scores: dict[str, Tensor] = {}
     for name, reading in readings.items():
         each = min(reading.per_prompt, start.per_prompt)
-        ours, theirs = (
-            [text for i, text in enumerate(one.texts) if i % one.per_prompt < each] for one in (reading, start)
-        )
-        wins = judge.wins(
-            [row["prompt"] for row in rows for _ in range(each)], ours, theirs, f"evaluate: judge of {name}"
-        )
+        ours, theirs = ([i for i in range(len(one.texts)) if i % one.per_prompt < each] for one in (reading, start))
+        if isinstance(judge, Scorer):
+            asked = [rows[i]["prompt"] for i in reading.prompt.tolist()]
+            scores[name] = judge.score(asked, reading.texts, label.format(name))
+            wins = (scores[name][ours] - scores["sft"][theirs]).sign() / 2 + 0.5
+        else:
+            asked = [row["prompt"] for row in rows for _ in range(each)]
+            both = [reading.texts[i] for i in ours], [start.texts[i] for i in theirs]
+            wins = judge.wins(asked, *both, label.format(name))
         known = ~wins.isnan()
         if known.any():
             wins, prompt = wins[known], (torch.arange(len(wins)) // each)[known]
             found[name] = {"judge_win_rate": estimate(wins, prompt), "judge_ties": estimate(wins == 0.5, prompt)}
-        if isinstance(judge, Scorer):
-            scores = judge.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts, "evaluate: judge")
-            found[name]["judge_score"] = estimate(scores, reading.prompt)
+        if name in scores:
+            found[name]["judge_score"] = estimate(scores[name], reading.prompt)
     return found
 
 

@@ -4,8 +4,6 @@ The preference pairs only tell how sure it is of a score (rrlhf/rewards/posterio
 scores are counted from.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -5,8 +5,6 @@ and the same head, trained on all pairs, so that their weights may be averaged (
 the pairs that they draw and by the order of these.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

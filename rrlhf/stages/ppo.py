@@ -4,8 +4,6 @@ An update samples a rollout, scores it, and takes a few optimizer steps on it. W
 in rrlhf/policy/learner.py; what is done when training is interrupted or goes wrong, in rrlhf/policy/supervision.py.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Iterator, Sequence

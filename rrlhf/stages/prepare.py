@@ -7,8 +7,6 @@ at one temperature, below 1: a start that imitates the best of them writes much 
 the kind of text that will be optimised. Human preference data brings its own answers and labels.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Stage 3: the single-head reward model, by maximum likelihood of the preferences (Bradley and Terry 1952)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Stage 2: supervised fine-tuning, the policy that PPO starts from and is held close to."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial

@@ -1,7 +1,5 @@
 """`rrlhf doctor`: what is wrong with a project, the machine or the servers, and how to mend it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ reuse, what the tracking server is still to be told of, and a comparison of noth
 be rid of a model deletes its version in MLflow first.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`rrlhf init`: a project to begin with, made of the files that rrlhf's own repository is a project by."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

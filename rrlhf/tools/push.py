@@ -1,7 +1,5 @@
 """`rrlhf push`: a model with its card to the Hugging Face hub, through the hub's own library."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

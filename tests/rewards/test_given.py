@@ -204,7 +204,7 @@ def test_what_is_wrong_with_them_is_told_at_once_before_anything_runs(look, fold
     models = [{"base": str(base)} for base in [*bases, "random:2x32", tmp_path / "code"]]
     models[3] |= {"prompt_tokens": 120, "response_tokens": 20}
     told = look(ensemble__kind="given", ensemble__models=models, model__system_prompt="Rhyme.", reward__head="own",
-                reward__base="random:2x32")  # fmt: skip
+                reward__base="random:2x32", evaluate__judge={"base": "random:2x32"})  # fmt: skip
     for number, expected in (
         (0, "it gives 2 scores (num_labels in config.json), a reward model gives one"),
         (1, "weights score.weight are not in its file, so they would be drawn at random"),
@@ -216,8 +216,9 @@ def test_what_is_wrong_with_them_is_told_at_once_before_anything_runs(look, fold
     ):
         [mistake] = [line for line in told if line.startswith(f"ensemble.models.{number}.base ")]
         assert expected in mistake
+    assert told[-2].startswith("evaluate.judge.base random:2x32: a language model, and no reward model")
     assert told[-1].startswith("reward.base random:2x32: a language model, and no reward model")
-    assert len(told) == 8
+    assert len(told) == 9
     [mistake, _] = look(model__base=folders[LLAMA])
     assert mistake.startswith("model.base ")
     assert mistake.endswith("weights lm_head.weight are not in its file, so they would be drawn at random")

@@ -12,7 +12,7 @@ import torch
 from chat_server import chat_server, longer
 from conftest import classifier
 
-from rrlhf.config import ChatJudge, RewardJudge, typed_arm
+from rrlhf.config import ChatJudge, Given, typed_arm
 from rrlhf.data.fingerprints import row_hash
 from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
 from rrlhf.data.tasks import WritingTask
@@ -184,8 +184,6 @@ def test_every_head_differs_and_is_normalised_on_the_reference_responses(made):
     assert 0 <= rows["ensemble"][-1]["heldout_accuracy_mean"] <= 1
 
 
-@pytest.mark.parametrize("loss", ["reparam_mse", "gaussian_nll", "bradley_terry"])
-@pytest.mark.parametrize("target", ["stage1_reward", "margin"])
 def test_heads_that_all_give_the_same_scores_are_refused():
     scores = Scores(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), torch.ones(2, 2))
     with pytest.raises(ValueError, match="all reward heads give the same scores"):
@@ -194,6 +192,8 @@ def test_heads_that_all_give_the_same_scores_are_refused():
     ensemble._refuse_identical(Scores(torch.ones(2, 1), torch.ones(2, 1)))
 
 
+@pytest.mark.parametrize("loss", ["reparam_mse", "gaussian_nll", "bradley_terry"])
+@pytest.mark.parametrize("target", ["stage1_reward", "margin"])
 def test_every_way_to_train_the_ensemble_lowers_its_loss(made, params, tmp_path, loss, target):
     settings = params.ensemble.model_copy(update={"loss": loss, "target": target, "weight_decay": 0.0})
     rows = []
@@ -277,7 +277,7 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms_and_by_a_rewar
     write_arm(policies["rules"], arm)
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")} | {"policies": policies}
     classifier(tmp_path / "judge")
-    judged = params.evaluate.model_copy(update={"judge": RewardJudge(base="judge")})
+    judged = params.evaluate.model_copy(update={"judge": Given(base="judge")})
     settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": judged}
     out = tmp_path / "out"
     out.mkdir()

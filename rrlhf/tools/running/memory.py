@@ -1,7 +1,5 @@
 """`rrlhf plan --memory`: what every stage takes of memory, and which setting would make the most of that less."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
