@@ -192,7 +192,7 @@ def test_an_override_of_one_arm_reruns_what_depends_on_it(changed, served):
     rows = {row["node"]: row for row in json.loads(found["plan-tiny"]["data"])}
     assert rows["ppo-robust"]["first reason"] == "arm.nominal_weight 0.4 -> 0.7"
     assert found["plan-tiny"]["description"].startswith("1 to run, up to 1 after them; ")
-    assert "0.7 most confident" in found["comparison-tiny"]["data"]
+    assert "nominal weight 0.7" in found["comparison-tiny"]["data"]
 
 
 @pytest.mark.slow
