@@ -416,6 +416,7 @@ def test_a_healthy_training_is_tagged_so_and_keeps_what_it_wrote(first, shell, c
     assert "What they wrote as they trained" in page
 
 
+@pytest.mark.slow
 def test_a_secret_in_an_error_of_a_reward_function_is_kept_nowhere(first, shell):
     canaries = {"LEAKY_API_KEY": "c4n4ry-of-a-name", "ELSEWHERE": "http://user:c4n4ry-of-an-address@host"}
     text = "import os\ndef leaks(**_):\n    raise RuntimeError(os.environ['LEAKY_API_KEY'] + os.environ['ELSEWHERE'])\n"

@@ -114,7 +114,7 @@ COLUMN = st.sampled_from(
 HH = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " a", "\n"]) | TEXT, max_size=6).map("".join)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     format=st.sampled_from([*FORMATS]),
     row=st.dictionaries(COLUMN | TEXT, VALUE | HH | st.lists(TURN, max_size=4), max_size=6),

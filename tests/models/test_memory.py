@@ -78,6 +78,7 @@ def test_the_trunk_of_a_reward_model_is_planned_with_what_trains_of_it():
     assert frozen.weights == trained.weights
 
 
+@pytest.mark.slow
 def test_a_plan_tells_what_would_make_the_most_of_it_less(project, typed, monkeypatch):
     monkeypatch.chdir(project)
     code, out, _ = typed("plan", "--profile", "tiny", "--memory", "--json")
