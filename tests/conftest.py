@@ -184,21 +184,6 @@ def rewards(tmp_path):
     return save_random_heads(tmp_path / "reward", 1), save_random_heads(tmp_path / "ensemble", 5)
 
 
-def classifier(folder, **config):
-    """Make the folder of a reward model as people have them: a random sequence classifier with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    from rrlhf.models.load import load_base
-    from rrlhf.pipeline.params import load_params
-
-    tokenizer = load_base(load_params(ROOT, "tiny").model).tokenizer
-    shape = TINY | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_labels": 1}
-    network = LlamaForSequenceClassification(LlamaConfig(**shape | config))
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return network.eval(), tokenizer
-
-
 def save_random_heads(folder, heads):
     """Make the folder of a reward model that reads the first layer of a model of width 32."""
     import torch

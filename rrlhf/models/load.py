@@ -126,10 +126,7 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True, reward_
         drawn = _random_model(model.base)
         drawn.network.to(_held(model))
         return _ready(drawn, model.base, model)
-    place = base_location(model)
-    if isinstance(place, Path) and place.suffix == ".gguf":
-        place = _converted(place)
-    return _loaded(place, model.base, model, weights=weights, fetch=fetch, reward_model=reward_model)
+    return _loaded(_place(model), model.base, model, weights=weights, fetch=fetch, reward_model=reward_model)
 
 
 def load_shape(model: Model) -> LanguageModel:
@@ -140,12 +137,17 @@ def load_shape(model: Model) -> LanguageModel:
         if model.base.startswith("random:"):
             language = _random_model(model.base)
         else:
-            place = base_location(model)
-            place = _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
+            place = _place(model)
             config = _config(place, model.base, {} if isinstance(place, Path) else {"revision": model.revision})
             language = LanguageModel(AutoModelForCausalLM.from_config(config), None, _saved(config, model))
         language.network.to(_held(model)).requires_grad_(False)
     return language._replace(by_layers=_made_to_run(language.network.eval(), model) is None)
+
+
+def _place(model: Model) -> Path | str:
+    """Return the folder of a base, or its hub id."""
+    place = base_location(model)
+    return _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
 
 
 def trained_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -199,7 +201,7 @@ def _loaded(
     how |= {} if model.attn_implementation == "auto" else {"attn_implementation": model.attn_implementation}
     with _refusing(name, model.attn_implementation):
         if isinstance(place, Path):
-            check_files(place)
+            _check_files(place)
         config = _config(place, name, options)
         scores = reward_model and any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())
         make: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
@@ -231,7 +233,7 @@ def _config(place: Path | str, name: str, options: dict[str, Any]) -> Any:  # tr
     return config
 
 
-def check_files(folder: Path) -> None:
+def _check_files(folder: Path) -> None:
     """Raise ValueError for weights that are pickles, which can hold code, or that lie outside their folder."""
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors*")):
         raise ValueError(
@@ -323,7 +325,7 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
         notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
     problems = [*problems, *_tokenizer_problems(network, tokenizer)]
     if "strftime_now(" in tokenizer.get_chat_template():
-        problems += pin_date(tokenizer, date.fromisoformat(model.date))
+        problems += _pin_date(tokenizer, date.fromisoformat(model.date))
         notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
     tokens = model.prompt_tokens + model.response_tokens
     if why := refusal(network.config, tokens):
@@ -360,7 +362,7 @@ def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:
         yield "its tokenizer has no end-of-sequence token"
 
 
-def pin_date(tokenizer: Any, day: date) -> list[str]:
+def _pin_date(tokenizer: Any, day: date) -> list[str]:
     """Have a chat template print this day instead of today's, in place: a prompt must not depend on the calendar."""
     template = tokenizer.get_chat_template()  # of several by name, the one for chats
     fixed = PRINTED_DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)

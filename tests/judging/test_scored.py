@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import classifier
+import transformers
+from classifiers import QWEN, saved
 
 from rrlhf.config import Given
 from rrlhf.judging.scored import Scorer
@@ -12,7 +13,9 @@ SAID = ["Hello.", "This is longer than hello."]
 
 
 def test_scores_are_the_logits_of_the_conversation_in_its_own_template(model, tmp_path):
-    network, tokenizer = classifier(tmp_path)
+    saved(tmp_path, QWEN)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     limits = {"prompt_tokens": 80, "response_tokens": 48}
     scores = Scorer(Given(base=str(tmp_path), **limits), model, 2).score(PROMPTS, SAID, "judge")
     for prompt, said, score in zip(PROMPTS, SAID, scores.tolist(), strict=True):
@@ -23,7 +26,7 @@ def test_scores_are_the_logits_of_the_conversation_in_its_own_template(model, tm
 
 
 def test_what_is_cut_for_it_is_told(model, tmp_path, capsys):
-    classifier(tmp_path)
+    saved(tmp_path, QWEN)
     judge = Scorer(Given(base=str(tmp_path), response_tokens=10), model, 2)
     judge.score(PROMPTS, SAID, "judge")
     assert judge.told().name == str(tmp_path)

@@ -8,16 +8,15 @@ import pytest
 import torch
 import transformers
 from classifiers import CHATML, GPT, LLAMA, MAKES, QWEN, saved, tokenizer
+from reward_models import Made
 
 from rrlhf.data.tables import preferences, prompts, write_table
 from rrlhf.memo import Memo
 from rrlhf.pipeline.check import check_models
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest, key_document
-from rrlhf.pipeline.launch import call
 from rrlhf.pipeline.params import ParamsError, load_params
 from rrlhf.rewards.features import PairFeatures
-from rrlhf.rewards.scoring import load_reward_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,27 +50,10 @@ def logits(folder, asked, said, together):
     return network(grid, attention_mask=mask).logits[:, 0]
 
 
-class Made:
-    """The reward models of one set of overrides: folders by node name, and the rows that they logged."""
-
-    def __init__(self, start, root, **overrides):
-        few = {"reward.epochs": 2, "ensemble.epochs": 2, "model.prompt_tokens": 90, "model.response_tokens": 30}
-        self.params = load_params(ROOT, "tiny", few | {name.replace("__", "."): v for name, v in overrides.items()})
-        self.start, self.root, self.rows = start, root, {}
-        self.folders = {"data": start / "data", "sft": start / "sft"}
-        for node in nodes(self.params):
-            if node.stage in {"given", "reward", "member", "ensemble"}:
-                self.run(node)
-
-    def run(self, node):
-        out, self.rows[node.name] = self.root / node.name, []
-        out.mkdir()
-        inputs = {argument: self.folders[name] for argument, name in node.inputs.items()}
-        call(key_document(node, {}), inputs=inputs, out=out, log=self.rows[node.name].append)
-        self.folders[node.name] = out
-
-    def model(self, name):
-        return load_reward_model(self.root / name, self.start / "sft")
+def made_under(start, root, **overrides):
+    """Make the reward models under these settings, whose texts are long enough for every template."""
+    few = {"reward.epochs": 2, "ensemble.epochs": 2, "model.prompt_tokens": 90, "model.response_tokens": 30}
+    return Made(start, root, few | {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def raw(model, asked, said):
@@ -81,7 +63,7 @@ def raw(model, asked, said):
 
 @pytest.mark.parametrize("name", MAKES)
 def test_its_scores_are_transformers_own(name, folders, start, texts, tmp_path):
-    made = Made(start, tmp_path, reward__base=folders[name], reward__head="own")
+    made = made_under(start, tmp_path, reward__base=folders[name], reward__head="own")
     model = made.model("reward")
     found = raw(model, *texts)[:, 0]
     torch.testing.assert_close(found, logits(folders[name], *texts, together=False), atol=1e-5, rtol=1e-5)
@@ -101,7 +83,7 @@ def several(start, folders, tmp_path_factory):
     models = [{"base": folders[QWEN]}, {"base": folders[GPT], "prompt_tokens": 80, "response_tokens": 40}]
     root = tmp_path_factory.mktemp("several")
     given = {"ensemble__kind": "given", "ensemble__models": models, "ensemble__heads": 2}
-    return Made(start, root, **given)
+    return made_under(start, root, **given)
 
 
 def test_several_make_an_ensemble_beside_trained_heads(several, folders, texts):
@@ -125,7 +107,7 @@ def test_several_make_an_ensemble_beside_trained_heads(several, folders, texts):
 @pytest.mark.parametrize("name", [LLAMA, GPT])
 def test_heads_are_trained_on_one_as_a_trunk(name, trained, folders, start, texts, tmp_path):
     learns = {"reward__epochs": 10, "reward__trunk_epochs": 3, "reward__trunk_learning_rate": 1e-3}
-    made = Made(start, tmp_path, reward__base=folders[name], **learns, **trained)
+    made = made_under(start, tmp_path, reward__base=folders[name], **learns, **trained)
     losses = [[row[kind] for row in made.rows["reward"] if kind in row] for kind in ("loss", "trunk_loss")]
     assert all(each[-1] < each[0] for each in losses if each)
     assert bool(losses[1]) == bool(trained)
@@ -147,7 +129,7 @@ def test_a_pair_that_one_of_them_cannot_tell_apart_is_left_out_for_all(folders, 
     (tmp_path / "sft").symlink_to(start / "sft")
     models = [{"base": folders[QWEN]}, {"base": folders[LLAMA], "response_tokens": 19}]
     given = {"ensemble__kind": "given", "ensemble__models": models, "ensemble__heads": 0}
-    made = Made(tmp_path, tmp_path, **given)
+    made = made_under(tmp_path, tmp_path, **given)
     alone = [PairFeatures.load(tmp_path / f"given-{number}").train.chosen for number in range(2)]
     together = PairFeatures.load(tmp_path / "ensemble").train.chosen
     assert (len(alone[0]), len(alone[1]), together.shape) == (10, 9, (9, 2, 32))

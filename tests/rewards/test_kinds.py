@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_models import Made
 from safetensors.torch import load_file
 
 from rrlhf.data.tables import prompts
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest, key_document
-from rrlhf.pipeline.launch import call
 from rrlhf.pipeline.params import load_params
 from rrlhf.rewards.features import PairFeatures, folder_of
-from rrlhf.rewards.scoring import load_reward_model
 
 ROOT = Path(__file__).parents[2]
 TRAINS = {
@@ -36,36 +35,13 @@ KINDS = {
 }
 
 
-class Made:
-    """The reward models of one set of overrides: folders by node name, and the rows that they logged."""
-
-    def __init__(self, start, root, overrides):
-        self.start, self.root = start, root
-        self.params = load_params(ROOT, "tiny", TRAINS | overrides)
-        self.folders = {"data": start / "data", "sft": start / "sft"}
-        self.rows = {}
-        for node in nodes(self.params):
-            if node.stage in {"reward", "member", "ensemble"}:
-                self.run(node)
-
-    def run(self, node):
-        out, self.rows[node.name] = self.root / node.name, []
-        out.mkdir()
-        inputs = {argument: self.folders[name] for argument, name in node.inputs.items()}
-        call(key_document(node, {}), inputs=inputs, out=out, log=self.rows[node.name].append)
-        self.folders[node.name] = out
-
-    def scores(self, name, asked, texts, batch_size=32):
-        return load_reward_model(self.root / name, self.start / "sft").score(asked, texts, batch_size)
-
-
 @pytest.fixture(scope="module")
 def made(start, tmp_path_factory):
     done = {}
 
     def make(kind):
         if kind not in done:
-            done[kind] = Made(start, tmp_path_factory.mktemp("kind"), KINDS[kind])
+            done[kind] = Made(start, tmp_path_factory.mktemp("kind"), TRAINS | KINDS[kind])
         return done[kind]
 
     return make
@@ -81,10 +57,10 @@ def test_every_kind_scores_text_the_same_in_any_batch(made, texts, kind):
     found = made(kind)
     heads = 1 if kind.startswith("warm") else 2
     for name, width in (("reward", 1), ("ensemble", heads)):
-        expected = found.scores(name, *texts)
+        expected = found.model(name).score(*texts)
         assert expected.mean.shape == expected.std.shape == (5, width)
         asked, said = ([*side[::-1]] for side in texts)
-        for one, other in zip(found.scores(name, asked, said, batch_size=2), expected, strict=True):
+        for one, other in zip(found.model(name).score(asked, said, batch_size=2), expected, strict=True):
             torch.testing.assert_close(one.flip(0), other, atol=1e-5, rtol=1e-5)
 
 
@@ -95,7 +71,7 @@ def test_stored_features_are_those_of_the_stored_trunk(made, kind):
 
     found = made(kind)
     pairs = preferences(found.start / "data", "heldout")
-    expected = load_reward_model(found.root / "ensemble", found.start / "sft")
+    expected = found.model("ensemble")
     features = PairFeatures.load(folder_of(found.root / "ensemble", found.root / "reward"))
     by_feature = expected.heads.score(features.heldout.chosen)
     by_text = expected.score([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
@@ -125,8 +101,8 @@ def test_training_the_trunk_lowers_the_loss_and_changes_its_trained_layers_only(
 def test_members_are_the_reward_models_that_they_were_made_of(made, texts):
     for kind in ("members", "trained members"):
         found = made(kind)
-        together = found.scores("ensemble", *texts)
-        alone = [found.scores(f"member-{number}", *texts) for number in range(2)]
+        together = found.model("ensemble").score(*texts)
+        alone = [found.model(f"member-{number}").score(*texts) for number in range(2)]
         torch.testing.assert_close(together.mean, torch.cat([one.mean for one in alone], dim=1), atol=1e-4, rtol=1e-4)
         assert torch.corrcoef(together.mean.T).fill_diagonal_(0).max() < 0.99999
 
@@ -134,9 +110,9 @@ def test_members_are_the_reward_models_that_they_were_made_of(made, texts):
 def test_averaged_heads_give_the_average_of_the_raw_rewards(made):
     found = made("warm heads")
     features = PairFeatures.load(folder_of(found.root / "ensemble", found.root / "reward")).heldout.chosen
-    members = [load_reward_model(found.root / f"member-{n}", found.start / "sft").heads for n in range(2)]
+    members = [found.model(f"member-{n}").heads for n in range(2)]
     mean = torch.stack([heads(features).mean for heads in members]).mean(0)
-    averaged = load_reward_model(found.root / "ensemble", found.start / "sft").heads
+    averaged = found.model("ensemble").heads
     torch.testing.assert_close(averaged(features).mean, mean, atol=1e-5, rtol=1e-5)
 
 

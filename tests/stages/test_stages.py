@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_server import chat_server, longer
-from conftest import classifier
+from classifiers import QWEN, saved
 
 from rrlhf.config import ChatJudge, Given, typed_arm
 from rrlhf.data.fingerprints import row_hash
@@ -276,7 +276,7 @@ def test_every_policy_is_read_by_the_reward_functions_of_all_arms_and_by_a_rewar
     shutil.copytree(root / "single", policies["rules"])
     write_arm(policies["rules"], arm)
     inputs = {name: root / name for name in ("data", "sft", "reward", "ensemble")} | {"policies": policies}
-    classifier(tmp_path / "judge")
+    saved(tmp_path / "judge", QWEN)
     judged = params.evaluate.model_copy(update={"judge": Given(base="judge")})
     settings = {"seed": 1, "model": params.model, "gold": params.gold, "evaluate": judged}
     out = tmp_path / "out"
