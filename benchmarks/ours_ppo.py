@@ -22,7 +22,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401 - loaded on demand
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rrlhf.config import Model, Ppo, typed_arm
+from rrlhf.config import Model, Ppo, PpoArm, typed_arm
 from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.learner import Learner, prepare_learner
@@ -47,43 +47,53 @@ def main(task: str, asked: Path, answer: Path) -> None:
 
 def prepare(job: Job) -> Job:
     """Save the base model as a folder; return prompts of log-normal length (median 20 tokens)."""
-    language = load_base(_model(job))
+    language = load_base(model_of(job))
     save_model(language, Path(job["folder"]))
-    draw, special = random.Random(job["seed"]), set(language.tokenizer.all_special_ids)
+    special = set(language.tokenizer.all_special_ids)
     plain = [token for token in range(len(language.tokenizer)) if token not in special]
-    lengths = [round(draw.lognormvariate(math.log(20), 0.6)) for _ in range(4 * job["responses"])]
-    return {"prompts": [draw.choices(plain, k=min(job["prompt_tokens"], max(6, length))) for length in lengths]}
+    return {"prompts": prompts_of(job, plain)}
 
 
 def train(job: Job) -> Job:
-    """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
+    """Measure updates of the model in a folder."""
     libraries_mib = _peak_mib()
-    language, settings = load_model(Path(job["folder"]), _model(job)), _settings(job)
+    return {"libraries_mib": libraries_mib} | updates(load_model(Path(job["folder"]), model_of(job)), job)
+
+
+def updates(language: LanguageModel, job: Job) -> Job:
+    """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
+    settings = settings_of(job)
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
-    model, arm = _model(job), typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
     torch.manual_seed(job["seed"])
-    engine = accelerator(model)
-    learner = _learner(engine, language, model, settings, job)
+    engine = accelerator(model_of(job))
+    learner = learner_of(engine, language, settings, job)
     watch = Watch(job["device"])
     clocks = {name: watch.timed(name, getattr(ppo, name)) for name in ("collect", "optimise")}
     vars(learner)["sample"] = watch.timed("sample", learner.sample)
-    updates: list[Metrics] = []
+    told: list[Metrics] = []
     with _replaced(clocks):
         began = watch.now()
-        for row, _ in ppo.train(learner, Prompts(job["prompts"]), arm_reward(arm, engine)):
+        for row, _ in ppo.train(learner, Prompts(job["prompts"]), arm_reward(arm_of(job), engine)):
             ended = watch.now()
-            updates.append({"update_s": ended - began, "steps": row["optimizer_steps"]} | watch.seconds)
+            told.append({"update_s": ended - began, "steps": row["optimizer_steps"]} | watch.seconds)
             began = ended
-    found = {"updates": [_told(update) for update in updates[1:]], "peak_mib": _peak_mib()}
-    found |= {"libraries_mib": libraries_mib, "trained": sum(p.numel() for p in _trained(learner))}
+    found = {"updates": [_told(update) for update in told[1:]], "peak_mib": _peak_mib()}
+    found |= {"trained": sum(p.numel() for p in _trained(learner))}
     if job["device"] == "cuda":
         found["device_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return found | {"tokens": job["responses"] * job["response_tokens"]} | _operations(learner, settings, job)
 
 
+def prompts_of(job: Job, tokens: list[int]) -> list[list[int]]:
+    """Return prompts of these tokens, of log-normal length (median 20 tokens)."""
+    draw = random.Random(job["seed"])
+    lengths = [round(draw.lognormvariate(math.log(20), 0.6)) for _ in range(4 * job["responses"])]
+    return [draw.choices(tokens, k=min(job["prompt_tokens"], max(6, length))) for length in lengths]
+
+
 def rate(job: Job) -> Job:
     """Measure GFLOP/s of the matrix products of one forward pass: at a minibatch's tokens, and at one per response."""
-    language = load_model(Path(job["folder"]), _model(job))
+    language = load_model(Path(job["folder"]), model_of(job))
     network = language.network.to(job["device"], getattr(torch, job["dtype"]))
     maps = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     tokens = job["minibatch_size"] * (sum(map(len, job["prompts"])) // len(job["prompts"]) + job["response_tokens"])
@@ -143,7 +153,7 @@ def _told(update: Metrics) -> Metrics:
     }
 
 
-def _settings(job: Job) -> Ppo:
+def settings_of(job: Job) -> Ppo:
     """Return the default profile's settings but for what is compared; no epoch ends early."""
     wanted = {
         "updates": job["updates"] + 1,
@@ -158,7 +168,12 @@ def _settings(job: Job) -> Ppo:
     return load_params(ROOT).ppo.model_copy(update=wanted)
 
 
-def _learner(engine: Accelerator, language: LanguageModel, model: Model, settings: Ppo, job: Job) -> Learner:
+def arm_of(job: Job) -> PpoArm:
+    """Return the robust reward."""
+    return typed_arm(reward="robust", nominal_weight=0.4, credible=2.0, seed=job["seed"])
+
+
+def learner_of(engine: Accelerator, language: LanguageModel, settings: Ppo, job: Job) -> Learner:
     """Return a learner whose single head and ensemble are random and read the middle layer, as by default."""
     with tempfile.TemporaryDirectory() as name:
         for folder, heads in (Path(name, "reward"), 1), (Path(name, "ensemble"), job["heads"]):
@@ -166,7 +181,7 @@ def _learner(engine: Accelerator, language: LanguageModel, model: Model, setting
             RewardHeads(language.width, heads, hidden=0, sigma_floor=0.05).save(folder)
             (folder / FILE).write_text(json.dumps({"layer": language.layers // 2}), encoding="utf-8")
         rewards = load_reward_models(Path(name, "reward"), Path(name, "ensemble"), engine.device)
-        return prepare_learner(engine, language, rewards, model=model, ppo=settings, seed=job["seed"])
+        return prepare_learner(engine, language, rewards, model=model_of(job), ppo=settings, seed=job["seed"])
 
 
 def _operations(learner: Learner, settings: Ppo, job: Job) -> Job:
@@ -209,7 +224,8 @@ def _rate(maps: list[Tensor], rows: int, device: str) -> float:
     return 2 * rows * passes * sum(weight.numel() for weight in maps) / (watch.now() - start) / 1e9
 
 
-def _model(job: Job) -> Model:
+def model_of(job: Job) -> Model:
+    """Return the settings of the job's model."""
     return Model(
         base=job["base"],
         revision=None,

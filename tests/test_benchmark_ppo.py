@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,3 +89,27 @@ def test_targets_tell_what_was_met(bench, document):
     assert (memory.measured, memory.met) == (pytest.approx(0.4), True)
     assert (alone.measured, alone.met) == (pytest.approx(0.25), True)
     assert "| 7M   | full-5 / TRL, peak memory" in bench.report(document)
+
+
+def test_a_device_is_compared_with_a_cpu_number_by_number(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from benchmarks import gpu
+
+    found = gpu.step("cpu", tmp_path)
+    same, moved = tmp_path / "cpu.safetensors", load_file(tmp_path / "cpu.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(same.read_bytes())
+    assert max(gpu.differences(found, found, tmp_path, "other").values()) == pytest.approx(0, abs=1e-9)
+    save_file({name: -moved[name] for name in moved}, tmp_path / "other.safetensors")
+    off = gpu.differences(found | {"value_loss": 2 * found["value_loss"]}, found, tmp_path, "other")
+    assert {name for name, limit in gpu.TOLERANCES.items() if off[name] > limit} == {*gpu.TOLERANCES} - {
+        "gradient's norm"
+    }
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_whole_on_a_cpu():
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "step", "tiny"]
+    done = subprocess.run(command, cwd=SOURCE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| tiny" in done.stdout
