@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from rrlhf.config import AnyJudge, Arm, BestOfNArm, ChatJudge, Evaluate, Gold, Model, PaidArm, PpoArm
+from rrlhf.config import Arm, BestOfNArm, Evaluate, Gold, Model, PaidArm, PpoArm
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import Rows, preferences, read_table
 from rrlhf.judging.calibration import estimate, group_means
-from rrlhf.judging.chat import Comparisons
 from rrlhf.judging.content import GoldAgreement, Measured, RewardJudgement
 from rrlhf.judging.evaluation import Chosen, Evaluation, Excerpt, Point, Policy, Response, Sample, write_evaluation
 from rrlhf.judging.metrics import agreement_with_gold, judge_ensemble, judge_single, score_pairs
@@ -28,7 +27,16 @@ from rrlhf.judging.scored import Scorer
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
 from rrlhf.policy.excerpts import read_excerpts
-from rrlhf.policy.reading import Judges, Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.policy.reading import (
+    Asked,
+    Judges,
+    Reading,
+    load_judges,
+    read_responses,
+    repetition,
+    sample_responses,
+    wins_over,
+)
 from rrlhf.policy.reward import NO_SCALE, Scale, aggregated, paid, read_arm
 from rrlhf.policy.reward_functions import load_functions, metric_names
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, read_candidates
@@ -52,56 +60,41 @@ def run(
     log: Log,
 ) -> None:
     """Sample from every policy on the evaluation prompts, judge the responses, and write evaluation.json."""
-    rows = read_table(data, "evaluate")
+    asked = Asked(read_table(data, "evaluate"), model, evaluate, seed)
     paid_by = {name: read_arm(folder) for name, folder in policies.items()}
     paths = [path for arm, _ in paid_by.values() if isinstance(arm, PaidArm) for path in arm.functions]
     functions = load_functions(paths, further_columns(data))
-    trained = {name: policies[name] for name, (arm, _) in paid_by.items() if isinstance(arm, PpoArm)}
     selecting = {name: arm for name, (arm, _) in paid_by.items() if isinstance(arm, BestOfNArm)}
     responses = {  # before the judges are there: one model at a time takes memory
-        name: read_candidates(folder).best
-        if name in selecting
-        else sample_responses(folder, name, rows, model, evaluate, seed)
+        name: read_candidates(folder).best if name in selecting else sample_responses(asked, folder, name)
         for name, folder in {"sft": sft, **policies}.items()
     }
-    judges = load_judges(model, gold, sft, reward, ensemble, functions, has_gold=rows[0]["topic"] is not None)
-    readings: dict[str, Reading] = {}
-    for name, said in responses.items():
-        arm = selecting.get(name)
-        reading = read_responses(judges, said, rows, model, evaluate, name)
-        bound = torch.full_like(reading.kl, best_of_n_kl(arm.n)) if arm else reading.kl
-        readings[name] = reading._replace(kl=bound)
-    second = SecondJudge(preferences(data, "heldout"))
-    opinions = {
-        name: second.score([rows[i]["prompt"] for i in reading.prompt.tolist()], reading.texts)
-        for name, reading in readings.items()
-    }
-    at_length = gold_at_length(readings)
-    own = _own_judge(evaluate.judge, model, evaluate.batch_size) if evaluate.judge else None
-    verdicts = _against_start(own, readings, rows) if own else {}
+    judges = load_judges(asked, gold, {"sft": sft, "reward": reward, "ensemble": ensemble}, functions)
+    readings = {name: read_responses(judges, asked, said, name) for name, said in responses.items()}
+    for name, arm in selecting.items():
+        reading = readings[name]
+        readings[name] = reading._replace(kl=torch.full_like(reading.kl, best_of_n_kl(arm.n)))
+    judges = judges._replace(second=SecondJudge(preferences(data, "heldout")))
+    further = {name: _further(judges, asked, reading, readings["sft"], name) for name, reading in readings.items()}
+    for name, gold_there in gold_at_length(readings).items():
+        further[name]["gold_at_length"] = estimate(gold_there, readings[name].prompt)
     evaluation = Evaluation(
         policies=[
-            _policy(
-                name,
-                reading,
-                opinions[name],
-                at_length.get(name),
-                verdicts.get(name, {}),
-                *paid_by.get(name, (None, NO_SCALE)),
-            )
+            _policy(name, reading, further[name], *paid_by.get(name, (None, NO_SCALE)))
             for name, reading in readings.items()
         ],
         curves=[
             point
-            for name, folder in trained.items()
-            for point in _curve(name, folder, data, judges.gold, second, own, evaluate.curve_responses)
+            for name, (arm, _) in paid_by.items()
+            if isinstance(arm, PpoArm)
+            for point in _curve(judges, name, policies[name], data, evaluate.curve_responses)
         ],
-        selection=[point for name in selecting for point in _selection(name, policies[name], rows, judges.gold)],
-        samples=[_sample(number, row, readings) for number, row in enumerate(rows[: evaluate.samples_shown])],
+        selection=[point for name in selecting for point in _selection(name, policies[name], asked.rows, judges.gold)],
+        samples=[_sample(number, row, readings) for number, row in enumerate(asked.rows[: evaluate.samples_shown])],
         excerpts={name: found for name, folder in policies.items() if (found := _excerpts(folder, data, judges.gold))},
         reward_models=_judgements(judges, PairFeatures.load(reward), PairFeatures.load(folder_of(ensemble, reward))),
         gold_agreement=_agreements(readings),
-        judge=own.told() if own else None,
+        judge=judges.own.told() if judges.own else None,
     )
     log({"step": 0, **judges.told(), **(evaluation.judge.costs if evaluation.judge else {})})
     for policy in evaluation.policies:
@@ -123,49 +116,24 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 
-def _own_judge(settings: AnyJudge, model: Model, batch_size: int) -> Comparisons | Scorer:
-    return Comparisons(settings) if isinstance(settings, ChatJudge) else Scorer(settings, model, batch_size)
-
-
-def _against_start(
-    judge: Comparisons | Scorer, readings: dict[str, Reading], rows: Rows
-) -> dict[str, dict[str, Measured]]:
-    """Return how each policy's responses do against the start's, by the user's judge: those of one number meet."""
-    start, label = readings["sft"], "evaluate: judge of {}"
-    found: dict[str, dict[str, Measured]] = {}
-    scores: dict[str, Tensor] = {}
-    for name, reading in readings.items():
-        each = min(reading.per_prompt, start.per_prompt)
-        ours, theirs = ([i for i in range(len(one.texts)) if i % one.per_prompt < each] for one in (reading, start))
-        if isinstance(judge, Scorer):
-            asked = [rows[i]["prompt"] for i in reading.prompt.tolist()]
-            scores[name] = judge.score(asked, reading.texts, label.format(name))
-            wins = (scores[name][ours] - scores["sft"][theirs]).sign() / 2 + 0.5
-        else:
-            asked = [row["prompt"] for row in rows for _ in range(each)]
-            both = [reading.texts[i] for i in ours], [start.texts[i] for i in theirs]
-            wins = judge.wins(asked, *both, label.format(name))
-        known = ~wins.isnan()
-        if known.any():
-            wins, prompt = wins[known], (torch.arange(len(wins)) // each)[known]
-            found[name] = {"judge_win_rate": estimate(wins, prompt), "judge_ties": estimate(wins == 0.5, prompt)}
-        if name in scores:
-            found[name]["judge_score"] = estimate(scores[name], reading.prompt)
+def _further(judges: Judges, asked: Asked, reading: Reading, start: Reading, name: str) -> dict[str, Measured]:
+    """Return what the second judge says of a policy's responses, and how they do against the start's by the user's."""
+    found: dict[str, Measured] = {}
+    if judges.second:
+        prompts = [row["prompt"] for row in asked.each(reading.per_prompt)]
+        found["second_opinion"] = estimate(judges.second.score(prompts, reading.texts), reading.prompt)
+    wins, prompt = wins_over(judges, asked, reading, start, name)
+    if len(wins):
+        found |= {"judge_win_rate": estimate(wins, prompt), "judge_ties": estimate(wins == 0.5, prompt)}
+    if reading.own is not None:
+        found["judge_score"] = estimate(reading.own, reading.prompt)
     return found
 
 
-def _policy(
-    name: str,
-    reading: Reading,
-    second_opinion: Tensor,
-    at_length: Tensor | None,
-    verdicts: dict[str, Measured],
-    arm: Arm | None,
-    scale: Scale,
-) -> Policy:
+def _policy(name: str, reading: Reading, further: dict[str, Measured], arm: Arm | None, scale: Scale) -> Policy:
     """Return one row of the comparison: means with standard errors over prompts."""
     columns = {
-        "second_opinion": second_opinion,
+        **({} if reading.gold is None else {"gold": reading.gold}),
         "proxy": reading.proxy,
         **{reader: read(reading.scores) for reader, read in READINGS.items()},
         "spread": head_spread(reading.scores),
@@ -176,8 +144,6 @@ def _policy(
         "finished": torch.tensor(reading.finished).double(),
         **reading.gold_parts,
     }
-    if reading.gold is not None and at_length is not None:
-        columns = {"gold": reading.gold, **columns, "gold_at_length": at_length}
     names = metric_names(reading.functions)
     columns |= {names[path]: value for path, value in reading.functions.items()}
     if isinstance(arm, PaidArm) and (arm.reward != "single" or arm.functions):
@@ -187,7 +153,7 @@ def _policy(
         name=name,
         reward=reward,
         settings=arm.settings if isinstance(arm, PaidArm) else {},
-        metrics={key: estimate(column, reading.prompt) for key, column in columns.items()} | verdicts,
+        metrics={key: estimate(column, reading.prompt) for key, column in columns.items()} | further,
         functions=arm.functions if isinstance(arm, PaidArm) else {},
         method=arm.method if arm else None,
         n=arm.n if isinstance(arm, BestOfNArm) else None,
@@ -195,16 +161,9 @@ def _policy(
     )
 
 
-def _curve(
-    name: str,
-    folder: Path,
-    data: Path,
-    gold: PromptedGold | None,
-    second: SecondJudge,
-    own: Comparisons | Scorer | None,
-    most: int,
-) -> list[Point]:
+def _curve(judges: Judges, name: str, folder: Path, data: Path, most: int) -> list[Point]:
     """Read the responses that a policy gave while it trained, by the judges `most` an update: one point per update."""
+    gold, second, own = judges.gold, judges.second, judges.own
     table = read_table(data, "ppo")
     rows: Rows = pq.read_table(folder / "rollouts.parquet").to_pylist()
     updates = [list(some) for _, some in groupby(rows, key=lambda row: row["update"])]
@@ -212,7 +171,7 @@ def _curve(
     counts = [len(some[:most]) for some in updates]
     asked, texts = [table[row["prompt"]] for row in read], [row["response"] for row in read]
     prompts = [row["prompt"] for row in asked]
-    opinions = second.score(prompts, texts).split(counts)
+    opinions = second.score(prompts, texts).split(counts) if second else repeat(None)
     scores = own.score(prompts, texts, f"evaluate: judge of {name}'s training") if isinstance(own, Scorer) else None
     finished = [row["finished"] for row in read]
     golds = torch.tensor(gold.score(asked, texts, finished).total).split(counts) if gold else repeat(None)
@@ -229,7 +188,7 @@ def _curve(
                 words=fmean(len(row["response"].split()) for row in some),
                 heads=torch.tensor([row["heads"] for row in some]).mean(0).tolist(),
                 sigma=fmean(row["sigma"] for row in some),
-                second_opinion=opinion.mean().item(),
+                second_opinion=None if opinion is None else opinion.mean().item(),
                 judge_score=None if own_score is None else own_score.mean().item(),
                 gold=found.mean if found else None,
                 gold_stderr=found.stderr if found else None,

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from rrlhf.config import Gates, Model, Params
 from rrlhf.data.tables import read_table
-from rrlhf.judging.calibration import Interval, correct, estimate, mean_interval, share_interval
+from rrlhf.judging.calibration import Interval, correct, estimate, group_means, mean_interval, share_interval
+from rrlhf.judging.chat import Comparisons
 from rrlhf.judging.content import Measured
 from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.policy.reading import Reading, load_judges, read_responses, repetition, sample_responses
+from rrlhf.policy.reading import Asked, Reading, load_judges, read_responses, repetition, sample_responses, wins_over
 from rrlhf.robust import mean_reward
+
+ROLES = {"candidate": "candidate", "opponent": "opponent", "start": "sft"}  # who answers, by whose model
 
 
 class Gate(TypedDict):
@@ -36,7 +39,7 @@ class Gate(TypedDict):
 class Read(NamedTuple):
     """What the judges say about one policy's responses, each [prompts, samples]."""
 
-    judged: Tensor  # gold, or what stands for it
+    judged: Tensor  # the user's judge, if it is a reward model; else gold, or what stands for it
     kl: Tensor  # log(pi / pi_ref), nats per response
     sigma: Tensor  # standard deviation of the reward
     words: Tensor
@@ -47,47 +50,53 @@ def measure(data: Path, models: Mapping[str, Artifact], params: Params) -> dict[
     """Sample, judge, and hold the numbers against the gates of params; return what a decision keeps of that, as JSON.
 
     models: "candidate", "opponent", their start "sft", and "reward" and "ensemble", which measure. Responses are judged
-    by gold where the prompts have topics, else by the mean of the ensemble's heads, which are no independent judge of a
-    policy that they trained. The prompts are those that no stage trains on.
+    by `evaluate.judge` where there is one; by gold where the prompts have topics; else by the mean of the ensemble's
+    heads, which are no independent judge of a policy that they trained. The prompts are those that no stage trains on.
     """
-    rows = read_table(data, "evaluate")
-    has_gold = rows[0]["topic"] is not None
     model = Model.model_validate(models["candidate"].manifest["document"]["params"]["model"])
-    start, reward, ensemble = (models[name].path for name in ("sft", "reward", "ensemble"))
-    judges = load_judges(model, params.gold, start, reward, ensemble, [], has_gold=has_gold)
-    folders = {"candidate": models["candidate"].path, "opponent": models["opponent"].path, "start": start}
-    reads: dict[Path, Read] = {}
+    asked = Asked(read_table(data, "evaluate"), model, params.evaluate, params.seed)
+    judges = load_judges(asked, params.gold, {name: models[name].path for name in ("sft", "reward", "ensemble")}, [])
+    folders = {name: models[of].path for name, of in ROLES.items()}
+    readings: dict[Path, Reading] = {}
     for name, folder in folders.items():
-        if folder not in reads:
-            responses = sample_responses(folder, name, rows, model, params.evaluate, params.seed)
-            reads[folder] = _read(read_responses(judges, responses, rows, model, params.evaluate, name))
+        if folder not in readings:
+            readings[folder] = read_responses(judges, asked, sample_responses(asked, folder, name), name)
+    reads = {name: _read(readings[folder]) for name, folder in folders.items()}
+    if isinstance(judges.own, Comparisons):
+        mine, theirs = readings[folders["candidate"]], readings[folders["opponent"]]
+        won = group_means(*wins_over(judges, asked, mine, theirs, "candidate"))
+    else:
+        won = wins(reads["candidate"].judged, reads["opponent"].judged)
+    by_default = "gold" if asked.has_gold else "mean of the ensemble's heads"
     return {
-        "gates": gates(reads[folders["candidate"]], reads[folders["opponent"]], reads[start], params.gates),
+        "gates": gates(reads["candidate"], won, reads["start"], params.gates),
         "means": {
-            name: {quantity: values.double().mean().item() for quantity, values in reads[folder]._asdict().items()}
-            for name, folder in folders.items()
+            name: {quantity: values.double().mean().item() for quantity, values in read._asdict().items()}
+            for name, read in reads.items()
         },
-        "judge": "gold" if has_gold else "mean of the ensemble's heads",
-        "prompts": len(rows),
+        "judge": judges.own.told().name if judges.own else by_default,
+        "prompts": len(asked.rows),
     }
 
 
 def _read(reading: Reading) -> Read:
-    judged = mean_reward(reading.scores) if reading.gold is None else reading.gold
+    known = (judged for judged in (reading.own, reading.gold) if judged is not None)
+    judged = next(known, mean_reward(reading.scores))
     repeated = torch.tensor([repetition(text) for text in reading.texts])
     columns = (judged, reading.kl, reading.scores.std.mean(1), reading.words, repeated)
     return Read(*(column.double().view(-1, reading.per_prompt) for column in columns))
 
 
-def gates(candidate: Read, opponent: Read, start: Read, limits: Gates) -> list[Gate]:
+def gates(candidate: Read, won: Tensor, start: Read, limits: Gates) -> list[Gate]:
     """Return every gate that has a limit. `start` is the SFT model; drifts are paired by prompt.
 
-    Length drift is the change of words as a share of the start's mean.
+    won: of the comparisons with the opponent, the share that the candidate won, [prompts]. Length drift is the change
+    of words as a share of the start's mean.
     """
     found: list[Gate] = []
     level = limits.level
     if limits.min_win_rate is not None:
-        found.append(win_rate(candidate.judged, opponent.judged, limits.min_win_rate, level))
+        found.append(win_rate(won, limits.min_win_rate, level))
     if limits.max_kl is not None:
         found.append(at_most("kl", candidate.kl.mean(1), limits.max_kl, level))
     if limits.max_sigma is not None:
@@ -110,9 +119,9 @@ def wins(candidate: Tensor, opponent: Tensor) -> Tensor:
     return correct(candidate[:, :, None] - opponent[:, None, :]).mean((1, 2))
 
 
-def win_rate(candidate: Tensor, opponent: Tensor, least: float, level: float) -> Gate:
+def win_rate(won: Tensor, least: float, level: float) -> Gate:
     """Ask for a win rate whose interval (Wilson, for as many units as the spread over prompts speaks of) is high."""
-    found = estimate(wins(candidate, opponent))
+    found = estimate(won)
     interval = share_interval(found, level)
     passed = found.n > 1 and interval.low >= least
     return _gate("win_rate", f"the interval's lower end is at least {least:g}", found, interval, passed)

@@ -21,7 +21,7 @@ from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.check import check_columns, check_sources
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
-from rrlhf.policy.reading import load_judges, read_responses, sample_responses
+from rrlhf.policy.reading import Asked, load_judges, read_responses, sample_responses
 from rrlhf.policy.reward import RewardScores, arm_reward, reward_metrics, write_arm
 from rrlhf.policy.reward_functions import load_functions, metric_names
 from rrlhf.robust import AGGREGATIONS, Scores
@@ -353,19 +353,10 @@ def test_every_response_is_read_with_the_columns_of_its_own_prompt(rules, letter
         policies[name] = tmp_path / name
         policies[name].mkdir()
         stage.run(model=params.model, arm=arm, **sections, **inputs, out=policies[name], log=rows.append)
-    judges = load_judges(
-        params.model,
-        params.gold,
-        *(root / name for name in ("sft", "reward", "ensemble")),
-        load_functions(["my_rules:as_asked"]),
-        has_gold=False,
-    )
-    asked, settings = (
-        read_table(root / "data", "evaluate"),
-        params.evaluate.model_copy(update={"samples_per_prompt": 2}),
-    )
-    said = sample_responses(root / "sft", "sft", asked, params.model, settings, 1)
-    reading = read_responses(judges, said, asked, params.model, settings, "sft")
+    settings = params.evaluate.model_copy(update={"samples_per_prompt": 2})
+    asked = Asked(read_table(root / "data", "evaluate"), params.model, settings, 1)
+    judges = load_judges(asked, params.gold, inputs, load_functions(["my_rules:as_asked"]))
+    reading = read_responses(judges, asked, sample_responses(asked, root / "sft", "sft"), "sft")
     assert reading.functions["my_rules:as_asked"].tolist() == [float(n) for n in range(8) for _ in range(2)]
 
 

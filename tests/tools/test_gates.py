@@ -47,20 +47,20 @@ def test_wins_are_those_of_all_pairs_of_a_prompts_responses(mine, draw):
 
 def test_a_version_against_itself_is_not_better():
     judged = torch.randn(50, 2, generator=torch.manual_seed(0))
-    gate = win_rate(judged, judged, 0.5, 0.95)
+    gate = win_rate(wins(judged, judged), 0.5, 0.95)
     assert gate["value"] == pytest.approx(0.5)
     assert not gate["passed"]
 
 
 def test_a_version_that_wins_everywhere_passes_and_loses_nowhere_it_needs_not():
     judged = torch.randn(50, 2, generator=torch.manual_seed(0))
-    assert win_rate(judged + 9, judged, 0.9, 0.95)["passed"]
-    assert not win_rate(judged - 9, judged, 0.1, 0.95)["passed"]
+    assert win_rate(wins(judged + 9, judged), 0.9, 0.95)["passed"]
+    assert not win_rate(wins(judged - 9, judged), 0.1, 0.95)["passed"]
 
 
 def test_a_single_prompt_passes_nothing():
     one = torch.ones(1, 2)
-    assert not win_rate(one, one - 1, 0.0, 0.95)["passed"]
+    assert not win_rate(wins(one, one - 1), 0.0, 0.95)["passed"]
     gate = at_most("kl", torch.zeros(1), 5.0, 0.95)
     assert not gate["passed"]
     assert gate["low"] is None
@@ -100,13 +100,13 @@ def test_drift_counts_on_either_side():
 def test_every_gate_fails_for_its_own_reason_alone(failed, bad):
     start = read(torch.zeros(30, 2))
     candidate = read(torch.full((30, 2), -1.0 if failed == "win_rate" else 1.0), **bad)
-    found = gates(candidate, start, start, Gates(level=0.95, **LIMITS))
+    found = gates(candidate, wins(candidate.judged, start.judged), start, Gates(level=0.95, **LIMITS))
     assert [gate["name"] for gate in found if not gate["passed"]] == [failed]
 
 
 def test_a_gate_without_a_limit_is_not_asked():
     start = read(torch.zeros(30, 2))
-    assert gates(start, start, start, Gates(level=0.95, **dict.fromkeys(LIMITS))) == []
+    assert gates(start, torch.zeros(30), start, Gates(level=0.95, **dict.fromkeys(LIMITS))) == []
 
 
 def test_the_audit_passes_only_when_it_found_nothing():
