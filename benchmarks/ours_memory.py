@@ -103,7 +103,7 @@ def _ppo(language: LanguageModel, params: Params) -> None:
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
     model, settings = params.model, params.ppo.model_copy(update={"updates": 2, "epochs": 1, "max_step_kl": 1e9})
     engine, layer = accelerator(model), params.reward.layer
-    single, several = (RewardModel(RewardHeads(language.width, heads, 0, 0.05), (), None) for heads in (1, 3))
+    single, several = (RewardModel(RewardHeads(language.width, heads, 0, 0.05), ()) for heads in (1, 3))
     rewards = RewardModels(single, several, layer)
     learner = prepare_learner(engine, language, rewards, model=model, ppo=settings, seed=0)
     prompts = Prompts([[8 + n % 50, *[9] * (model.prompt_tokens - 1)] for n in range(settings.prompts_per_update)])
