@@ -298,9 +298,15 @@ def _batches(path: Path) -> Iterator[tuple[list[str], Iterable[pa.RecordBatch]]]
 
 
 def _arrow_rows(batches: Iterable[pa.Table | pa.RecordBatch]) -> Rows:
-    starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS_PER_BATCH))
+    starts = ((batch, start) for batch in map(_valid, batches) for start in range(0, batch.num_rows, _ROWS_PER_BATCH))
     parts = (batch.slice(start, _ROWS_PER_BATCH).to_pylist() for batch, start in starts)
     yield from enumerate(itertools.chain.from_iterable(parts), start=1)
+
+
+def _valid(batch: pa.Table | pa.RecordBatch) -> pa.Table | pa.RecordBatch:
+    """Return a batch whose offsets lie inside of its buffers: reading beyond them would end the process."""
+    batch.validate(full=True)
+    return batch
 
 
 _READERS: dict[str, Callable[[Path, Format], Rows]] = {
