@@ -87,8 +87,8 @@ class Reading(NamedTuple):
     functions: dict[str, Tensor]  # [responses] value of each function, by import path
     gold: Tensor | None  # [responses]
     gold_parts: dict[str, Tensor]  # what gold is made of, [responses] each; empty without a gold judge
-    own: Tensor | None  # [responses] score by the user's judge, if that is a reward model
     per_prompt: int
+    own: Tensor | None = None  # [responses] score by the user's judge, if that is a reward model
 
     @property
     def prompt(self) -> Tensor:
@@ -176,8 +176,8 @@ def read_responses(judges: Judges, asked: Asked, responses: list[Response], name
         functions={path: values.cpu() for path, values in scores.functions.items()},
         gold=torch.tensor(gold.total) if gold else None,
         gold_parts={name: torch.tensor(getattr(gold, name)) for name in PARTS} if gold else {},
-        own=scorer.score(said.prompts, said.texts, f"evaluate: judge of {name}") if scorer else None,
         per_prompt=per_prompt,
+        own=scorer.score(said.prompts, said.texts, f"evaluate: judge of {name}") if scorer else None,
     )
 
 

@@ -13,6 +13,8 @@ from rrlhf.config import Gates
 from rrlhf.judging.calibration import mean_interval
 from rrlhf.judging.content import Measured
 from rrlhf.pipeline.tracking.tracker import Version
+from rrlhf.policy.reading import Judges, Reading, wins_over
+from rrlhf.robust import Scores
 from rrlhf.tools.gates import Read, at_most, clean, gates, in_words, win_rate, wins, within
 from rrlhf.tools.promote import check, named
 
@@ -144,3 +146,18 @@ def test_of_the_names_that_one_policy_has_the_one_that_was_asked_for_is_promoted
     versions = [Version(name, number, ("candidate",), tags) for name, number in names]
     found = named(reference, "default", versions)
     assert f"{found.name}/{found.version}" == meant
+
+
+def test_by_a_judge_that_scores_the_first_response_to_a_prompt_meets_the_first_of_theirs():
+    def reading(own, per_prompt):
+        texts, none = ["said"] * len(own), torch.zeros(len(own))
+        scores = Scores(none[:, None], none[:, None])
+        return Reading(texts, [True] * len(own), none, none, scores, {}, None, {}, per_prompt, torch.tensor(own))
+
+    nobody = Judges(*[None] * len(Judges._fields))
+    ours, theirs = reading([3.0, 1.0, 2.0, 9.0], 2), reading([1.0, 2.0], 1)
+    wins, prompt = wins_over(nobody, None, ours, theirs, "ours")
+    assert (wins.tolist(), prompt.tolist()) == ([1.0, 0.5], [0, 1])
+    wins, prompt = wins_over(nobody, None, theirs, ours, "theirs")
+    assert (wins.tolist(), prompt.tolist()) == ([0.0, 0.5], [0, 1])
+    assert len(wins_over(nobody, None, ours._replace(own=None), theirs, "ours")[0]) == 0
