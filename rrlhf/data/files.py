@@ -275,9 +275,9 @@ def _columnar_rows(path: Path, layout: Format) -> Rows:
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise
+        if "UTF8" in str(error):
+            raise ValueError(f"{path}: a text in it is not UTF-8 ({error}); write the file again") from error
         raise ValueError(f"{path}: not a whole {path.suffix[1:].lower()} file ({error}); fetch it again") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: a text in it is not UTF-8 ({error}); write the file again") from error
 
 
 @contextmanager
