@@ -221,7 +221,8 @@ def _generated(
             max_new_tokens=response_tokens, do_sample=False, eos_token_id=language.ends, pad_token_id=language.end
         ),
     )
-    responses, logprobs, entropy = (torch.stack(each, dim=1) for each in zip(*found, strict=True))
+    short = (0, response_tokens - len(found))  # as wide in all processes, which lay what they have side by side
+    responses, logprobs, entropy = (pad(torch.stack(each, dim=1), short) for each in zip(*found, strict=True))
     ended = torch.isin(responses, torch.tensor(language.ends, device=device))
     mask = ended.cumsum(1) - ended.long() == 0
     return Samples(
