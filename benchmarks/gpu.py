@@ -22,7 +22,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.ours_ppo import Job, Watch, arm_of, learner_of, model_of, prompts_of, settings_of, updates
+from benchmarks.ours_ppo import (
+    Job,
+    Watch,
+    arm_of,
+    learner_of,
+    model_of,
+    products_rate,
+    prompts_of,
+    settings_of,
+    updates,
+)
 from benchmarks.reward import processor, table
 from rrlhf.models.layers import PACKED
 from rrlhf.models.load import LanguageModel, accelerator, load_base
@@ -98,7 +108,8 @@ def speed(device: str, size: str) -> Job:
     """Measure a size: an update, transformers' `generate` on its prompts, and the card's own peak."""
     job = COMMON | SIZES[size] | {"device": device}
     job["prompts"] = prompts_of(job, [*range(10, SHAPES[size]["words"])])
-    peak = _peak(device, PEAK_SIDE if device == "cuda" else 256)
+    side = PEAK_SIDE if device == "cuda" else 256
+    peak = products_rate([torch.randn(side, side, device=device, dtype=torch.bfloat16)], side, device)
     language = drawn(size, job)
     generate_s = _generate(language, job)
     return {"peak": peak, "generate_s": generate_s} | updates(language, job)
@@ -143,22 +154,10 @@ def _generate(language: LanguageModel, job: Job) -> float:
     return watch.now() - began
 
 
-def _peak(device: str, side: int) -> float:
-    """Return the floating-point operations per second of a product of large square matrices in bfloat16."""
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    watch, times = Watch(device), 10
-    for _ in range(2):
-        began = watch.now()
-        for _ in range(times):
-            left @ right
-        took = watch.now() - began
-    return 2 * side**3 * times / took
-
-
 def row(size: str, found: Job) -> list[str]:
     """Return a size's line of the table."""
     [update], tokens = found["updates"], found["tokens"]
-    share = found["train_flop"] / update["train_s"] / found["peak"]
+    share = found["train_flop"] / update["train_s"] / found["peak"] / 1e9
     gib = found.get("device_peak_mib", found["peak_mib"]) / 1024
     speeds = [
         tokens / seconds

@@ -63,6 +63,8 @@ def train(job: Job) -> Job:
 def updates(language: LanguageModel, job: Job) -> Job:
     """Measure `job["updates"]` updates behind a first one: seconds, tokens, floating-point operations, memory."""
     settings = settings_of(job)
+    if job["device"] == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what was done before with the model does not count
     language.network.generation_config.eos_token_id = [-1]  # no token, so that responses have the full length
     torch.manual_seed(job["seed"])
     engine = accelerator(model_of(job))
@@ -97,7 +99,10 @@ def rate(job: Job) -> Job:
     network = language.network.to(job["device"], getattr(torch, job["dtype"]))
     maps = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     tokens = job["minibatch_size"] * (sum(map(len, job["prompts"])) // len(job["prompts"]) + job["response_tokens"])
-    return {"train": _rate(maps, tokens, job["device"]), "rollout": _rate(maps, job["responses"], job["device"])}
+    return {
+        "train": products_rate(maps, tokens, job["device"]),
+        "rollout": products_rate(maps, job["responses"], job["device"]),
+    }
 
 
 class Watch:
@@ -212,7 +217,8 @@ def _trained(learner: Learner) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _rate(maps: list[Tensor], rows: int, device: str) -> float:
+def products_rate(maps: list[Tensor], rows: int, device: str) -> float:
+    """Return GFLOP/s of products of so many rows with each of these matrices in turn."""
     inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype) for weight in maps}
     watch, passes = Watch(device), 0
     for warm in (True, False):
