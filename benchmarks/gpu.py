@@ -27,8 +27,8 @@ from benchmarks.ours_ppo import (
     Watch,
     arm_of,
     learner_of,
+    matrix_rate,
     model_of,
-    products_rate,
     prompts_of,
     settings_of,
     updates,
@@ -109,7 +109,7 @@ def speed(device: str, size: str) -> Job:
     job = COMMON | SIZES[size] | {"device": device}
     job["prompts"] = prompts_of(job, [*range(10, SHAPES[size]["words"])])
     side = PEAK_SIDE if device == "cuda" else 256
-    peak = products_rate([torch.randn(side, side, device=device, dtype=torch.bfloat16)], side, device)
+    peak = matrix_rate([torch.randn(side, side, device=device, dtype=torch.bfloat16)], side, device)
     language = drawn(size, job)
     generate_s = _generate(language, job)
     return {"peak": peak, "generate_s": generate_s} | updates(language, job)

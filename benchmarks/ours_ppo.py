@@ -100,8 +100,8 @@ def rate(job: Job) -> Job:
     maps = [module.weight for module in network.modules() if isinstance(module, nn.Linear)]
     tokens = job["minibatch_size"] * (sum(map(len, job["prompts"])) // len(job["prompts"]) + job["response_tokens"])
     return {
-        "train": products_rate(maps, tokens, job["device"]),
-        "rollout": products_rate(maps, job["responses"], job["device"]),
+        "train": matrix_rate(maps, tokens, job["device"]),
+        "rollout": matrix_rate(maps, job["responses"], job["device"]),
     }
 
 
@@ -217,7 +217,7 @@ def _trained(learner: Learner) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def products_rate(maps: list[Tensor], rows: int, device: str) -> float:
+def matrix_rate(maps: list[Tensor], rows: int, device: str) -> float:
     """Return GFLOP/s of products of so many rows with each of these matrices in turn."""
     inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype) for weight in maps}
     watch, passes = Watch(device), 0
