@@ -26,12 +26,14 @@ from rrlhf.tools.running.status import FOLDERS
 def doctor(profile: Profile = "default", as_json: AsJson = False) -> None:
     """Look at versions, rights, disks, locks, servers and what is half done; say how to mend each. Exit code 0 or 1."""
     found = [*examined(Path.cwd(), profile)]
+    to_mend = sum(bool(one.mend) for one in found)
     if as_json:
         print(json.dumps([one._asdict() for one in found], indent=1))
     else:
         for one in found:
             print(f"to mend: {one.what}\n    {one.mend}" if one.mend else one.what)
-    if any(one.mend for one in found):
+        print(f"{len(found)} findings, {to_mend or 'nothing'} to mend")
+    if to_mend:
         raise SystemExit(FAILED)
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -183,6 +184,7 @@ def test_a_project_in_order_has_nothing_to_mend(made, typed):
     assert code == 0
     assert "MLflow answers at sqlite" in out
     assert "processors" in out
+    assert re.fullmatch(r"\d+ findings, nothing to mend", out.splitlines()[-1])
 
 
 def test_each_finding_of_the_doctor_comes_with_the_way_to_mend_it(made, typed, monkeypatch, tmp_path):
@@ -196,11 +198,13 @@ def test_each_finding_of_the_doctor_comes_with_the_way_to_mend_it(made, typed, m
     try:
         told = wrong(made.root)
         code, out, _ = typed("doctor", "--profile", "tiny", "--json")
+        last = typed("doctor", "--profile", "tiny")[1].splitlines()[-1]
     finally:
         hidden.rename(made.root / ".dvc" / "config")
         (made.root / "profiles" / "bad.yaml").unlink()
         shutil.rmtree(made.root / ".rrlhf" / "unsynced")
     assert (code, sum(bool(each["mend"]) for each in json.loads(out))) == (1, len(told))
+    assert last == f"{len(json.loads(out))} findings, {len(told)} to mend"
     for what, mend in {
         "torch>=99: found": "pip install 'torch>=99'",
         "nothing-of-this-name: found none": "pip install",
