@@ -258,7 +258,8 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
     def recorded(staged: Path) -> AbstractContextManager[None]:
         if is_data or not run.tracking_id:
             return nullcontext()
-        return run.tracker.stage_run(run.tracking_id, node, str(planned.key), staged)
+        key = str(planned.key)
+        return run.tracker.stage_run(run.tracking_id, node, key, staged, project.store.folder(node.stage, key))
 
     def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
         if is_data:

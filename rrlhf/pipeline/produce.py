@@ -73,8 +73,8 @@ def produce(
     """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
 
     compute: fills a folder, in which an interrupted run may have left something. recorded: open while that folder
-    is filled. force: compute although there is an artifact. It stays, whatever comes out: a key has one result.
-    Raises DifferentError when that is not the same, and ParamsError when it would be refused for lack of a signature.
+    is filled and published. force: compute although there is an artifact. It stays, whatever comes out: a key has one
+    result. Raises DifferentError when that is not the same, ParamsError when it would be refused without a signature.
     """
     stage, key = document["stage"], key_digest(document)
     with store.locked(key), telling_full_disk(store.root):
@@ -88,9 +88,8 @@ def produce(
         began = time.monotonic()
         with recorded(staged):
             compute(staged)
-            seconds = time.monotonic() - began
-        if there is None:  # published when the record is closed, which reads the folder
-            return store.publish(name, document, staged, seconds=seconds, **beside), True
+            if there is None:  # inside: what was recorded as finished is there to be found
+                return store.publish(name, document, staged, seconds=time.monotonic() - began, **beside), True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
         return there, True
 

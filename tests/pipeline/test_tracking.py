@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from rrlhf.pipeline.cards import without_front_matter
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.produce import produce
 from rrlhf.pipeline.tracking import server
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
 from rrlhf.pipeline.tracking.server import AwayError, TrackingError, relocate
@@ -234,7 +235,7 @@ def log(folder, *rows):
 def test_a_run_that_was_written_live_is_not_written_again(tracker, client, family, tmp_path):
     sft = family[0]
     flow = tracker.start_flow("default", SETTINGS, "0123abc-dirty", name="default")
-    with tracker.stage_run(flow, NODES["sft"], sft.key, tmp_path):
+    with tracker.stage_run(flow, NODES["sft"], sft.key, tmp_path, tmp_path):
         log(tmp_path, *ROWS)
     tracker.register(sft, DATA, profile="default", parent=flow)
     tracker.finish_flow(flow, "FINISHED")
@@ -242,6 +243,24 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
     assert [step for step, _ in history(client, run.info.run_id)] == [1, 2, 3]
     assert run.data.tags["mlflow.parentRunId"] == flow
     assert client.get_run(flow).data.params["arms.robust.nominal_weight"] == "0.4"
+
+
+@pytest.mark.parametrize(("rows", "status"), [(ROWS, "FINISHED"), ([], "FAILED")])
+def test_a_run_is_finished_once_the_result_is_published(root, tracker, client, rows, status):
+    def compute(staged):
+        staged.mkdir(parents=True)
+        if rows:  # without a log nothing can be published
+            log(staged, *rows)
+
+    def recorded(staged):
+        return tracker.stage_run(None, NODES["sft"], key, staged, store.folder("sft", key))
+
+    store, key = Store(root), key_digest(document("sft", {}))
+    with suppress(FileNotFoundError):
+        produce(store, "sft", document("sft", {}), compute, recorded=recorded)
+    [run] = stage_runs(client, key)
+    assert (run.info.status, run.info.status == "FINISHED") == (status, store.find("sft", key) is not None)
+    assert history(client, run.info.run_id) == [(row["step"], row["loss"]) for row in rows]
 
 
 def test_a_run_that_the_server_lost_in_its_middle_is_finished_and_no_row_written_twice(tracker, client, family):
@@ -264,7 +283,7 @@ def test_the_run_of_an_interrupted_stage_is_not_taken_for_that_of_the_next(track
 
 def test_a_stage_that_fails_leaves_a_failed_run_with_its_numbers(tracker, client, tmp_path):
     def fail():
-        with tracker.stage_run(None, NODES["sft"], "k" * 64, tmp_path):
+        with tracker.stage_run(None, NODES["sft"], "k" * 64, tmp_path, tmp_path):
             log(tmp_path, {"step": 1, "loss": math.nan})
             raise ZeroDivisionError
 
@@ -287,7 +306,7 @@ def test_a_policys_run_is_tagged_with_its_health(tracker, client, tmp_path):
         ]
     ):
         folder = clear(tmp_path / str(number))
-        with tracker.stage_run(None, NODES["ppo-robust"], str(number), folder):
+        with tracker.stage_run(None, NODES["ppo-robust"], str(number), folder, folder):
             log(folder, *rows)
         [run] = stage_runs(client, str(number))
         assert run.data.tags["rrlhf.health"] == tag
@@ -303,7 +322,7 @@ def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, t
     (tmp_path / "samples.json").write_text(json.dumps(written))
 
     def diverge():
-        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path):
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path, tmp_path):
             log(tmp_path, *FELL, {"step": 5, "health_kl_blowup": 1.0, "diverged": 1.0})
             raise DivergedError
 
@@ -318,7 +337,7 @@ def test_a_training_that_diverged_leaves_its_events_and_texts(tracker, client, t
 
 def test_a_stage_that_fails_otherwise_is_not_called_healthy(tracker, client, tmp_path):
     def fail():
-        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path):
+        with tracker.stage_run(None, NODES["ppo-robust"], "k" * 64, tmp_path, tmp_path):
             log(tmp_path, FELL[0])
             raise ZeroDivisionError
 
@@ -550,7 +569,7 @@ def test_a_server_that_hangs_is_given_up_and_costs_a_stage_two_seconds(root, mon
         live = LiveRun(client, lambda began: client.create_run("0", began), "sft", tmp_path, False)
         live.start()
         start = time.monotonic()
-        live.finish("FINISHED", SECONDS_TO_CLOSE)
+        live.finish("FINISHED", tmp_path, SECONDS_TO_CLOSE)
         assert time.monotonic() - start < SECONDS_TO_CLOSE + 0.5
 
 

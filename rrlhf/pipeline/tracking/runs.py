@@ -128,9 +128,9 @@ class LiveRun(threading.Thread):
         self._began = round(1000 * (time.time() - (before[-1]["seconds"] if before else 0.0)))
         self._status, self._over = "", threading.Event()
 
-    def finish(self, status: str, seconds: float | None) -> None:
-        """Have the run closed, waiting for that so many seconds; None: as long as it takes."""
-        self._status = status
+    def finish(self, status: str, folder: Path, seconds: float | None) -> None:
+        """Have the run closed with what lies in `folder` now, waiting so many seconds; None: as long as it takes."""
+        self._status, self._folder = status, folder
         self._over.set()
         self.join(seconds)
 
@@ -143,7 +143,7 @@ class LiveRun(threading.Thread):
                 self._write()
                 if is_over:
                     self._close()
-            except (TrackingError, OSError) as error:  # OSError: the result was published meanwhile
+            except (TrackingError, OSError) as error:  # OSError: published at this moment
                 if not self._told:
                     say(f"{self._stage}  {str(error).partition(chr(10))[0]}; the run goes on")
                 self._told = True

@@ -120,8 +120,8 @@ class Tracker:
             take_note(self._root, self._experiment)
 
     @contextmanager
-    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path) -> Iterator[None]:
-        """Have a run for a stage that computes into `folder` meanwhile, with what it logs there.
+    def stage_run(self, parent: str | None, node: Node, key: str, folder: Path, published: Path) -> Iterator[None]:
+        """Have a run for a stage that computes into `folder` meanwhile, which is then `published`, with what it logs.
 
         A server that is away costs a moment at the end and nothing else: `register` writes what never arrived. What a
         stage that failed left in its folder to tell of it is kept with the run.
@@ -141,7 +141,8 @@ class Tracker:
             status = "KILLED"
             raise
         finally:
-            live.finish(status, None if database(self._root) else SECONDS_TO_CLOSE)
+            left = folder if folder.is_dir() else published
+            live.finish(status, left, None if database(self._root) else SECONDS_TO_CLOSE)
 
     def register(
         self,
