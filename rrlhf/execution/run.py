@@ -243,7 +243,7 @@ def take(one: Started, run: Run) -> None:
 def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
     """Carry out what was decided for a node: reuse its result, bring it back, or compute it, and compare if forced.
 
-    DVC keeps copies of data sets, MLflow those of all others.
+    A shared store keeps copies of all, DVC those of data sets, MLflow those of all others.
     """
     check_stop()  # an arm may start after Ctrl-C
     project, is_data = run.project, node.name == DATA
@@ -262,6 +262,8 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
         return run.tracker.stage_run(run.tracking_id, node, key, staged, project.store.folder(node.stage, key))
 
     def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
+        if project.shared and (found := project.shared.fetch(store, stage, key)):
+            return found
         if is_data:
             return dvc.bring_back(store, stage, key)
         return run.tell(lambda tracker: tracker.bring_back(store, stage, key))

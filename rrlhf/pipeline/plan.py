@@ -16,6 +16,7 @@ from rrlhf.pipeline.graph import DATA, Node, nodes
 from rrlhf.pipeline.keys import Document, differences, external_digests, key_digest, key_document, our_modules
 from rrlhf.pipeline.modules import Modules
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.shared import shared
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import aliases_of, profile_of
 from rrlhf.progress import in_words, say
@@ -59,7 +60,7 @@ class Project:
     ) -> None:
         self.root, self.profile, self.params = root, profile, params
         self.takes_aliases, self.as_filed = takes_aliases, as_filed
-        self.store = Store(root, notary_of(root, params.signatures))
+        self.store, self.shared = Store(root, notary_of(root, params.signatures)), shared()
         self.nodes = nodes(params) if graph is None else [*graph]
         self.notes: list[str] = []
         self.modules = modules or our_modules()
@@ -132,6 +133,8 @@ class Project:
 
     def _elsewhere(self, node: Node, key: str) -> tuple[str, str] | None:
         """Return the digest of a result that is not here and can be brought back, and where from, in words."""
+        if self.shared and (made := self.shared.kept(node.stage, key)):
+            return made.digest, "in the shared store"
         if node.name == DATA:
             made = dvc.kept(self.store, node.stage, key)
             return (made.digest, "kept by DVC") if made else None

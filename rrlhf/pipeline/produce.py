@@ -46,6 +46,7 @@ def carry_out(
 
     None where the run leaves it out. compute, recorded: as of `produce`.
     bring_back: from where copies are kept; one that is not what was made is warned of, and does as if it was not there.
+    Of the machines that share a store one computes; what is here and not there is copied there.
     """
     forced, artifact = node.name in wanted.forced, None
     if planned.action == "restore" and planned.key:
@@ -57,7 +58,19 @@ def carry_out(
         return artifact, False
     document = project.document(node, digests)
     beside["profile"] = project.profile
-    return produce(project.store, node.name, document, compute, recorded=recorded, force=forced, **beside)
+
+    def produced() -> tuple[Artifact, bool]:
+        return produce(project.store, node.name, document, compute, recorded=recorded, force=forced, **beside)
+
+    shared, key = project.shared, key_digest(document)
+    if not shared or (planned.action == "reuse" and shared.kept(node.stage, key)):
+        return produced()
+    with shared.alone(node.name, key):
+        new = planned.action == "run" and not forced
+        found = shared.fetch(project.store, node.stage, key) if new else None  # made while this one waited
+        artifact, computed = (found, False) if found else produced()
+        shared.keep(artifact)
+        return artifact, computed
 
 
 def produce(

@@ -81,8 +81,8 @@ def plan(
 ) -> None:
     """Show what a run would do, and why, without running anything.
 
-    run: will compute. reuse: is there. restore: will be brought back from MLflow or DVC. upstream: an input
-    will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
+    run: will compute. reuse: is there. restore: will be brought back from a shared store, MLflow or DVC. upstream: an
+    input will run, and its result decides. skip: left out by --from, --until or --only, and not up to date.
 
     Example: rrlhf plan --set ppo.kl_weight=0.05 -v
 

@@ -157,5 +157,6 @@ def _stamp(project: Project, artifacts: Mapping[str, Artifact]) -> str:
             "params": project.params.model_dump(),
             "artifacts": {name: artifact.key for name, artifact in artifacts.items()},
             "registered": known,
+            "shared": project.shared.address if project.shared else "",
         }
     )
