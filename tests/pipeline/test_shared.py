@@ -1,4 +1,4 @@
-"""A store that machines share: two folders here stand for two machines, a third folder or memory for the store."""
+"""A store that machines share: two folders here stand for two machines; the store is a third, memory, or on S3."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +21,13 @@ DOCUMENT = {"stage": "sft", "params": {"epochs": 1}, "inputs": {}, "code": {}, "
 KEY = key_digest(DOCUMENT)
 
 
-@pytest.fixture(params=["folder", "memory"])
-def shared(request, tmp_path):
-    yield Shared(f"file://{tmp_path}/shared" if request.param == "folder" else f"memory://{tmp_path}")
+@pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.scale)])
+def shared(request, tmp_path, monkeypatch):
+    if request.param == "s3":
+        for name, value in request.getfixturevalue("s3").items():
+            monkeypatch.setenv(name, value)
+    places = {"folder": f"file://{tmp_path}/shared", "memory": f"memory://{tmp_path}", "s3": f"s3://rrlhf{tmp_path}"}
+    yield Shared(places[request.param])
     fsspec.filesystem("memory").store.clear()
 
 
@@ -138,6 +142,14 @@ def test_the_lock_of_a_machine_that_died_is_taken_over_by_one_other(shared, capf
 def test_an_address_that_cannot_be_used_is_told_with_the_way_out(made):
     with pytest.raises(SharedError, match=r"RRLHF_STORE=nowhere://x: .*\n.*unset RRLHF_STORE"):
         Shared("nowhere://x").keep(made)
+
+
+@pytest.mark.scale
+def test_a_bucket_that_is_not_there_is_told_with_the_way_out(s3, made, monkeypatch):
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SharedError, match=r"RRLHF_STORE=s3://no-such-bucket: .*\n.*unset RRLHF_STORE"):
+        Shared("s3://no-such-bucket").alone("sft", KEY).__enter__()
 
 
 class Machine:
