@@ -14,8 +14,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from rrlhf.environment import spare_collector
+
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes says nothing
 hypothesis.settings.load_profile("any machine")
+spare_collector()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: workers and what they start share the cores
 
 ROOT = Path(__file__).parents[1]

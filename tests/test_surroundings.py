@@ -1,18 +1,20 @@
 """What a machine may lack: a home, a terminal, git, room for temporary files, Linux; and how its folders are called."""
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
 from conftest import copy_project
 
 from rrlhf import hardware
-from rrlhf.environment import end_with_parent, give_back_memory
+from rrlhf.environment import end_with_parent, give_back_memory, releasing_memory
 from rrlhf.pipeline.artifacts import git_commit
 
 ROOT = Path(__file__).parents[1]
@@ -128,3 +130,18 @@ def test_a_second_signal_ends_a_process_at_once(number):
         assert process.poll() is None
         process.send_signal(number)
         assert process.wait(timeout=20) == 128 + number
+
+
+def test_what_a_stage_leaves_in_cycles_goes_at_its_end_and_later_cycles_too():
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    before, made = Cycle(), []
+    gone = weakref.ref(before)
+    with releasing_memory():
+        made.append(weakref.ref(Cycle()))
+    assert made[0]() is None
+    del before
+    gc.collect()
+    assert gone() is None

@@ -21,7 +21,7 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from rrlhf.config import AnyArm, Given, Launch, Member, Params, Section, TrunkTraining
-from rrlhf.environment import end_with_parent, release_memory
+from rrlhf.environment import end_with_parent, releasing_memory, spare_collector
 from rrlhf.files import CHECKPOINT
 from rrlhf.hardware import cores
 from rrlhf.located import MendableError
@@ -66,10 +66,8 @@ def execute(
         import torch
 
         torch.set_num_threads(launch.threads or cores())
-        try:
+        with releasing_memory():  # arms run in processes of their own while this one waits
             call(document, inputs=inputs, out=out, log=recorder(out, document["stage"], max_cut))
-        finally:
-            release_memory()  # arms run in processes of their own while this one waits
     shutil.rmtree(out / CHECKPOINT, ignore_errors=True)  # no part of the result
 
 
@@ -231,6 +229,7 @@ def _launcher(processes: int) -> list[str]:
 def main(path: Path) -> int:
     """Run a stage in this process, as told by a JSON file; return the exit code."""
     end_with_parent()
+    spare_collector()
     stop_between_steps()
     job, problem = json.loads(path.read_bytes()), path.with_suffix(".problem")
     inputs, out = {name: Path(folder) for name, folder in job["inputs"].items()}, Path(job["out"])
