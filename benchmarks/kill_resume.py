@@ -119,7 +119,7 @@ def run_stage(job: dict[str, Any]) -> None:
     }
     document = {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}
     folders = {name: Path(folder) for name, folder in job["inputs"].items()}
-    once = Launch(processes=1, threads=1, arms_at_once=1)
+    once = Launch(processes=1, threads=1, arms_at_once=1, sharding="none")
     execute(document, inputs=folders, out=out, launch=once)
 
 

@@ -485,6 +485,7 @@ class Launch(Section):
     """How a training stage is started; changes nothing but rounding."""
 
     processes: PositiveInt
+    sharding: Literal["none", "full"]
     threads: Annotated[int, Field(ge=0)]
     arms_at_once: PositiveInt
 

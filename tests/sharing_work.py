@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from rrlhf.config import Model, Ppo, typed_arm
 from rrlhf.models.load import accelerator, load_base
+from rrlhf.models.shards import loading_device, whole
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.answers import Answer, Answers
 from rrlhf.policy.learner import prepare_learner, top_layers, with_optimizer
@@ -35,9 +36,9 @@ def train_all(model, settings, rewards, out):
 
     def note(name, top, rows, responses):
         everyone = sorted(map(tuple, gather_object(responses)))
+        trained = {each: whole(weight.detach()) for each, weight in top.named_parameters() if weight.requires_grad}
         if engine.is_main_process:
-            weights = {each: weight.detach().contiguous() for each, weight in top.named_parameters()}
-            save_file({each: weight.clone() for each, weight in weights.items() if weight.requires_grad}, out / name)
+            save_file({each: weight.contiguous().clone() for each, weight in trained.items()}, out / name)
             told[name] = {"rows": rows, "responses": everyone}
 
     for name, changed in CASES.items():
@@ -57,7 +58,7 @@ def train_all(model, settings, rewards, out):
     for name, microbatch in (("sft", 2), ("dpo", 3)):
         torch.manual_seed(0)
         language = load_base(model)
-        top = top_layers(language, engine.device, 2, name)
+        top = top_layers(language, loading_device(engine), 2, name)
         trained = with_optimizer(engine, language, top, 1e-3, 2)
         if name == "sft":
             ours = params.sft.model_copy(update={"microbatch_size": microbatch})

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from rrlhf.config import Model
@@ -21,12 +22,16 @@ from rrlhf.files import sync
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
 from rrlhf.models.layers import PACKED, register
+from rrlhf.models.shards import shares, whole_state
 from rrlhf.models.sources import base_location
 from rrlhf.models.trial import refusal, why_whole
 from rrlhf.models.whole import decoder_layers, recompute
+from rrlhf.progress import is_main_process
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
+
+DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 
 # Of a tokenizer that brings none.
 CHAT_TEMPLATE = (
@@ -86,8 +91,15 @@ class ModelError(ValueError):
 
 
 def accelerator(model: Model) -> Accelerator:
-    """Return the device and the processes of this run. Precision is ours (`autocast`): heads stay in float32."""
-    return Accelerator(cpu=device_kind(model.device) == "cpu")
+    """Return the device and the processes of this run. Precision is ours (`autocast`): heads stay in float32.
+
+    Raises ValueError where a file from `accelerate config` asks for more than data parallelism.
+    """
+    engine = Accelerator(cpu=device_kind(model.device) == "cpu")
+    if engine.distributed_type not in DATA_PARALLEL:
+        kind = engine.distributed_type.value
+        raise ValueError(f"accelerate's configuration asks for {kind}: leave it out, and set launch.sharding to full")
+    return engine
 
 
 def autocast(model: Model) -> torch.autocast:
@@ -98,18 +110,21 @@ def autocast(model: Model) -> torch.autocast:
 
 def microbatches(
     engine: Accelerator, network: nn.Module, rows: list[Row], size: int
-) -> Iterator[tuple[list[Row], AbstractContextManager[object]]]:
-    """Split a batch into parts that fit in memory, each with the context of its backward pass.
+) -> Iterator[tuple[tuple[list[Row], bool], AbstractContextManager[object]]]:
+    """Split this process's share of a batch into parts that fit in memory, each with whether it counts (`shares`).
 
     Gradients accumulate over the parts and are exchanged between processes with the last one only.
     """
-    yield from accumulated(engine, network, [rows[i : i + size] for i in range(0, len(rows), size)])
+    yield from accumulated(engine, network, shares(engine, rows, size))
 
 
 def accumulated(
     engine: Accelerator, network: nn.Module, parts: Sequence[Part]
 ) -> Iterator[tuple[Part, AbstractContextManager[object]]]:
-    """Yield the parts of a batch, each with the context of its backward pass: only the last exchanges gradients."""
+    """Yield the parts of a batch, each with the context of its backward pass: only the last exchanges gradients.
+
+    Where weights are spread each does, for no process has room for all gradients.
+    """
     for part in parts[:-1]:
         yield part, engine.no_sync(network)
     yield parts[-1], contextlib.nullcontext()
@@ -166,9 +181,14 @@ def load_model(folder: Path, model: Model) -> LanguageModel:
 def save_model(language: LanguageModel, folder: Path) -> None:
     """Write a folder that transformers loads: safetensors weights, config and tokenizer.
 
-    The network's weights are given the dtype that they are saved in, in place: saving comes last.
+    The network's weights are given the dtype that they are saved in, in place: saving comes last. All processes of a
+    launch call it, and the main one writes.
     """
-    language.network.to(language.dtype).save_pretrained(folder)
+    network = language.network.to(language.dtype)
+    state = whole_state(network)
+    if not is_main_process():
+        return
+    network.save_pretrained(folder, state_dict=state)
     language.tokenizer.save_pretrained(folder)
     if language.generation is not None:
         language.generation.save_pretrained(folder)

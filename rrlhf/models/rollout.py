@@ -18,6 +18,7 @@ from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.models.layers import ages, groups, grow, prefill
 from rrlhf.models.load import LanguageModel, autocast
+from rrlhf.models.shards import most
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean
 from rrlhf.stopping import check_stop
@@ -166,10 +167,10 @@ def sample(
         entropy[rows, step] = torch.where(counts, spread, 0.0)
         top[rows, step] = state.float()
         running[rows] &= ~torch.isin(token, ends)
-        if not running.any() or (step == response_tokens - 1 and not keep):
+        if not most(int(running.any()), device) or (step == response_tokens - 1 and not keep):
             break
         alive = running[rows]
-        if alive.float().mean() <= 0.75:
+        if 0 < alive.float().mean() <= 0.75:  # where none is, others go on, and all take as many steps
             cache.batch_select_indices(alive.nonzero()[:, 0])
             rows = rows[alive]
         # The last tokens enter too: reward features look at them.
@@ -221,6 +222,8 @@ def _generated(
             max_new_tokens=response_tokens, do_sample=False, eos_token_id=language.ends, pad_token_id=language.end
         ),
     )
+    for _ in range(most(len(found), device) - len(found)):  # so often did others draw after these had ended
+        draws(len(prompts))
     short = (0, response_tokens - len(found))  # as wide in all processes, which lay what they have side by side
     responses, logprobs, entropy = (pad(torch.stack(each, dim=1), short) for each in zip(*found, strict=True))
     ended = torch.isin(responses, torch.tensor(language.ends, device=device))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.models.layers import Packing, groups, through
 from rrlhf.models.load import LanguageModel
+from rrlhf.models.shards import in_step, spread
 from rrlhf.models.whole import decoder_layers, final_norm, run_whole
+
+Result = TypeVar("Result")
 
 
 class Read(NamedTuple):
@@ -79,8 +84,18 @@ class PolicyTop(nn.Module):
         self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and values of response tokens, both [batch, response tokens]; 0 off the mask."""
-        logprobs, values, _ = self.read(entering, prompt_lengths, responses, mask)
+        logprobs, values, _ = self._read(entering, prompt_lengths, responses, mask, None)
         return logprobs, values
+
+    def around(self, run: Callable[[], Result]) -> Result:
+        """Return what `run` returns, which calls parts of this; those around the layers are gathered meanwhile."""
+        return run()
+
+    def spread(self, mesh: DeviceMesh) -> None:
+        """Have every process keep its share of the weights alone, in place; what is called gathers what it needs."""
+        spread([*(self.layers if self.network is None else decoder_layers(self.network)), self], mesh)
+        for method in ("read", "around"):
+            register_fsdp_forward_method(self, method)
 
     def read(
         self,
@@ -102,7 +117,7 @@ class PolicyTop(nn.Module):
         logprobs, values = (torch.zeros(mask.shape, device=mask.device) for _ in range(2))
         states = None
         steps = mask.sum(1)
-        for rows in groups(prompt_lengths + steps, tokens):
+        for rows, _ in in_step(groups(prompt_lengths + steps, tokens), mask.device):
             longest, most = int((prompt_lengths + steps)[rows].max()), int(steps[rows].max())
             part = entering[rows, :longest], prompt_lengths[rows], responses[rows, :most], mask[rows, :most]
             read = self._read(*part, layer)

@@ -61,7 +61,8 @@ def execute(
     processes = launch.processes if spec_of(document["stage"]).processes else 1
     if processes > 1 or beside:
         threads = launch.threads or max(cores() // (processes + beside), 1)
-        call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, processes=processes, threads=threads)
+        launch = launch.model_copy(update={"processes": processes, "threads": threads})
+        call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, launch=launch)
     else:
         import torch
 
@@ -152,9 +153,9 @@ def recorder(out: Path, stage: str, max_cut: float) -> Log:
 
 
 def call_in_processes(
-    document: Document, *, inputs: Mapping[str, Path], out: Path, max_cut: float, processes: int, threads: int
+    document: Document, *, inputs: Mapping[str, Path], out: Path, max_cut: float, launch: Launch
 ) -> None:
-    """Call a stage's `run` in processes of its own, each with `threads` CPU threads.
+    """Call a stage's `run` in processes of its own, each with `launch.threads` CPU threads.
 
     Raises DivergedError as the stage does, LaunchError with what the processes said last when they ended otherwise,
     and Interrupted when this process was asked to stop.
@@ -164,12 +165,12 @@ def call_in_processes(
     told: dict[str, Any] = {"document": document, "inputs": folders, "out": str(out.resolve()), "max_cut": max_cut}
     job.write_text(json.dumps(told), encoding="utf-8")
     problem.unlink(missing_ok=True)
-    on_cpu = document["params"]["model"]["device"] == "cpu"
+    processes = launch.processes
     last: deque[str] = deque(maxlen=LAST_LINES)
     try:
         with subprocess.Popen(
             [sys.executable, *(_launcher(processes) if processes > 1 else ()), "-m", "rrlhf.pipeline.launch", job],
-            env=os.environ | {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "OMP_NUM_THREADS": str(threads)},
+            env=os.environ | told_processes(launch, on_cpu=document["params"]["model"]["device"] == "cpu"),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -203,6 +204,12 @@ def call_in_processes(
             )
             ended += "goes on from the last checkpoint. They said last"
         raise LaunchError(found.get("said") or f"{ended}:\n" + "\n".join(last))
+
+
+def told_processes(launch: Launch, *, on_cpu: bool) -> dict[str, str]:
+    """Return what the processes of a launch find in their environment."""
+    threads = {"OMP_NUM_THREADS": str(launch.threads)}
+    return {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "RRLHF_SHARDING": launch.sharding} | threads
 
 
 def _hand_on(lines: IO[str], last: deque[str]) -> None:

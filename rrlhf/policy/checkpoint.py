@@ -1,6 +1,6 @@
 """What a training run needs to go on after an interruption as if there had been none.
 
-A checkpoint is a folder named by the steps done: `shared.pt` (weights and optimizer, equal in all processes),
+A checkpoint is a folder named by the steps done: `shared.pt` (whole weights and optimizer),
 `own-RANK.pt` of every process, and `checkpoint.json`, which lists the sha256 of the others. It is written beside,
 synced and renamed, and only then is the older one removed, so a kill at any moment leaves one that is whole.
 """
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from rrlhf.config import Section
 from rrlhf.files import CHECKPOINT, sync
@@ -31,7 +30,6 @@ MANIFEST = "checkpoint.json"
 SHARED = "shared.pt"
 PARTIAL = ".partial"
 DOUBTFUL = "-doubtful"  # ends the name of one that was saved for being interrupted, not for being sound
-WHOLE = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}  # every process holds all weights
 
 
 class State(NamedTuple):
@@ -52,8 +50,7 @@ class Checkpoints:
     """The checkpoints of a run in its folder `out`; a context, in which no other run writes them.
 
     Two stay: the newest, and the newest good one, to which a run can roll back. made_for: settings that a checkpoint
-    must share to be used; the number of processes may be another. Where weights are spread over processes (FSDP,
-    DeepSpeed) nothing is kept.
+    must share to be used; the number of processes, and how weights are spread over them, may be another.
     """
 
     def __init__(self, out: Path, engine: Accelerator, **made_for: Section | int) -> None:
@@ -61,7 +58,6 @@ class Checkpoints:
         self._made_for = {
             name: each.model_dump() if isinstance(each, Section) else each for name, each in made_for.items()
         }
-        self._works = engine.distributed_type in WHOLE
         self._held = ExitStack()
 
     def __enter__(self) -> Checkpoints:
@@ -75,8 +71,6 @@ class Checkpoints:
 
     def save(self, done: int, state: State, good: bool = True) -> None:
         """Write the checkpoint after `done` steps in the place of older ones; all processes call it together."""
-        if not self._works:
-            return
         partial, rank = self._folder / PARTIAL, self._engine.process_index
         if self._engine.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)

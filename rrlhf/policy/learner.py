@@ -7,18 +7,23 @@ modules are the reference. `full`: everything, embeddings included, with a refer
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from rrlhf.advantages import has_critic
 from rrlhf.config import Model, Ppo
 from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel, trained_weights
 from rrlhf.models.rollout import Draws, Samples, sample, tokens_of
+from rrlhf.models.shards import loading_device, mesh_of, share_of, spread, whole
 from rrlhf.models.top import PolicyTop, Read, first_trained
+from rrlhf.models.whole import decoder_layers
 from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
 from rrlhf.policy.reward import RewardModels
@@ -34,29 +39,41 @@ class Trained:
     engine: Accelerator
     language: LanguageModel
     top: PolicyTop
-    policy: nn.Module  # `top`, wrapped for data parallelism
+    policy: nn.Module  # `top`, wrapped for data parallelism unless its weights are spread
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 
     def step(self, max_norm: float) -> float:
         """Take an optimizer step on gradients of norm `max_norm` at most; return the norm that they had."""
-        norm = self.engine.clip_grad_norm_(self.policy.parameters(), max_norm)
+        norm = self._clip(max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        return float(norm)
+        return norm
+
+    def _clip(self, max_norm: float) -> float:
+        norm = self.engine.clip_grad_norm_(self.policy.parameters(), max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def state(self, **own: Any) -> State:
-        """Return what a checkpoint must hold; own: what else there is of this process."""
-        states = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        return State({"weights": self._weights(), **states}, own)
+        """Return what a checkpoint must hold; own: what else there is of this process. All call it together."""
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {i: {k: whole(v) for k, v in held.items()} for i, held in optimizer["state"].items()}
+        weights = {name: whole(weight) for name, weight in self._weights().items()}
+        return State({"weights": weights, "optimizer": optimizer, "schedule": self.schedule.state_dict()}, own)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
         """Put back the weights, the optimizer and its schedule, in place."""
-        for name, weight in self._weights().items():
-            weight.copy_(state.shared["weights"][name])
-        self.optimizer.load_state_dict(state.shared["optimizer"])
+        weights, optimizer = self._weights(), dict(state.shared["optimizer"])
+        for name, weight in weights.items():
+            weight.copy_(share_of(state.shared["weights"][name], weight))
+        each = [*weights.values()]
+        optimizer["state"] = {
+            i: {name: share_of(value, each[i]) for name, value in held.items()}
+            for i, held in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(state.shared["schedule"])
 
     def _weights(self) -> dict[str, Tensor]:
@@ -93,11 +110,7 @@ class Learner(Trained):
         layers = tuple(layer for layer in wanted if layer is not None)
         engine = self.engine
         draws = Draws(self.generator, engine.num_processes, engine.process_index, self.ppo.responses_per_prompt)
-        samples = sample(self.language, prompts, self.model.response_tokens, draws, layers)
-        drawn = samples.mask.sum(1).max()
-        for _ in range(int(engine.gather(drawn).max() - drawn)):  # so often did others draw after this one's had ended
-            draws(len(prompts))
-        return samples
+        return self.top.around(partial(sample, self.language, prompts, self.model.response_tokens, draws, layers))
 
     def read(self, prompts: list[list[int]], samples: Samples) -> tuple[Place, Read, Read]:
         """Return where the policy's top layers read samples, and what it and the reference say of them.
@@ -113,7 +126,8 @@ class Learner(Trained):
         if samples.top is None or torch.is_autocast_enabled(self.engine.device.type):
             policy = self.top.read(*place, tokens=tokens)  # bfloat16: one row alone rounds differently
         else:
-            policy = Read(samples.logprobs, self.top.value(samples.top).float().squeeze(-1), None)
+            values = self.top.around(partial(self.top.value, samples.top))
+            policy = Read(samples.logprobs, values.float().squeeze(-1), None)
         return place, policy._replace(states=samples.states[layer] if self.shares_trunk and layer else None), reference
 
     def mean_over_processes(self, metrics: Metrics) -> Metrics:
@@ -129,7 +143,7 @@ class Learner(Trained):
         In one process the fused optimizer divides them as it goes, which spares a walk through all of them.
         """
         if self.engine.num_processes > 1:
-            return float(self.engine.clip_grad_norm_(self.policy.parameters(), self.ppo.max_grad_norm))
+            return self._clip(self.ppo.max_grad_norm)
         gradients = [weight.grad for weight in self.top.parameters() if weight.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         inner: Any = self.optimizer
@@ -163,8 +177,8 @@ def prepare_learner(
     engine: Accelerator, language: LanguageModel, rewards: RewardModels, *, model: Model, ppo: Ppo, seed: int
 ) -> Learner:
     """Freeze what does not train and build PPO's optimizer."""
-    language.network.requires_grad_(False).to(engine.device)
-    language, top, reference = trainable(language, ppo)
+    language.network.requires_grad_(False).to(loading_device(engine))
+    language, top, reference = trainable(language, ppo, mesh_of(engine))
     top.value.requires_grad_(has_critic(ppo))
     own = seed * 1000
     return Learner(
@@ -196,16 +210,26 @@ def with_optimizer(
     engine: Accelerator, language: LanguageModel, top: PolicyTop, learning_rate: float, steps: int, **adam: Any
 ) -> Trained:
     """Build the optimizer of the weights that train; its learning rate falls to 0 in so many steps of its schedule."""
-    optimizer = torch.optim.Adam(trained_weights(top), lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
+    mesh, weights = mesh_of(engine), trained_weights(top)
+    if mesh:
+        top.spread(mesh)
+        if top.first is not None:
+            below = decoder_layers(language.network)[: top.first]
+            spread([language.network.get_input_embeddings(), *below], mesh)
+        weights = [weight for weight in top.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    policy, optimizer = engine.prepare(top, optimizer)
+    policy = top if mesh else engine.prepare(top)
+    optimizer = engine.prepare(optimizer)
     return Trained(engine, language, top, policy, optimizer, schedule)
 
 
-def trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, PolicyTop, Callable[..., Read]]:
+def trainable(
+    language: LanguageModel, ppo: Ppo, mesh: DeviceMesh | None = None
+) -> tuple[LanguageModel, PolicyTop, Callable[..., Read]]:
     """Let the weights of `ppo.trains` move; return the model, what trains of it, and its reference.
 
-    That is the policy before the first step.
+    That is the policy before the first step; if it is a second model, it is spread over `mesh`.
     """
     first = None if ppo.trains == "full" else first_trained(language, ppo.train_layers, "ppo.train_layers")
     if ppo.trains == "lora":
@@ -214,7 +238,7 @@ def trainable(language: LanguageModel, ppo: Ppo) -> tuple[LanguageModel, PolicyT
         return language, top, _without_adapters(top, language)
     top = PolicyTop(language, first)
     top.let_train()
-    return language, top, frozen(top, language)
+    return language, top, frozen(top, language, mesh)
 
 
 def _without_adapters(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:

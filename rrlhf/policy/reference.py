@@ -8,18 +8,23 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.top import PolicyTop, Read
 
 
-def frozen(top: PolicyTop, language: LanguageModel) -> Callable[..., Read]:
+def frozen(top: PolicyTop, language: LanguageModel, mesh: DeviceMesh | None = None) -> Callable[..., Read]:
     """Return `PolicyTop.read` of the policy as it is now, which later steps do not reach.
 
     On a processor, weights that are still those of the model's file stay there: the file is mapped into memory while
-    the reference reads, which costs next to nothing as long as the system caches it. Else they are copied.
+    the reference reads, which costs next to nothing as long as the system caches it. Else they are copied, and spread
+    over the processes of a mesh.
     """
     reference = top.reference()
+    if mesh:
+        reference.spread(mesh)
+        return reference.read
     file = Path(language.network.name_or_path, "model.safetensors")
     names = _stored(top, language, file)
     if not names:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,7 +64,7 @@ def resumable(
         rows.append(row)
         yield row
         if stop.is_set():
-            _save_and_stop(trained, trained.state(rows=rows), checkpoints, len(rows), label)
+            _save_and_stop(trained, partial(trained.state, rows=rows), checkpoints, len(rows), label)
         if _agreed(trained.engine, time.monotonic() - since > SECONDS_BETWEEN_CHECKPOINTS):
             checkpoints.save(len(rows), trained.state(rows=rows))
             since = time.monotonic()
@@ -118,7 +119,8 @@ def supervised(
             _look(learner, history, checkpoints, health)
             yield row
             if stop.is_set():
-                _save_and_stop(learner, _state(learner, history), checkpoints, len(history.rows), history.label)
+                state = partial(_state, learner, history)
+                _save_and_stop(learner, state, checkpoints, len(history.rows), history.label)
             if len(history.rollbacks) > begun or history.diverged:
                 break
 
@@ -192,10 +194,12 @@ def _state(learner: Learner, history: History) -> State:
     return learner.state(history=vars(history) | plain)
 
 
-def _save_and_stop(trained: Trained, state: State, checkpoints: Checkpoints, done: int, label: str) -> NoReturn:
+def _save_and_stop(
+    trained: Trained, state: Callable[[], State], checkpoints: Checkpoints, done: int, label: str
+) -> NoReturn:
     """Save between two steps, where the run was asked to stop; processes hear of it at different steps."""
     if trained.engine.num_processes == 1:
-        checkpoints.save(done, state, good=False)
+        checkpoints.save(done, state(), good=False)
         say(f"{label}: saved after {done} steps")
     raise Interrupted
 

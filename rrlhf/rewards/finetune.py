@@ -92,7 +92,9 @@ def finetune(
         for index in order.split(settings.trunk_pairs_per_batch):
             counted = weights[index.to(engine.device)].sum(0).clamp(min=1)
             total = torch.zeros((), device=engine.device)
-            for part, synchronised in microbatches(engine, model, index.tolist(), max(settings.batch_size // 2, 1)):
+            for (part, _), synchronised in microbatches(
+                engine, model, index.tolist(), max(settings.batch_size // 2, 1)
+            ):
                 with synchronised:
                     chosen, rejected = responses.scores(model, part)
                     here = torch.tensor(part, device=engine.device)

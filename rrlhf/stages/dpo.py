@@ -19,6 +19,7 @@ from rrlhf.config import Dpo, DpoArm, Model
 from rrlhf.data.tables import preferences
 from rrlhf.judging.calibration import correct
 from rrlhf.models.load import accelerator, load_model, microbatches, save_model
+from rrlhf.models.shards import loading_device, shares
 from rrlhf.models.text import Texts
 from rrlhf.policy.answers import Answer, Answers, answer
 from rrlhf.policy.checkpoint import Checkpoints
@@ -53,15 +54,15 @@ def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path
     training, held = (encoded(texts, preferences(data, name)) for name in ("preferences", "heldout"))
     log({"step": 0, **texts.told("dpo")})
     batches = shuffled(len(training), dpo.pairs_per_batch, dpo.epochs, arm.seed)
-    top = top_layers(language, engine.device, dpo.train_layers, "dpo.train_layers")
+    top = top_layers(language, loading_device(engine), dpo.train_layers, "dpo.train_layers")
     trained = with_optimizer(engine, language, top, dpo.learning_rate, len(batches), eps=1e-8, fused=None)
     pairs, heldout = (prepare_pairs(trained, part, model, dpo) for part in (training, held))
     with Checkpoints(out, engine, model=model, dpo=dpo, arm=arm) as checkpoints:
         steps = resumable(partial(train, pairs, heldout, batches, dpo), trained, checkpoints, "dpo")
         for row in track(steps, len(batches), "dpo"):
             log(row)
+    save_model(language, out)
     if engine.is_main_process:
-        save_model(language, out)
         write_arm(out, arm)
     engine.wait_for_everyone()
 
@@ -78,6 +79,8 @@ def prepare_pairs(trained: Trained, pairs: Sequence[tuple[Answer, Answer]], mode
     number = {row: i for i, row in enumerate(rows)}
     sides = torch.tensor([[number[row] for row in pair] for pair in pairs])
     answers = Answers(trained, rows, model, keep_states=dpo.keep_states)
+    if trained.top.first is not None and dpo.keep_states and trained.engine.num_processes > 1:
+        answers.read_below(2 * dpo.microbatch_size, "dpo: frozen layers")  # all processes run them equally often
     return Pairs(answers, sides, _logprobs(answers, dpo, "dpo: reference")[sides])
 
 
@@ -86,11 +89,11 @@ def _logprobs(answers: Answers, dpo: Dpo, label: str) -> Tensor:
     """Return the present policy's log-probabilities of all answers, [answers]; every process takes its share."""
     engine, size = answers.trained.engine, 2 * dpo.microbatch_size
     by_length = sorted(range(len(answers)), key=lambda i: len(answers.rows[i].tokens))
-    mine = by_length[engine.process_index :: engine.num_processes]
-    parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+    parts = shares(engine, by_length, size)
     found: list[tuple[int, float]] = []
-    for part in track(parts, len(parts), label):
-        found += zip(part, answers.logprobs(answers.trained.top, part).sum(1).tolist(), strict=True)
+    for part, counts in track(parts, len(parts), label):
+        told = answers.logprobs(answers.trained.top, part).sum(1).tolist()
+        found += zip(part, told, strict=True) if counts else ()
         check_stop()
     everyone = dict(gather_object(found))
     return torch.tensor([everyone[i] for i in range(len(answers))], device=engine.device)
@@ -117,15 +120,14 @@ def train(pairs: Pairs, heldout: Pairs, batches: list[list[int]], dpo: Dpo, firs
 def _step(trained: Trained, pairs: Pairs, batch: list[int], dpo: Dpo) -> Metrics:
     """Take one optimizer step on a batch of pairs; return the means over them, of all processes."""
     engine = trained.engine
-    mine = batch[engine.process_index :: engine.num_processes]
     total = torch.zeros(len(MEASURED), dtype=torch.float64)
-    for part, synchronised in microbatches(engine, trained.policy, mine or batch[:1], dpo.microbatch_size):
+    for (part, counts), synchronised in microbatches(engine, trained.policy, batch, dpo.microbatch_size):
         with synchronised:
             log_ratio = pairs.logprobs(trained.policy, part) - pairs.reference[part]
             loss = _losses(log_ratio, dpo)
-            # A process without a pair goes along; data parallelism averages over processes.
-            engine.backward(loss.sum() * bool(mine) * engine.num_processes / len(batch))
-        total += _measured(log_ratio.detach(), loss.detach(), dpo) * bool(mine) / len(batch)
+            # Data parallelism averages over processes.
+            engine.backward(loss.sum() * counts * engine.num_processes / len(batch))
+        total += _measured(log_ratio.detach(), loss.detach(), dpo) * counts / len(batch)
     norm = trained.step(dpo.max_grad_norm)
     means = engine.reduce(total.float().to(engine.device), reduction="sum").tolist()
     return dict(zip(MEASURED, means, strict=True)) | {"gradient_norm": norm}

@@ -26,6 +26,7 @@ from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models.adapters import merged
 from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
 from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
+from rrlhf.models.shards import in_step
 from rrlhf.models.text import Texts
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.excerpts import RolloutResponse
@@ -83,8 +84,8 @@ def run(
     responses = write_history(history, engine, messages, out)
     if history.diverged:
         raise DivergedError(history.diverged)
+    save_model(merged(learner.language), out)
     if engine.is_main_process:
-        save_model(merged(learner.language), out)
         pq.write_table(pa.Table.from_pylist([row._asdict() for row in responses]), out / "rollouts.parquet")
         write_arm(out, arm, scale)
     engine.wait_for_everyone()
@@ -203,10 +204,11 @@ def _step(learner: Learner, rollout: Rollout) -> Metrics | None:
     """Take one optimizer step; None if its gradient was not finite and nothing was done."""
     shares: list[dict[str, Tensor]] = []
     tokens = learner.engine.reduce(rollout.mask.sum().float(), reduction="mean")  # over processes, as gradients are
-    parts = rollout.packed(learner.ppo.microbatch_tokens)
-    for index, synchronised in accumulated(learner.engine, learner.policy, parts):
+    parts = in_step(rollout.packed(learner.ppo.microbatch_tokens), rollout.mask.device)
+    for (index, counts), synchronised in accumulated(learner.engine, learner.policy, parts):
+        part = rollout.rows(index)
         with synchronised:
-            shares.append(_accumulate(learner, rollout.rows(index), tokens))
+            shares.append(_accumulate(learner, part, counts * part.mask.sum() / tokens))
     norm = learner.clip_gradients()
     is_finite = norm < float("inf")  # false for nan as well; the same in all processes, which share their gradients
     if is_finite:
@@ -218,9 +220,9 @@ def _step(learner: Learner, rollout: Rollout) -> Metrics | None:
     return dict(zip(shares[0], totals, strict=True)) | {"gradient_norm": norm}
 
 
-def _accumulate(learner: Learner, part: Rollout, tokens: Tensor) -> dict[str, Tensor]:
-    """Add a part's share of the minibatch's gradient; return its share of the minibatch's means over `tokens`."""
-    ppo, share = learner.ppo, part.mask.sum() / tokens
+def _accumulate(learner: Learner, part: Rollout, share: Tensor) -> dict[str, Tensor]:
+    """Add a part's share of the minibatch's gradient; return its share of the minibatch's means over tokens."""
+    ppo = learner.ppo
     with autocast(learner.model):
         logprobs, values = learner.policy(part.entering, part.prompt_lengths, part.responses, part.mask)
     log_ratio = (logprobs - part.logprobs) * part.mask

@@ -1,16 +1,17 @@
 """Stage 2: supervised fine-tuning, the policy that PPO starts from and is held close to."""
 
 from collections.abc import Iterator
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from rrlhf.config import Model, Sft
 from rrlhf.data.tables import demonstrations
 from rrlhf.models.load import LanguageModel, accelerator, load_base, microbatches, save_model
+from rrlhf.models.shards import loading_device
 from rrlhf.models.text import Texts
 from rrlhf.models.whole import final_norm
 from rrlhf.policy.answers import Answers, answer
@@ -28,7 +29,7 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     rows = [answer(texts, *demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})
     batches = shuffled(len(rows), sft.batch_size, sft.epochs, seed)
-    top = top_layers(language, engine.device, sft.train_layers, "sft.train_layers")
+    top = top_layers(language, loading_device(engine), sft.train_layers, "sft.train_layers")
     trained = with_optimizer(engine, language, top, sft.learning_rate, len(batches))
     answers = Answers(trained, rows, model, keep_states=sft.keep_states)
     if top.first is not None and sft.keep_states:
@@ -38,8 +39,7 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
         for row in track(steps, len(batches), "sft"):
             log(row)
     sharpen(language, sft.temperature)
-    if engine.is_main_process:
-        save_model(language, out)
+    save_model(language, out)
     engine.wait_for_everyone()
 
 
@@ -70,11 +70,10 @@ def sharpen(language: LanguageModel, temperature: float) -> None:
 
 def _unit(norm: nn.Module, width: int) -> float:
     """Return 1 where a norm multiplies by 1 + its weight, as Gemma's do, else 0."""
-    empty = deepcopy(norm)
-    for weight in empty.parameters():
-        weight.zero_()
+    zeros = {name: torch.zeros(each.shape).to(each.device, each.dtype) for name, each in norm.named_parameters()}
     weight = next(norm.parameters())
-    return float(empty(torch.arange(float(width), device=weight.device, dtype=weight.dtype)[None]).any())
+    states = torch.arange(float(width), device=weight.device, dtype=weight.dtype)[None]
+    return float(functional_call(norm, zeros, states).any())
 
 
 def train(answers: Answers, batches: list[list[int]], sft: Sft, first: int = 0) -> Iterator[Metrics]:
@@ -85,12 +84,11 @@ def train(answers: Answers, batches: list[list[int]], sft: Sft, first: int = 0) 
     """
     trained, engine = answers.trained, answers.trained.engine
     for step, batch in enumerate(batches[first:], first + 1):
-        mine = batch[engine.process_index :: engine.num_processes]
         counted = answers.response_tokens(batch)
         total = torch.zeros((), device=engine.device)
-        for part, synchronised in microbatches(engine, trained.policy, mine or batch[:1], sft.microbatch_size):
+        for (part, counts), synchronised in microbatches(engine, trained.policy, batch, sft.microbatch_size):
             with synchronised:
-                loss = -answers.logprobs(trained.policy, part).sum() * bool(mine) / counted
+                loss = -answers.logprobs(trained.policy, part).sum() * counts / counted
                 engine.backward(loss * engine.num_processes)  # data parallelism averages over processes
             total += loss.detach()
         norm = trained.step(sft.max_grad_norm)

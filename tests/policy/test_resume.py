@@ -86,7 +86,7 @@ def document(every=2, **changed):
 
 
 def launch(processes=1):
-    return Launch(processes=processes, threads=1, arms_at_once=1)
+    return Launch(processes=processes, threads=1, arms_at_once=1, sharding="none")
 
 
 def run(inputs, out, log=lambda row: None, every=2, **changed):

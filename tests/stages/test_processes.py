@@ -11,7 +11,8 @@ from conftest import ROOT, save_random_heads
 from safetensors.torch import load_file
 from sharing_work import CASES, train_all
 
-from rrlhf.pipeline.launch import _launcher
+from rrlhf.config import Launch
+from rrlhf.pipeline.launch import _launcher, told_processes
 
 ALIKE = ("score", "kl", "entropy", "policy_loss", "value_loss", "step_kl", "optimizer_steps", "gradient_norm", "loss")
 
@@ -35,9 +36,11 @@ def jobs(model, ppo, tmp_path):
     return job
 
 
+@pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_sample_and_train_what_one_does(processes, jobs):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def test_several_processes_sample_and_train_what_one_does(processes, sharding, jobs):
+    told = told_processes(Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1), on_cpu=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | told
     file = jobs(processes)
     command = [sys.executable, *_launcher(processes), ROOT / "tests" / "sharing_work.py", file]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)

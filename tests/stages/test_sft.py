@@ -143,7 +143,7 @@ def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, sett
             "from rrlhf.config import Launch; from rrlhf.pipeline.launch import execute;"
             "job = json.loads(sys.argv[1]);"
             "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), "
-            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1),"
+            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1, sharding='none'),"
             " beside=job['beside'])"
         )
         job = {"document": document, "data": str(data), "out": str(out), "processes": processes, "beside": beside}
