@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from rrlhf.config import Model, Ppo, typed_arm
 from rrlhf.models.load import accelerator, load_base
@@ -26,27 +27,42 @@ CASES = {  # of PPO; a whole rollout is one minibatch, for each process has an o
     "rloo": {"estimator": "rloo", "responses_per_prompt": 2},
     "grpo": {"estimator": "grpo", "responses_per_prompt": 2, "trains": "lora"},
     "reinforce++": {"estimator": "reinforce++", "max_step_kl": 1e-9},  # ends every update early
+    "tied": {"trains": "full", "microbatch_tokens": 20},  # parts of which processes have more or fewer
+    "tied below": {"trains": "lora"},
+    "whole": {"trains": "full", "microbatch_tokens": 20},
+    "whole above": {"trains": "layers"},
 }
 
 
-def train_all(model, settings, rewards, out):
-    """Write the weights of every method, and what its training told."""
+def held(module):
+    """Return how many numbers of its weights this process has."""
+    weights = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in module.parameters())
+    return sum(map(torch.numel, weights))
+
+
+def train_all(model, settings, rewards, bases, out):
+    """Write the weights of every method, and what its training told; bases: other ones, of cases named after them."""
     torch.set_num_threads(1)
     engine, told = accelerator(model), {}
 
     def note(name, top, rows, responses):
         everyone = sorted(map(tuple, gather_object(responses)))
+
         trained = {each: whole(weight.detach()) for each, weight in top.named_parameters() if weight.requires_grad}
         if engine.is_main_process:
             save_file({each: weight.contiguous().clone() for each, weight in trained.items()}, out / name)
-            told[name] = {"rows": rows, "responses": everyone}
+            told[name] = {
+                "rows": rows,
+                "responses": everyone,
+                "held": held(top) / sum(map(torch.numel, top.parameters())),
+            }
 
     for name, changed in CASES.items():
         torch.manual_seed(0)
         ours = settings.model_copy(update=changed)
         ours = ours.model_copy(update={"minibatch_size": ours.responses_per_update})
         models = load_reward_models(*rewards, engine.device)
-        language = load_base(model)
+        language = load_base(model.model_copy(update={"base": bases.get(name.split()[0], model.base)}))
         language.network.generation_config.eos_token_id = [1, *range(30, 60)]  # most responses end, and have a score
         learner = prepare_learner(engine, language, models, model=model, ppo=ours, seed=0)
         arm = typed_arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, seed=0)
@@ -74,4 +90,4 @@ def train_all(model, settings, rewards, out):
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    train_all(Model(**job["model"]), Ppo(**job["ppo"]), [*map(Path, job["rewards"])], Path(job["out"]))
+    train_all(Model(**job["model"]), Ppo(**job["ppo"]), [*map(Path, job["rewards"])], job["bases"], Path(job["out"]))
