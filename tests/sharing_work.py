@@ -47,7 +47,6 @@ def train_all(model, settings, rewards, bases, out):
 
     def note(name, top, rows, responses):
         everyone = sorted(map(tuple, gather_object(responses)))
-
         trained = {each: whole(weight.detach()) for each, weight in top.named_parameters() if weight.requires_grad}
         if engine.is_main_process:
             save_file({each: weight.contiguous().clone() for each, weight in trained.items()}, out / name)

@@ -18,6 +18,7 @@ from rrlhf.stopping import Interrupted, stop
 
 ROOT = Path(__file__).parents[2]
 HERE = Launch(processes=1, threads=1, arms_at_once=1, sharding="none")  # more would stay with the tests that come after
+TWO = HERE.model_copy(update={"processes": 2})
 
 
 @pytest.fixture
@@ -109,31 +110,24 @@ def test_a_number_that_is_none_stops_the_stage(tmp_path, stage, value):
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    two = Launch(processes=2, threads=1, arms_at_once=1, sharding="none")
     with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
-        execute(document, inputs={}, out=tmp_path / "out", launch=two)
+        execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
 
 
 def test_what_other_processes_print_is_handed_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    execute(
-        document,
-        inputs={},
-        out=tmp_path / "out",
-        launch=Launch(processes=2, threads=1, arms_at_once=1, sharding="none"),
-    )
+    execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
     assert capsys.readouterr().err == "hello\nbye\n"
 
 
 def test_a_run_that_is_asked_to_stop_ends_its_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "import time; time.sleep(600)"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
-    two = Launch(processes=2, threads=1, arms_at_once=1, sharding="none")
     stop.set()
     try:
         with pytest.raises(Interrupted):
-            execute(document, inputs={}, out=tmp_path / "out", launch=two)
+            execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
     finally:
         stop.clear()
 
@@ -151,9 +145,8 @@ def test_a_training_that_diverged_in_another_process_is_told_as_one(tmp_path, mo
     told = '{"diverged": true, "said": "DIVERGED at step 4"}'
     monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
     document = {"stage": "ppo", "params": {"model": {"device": "cpu"}}}
-    two = Launch(processes=2, threads=1, arms_at_once=1, sharding="none")
     with pytest.raises(DivergedError, match=r"^DIVERGED at step 4$"):
-        execute(document, inputs={}, out=tmp_path / "out", launch=two)
+        execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
 
 
 def test_an_error_in_another_process_is_told_in_its_words(tmp_path):
