@@ -46,10 +46,20 @@ def test_no_gradient_flows_where_the_clip_holds_the_ratio():
     assert log_ratio.grad[0, 2].item() == pytest.approx(-1 / 3)
 
 
-def test_value_loss_takes_the_larger_of_plain_and_clipped_error():
-    value, old, target = torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[3.0]])
-    loss = clipped_value_loss(value, old, target, torch.ones(1, 1, dtype=torch.bool), 0.2)
-    assert loss.item() == pytest.approx(0.5 * (0.2 - 3.0) ** 2)
+def slow_value_loss(values, olds, targets, keep, clip):
+    terms = [
+        max((value - target) ** 2, (old + max(min(value - old, clip), -clip) - target) ** 2)
+        for value, old, target, kept in zip(values, olds, targets, keep, strict=True)
+        if kept
+    ]
+    return 0.5 * sum(terms) / len(terms)
+
+
+def test_value_loss_equals_the_loop_over_tokens():
+    values, olds, targets = torch.randn(3, 4, 6, dtype=torch.float64)
+    mask = torch.rand(4, 6) > 0.4
+    expected = slow_value_loss(*(each.flatten().tolist() for each in (values, olds, targets, mask)), 0.2)
+    assert clipped_value_loss(values, olds, targets, mask, 0.2).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_k3_is_never_negative_and_its_mean_is_the_kl():
