@@ -46,7 +46,7 @@ def rows(count: int, folder: Path) -> Cost:
     draw, source = random.Random(0), folder / "rows.jsonl"
     with source.open("w", encoding="utf-8") as file:
         for number in range(count):
-            said = {name: " ".join(draw.choices(WORDS, k=20)) for name in ("prompt", "chosen", "rejected")}
+            said = {name: " ".join(draw.choices(WORDS, k=6)) for name in ("prompt", "chosen", "rejected")}
             file.write(json.dumps(said | {"prompt": f"{number}: {said['prompt']}"}) + "\n")
     settings = {"prepare.source": str(source), "prepare.format": "rows", "prepare.limit": None}
     params = load_params(ROOT, "tiny", settings)

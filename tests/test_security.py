@@ -16,8 +16,8 @@ import pytest
 import torch
 import yaml
 from finished import at_work
+from preferences import load_preferences
 
-from rrlhf.data.load import load_preferences
 from rrlhf.files import CHECKPOINT
 from rrlhf.located import ParamsError, UsageError
 from rrlhf.memo import sha256

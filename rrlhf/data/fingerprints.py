@@ -66,14 +66,15 @@ def fingerprint(hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
-def write_hashes(folder: Path, tables: Mapping[str, Rows]) -> None:
-    """Write the hash of every row of a data set beside its tables."""
-    lines = sorted(
-        (bytes.fromhex(row_hash(row)), bytes.fromhex(prompt_hash(row["prompt"])), name)
-        for name, rows in tables.items()
-        for row in rows
-    )
-    columns = [list(column) for column in zip(*lines, strict=True)] or [[], [], []]
+def row_and_prompt(row: Mapping[str, Any]) -> bytes:
+    """Return a row's hash and then its prompt's, 32 bytes each."""
+    return bytes.fromhex(row_hash(row) + prompt_hash(row["prompt"]))
+
+
+def write_hashes(folder: Path, tables: Mapping[str, Iterable[bytes]]) -> None:
+    """Write the hash of every row of a data set beside its tables, each as `row_and_prompt` gives it."""
+    lines = sorted((both, name) for name, some in tables.items() for both in some)
+    columns = [[both[:32] for both, _ in lines], [both[32:] for both, _ in lines], [name for _, name in lines]]
     pq.write_table(pa.table(columns, schema=_SCHEMA), folder / FILE, row_group_size=_ROWS_PER_GROUP)
 
 

@@ -33,15 +33,10 @@ class Rejected(NamedTuple):
     detail: str
 
 
-class Loaded(NamedTuple):
-    """Good rows in the order of the source, with what each has beside the columns of its format, and bad rows."""
-
-    preferences: list[Preference]
-    columns: list[dict[str, Json]]
-    rejected: list[Rejected]
+Good = tuple[Preference, dict[str, Json]]  # a row, and what it has beside the columns of its format
 
 
-def load_preferences(
+def read_preferences(
     source: str,
     *,
     format: str,
@@ -51,24 +46,27 @@ def load_preferences(
     config: str | None = None,
     split: str | None = None,
     check: Callable[[list[Message]], object] = bool,
-) -> Loaded:
-    """Return the first `limit` good rows of files or of a hub data set, and all rows rejected on the way.
+    rejected: list[Rejected],
+) -> Iterator[Good]:
+    """Yield the first `limit` good rows of files or of a hub data set, in order; add those that are bad to `rejected`.
 
     check: raises RowError for a prompt that the model cannot be asked.
     revision, config, split: of a data set on the hub; without a revision, `source` names files. Raises ValueError when
-    the source cannot be read, lacks a column, holds no good row, or when more than the share `max_rejected` of the rows
-    read is bad.
+    the source cannot be read, and after the last row when it lacks a column, holds no good row, or when more than the
+    share `max_rejected` of the rows read is bad.
     """
-    layout, loaded, names = FORMATS[format], Loaded([], [], []), dict[str, None]()
+    layout, good, names = FORMATS[format], 0, dict[str, None]()
     if revision is None:
         rows = rows_of(source_files(source), layout)
     else:
         rows = hub_rows(source, layout, revision=revision, config=config, split=split)
-    for _ in _reading(rows, layout, loaded, names, check):
-        if len(loaded.preferences) == limit:
+    for one in _reading(rows, layout, rejected, names, check):
+        yield one
+        good += 1
+        if good == limit:
             break
-    _refuse_bad(source if revision is None else f"{source}@{revision}", loaded, names, layout, max_rejected)
-    return loaded
+    told = source if revision is None else f"{source}@{revision}"
+    _refuse_bad(told, good, rejected, names, layout, max_rejected)
 
 
 def further_columns(folder: Path) -> list[str]:
@@ -84,13 +82,11 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
 
     digest: of the content, so that a run that looks twice reads once. Raises ValueError when there is no good row.
     """
-    layout, loaded, names = FORMATS[format], Loaded([], [], []), dict[str, None]()
+    layout, rejected, names = FORMATS[format], list[Rejected](), dict[str, None]()
     rows = rows_of(source_files(source), layout)
-    for _ in _reading(rows, layout, loaded, names):
-        if loaded.preferences:
-            break
-    _refuse_bad(source, loaded, names, layout, 1.0)
-    found = set(loaded.columns[0])
+    first = next(_reading(rows, layout, rejected, names), None)
+    _refuse_bad(source, int(first is not None), rejected, names, layout, 1.0)
+    found = set(first[1]) if first else set()
     while not wanted <= found and (one := next(rows, None)):
         found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
     return frozenset(found)
@@ -98,7 +94,7 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
 
 def prompt_hash(prompt: list[Message]) -> str:
     """Return the sha256 of what counts as the same prompt: roles and texts, whatever their case, width or spacing."""
-    return _sha256([[message["role"], normalised(message["content"])] for message in prompt])
+    return _sha256([[message["role"], normalised(message["content"])] for message in prompt]).hex()
 
 
 def split_by_prompt(prompts: Sequence[list[Message]], shares: Mapping[str, float], seed: int) -> list[str]:
@@ -123,12 +119,12 @@ def _position(key: str) -> float:
 def _reading(
     rows: Iterator[tuple[str, int, Row | RowError]],
     layout: Format,
-    loaded: Loaded,
+    rejected: list[Rejected],
     names: dict[str, None],
     check: Callable[[list[Message]], object] = bool,
-) -> Iterator[None]:
-    """Add rows to what is loaded, and their columns to `names`, in place; stop for a look after each."""
-    seen: dict[str, Place] = {}
+) -> Iterator[Good]:
+    """Yield the good rows; add bad ones to `rejected`, and the columns of all to `names`, in place."""
+    seen: dict[bytes, Place] = {}
     for file, line, row in rows:
         try:
             if isinstance(row, RowError):
@@ -138,11 +134,9 @@ def _reading(
             check(preference.prompt)
             refuse_repetition(preference.prompt, [preference.chosen], [preference.rejected], (file, line), seen)
         except RowError as error:
-            loaded.rejected.append(Rejected(file, line, error.rule, error.detail))
+            rejected.append(Rejected(file, line, error.rule, error.detail))
         else:
-            loaded.preferences.append(preference)
-            loaded.columns.append(_further(row, layout))
-        yield
+            yield preference, _further(row, layout)
 
 
 def _further(row: Row, layout: Format) -> dict[str, Json]:
@@ -160,7 +154,7 @@ def _is_json(value: object) -> bool:
 
 
 def refuse_repetition(
-    prompt: list[Message], chosen: Sequence[str], rejected: Sequence[str], place: Place, seen: dict[str, Place]
+    prompt: list[Message], chosen: Sequence[str], rejected: Sequence[str], place: Place, seen: dict[bytes, Place]
 ) -> None:
     """Reject a row that repeats or contradicts an earlier good row; the earlier one stays. Notes the row in `seen`."""
     asked, better, worse = prompt_hash(prompt), [*map(normalised, chosen)], [*map(normalised, rejected)]
@@ -178,12 +172,14 @@ def _told(place: Place, seen_from: Place) -> str:
     return f"line {place[1]}" if place[0] == seen_from[0] else f"{place[0]}:{place[1]}"
 
 
-def _refuse_bad(source: str, loaded: Loaded, names: dict[str, None], layout: Format, max_rejected: float) -> None:
+def _refuse_bad(
+    source: str, good: int, rejected: Sequence[Rejected], names: dict[str, None], layout: Format, max_rejected: float
+) -> None:
     if names:
-        no_prompt = not loaded.preferences and "conversations" not in names
-        lacks_prompt = no_prompt and any(row.rule == "no_prompt" for row in loaded.rejected)
+        no_prompt = not good and "conversations" not in names
+        lacks_prompt = no_prompt and any(row.rule == "no_prompt" for row in rejected)
         require_columns(source, [*names], layout, prompt=lacks_prompt)
-    refuse_bad_rows(source, loaded.rejected, len(loaded.preferences), max_rejected)
+    refuse_bad_rows(source, rejected, good, max_rejected)
 
 
 def refuse_bad_rows(
@@ -210,5 +206,5 @@ def refuse_bad_rows(
     raise ValueError("\n".join(lines))
 
 
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def _sha256(value: object) -> bytes:
+    return hashlib.sha256(json.dumps(value).encode()).digest()

@@ -1,6 +1,8 @@
 """The files of a prepared data set: parquet tables whose columns are fixed here."""
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import pyarrow.parquet as pq
 
 from rrlhf.types import Demonstration, Json, Message, Preference
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = list[Row]
+
+ROWS_AT_ONCE = 10_000  # that are written together
 
 _PROMPT = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _SCHEMAS = {
@@ -28,6 +33,33 @@ _SCHEMAS = {
 }
 SCHEMAS = {name: pa.schema(fields.items()) for name, fields in _SCHEMAS.items()}
 SCHEMAS |= {"heldout": SCHEMAS["preferences"], "evaluate": SCHEMAS["ppo"]}
+
+
+def write_tables(folder: Path, rows: Iterable[tuple[str, Row]]) -> dict[str, int]:
+    """Write the tables of a data set, of rows with the name of their table; return how many each has.
+
+    No more than ROWS_AT_ONCE of a table are held in memory.
+    """
+    counts, waiting = dict.fromkeys(SCHEMAS, 0), {name: Rows() for name in SCHEMAS}
+    with ExitStack() as files:
+        writers = {
+            name: files.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema))
+            for name, schema in SCHEMAS.items()
+        }
+
+        def write(name: str) -> None:
+            writers[name].write_table(pa.Table.from_pylist(waiting[name], schema=SCHEMAS[name]))
+            waiting[name].clear()
+
+        for name, row in rows:
+            counts[name] += 1
+            waiting[name].append(row)
+            if len(waiting[name]) == ROWS_AT_ONCE:
+                write(name)
+        for name in SCHEMAS:
+            if waiting[name]:
+                write(name)
+    return counts
 
 
 def write_table(folder: Path, name: str, rows: Rows) -> None:

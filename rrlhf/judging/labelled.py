@@ -49,7 +49,7 @@ def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | Non
     layout = PAIR_FORMATS[format]
     loaded = LabelledPairs(str(data), [], [], [], [])
     columns: dict[str, None] = {}
-    seen: dict[str, dict[str, Place]] = {}  # by subset: one question may stand in two
+    seen: dict[str, dict[bytes, Place]] = {}  # by subset: one question may stand in two
     rows = 0
     for file, line, row in rows_of(files, layout):
         try:

@@ -13,16 +13,17 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import TemplateError
 
 from rrlhf.config import Gold, Model, Prepare
-from rrlhf.data.fingerprints import fingerprint, row_hash, write_hashes
-from rrlhf.data.load import Loaded, load_preferences, split_by_prompt
+from rrlhf.data.fingerprints import fingerprint, row_and_prompt, write_hashes
+from rrlhf.data.load import Good, Rejected, read_preferences, split_by_prompt
 from rrlhf.data.rows import RowError
-from rrlhf.data.tables import SCHEMAS, Rows, write_table
+from rrlhf.data.tables import SCHEMAS, Row, Rows, write_tables
 from rrlhf.data.tasks import WritingTask, writing_tasks
 from rrlhf.judging.gold import GoldJudge
 from rrlhf.models.load import load_base
@@ -47,22 +48,36 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
     told: dict[str, Json] = {}
     if prepare.source == "written":
         tables, summary = _written(seed, model, prepare, gold)
+        counts, hashes = _write(((name, row) for name, rows in tables.items() for row in rows), out)
     else:
         texts = Texts(load_base(model, weights=False), model)
-        loaded = _loaded(prepare, texts)
-        tables, summary = _human(seed, prepare, loaded)
-        told = _write_rejected(loaded, out)
+        rejected, columns = list[Rejected](), set[str]()
+        counts, hashes = _write(_human(seed, prepare, _read(prepare, texts, rejected), columns), out)
+        good = sum(counts.values())
+        summary = {"rows": good, "rejected_rows": len(rejected)}
+        told = {"rejected": _write_rejected(rejected, good, out), "columns": [*sorted(columns)]}
         summary |= texts.told("prepare")
-    for name, rows in tables.items():
-        if not rows:
+    for name, count in counts.items():
+        if not count:
             raise ValueError(_empty(name))
-        write_table(out, name, rows)
-    write_hashes(out, tables)
-    summary |= {f"{name}_rows": len(rows) for name, rows in tables.items()}
-    marks = {name: fingerprint(map(row_hash, rows)) for name, rows in tables.items()}
+    write_hashes(out, hashes)
+    summary |= {f"{name}_rows": count for name, count in counts.items()}
+    marks = {name: fingerprint(both[:32].hex() for both in some) for name, some in hashes.items()}
     text = json.dumps({**summary, **told, "fingerprints": marks}, indent=1)
     (out / SUMMARY).write_text(text, encoding="utf-8")
     log({"step": 0, **summary})
+
+
+def _write(rows: Iterable[tuple[str, Row]], out: Path) -> tuple[dict[str, int], dict[str, list[bytes]]]:
+    """Write rows, each with its table's name; return how many a table has, and the hashes of its rows and prompts."""
+    hashes: dict[str, list[bytes]] = {name: [] for name in SCHEMAS}
+
+    def hashed() -> Iterator[tuple[str, Row]]:
+        for name, row in rows:
+            hashes[name].append(row_and_prompt(row))
+            yield name, row
+
+    return write_tables(out, hashed()), hashes
 
 
 def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dict[str, Rows], dict[str, float]]:
@@ -143,7 +158,7 @@ def _pairs(task: WritingTask, answers: list[Answer], flip_rate: float, noise: ra
     return rows
 
 
-def _loaded(prepare: Prepare, texts: Texts) -> Loaded:
+def _read(prepare: Prepare, texts: Texts, rejected: list[Rejected]) -> Iterator[Good]:
     """Read the source; rows whose prompt the model cannot be asked are rejected before anything trains on others."""
 
     def check(prompt: list[Message]) -> None:
@@ -154,7 +169,7 @@ def _loaded(prepare: Prepare, texts: Texts) -> Loaded:
         except NoRoomError as error:
             raise RowError("no_room", str(error)) from None
 
-    return load_preferences(
+    return read_preferences(
         prepare.source,
         format=prepare.format,
         max_rejected=prepare.max_rejected,
@@ -163,39 +178,38 @@ def _loaded(prepare: Prepare, texts: Texts) -> Loaded:
         config=prepare.config,
         split=prepare.split,
         check=check,
+        rejected=rejected,
     )
 
 
-def _human(seed: int, prepare: Prepare, loaded: Loaded) -> tuple[dict[str, Rows], dict[str, float]]:
-    split = split_by_prompt([pair.prompt for pair in loaded.preferences], prepare.shares.model_dump(), seed)
-    tables: dict[str, Rows] = {name: [] for name in SCHEMAS}
-    for pair, columns, name in zip(loaded.preferences, loaded.columns, split, strict=True):
+def _human(seed: int, prepare: Prepare, rows: Iterable[Good], columns: set[str]) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of the tables, each with its table's name; add the columns for reward functions to `columns`."""
+    shares = prepare.shares.model_dump()
+    for pair, more in rows:
+        columns.update(more)
+        [name] = split_by_prompt([pair.prompt], shares, seed)
         if name == "sft":
-            tables[name].append({"prompt": pair.prompt, "response": pair.chosen})
+            yield name, {"prompt": pair.prompt, "response": pair.chosen}
         elif name in {"ppo", "evaluate"}:
-            kept = json.dumps(columns, sort_keys=True) if columns else None
-            tables[name].append({"prompt": pair.prompt, "topic": None, "columns": kept})
+            kept = json.dumps(more, sort_keys=True) if more else None
+            yield name, {"prompt": pair.prompt, "topic": None, "columns": kept}
         else:
-            tables[name].append(
-                {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "flipped": None}
-            )
-    return tables, {"rows": len(loaded.preferences), "rejected_rows": len(loaded.rejected)}
+            yield name, {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "flipped": None}
 
 
-def _write_rejected(loaded: Loaded, out: Path) -> dict[str, Json]:
-    """Write every rejected row with its rule, say how many there are, and return what else is told of the rows."""
-    lines = [json.dumps(row._asdict()) + "\n" for row in loaded.rejected]
+def _write_rejected(rejected: list[Rejected], good: int, out: Path) -> dict[str, Json]:
+    """Write every rejected row with its rule; say and return how many each rule rejected."""
+    lines = [json.dumps(row._asdict()) + "\n" for row in rejected]
     (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
-    counts = Counter(row.rule for row in loaded.rejected).most_common()
+    counts = Counter(row.rule for row in rejected).most_common()
     if counts:
-        total = len(loaded.rejected) + len(loaded.preferences)
         by_rule = ", ".join(f"{count} {rule}" for rule, count in counts)
         print(
-            f"prepare: {len(loaded.rejected)} of {total} rows are left out: {by_rule}; each stands in rejected.jsonl",
+            f"prepare: {len(rejected)} of {len(rejected) + good} rows are left out: {by_rule}; each stands in "
+            "rejected.jsonl",
             file=sys.stderr,
         )
-    columns = sorted({name for columns in loaded.columns for name in columns})
-    return {"rejected": dict(counts), "columns": [*columns]}
+    return dict(counts)
 
 
 def _empty(name: str) -> str:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preferences import Loaded, load_preferences
 
-from rrlhf.data.load import Loaded, load_preferences, prompt_hash, split_by_prompt
+from rrlhf.data.load import prompt_hash, split_by_prompt
 from rrlhf.data.rows import FIXES, MAX_CHARACTERS
 from rrlhf.types import Message, Preference
 

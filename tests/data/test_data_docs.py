@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preferences import load_preferences
 
 from rrlhf.config import Prepare
 from rrlhf.data.files import BINARY, COMPRESSED, TEXT
-from rrlhf.data.load import load_preferences
 from rrlhf.data.rows import FIXES, NOT_READ, NOT_READ_IN_A_TURN
 from rrlhf.judging.labelled import PAIR_FORMATS, load_pairs
 

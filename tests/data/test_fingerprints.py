@@ -12,6 +12,7 @@ from rrlhf.data.fingerprints import (
     Changed,
     fingerprint,
     hashes,
+    row_and_prompt,
     row_changes,
     row_hash,
     tables_with,
@@ -35,7 +36,7 @@ def data_set(folder, preferences, with_hashes=True):
     folder.mkdir()
     write_table(folder, "preferences", preferences)
     if with_hashes:
-        write_hashes(folder, {"preferences": preferences})
+        write_hashes(folder, {"preferences": map(row_and_prompt, preferences)})
     return {path.name: path for path in folder.iterdir()}
 
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preferences import load_preferences
 
-from rrlhf.data.load import load_preferences
 from rrlhf.data.rows import FIXES, FORMATS, RowError
 
 ROWS = [

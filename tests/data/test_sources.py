@@ -13,12 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from preferences import load_preferences
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
 from rrlhf.config import Prepare
 from rrlhf.data.files import hub_rows, is_hub_id, source_digest, source_files
-from rrlhf.data.load import load_preferences
 from rrlhf.data.rows import FORMATS
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
