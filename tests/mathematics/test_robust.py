@@ -11,6 +11,8 @@ from rrlhf.robust import (
     AGGREGATIONS,
     Scores,
     batch_robust_reward,
+    certain,
+    ellipsoid_reward,
     entropic_reward,
     gaussian_entropic_reward,
     head_spread,
@@ -202,3 +204,47 @@ def test_the_minimum_per_batch_is_kinder_than_the_minimum_per_response(table, we
     worst = (table.mean - credible * table.std).mean(0).min()
     expected = weight * nominal_reward(table).mean() + (1 - weight) * worst
     torch.testing.assert_close(per_batch.mean(), expected)
+
+
+@st.composite
+def posterior_scores(draw):
+    """Scores whose standard deviations are the lengths of offsets, in one space for all heads or in one for each."""
+    batch, heads, inner = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    mean = torch.randn(batch, heads, generator=generator, dtype=torch.float64)
+    spaces = draw(st.sampled_from([1, heads]))
+    offset = torch.randn(batch, spaces, inner, generator=generator, dtype=torch.float64)
+    return Scores(mean, offset.norm(dim=2).expand_as(mean), offset)
+
+
+def slow_ellipsoid(table, credible):
+    """The least over heads of mu - credible z . u, u the unit vector along the batch's mean z in that head's space."""
+    found = []
+    for mean, offsets in zip(table.mean.numpy(), table.offset.numpy(), strict=True):
+        rewards = []
+        for head, reward in enumerate(mean):
+            space = head % table.offset.shape[1]
+            centre = table.offset[:, space].numpy().mean(0)
+            rewards.append(reward - credible * offsets[space] @ centre / math.sqrt(centre @ centre))
+        found.append(min(rewards))
+    return found
+
+
+@given(posterior_scores(), CREDIBLE)
+def test_the_ellipsoid_equals_the_loop_over_responses_and_heads(table, credible):
+    assert ellipsoid_reward(table, credible).tolist() == pytest.approx(slow_ellipsoid(table, credible), abs=1e-9)
+
+
+def test_the_ellipsoid_needs_a_posterior_and_a_batch_in_the_middle_of_it_costs_nothing():
+    with pytest.raises(ValueError, match=r"needs ensemble\.sigma posterior"):
+        ellipsoid_reward(Scores(torch.zeros(1, 1), torch.ones(1, 1)), 1.0)
+    middle = Scores(torch.ones(2, 1), torch.ones(2, 1), torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]]]))
+    assert ellipsoid_reward(middle, 2.0).tolist() == [1.0, 1.0]
+
+
+def test_what_is_done_to_scores_is_done_to_all_of_them():
+    table = Scores(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]]), torch.tensor([[[5.0]], [[6.0]]]))
+    assert [part.flatten().tolist() for part in table.each(torch.neg)] == [[-1, -2], [-3, -4], [-5, -6]]
+    assert [part.flatten().tolist() for part in table.of([1])] == [[2], [4], [6]]
+    assert table._replace(offset=None).each(torch.neg).offset is None
+    assert [part if part is None else part.tolist() for part in certain(table)] == [[[1], [2]], [[0], [0]], None]

@@ -1,15 +1,19 @@
 """Identity: what is part of a key, and what is not."""
 
 import ast
+import hashlib
 import json
+import math
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rrlhf.hardware import device_kind
 from rrlhf.located import ParamsError
 from rrlhf.memo import Memo
 from rrlhf.pipeline.accept import only_code
@@ -120,12 +124,46 @@ def test_installed_packages_that_bring_numbers_are_in_the_keys_of_what_uses_them
     assert set(key_document(found["evaluate"], {})["numerics"]) == {*NUMERICS, *GOLD}
 
 
+def test_versions_and_the_device_that_auto_means_are_in_the_key():
+    found = {
+        n.name: n
+        for n in nodes(
+            load_params(ROOT, "tiny", {"reward.trunk": "lora", "reward.train_layers": 1, "model.device": "auto"})
+        )
+    }
+    document = key_document(found["reward"], {})
+    assert document["numerics"] == {name: version(name) for name in {*NUMERICS, "peft"}}
+    assert document["params"]["model"]["device"] == device_kind("auto") != "auto"
+    assert "peft" not in key_document(found["sft"], {})["numerics"]
+
+
+def test_a_key_is_the_sha256_of_the_documents_shortest_json_and_takes_no_number_that_is_none():
+    assert key_digest({"b": [1, 2.0], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2.0]}').hexdigest()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        key_digest({"a": math.nan})
+
+
 def test_differences_are_told_in_words():
     params, changed = load_params(ROOT, "tiny"), load_params(ROOT, "tiny", {"sft.epochs": 3})
-    old = key_document(nodes(params)[1], {"data": "a"})
-    new = key_document(nodes(changed)[1], {"data": "b"})
-    new["code"] = new["code"] | {"run": "0", "encode": "0"}
-    assert differences(old, new) == ["sft.epochs 1 -> 3", "input data changed", "code: encode, run changed"]
+    old = key_document(nodes(params)[1], {"data": "a", "gone": "c"})
+    new = key_document(nodes(changed)[1], {"data": "b", "base": "c"})
+    old |= {"code": old["code"] | {"left": "0"}, "functions": {"mine.old": "0", "mine.rules": "0"}}
+    new |= {"code": new["code"] | {"run": "0", "encode": "0"}, "functions": {"mine.new": "0", "mine.rules": "1"}}
+    assert differences(old, new) == [
+        "sft.epochs 1 -> 3",
+        "input base added",
+        "input data changed",
+        "input gone gone",
+        "code: encode, run, left changed",
+        "mine/new.py now imported",
+        "mine/rules.py changed",
+        "mine/old.py no longer imported",
+    ]
+
+
+@pytest.mark.parametrize(("length", "shown"), [(60, "x" * 60), (61, "x" * 57 + "...")])
+def test_a_long_setting_is_shown_by_its_beginning(length, shown):
+    assert differences({"params": {"a": "x" * length}}, {"params": {"a": 1}}) == [f"a {shown} -> 1"]
 
 
 @pytest.fixture
