@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrlhf.memo import Memo
-from rrlhf.pipeline.artifacts import MANIFEST, Store, TamperedError, content_digest
+from rrlhf.pipeline.artifacts import (
+    MANIFEST,
+    Artifact,
+    CopyError,
+    Store,
+    TamperedError,
+    content_digest,
+    git_commit,
+    sealed,
+    unsealed,
+)
 from rrlhf.pipeline.keys import key_digest
 
 ROOT = Path(__file__).parents[2]
@@ -24,14 +35,14 @@ def document(stage, **inputs):
     return {"stage": stage, "params": {"seed": 1}, "inputs": inputs, "code": {}, "numerics": {}}
 
 
-def publish(store, stage, content=b"weights", **inputs):
+def publish(store, stage, content=b"weights", profile="", **inputs):
     made = document(stage, **inputs)
     staged = store.staging(stage, key_digest(made))
     (staged / "deep").mkdir(parents=True)
     (staged / "model.bin").write_bytes(content)
     (staged / "deep" / "notes.json").write_text("{}")
     (staged / "history.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    return store.publish(stage, made, staged, seconds=1.0)
+    return store.publish(stage, made, staged, seconds=1.26, profile=profile)
 
 
 @pytest.fixture
@@ -43,6 +54,87 @@ def test_a_published_artifact_is_found_and_sound(store):
     artifact = publish(store, "sft")
     assert store.checked("sft", artifact.key) == artifact
     assert artifact.metrics == {"step": 2, "loss": 1.0}
+
+
+def test_an_artifact_says_what_it_is(store):
+    made = publish(store, "sft", data="d", base="b", reward="r")
+    assert (made.inputs, made.made_from) == ({"data": "d", "base": "b", "reward": "r"}, ["reward"])
+    assert made.history() == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert made.made == f"artifacts/sft/{made.key}, made {made.manifest['created']} in 1 s"
+    assert made.size == sum(file.stat().st_size for file in made.path.rglob("*") if file.is_file())
+    product = made.product
+    assert (product.node, product.stage, product.digest, product.key) == ("sft", "sft", made.digest, made.key)
+    assert (product.document, product.metrics, product.seconds) == (made.manifest["document"], made.metrics, 1.3)
+    assert (product.inputs, product.created, product.names) == (made.inputs, made.manifest["created"], ())
+
+
+def test_products_come_newest_first_and_a_data_set_has_its_profiles_name(store):
+    made = [publish(store, stage, profile="wide") for stage in ("data", "sft")]
+    for artifact, created in zip(made, ("2026-01-02", "2026-01-01"), strict=True):
+        manifest = artifact.manifest | {"created": created}
+        (artifact.path / MANIFEST).write_text(sealed(manifest))
+    assert [(product.node, product.names) for product in store.products()] == [("data", ("wide",)), ("sft", ())]
+
+
+def test_that_a_result_was_made_here_is_known_after_its_folder_is_gone(store):
+    made = publish(store, "sft")
+    shutil.rmtree(made.path)
+    assert store.was_here(made.key)
+    assert not store.was_here("0" * 64)
+
+
+def test_a_copy_is_taken_over_if_it_is_what_the_key_says(store, tmp_path):
+    made = publish(store, "sft")
+    copy = shutil.copytree(made.path, tmp_path / "copy")
+    (copy / "model.bin").write_bytes(b"Weights")
+    with pytest.raises(CopyError, match=r"^model\.bin: expected sha256"):
+        Store(tmp_path / "other").adopt("sft", made.key, copy)
+    shutil.copy(made.path / "model.bin", copy)
+    with pytest.raises(CopyError, match=f"is that of another key, {made.key}"):
+        Store(tmp_path / "other").adopt("sft", "0" * 64, copy)
+    found = Store(tmp_path / "other").adopt("sft", made.key, copy)
+    assert (found, copy.exists()) == (Store(tmp_path / "other").checked("sft", made.key), False)
+    with pytest.raises(CopyError, match=r"^artifact\.json is missing"):
+        Store(tmp_path / "third").adopt("sft", made.key, tmp_path)
+
+
+def test_a_folder_with_the_manifest_of_another_key_is_refused_with_the_way_out(store):
+    made = publish(store, "sft")
+    other = made.path.rename(made.path.with_name("0" * 64))
+    with pytest.raises(TamperedError, match=f"is that of another key, {made.key}\n.*rm -r {other}"):
+        store.find("sft", "0" * 64)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to a folder"])
+def test_what_no_manifest_lists_is_found(store, tmp_path, kind):
+    made = publish(store, "sft")
+    strange = made.path / "deep" / "strange"
+    strange.write_text("") if kind == "file" else strange.symlink_to(tmp_path if "folder" in kind else MANIFEST)
+    assert store.fault(made) == f"{strange}: expected no such file, {MANIFEST} does not list it"
+
+
+def test_a_digest_that_does_not_follow_from_the_files_is_found(store):
+    made = publish(store, "sft")
+    forged = Artifact(made.path, made.manifest | {"digest": "0" * 64})
+    assert store.fault(forged) == f"{made.path / MANIFEST}: the digest does not follow from the files it lists"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"seal": "0"}'])
+def test_a_text_without_its_seal_is_no_manifest(text):
+    with pytest.raises(ValueError, match="seal"):
+        unsealed(text.encode())
+
+
+def test_the_commit_is_that_of_the_folder_and_says_whether_files_differ(tmp_path):
+    assert git_commit(tmp_path) is None
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "one"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    head = subprocess.run(["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert git_commit(tmp_path) == head.stdout.strip()
+    (tmp_path / "new").write_text("")
+    subprocess.run(["git", "-C", tmp_path, "add", "new"], check=True)
+    assert git_commit(tmp_path) == f"{head.stdout.strip()}-dirty"
 
 
 def test_an_unknown_key_finds_nothing(store):
