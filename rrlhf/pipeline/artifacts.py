@@ -278,6 +278,12 @@ class Store:
         """Whether this folder had the artifact of a key at some time, removed or not."""
         return (self._made / key).exists()
 
+    def forget(self, folder: Path) -> None:
+        """Keep no note of a result that nothing needs any more."""
+        self.memo.forget(folder)
+        self.memo.save()
+        (self._made / folder.name).unlink(missing_ok=True)
+
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte and its signature.
 

@@ -108,6 +108,7 @@ def remove(lookup: Lookup, found: list[Leftover]) -> None:
         if one.model:
             lookup.tracker.models.delete(one.model)
         if one.path.is_dir():
+            lookup.store.forget(one.path)
             aside = lookup.store.root / ".staging" / f"gc-{one.path.name}"
             aside.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)

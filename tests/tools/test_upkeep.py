@@ -80,6 +80,8 @@ def test_a_result_that_nothing_needs_goes_with_its_bytes_and_one_with_a_second_n
     assert found(made)[name].size == artifact.size - 1000
     remove(lookup(made), leftovers(lookup(made)))
     assert not artifact.path.exists()
+    assert not Store(made.root).was_here(artifact.key)
+    assert artifact.key not in (made.root / ".rrlhf" / "digests.json").read_text()
     assert (made.root / "second-name").read_bytes() == b"w" * 1000
     (made.root / "second-name").unlink()
     assert found(made) == {}
