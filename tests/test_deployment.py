@@ -151,6 +151,20 @@ def test_the_schedule_in_the_comments_is_one(tmp_path):
     assert set(schedule["parameters"]) <= {"profile", "overrides", "part"}
 
 
+def test_prefect_takes_the_template_of_jobs_on_kubernetes_which_get_gpus_and_time_to_end():
+    from prefect.server.schemas.actions import WorkPoolCreate
+    from prefect.utilities.templating import apply_values
+
+    template = json.loads((ROOT / "k8s" / "job-template.json").read_text())
+    WorkPoolCreate(name="rrlhf", type="kubernetes", base_job_template=template)
+    known = {name: each.get("default", name) for name, each in template["variables"]["properties"].items()}
+    pod = apply_values(template["job_configuration"], known)["job_manifest"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["envFrom"] == [{"secretRef": {"name": "rrlhf"}}]
+    assert pod["terminationGracePeriodSeconds"] == 900
+
+
 def test_the_first_run_makes_everything_and_shows_it(first, served):
     assert set(served.tasks(first).values()) == {"Completed"}
     found = served.artifacts(first)
