@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from rrlhf.config import Model, Ppo, typed_arm
+from rrlhf.environment import spare_collector
 from rrlhf.models.load import accelerator, load_base
 from rrlhf.models.shards import loading_device, whole
 from rrlhf.pipeline.params import load_params
@@ -88,5 +89,6 @@ def train_all(model, settings, rewards, bases, out):
 
 
 if __name__ == "__main__":
+    spare_collector()
     job = json.loads(Path(sys.argv[1]).read_text())
     train_all(Model(**job["model"]), Ppo(**job["ppo"]), [*map(Path, job["rewards"])], job["bases"], Path(job["out"]))

@@ -112,7 +112,7 @@ def served(shared_project, database):
     tiny = shared_project / "profiles" / "tiny.yaml"
     settings = yaml.safe_load(tiny.read_text())
     del settings["arms"]  # of other methods
-    settings["launch"]["arms_at_once"] = 1  # in one process: each imports torch
+    settings["prepare"]["limit"] = 64  # half as much for the judge to read
     tiny.write_text(yaml.safe_dump(settings))
     services = Served(shared_project)
     yield services
