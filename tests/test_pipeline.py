@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
@@ -61,8 +62,13 @@ class Shell:
         assert done.returncode == code, done.stdout + done.stderr
         return Done(done.stdout, done.stderr)
 
+    def begun(self, *arguments):
+        """A run that goes on beside this process."""
+        command, quiet = [sys.executable, "-m", "rrlhf", "run", "--profile", "tiny", *arguments], subprocess.DEVNULL
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, stdout=quiet, stderr=quiet)
+
     def here(self, *arguments):
-        """What a command prints in this process, which has the libraries imported."""
+        """What a command prints in this process, which has the libraries imported, and the code as it was."""
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         return done.stdout
@@ -78,8 +84,15 @@ class Shell:
         return self("run", "--profile", "tiny", "--json", *arguments)
 
     def planned(self, *arguments):
-        nodes = json.loads(self("plan", "--profile", "tiny", "--json", *arguments).out)
-        return {node["node"]: node for node in nodes}
+        return by_node(self.here("plan", "--profile", "tiny", "--json", *arguments))
+
+    def planned_apart(self):
+        """The plan of a process that reads the code as it is now."""
+        return by_node(self("plan", "--profile", "tiny", "--json").out)
+
+
+def by_node(told):
+    return {node["node"]: node for node in json.loads(told)}
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +139,15 @@ def test_what_begins_is_told_before_it_has_ended(first):
         assert lines.index(next(line for line in lines if line.startswith(f"{node}  begins"))) < lines.index(ended)
 
 
-def test_a_changed_setting_reruns_only_what_depends_on_it_and_going_back_nothing(first, shell, client):
-    def aliases():
-        return dict(client.get_registered_model("rrlhf-tiny-policy").aliases)
+def aliases(client):
+    return dict(client.get_registered_model("rrlhf-tiny-policy").aliases)
 
-    stand = aliases()
+
+def test_a_changed_setting_reruns_only_what_depends_on_it_and_going_back_nothing(first, shell, client):
+    stand = aliases(client)
     assert set(stand) == {"candidate", "single", "robust", "direct"}
     assert actions(shell.planned(*NEW_WEIGHT)) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
-    changed = shell.run(*NEW_WEIGHT)
+    changed = shell.run(*NEW_WEIGHT, "--take-aliases")
     assert changed.ran == POLICIES | {"evaluate"}
     assert changed.cached == (MODELS | {"data"}) - changed.ran
     assert re.search(
@@ -141,19 +155,44 @@ def test_a_changed_setting_reruns_only_what_depends_on_it_and_going_back_nothing
     )
     assert re.search(r"'reward' - Finished in state Cached\('heldout_accuracy \S+, made 20", changed.told)
     assert actions(shell.planned()) == actions(shell.planned(*NEW_WEIGHT)) == {}
-    assert "--take-aliases gives them to the models of this run" in changed.told
-    assert aliases() == stand
     [latest, *_] = runs(client, "rrlhf.profile", "tiny")
     assert latest.info.run_name == "tiny · ppo.kl_weight=0.3"
-
-    taken = shell.run(*NEW_WEIGHT, "--take-aliases")
-    now = aliases()
+    now = aliases(client)
     assert {name for name in now if now[name] != stand[name]} == {"candidate", "single", "robust"}
-    assert f"rrlhf-tiny-policy@candidate: v{stand['candidate']} -> v{now['candidate']}" in taken.told.splitlines()
+    assert f"rrlhf-tiny-policy@candidate: v{stand['candidate']} -> v{now['candidate']}" in changed.told.splitlines()
+
     back = shell.run()
     assert (back.ran, back.cached, back.folders) == (set(), MODELS | {"data"}, first.folders)
     assert f"rrlhf-tiny-policy@candidate: v{now['candidate']} -> v{stand['candidate']}" in back.told.splitlines()
-    assert aliases() == stand
+    assert aliases(client) == stand
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_by_the_same_command_and_moves_no_alias(first, shell, client):
+    """test_interrupted.py compares the bits, too."""
+    stand, updates = aliases(client), 20
+    asked = ("--set", f"ppo.updates={updates}", "--set", "health.checkpoint_every=1", "--until", "ppo-single")
+    saved = "artifacts/.staging/ppo-*/checkpoint/00000003*"
+    with shell.begun(*asked) as process:
+        while not any(shell.root.glob(saved)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    [staged] = shell.root.glob("artifacts/.staging/ppo-*/history.jsonl")
+    before = staged.read_text().splitlines()
+    again = shell.run(*asked)
+    assert again.ran == {"ppo-single"}
+    history = (shell.root / again.folders["ppo-single"] / "history.jsonl").read_text().splitlines()
+    assert history[:2] == before[:2]  # with the times of the run that was killed
+    assert [json.loads(line)["step"] for line in history] == list(range(updates))
+    flows = runs(client, "rrlhf.profile", "tiny")[:2]
+    assert [run.info.status for run in flows] == ["FINISHED", "KILLED"]
+    parts = [run for flow in flows for run in runs(client, "mlflow.parentRunId", flow.info.run_id)]
+    assert sorted(run.info.status for run in parts if run.data.tags["rrlhf.node"] == "ppo-single") == [
+        "FINISHED",
+        "KILLED",
+    ]
+    assert "--take-aliases gives them to the models of this run" in again.told
+    assert aliases(client) == stand
 
 
 def test_the_plan_tells_the_first_reason(first, shell):
@@ -350,9 +389,9 @@ def test_a_comment_or_an_unused_value_in_a_stage_changes_nothing_and_a_line_reru
     sound = source.read_text(encoding="utf-8")
     try:
         source.write_text("# why\n" + sound.replace('"""', '"""Why. ', 1) + "\nANSWER = 42\n", encoding="utf-8")
-        assert actions(shell.planned()) == {}
+        assert actions(shell.planned_apart()) == {}
         source.write_text(sound.replace("seed=arm.seed)", "seed=arm.seed + 1)"), encoding="utf-8")
-        planned = shell.planned()
+        planned = shell.planned_apart()
     finally:
         source.write_text(sound, encoding="utf-8")
     assert actions(planned) == dict.fromkeys(POLICIES, "run") | {"evaluate": "upstream"}
@@ -462,12 +501,12 @@ def test_looking_imports_nothing_heavy(shell):
 def test_results_of_other_code_are_accepted_on_record_and_nothing_computes_again(first, shell):
     with (shell.root / "rrlhf" / "models" / "text.py").open("a", encoding="utf-8") as source:
         source.write("\nassert True\n")
-    assert shell.planned()["data"]["action"] == "run"
+    assert shell.planned_apart()["data"]["action"] == "run"
     asked = ("--profile", "tiny", "--because", "a check that never fails")
     assert "accept or run that first" in shell("accept", "reward", *asked, code=2).told
     accepted = shell("accept", *asked).out.splitlines()
     assert {line.partition("  accepted from ")[0] for line in accepted} == MODELS | {"data"}
-    planned = shell.planned()
+    planned = shell.planned_apart()
     assert actions(planned) == {}
     assert {tuple(node["reasons"]) for node in planned.values()} == {("accepted: a check that never fails",)}
     again = shell.run()
