@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -79,3 +80,22 @@ def test_a_stopped_and_a_killed_run_end_with_the_bits_and_the_history_of_an_undi
     for metric in ("score", "kl", "policy_loss"):
         points = client.get_metric_history(finished.info.run_id, metric)
         assert sorted(point.step for point in points) == list(range(UPDATES))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # Prefect's client goes on trying to tell its server of every event
+def test_a_run_whose_prefect_server_is_killed_makes_everything_and_the_next_has_nothing_to_compute(
+    project, start, tmp_path
+):
+    told = tmp_path / "told.txt"
+    process = start(project, told)
+    wait_for_checkpoint(project, process, told, after=0)
+    (server,) = [child for child in psutil.Process(process.pid).children() if "server" in child.cmdline()]
+    server.kill()
+    assert process.wait() == 1
+    said = told.read_text()
+    assert "Prefect's server answers no more" in said
+    assert "Traceback" not in said
+    assert list(project.glob("artifacts/evaluate/*/artifact.json"))
+    assert start(project, told).wait() == 0, told.read_text()
+    assert " begins" not in told.read_text()

@@ -233,7 +233,14 @@ def run_flow(
             say(total(planned) or "nothing to compute; what is here is registered and reported")
             flow = started(project.root, project.params.tracking.experiment, "pipeline", room(planned))
             asked = {name: [*names] for name, names in part._asdict().items() if names}
-            result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
+            from httpx import TransportError
+
+            try:
+                result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
+            except TransportError as error:  # of Prefect's client, which has tried for minutes
+                why = f"Prefect's server answers no more ({error})"
+                print(f"{why}: what is finished stays, and the same command goes on", file=sys.stderr, flush=True)
+                os._exit(FAILED)  # the client would try as long again for every event that it has not sent
     if as_json:
         print(json.dumps(result, indent=1))
 
