@@ -1,5 +1,6 @@
 """How text becomes tokens within the limits of the settings, and how much of it is cut."""
 
+import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -17,12 +18,15 @@ class NoRoomError(ValueError):
 
 
 class Texts:
-    """The texts that one stage hands to a language model, as tokens; counts each text once."""
+    """The texts that one stage hands to a language model, as tokens; counts each text once.
 
-    def __init__(self, language: LanguageModel, model: Model) -> None:
-        self._language, self._model = language, model
-        self._asked: dict[str, tuple[list[Message], list[int]]] = {}  # prompts' turns and tokens, by their messages
-        self._is_cut: dict[str, dict[str, bool]] = {}  # by kind and text
+    keeps_prompts: whether a prompt that comes again is worked out once, for the memory of all.
+    """
+
+    def __init__(self, language: LanguageModel, model: Model, *, keeps_prompts: bool = True) -> None:
+        self._language, self._model, self._keeps = language, model, keeps_prompts
+        self._asked: dict[bytes, tuple[list[Message], list[int]]] = {}  # prompts' turns and tokens, by their digest
+        self._is_cut: dict[str, dict[bytes, bool]] = {}  # by kind and the text's digest
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return a prompt's tokens up to where the assistant begins, as the chat template writes them.
@@ -45,7 +49,7 @@ class Texts:
     def conversation(self, messages: Sequence[Message], text: str) -> list[int]:
         """Return a prompt with its response, each cut as it is alone, as the chat template writes the two together."""
         turns, tokens = self._fitted(messages)[0], self.response(text)
-        said = decode(self._language, tokens) if self._is_cut[RESPONSES][text] else text
+        said = decode(self._language, tokens) if self._is_cut[RESPONSES][_digest(text)] else text
         return render(self._language, [*turns, Message(role="assistant", content=said)], begin=False)
 
     def apart(self, pairs: Sequence[Preference], encoded: Callable[[str], list[int]]) -> list[Preference]:
@@ -82,19 +86,22 @@ class Texts:
 
     def _fitted(self, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
         """Return a prompt's turns, as many as fit, and their tokens."""
-        key = json.dumps(messages)
+        text = json.dumps(messages)
+        key = _digest(text)
         if key not in self._asked:
+            if not self._keeps:
+                self._asked.clear()
             turns = [*messages]
             if self._model.system_prompt is not None and turns[0]["role"] != "system":
                 turns = [Message(role="system", content=self._model.system_prompt), *turns]
             whole = self._rendered(turns)
             fits = self._fits(whole)
             self._asked[key] = (turns, whole) if fits else self._shortened(turns)
-            self._count(PROMPTS, key, not fits)
+            self._count(PROMPTS, text, not fits)
         return self._asked[key]
 
     def _count(self, kind: str, text: str, is_cut: bool) -> None:
-        self._is_cut.setdefault(kind, {})[text] = is_cut
+        self._is_cut.setdefault(kind, {})[_digest(text)] = is_cut
 
     def _fits(self, tokens: list[int]) -> bool:
         return len(tokens) <= self._model.prompt_tokens
@@ -128,6 +135,10 @@ class Texts:
                 f"system turn and one character takes {len(tokens)} tokens; raise it, or shorten the system turn"
             )
         return kept, tokens
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def render(language: LanguageModel, turns: Sequence[Message], *, begin: bool = True) -> list[int]:

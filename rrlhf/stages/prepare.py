@@ -50,7 +50,7 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
         tables, summary = _written(seed, model, prepare, gold)
         counts, hashes = _write(((name, row) for name, rows in tables.items() for row in rows), out)
     else:
-        texts = Texts(load_base(model, weights=False), model)
+        texts = Texts(load_base(model, weights=False), model, keeps_prompts=False)
         rejected, columns = list[Rejected](), set[str]()
         counts, hashes = _write(_human(seed, prepare, _read(prepare, texts, rejected), columns), out)
         good = sum(counts.values())
