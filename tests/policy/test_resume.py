@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator
 from conftest import save_random_heads
 from interrupting import handing_on, wait_for_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
@@ -27,6 +29,7 @@ from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.checkpoint import Checkpoints
+from rrlhf.policy.health import DivergedError
 
 ROOT = Path(__file__).parents[2]
 UPDATES = 6
@@ -85,8 +88,8 @@ def document(every=2, **changed):
     return {"stage": "ppo", "params": {name: section.model_dump() for name, section in sections.items()}}
 
 
-def launch(processes=1):
-    return Launch(processes=processes, threads=1, arms_at_once=1, sharding="none")
+def launch(processes=1, sharding="none"):
+    return Launch(processes=processes, threads=1, arms_at_once=1, sharding=sharding)
 
 
 def run(inputs, out, log=lambda row: None, every=2, **changed):
@@ -94,10 +97,10 @@ def run(inputs, out, log=lambda row: None, every=2, **changed):
         execute(document(every, **changed), inputs=inputs, out=out, launch=launch())
 
 
-def started(inputs, out, beside=0, processes=1, **streams):
+def started(inputs, out, beside=0, processes=1, sharding="none", **streams):
     """Run the stage in a process of its own, as the flow does."""
     job = {"document": document(), "inputs": {name: str(folder) for name, folder in inputs.items()}, "out": str(out)}
-    job |= {"launch": launch(processes).model_dump(), "beside": beside}
+    job |= {"launch": launch(processes, sharding).model_dump(), "beside": beside}
     return subprocess.Popen([sys.executable, "-c", PROGRAM, json.dumps(job)], cwd=ROOT, **streams)
 
 
@@ -108,6 +111,11 @@ def result(out):
     assert [row["step"] for row in rows] == list(range(UPDATES))
     assert not (out / CHECKPOINT).exists()
     return sha256(out / "model.safetensors"), pq.read_table(out / "rollouts.parquet").to_pylist(), timeless
+
+
+def asked(ended):
+    """Every response's update and prompt, whichever process had it."""
+    return sorted((each["update"], each["prompt"]) for each in ended[1])
 
 
 def stops_at(step):
@@ -164,18 +172,53 @@ def test_only_what_came_after_the_checkpoint_is_computed_again(inputs, stopped, 
 
 
 @pytest.mark.slow
-def test_one_of_several_processes_that_is_killed_is_told_and_another_number_of_them_goes_on(inputs, tmp_path, whole):
-    with started(inputs, tmp_path, processes=2, stderr=subprocess.PIPE, text=True) as training:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_one_of_several_processes_that_is_killed_is_told_and_another_number_of_them_goes_on(
+    inputs, tmp_path, whole, sharding
+):
+    with started(inputs, tmp_path, processes=2, sharding=sharding, stderr=subprocess.PIPE, text=True) as training:
         wait_for_rows(tmp_path, 3, training)
         ranks = [each for each in psutil.Process(training.pid).children(recursive=True) if "RANK" in each.environ()]
         next(each for each in ranks if each.environ()["RANK"] == "1").kill()
         _, told = training.communicate(timeout=120)
     assert "ppo in 2 processes ended with 1: one of them was killed (SIGKILL)" in told
     run(inputs, tmp_path)
-    asked, undisturbed = (
-        sorted((each["update"], each["prompt"]) for each in one[1]) for one in (result(tmp_path), whole)
-    )
-    assert asked == undisturbed  # every response is there once, whichever process had it
+    assert asked(result(tmp_path)) == asked(whole)
+
+
+@pytest.mark.slow
+def test_what_one_process_saved_is_gone_on_from_by_two_that_share_the_weights(inputs, stopped, whole):
+    execute(document(), inputs=inputs, out=stopped, launch=launch(2, "full"))
+    ended = result(stopped)
+    assert asked(ended) == asked(whole)
+    assert ended[2][:4] == whole[2][:4]
+
+
+@pytest.mark.slow
+def test_processes_save_the_same_model_where_they_share_its_weights(inputs, tmp_path):
+    told, saved = document(updates=2, trains="lora"), []
+    for each in (launch(2, "none"), launch(2, "full")):
+        out = tmp_path / each.sharding
+        execute(told, inputs=inputs, out=out, launch=each)
+        network, report = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+        assert not any(report.values())
+        saved.append(network.state_dict())
+    start = load_file(inputs["sft"] / "model.safetensors")
+    far, moved = ({n: (w - one[n]).float().abs().mean() for n, w in saved[0].items()} for one in (saved[1], start))
+    assert max(moved.values()) > 1e-4
+    assert all(far[name] <= 0.02 * max(moved.values()) for name in far), (far, moved)
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_weights_roll_back_as_others_do(inputs, tmp_path):
+    told, ended = document(every=1), []
+    told["params"]["health"]["max_token_kl"] = 1e-6
+    for each in (launch(2, "none"), launch(2, "full")):
+        with pytest.raises(DivergedError) as found:
+            execute(told, inputs=inputs, out=tmp_path / each.sharding, launch=each)
+        ended.append(str(found.value))
+    assert "after 2 rollbacks" in ended[0]
+    assert ended[0] == ended[1]
 
 
 @pytest.mark.parametrize("beside", [0, pytest.param(1, marks=pytest.mark.slow)])

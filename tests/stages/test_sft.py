@@ -135,24 +135,25 @@ def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, sett
         "params": {"seed": 0, "model": model.model_dump(), "sft": settings.model_dump()},
     }
     weights = []
-    for processes, beside in ((1, 0), (1, 1), (2, 0)):
-        out = tmp_path / f"out{processes}{beside}"
+    for processes, beside, sharding in ((1, 0, "none"), (1, 1, "none"), (2, 0, "none"), (2, 0, "full")):
+        out = tmp_path / f"out{processes}{beside}{sharding}"
         out.mkdir()
         program = (
             "import json, sys; from pathlib import Path;"
             "from rrlhf.config import Launch; from rrlhf.pipeline.launch import execute;"
             "job = json.loads(sys.argv[1]);"
             "execute(job['document'], inputs={'data': Path(job['data'])}, out=Path(job['out']), "
-            " launch=Launch(processes=job['processes'], threads=1, arms_at_once=1, sharding='none'),"
-            " beside=job['beside'])"
+            " launch=Launch(**job['launch']), beside=job['beside'])"
         )
-        job = {"document": document, "data": str(data), "out": str(out), "processes": processes, "beside": beside}
+        job = {"document": document, "data": str(data), "out": str(out), "beside": beside}
+        job["launch"] = {"processes": processes, "sharding": sharding, "threads": 1, "arms_at_once": 1}
         subprocess.run([sys.executable, "-c", program, json.dumps(job)], check=True, cwd=ROOT, timeout=240)
         weights.append(load_file(out / "model.safetensors"))
         assert sum('"loss"' in line for line in (out / "history.jsonl").read_text().splitlines()) == 6
-    one, alone, two = weights
+    one, alone, two, sharing = weights
     for name, tensor in one.items():
         assert torch.equal(alone[name], tensor)
         torch.testing.assert_close(two[name], tensor, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(sharing[name], tensor, atol=2e-5, rtol=1e-3)
     start = load_base(model).network.state_dict()
     assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)
