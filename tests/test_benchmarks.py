@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale import exponent
+
 SOURCE = Path(__file__).parents[1] / "benchmarks" / "reward.py"
 
 
@@ -87,3 +89,9 @@ def test_the_report_lists_every_kind_and_lines_up(reward, results):
     assert "| 7M   | rrlhf, full         | 20 (20-25)     | 2x (1.6-3)      | 0.750             | 200      |" in lines
     assert sum(line.startswith("| 7M ") for line in lines) == 3 + 4 + 7
     assert len({len(line) for line in lines[:5]}) == 1
+
+
+def test_the_exponent_is_that_between_the_two_largest_sizes():
+    assert exponent((1, 10, 100), [50.0, 60.0, 600.0]) == "1.00"
+    assert exponent((1, 10, 100), [1.0, 2.0]) == "0.30"  # the largest was left out
+    assert exponent((1, 10), [0.0, 5.0]) == "–"
