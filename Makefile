@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
 
-test: .venv/.installed  ## all but the slow ones, in seven to twelve minutes on two cores
+test: .venv/.installed  ## all but the slow ones, in five to twelve minutes on two cores
 	$(TESTS)
 
 test-all: .venv/.installed  ## the slow ones too

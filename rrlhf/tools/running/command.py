@@ -230,11 +230,11 @@ def run_flow(
             say("nothing to do: every stage is up to date and registered")
             result = done.result
         else:
+            from httpx import TransportError
+
             say(total(planned) or "nothing to compute; what is here is registered and reported")
             flow = started(project.root, project.params.tracking.experiment, "pipeline", room(planned))
             asked = {name: [*names] for name, names in part._asdict().items() if names}
-            from httpx import TransportError
-
             try:
                 result = flow(profile=profile, overrides=overrides, part=asked or None, take_aliases=take_aliases)
             except TransportError as error:  # of Prefect's client, which has tried for minutes
