@@ -36,8 +36,8 @@ def estimate(values: Tensor, groups: Tensor | None = None) -> Measured:
 
 def group_means(values: Tensor, groups: Tensor) -> Tensor:
     """Return the mean of values [rows] in each group, in order of the groups' numbers, [groups] float64."""
-    _, group = groups.unique(return_inverse=True)
-    sums = torch.zeros(int(group.max()) + 1, dtype=torch.float64).scatter_add_(0, group, values.double())
+    numbers, group = groups.unique(return_inverse=True)
+    sums = torch.zeros(len(numbers), dtype=torch.float64).scatter_add_(0, group, values.double())
     return sums / torch.bincount(group)
 
 
@@ -60,8 +60,10 @@ def share_interval(found: Measured, level: float = 0.95) -> Interval:
     """Return Wilson's interval of an estimated share, for as many independent rows as its standard error speaks of.
 
     That number, p (1 - p) / stderr^2, counts the rows of one prompt as the one unit that they are; with no variance
-    to learn it from it is n, the number of units.
+    to learn it from it is n, the number of units. NaN for none.
     """
+    if not found.n:
+        return Interval(math.nan, math.nan)
     p = min(max(found.mean, 0.0), 1.0)
     rows = p * (1 - p) / found.stderr**2 if found.stderr > 0 and 0 < p < 1 else found.n
     return wilson_interval(p, rows, level)

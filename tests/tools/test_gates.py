@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rrlhf.config import Gates
-from rrlhf.judging.calibration import mean_interval
+from rrlhf.judging.calibration import group_means, mean_interval
 from rrlhf.judging.content import Measured
 from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.policy.reading import Judges, Reading, wins_over
@@ -66,6 +66,12 @@ def test_a_single_prompt_passes_nothing():
     gate = at_most("kl", torch.zeros(1), 5.0, 0.95)
     assert not gate["passed"]
     assert gate["low"] is None
+
+
+def test_a_judge_without_any_verdict_passes_nothing():
+    gate = win_rate(group_means(torch.empty(0), torch.empty(0)), 0.0, 0.95)
+    assert (gate["passed"], gate["value"], gate["low"], gate["n"]) == (False, None, None, 0)
+    assert in_words(gate) == gate["rule"]
 
 
 def test_the_interval_of_a_mean_is_students():

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from chat_server import chat_server
+from classifiers import GPT, saved
 from finished import Finished, at_work
 from typer.testing import CliRunner
 
@@ -99,6 +101,29 @@ def test_the_next_version_has_to_beat_the_champion(shell, client):
     assert told["decision"] == "promoted"
     assert "sigma" not in {gate["name"] for gate in told["gates"]}
     assert str(champion(client)) == number(client, "single")
+
+
+def judged_by(**judge):
+    return "--set", f"evaluate.judge={json.dumps(judge)}"
+
+
+def test_a_reward_model_of_ones_own_decides(shell, tmp_path):
+    base = saved(tmp_path / "judge", GPT)
+    told = shell.json("promote", ROBUST, "--to", "pleasing", *LOOSE, *judged_by(base=base))
+    assert (told["decision"], told["judge"]) == ("promoted", base)
+    by_gold = shell.json("promote", ROBUST, "--to", "plain", *LOOSE)
+    for policy in ("candidate", "opponent", "start"):
+        assert told["means"][policy]["words"] == by_gold["means"][policy]["words"]  # the same responses
+        assert told["means"][policy]["judged"] != by_gold["means"][policy]["judged"]
+
+
+def test_a_judge_that_is_asked_decides(shell):
+    with chat_server(lambda _: "[[A]]") as (address, requests):  # the first, in either order: a tie
+        judge = judged_by(address=address, name="judge", key_variable=None)
+        told = shell.json("promote", SINGLE, "--to", "liked", *LOOSE, *judge)
+    assert (told["decision"], told["judge"]) == ("promoted", "judge")
+    assert next(gate["value"] for gate in told["gates"] if gate["name"] == "win_rate") == 0.5
+    assert requests
 
 
 def test_data_that_the_version_does_not_come_from_judge_nothing(shell):
