@@ -35,7 +35,8 @@ from benchmarks.ours_ppo import (
 )
 from benchmarks.reward import processor, table
 from rrlhf.models.layers import PACKED
-from rrlhf.models.load import LanguageModel, accelerator, load_base
+from rrlhf.models.load import LanguageModel, load_base
+from rrlhf.models.processes import accelerator
 from rrlhf.models.rollout import Rollout
 from rrlhf.policy.reward import Prompts, arm_reward
 from rrlhf.stages import ppo

@@ -13,7 +13,8 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401 - loaded on demand, it would count as the stage's memory
 
 from rrlhf.config import Params, typed_arm
-from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
+from rrlhf.models.load import LanguageModel, load_base, load_model, save_model
+from rrlhf.models.processes import accelerator
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.memory import moments

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rrlhf.config import Model, Ppo, PpoArm, typed_arm
-from rrlhf.models.load import LanguageModel, accelerator, load_base, load_model, save_model
+from rrlhf.models.load import LanguageModel, load_base, load_model, save_model
+from rrlhf.models.processes import accelerator
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.learner import Learner, prepare_learner
 from rrlhf.policy.reward import Prompts, arm_reward, load_reward_models

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from rrlhf.config import Model, Ppo, typed_arm
 from rrlhf.environment import spare_collector
-from rrlhf.models.load import accelerator, load_base
+from rrlhf.models.load import load_base
+from rrlhf.models.processes import accelerator
 from rrlhf.models.shards import loading_device, whole
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.answers import Answer, Answers

@@ -22,7 +22,8 @@ from rrlhf.files import CHECKPOINT
 from rrlhf.located import ParamsError, UsageError
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import adapted, load_adapters, save_adapters
-from rrlhf.models.load import ModelError, accelerator, load_base, save_model
+from rrlhf.models.load import ModelError, load_base, save_model
+from rrlhf.models.processes import accelerator
 from rrlhf.pipeline.artifacts import Store, TamperedError
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, parse_override

@@ -11,7 +11,8 @@ from rrlhf.config import Gold, Model
 from rrlhf.data.tables import Rows
 from rrlhf.hardware import device_kind
 from rrlhf.judging.gold import GoldJudge, GoldScores
-from rrlhf.models.load import LanguageModel, autocast, load_base
+from rrlhf.models.load import LanguageModel, load_base
+from rrlhf.models.processes import autocast
 from rrlhf.models.states import entering
 from rrlhf.models.text import Texts, encode
 from rrlhf.models.top import PolicyTop, split_responses

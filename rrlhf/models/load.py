@@ -3,42 +3,26 @@
 import contextlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 
 from rrlhf.config import Model
 from rrlhf.files import sync
-from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.memo import sha256
 from rrlhf.models.layers import PACKED, register
-from rrlhf.models.shards import shares, whole_state
+from rrlhf.models.shards import whole_state
 from rrlhf.models.sources import base_location
+from rrlhf.models.templates import CHAT_TEMPLATE, ends, pin_date, tokenizer_problems
 from rrlhf.models.trial import refusal, why_whole
 from rrlhf.models.whole import decoder_layers, recompute
 from rrlhf.progress import is_main_process
-
-Row = TypeVar("Row")
-Part = TypeVar("Part")
-
-DATA_PARALLEL = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-
-# Of a tokenizer that brings none.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-PRINTED_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class LanguageModel(NamedTuple):
@@ -90,46 +74,6 @@ class ModelError(ValueError):
     """A model cannot be used as it is: every reason, a line each, and the way out."""
 
 
-def accelerator(model: Model) -> Accelerator:
-    """Return the device and the processes of this run. Precision is ours (`autocast`): heads stay in float32.
-
-    Raises ValueError where a file from `accelerate config` asks for more than data parallelism.
-    """
-    engine = Accelerator(cpu=device_kind(model.device) == "cpu")
-    if engine.distributed_type not in DATA_PARALLEL:
-        kind = engine.distributed_type.value
-        raise ValueError(f"accelerate's configuration asks for {kind}: leave it out, and set launch.sharding to full")
-    return engine
-
-
-def autocast(model: Model) -> torch.autocast:
-    """Return the context in which a language model's layers run."""
-    device = device_kind(model.device)
-    return torch.autocast(device, torch.bfloat16, enabled=dtype_name(model.dtype, device) == "bfloat16")
-
-
-def microbatches(
-    engine: Accelerator, network: nn.Module, rows: list[Row], size: int
-) -> Iterator[tuple[tuple[list[Row], bool], AbstractContextManager[object]]]:
-    """Split this process's share of a batch into parts that fit in memory, each with whether it counts (`shares`).
-
-    Gradients accumulate over the parts and are exchanged between processes with the last one only.
-    """
-    yield from accumulated(engine, network, shares(engine, rows, size))
-
-
-def accumulated(
-    engine: Accelerator, network: nn.Module, parts: Sequence[Part]
-) -> Iterator[tuple[Part, AbstractContextManager[object]]]:
-    """Yield the parts of a batch, each with the context of its backward pass: only the last exchanges gradients.
-
-    Where weights are spread each does, for no process has room for all gradients.
-    """
-    for part in parts[:-1]:
-        yield part, engine.no_sync(network)
-    yield parts[-1], contextlib.nullcontext()
-
-
 def load_base(model: Model, *, weights: bool = True, fetch: bool = True, reward_model: bool = False) -> LanguageModel:
     """Load `model.base` from a hub id, a folder, a GGUF file, a package, or make it at random.
 
@@ -163,14 +107,6 @@ def _place(model: Model) -> Path | str:
     """Return the folder of a base, or its hub id."""
     place = base_location(model)
     return _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
-
-
-def trained_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that train, and make them float32, in place: bfloat16 would lose steps that are small."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    for weight in weights:
-        weight.data = weight.data.float()
-    return weights
 
 
 def load_model(folder: Path, model: Model) -> LanguageModel:
@@ -343,9 +279,9 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         notes.append("its tokenizer brings no chat template, so a plain one of rrlhf's is used and saved with it")
-    problems = [*problems, *_tokenizer_problems(network, tokenizer)]
+    problems = [*problems, *tokenizer_problems(network, tokenizer)]
     if "strftime_now(" in tokenizer.get_chat_template():
-        problems += _pin_date(tokenizer, date.fromisoformat(model.date))
+        problems += pin_date(tokenizer, date.fromisoformat(model.date))
         notes.append(f"its chat template prints today's date, which is pinned to model.date, {model.date}")
     tokens = model.prompt_tokens + model.response_tokens
     if why := refusal(network.config, tokens):
@@ -354,8 +290,8 @@ def _ready(language: LanguageModel, name: str, model: Model, problems: Sequence[
         raise ModelError("\n".join(f"{name}: {problem}" for problem in problems))
     if (whole := _made_to_run(network, model)) and language.score is None:
         notes.append(f"{whole}, so every pass runs all of it: ppo.trains lora needs the least memory and time then")
-    network.generation_config.eos_token_id = ends = _ends(network, tokenizer)
-    generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=ends)
+    network.generation_config.eos_token_id = found = ends(network, tokenizer)
+    generation, network.generation_config = network.generation_config, GenerationConfig(eos_token_id=found)
     return language._replace(notes=tuple(notes), by_layers=whole is None, generation=generation)
 
 
@@ -369,45 +305,6 @@ def _made_to_run(network: Any, model: Model) -> str | None:
     if model.gradient_checkpointing:
         recompute(network)
     return whole
-
-
-def _tokenizer_problems(network: Any, tokenizer: Any) -> Iterator[str]:
-    rows, last = network.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
-    if last >= rows:
-        yield (
-            f"its tokenizer has ids up to {last}, its embeddings {rows} rows: call resize_token_embeddings, train the "
-            "new rows, and save the model again"
-        )
-    if tokenizer.eos_token_id is None:
-        yield "its tokenizer has no end-of-sequence token"
-
-
-def _pin_date(tokenizer: Any, day: date) -> list[str]:
-    """Have a chat template print this day instead of today's, in place: a prompt must not depend on the calendar."""
-    template = tokenizer.get_chat_template()  # of several by name, the one for chats
-    fixed = PRINTED_DATE.sub(lambda found: json.dumps(day.strftime(found[2])), template)
-    if "strftime_now(" in fixed:
-        return ["its chat template prints the time in a way that cannot be pinned; put a fixed date into the template"]
-    tokenizer.chat_template = fixed
-    return []
-
-
-def _ends(network: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response, first the one that the chat template writes behind it."""
-    listed = network.generation_config.eos_token_id
-    known = listed if isinstance(listed, list) else [listed]
-    written = _written_end(tokenizer)
-    return [*dict.fromkeys(end for end in (written, *known, tokenizer.eos_token_id) if end is not None)]
-
-
-def _written_end(tokenizer: Any) -> int | None:
-    """Return the first special token that the chat template writes behind a response; None where it writes none."""
-    said = "A plain answer."
-    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": said}]
-    _, _, behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(said)
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    return next((token for token in tokens if token in special), None)
 
 
 def _converted(gguf: Path) -> Path:

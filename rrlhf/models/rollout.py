@@ -17,7 +17,8 @@ from rrlhf.config import Model
 from rrlhf.environment import give_back_memory
 from rrlhf.kl import k3
 from rrlhf.models.layers import ages, groups, grow, prefill
-from rrlhf.models.load import LanguageModel, autocast
+from rrlhf.models.load import LanguageModel
+from rrlhf.models.processes import autocast
 from rrlhf.models.shards import most
 from rrlhf.progress import track
 from rrlhf.returns import masked_mean

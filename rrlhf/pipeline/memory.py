@@ -15,8 +15,9 @@ from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, Params
 from rrlhf.hardware import cores, device_kind, dtype_name
 from rrlhf.located import ParamsError
 from rrlhf.models.adapters import adapted
-from rrlhf.models.load import LanguageModel, autocast, load_shape, trained_weights
+from rrlhf.models.load import LanguageModel, load_shape
 from rrlhf.models.memory import FEW, Pass, Rows, make_runnable, reading, sampling, size, states, through_all, training
+from rrlhf.models.processes import autocast, trained_weights
 from rrlhf.models.text import Texts
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.models.whole import decoder_layers

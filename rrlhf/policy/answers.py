@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model
-from rrlhf.models.load import autocast
+from rrlhf.models.processes import autocast
 from rrlhf.models.states import entering
 from rrlhf.models.text import Texts
 from rrlhf.models.top import split_responses

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from rrlhf.advantages import has_critic
 from rrlhf.config import Model, Ppo
 from rrlhf.models.adapters import adapted
-from rrlhf.models.load import LanguageModel, trained_weights
+from rrlhf.models.load import LanguageModel
+from rrlhf.models.processes import trained_weights
 from rrlhf.models.rollout import Draws, Samples, sample, tokens_of
 from rrlhf.models.shards import loading_device, mesh_of, share_of, spread, whole
 from rrlhf.models.top import PolicyTop, Read, first_trained

@@ -14,7 +14,8 @@ from rrlhf.judging.chat import Comparisons
 from rrlhf.judging.scored import Scorer
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
-from rrlhf.models.load import LanguageModel, autocast, load_model
+from rrlhf.models.load import LanguageModel, load_model
+from rrlhf.models.processes import autocast
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.states import entering, hidden_states
 from rrlhf.models.text import Texts, decode

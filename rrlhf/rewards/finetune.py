@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
 from rrlhf.models.adapters import adapted, merged
-from rrlhf.models.load import LanguageModel, autocast, microbatches, trained_weights
+from rrlhf.models.load import LanguageModel
+from rrlhf.models.processes import autocast, microbatches, trained_weights
 from rrlhf.models.states import entering
 from rrlhf.models.whole import decoder_layers
 from rrlhf.rewards.features import distinct, identity

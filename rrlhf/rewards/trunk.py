@@ -20,7 +20,8 @@ from rrlhf.hardware import device_kind
 from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
-from rrlhf.models.load import LanguageModel, autocast, load_base, load_model, save_model
+from rrlhf.models.load import LanguageModel, load_base, load_model, save_model
+from rrlhf.models.processes import autocast
 from rrlhf.models.rollout import response_features
 from rrlhf.models.states import entering, final_states, states_at
 from rrlhf.models.text import Texts

@@ -11,7 +11,8 @@ import torch
 from rrlhf.config import BestOfN, BestOfNArm, Model
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import columns_of, read_table
-from rrlhf.models.load import accelerator, autocast, load_model
+from rrlhf.models.load import load_model
+from rrlhf.models.processes import accelerator, autocast
 from rrlhf.models.rollout import sample_in_batches
 from rrlhf.models.text import Texts, decode
 from rrlhf.policy.reading import pooled_states

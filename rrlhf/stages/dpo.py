@@ -18,7 +18,8 @@ from rrlhf import losses
 from rrlhf.config import Dpo, DpoArm, Model
 from rrlhf.data.tables import preferences
 from rrlhf.judging.calibration import correct
-from rrlhf.models.load import accelerator, load_model, microbatches, save_model
+from rrlhf.models.load import load_model, save_model
+from rrlhf.models.processes import accelerator, microbatches
 from rrlhf.models.shards import loading_device, shares
 from rrlhf.models.text import Texts
 from rrlhf.policy.answers import Answer, Answers, answer

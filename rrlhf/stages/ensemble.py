@@ -17,7 +17,7 @@ from torch import Tensor
 from rrlhf.config import Ensemble, GivenEnsemble, LoraEnsemble, MemberEnsemble, Model, TrunkTraining, WarmEnsemble
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
 from rrlhf.models.adapters import adapted, diversity
-from rrlhf.models.load import accelerator
+from rrlhf.models.processes import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs
 from rrlhf.rewards.finetune import finetune, trainable

@@ -11,7 +11,7 @@ import torch
 
 from rrlhf.config import Member, Model, TrunkTraining
 from rrlhf.judging.metrics import heldout_metrics, judge_ensemble, score_pairs
-from rrlhf.models.load import accelerator
+from rrlhf.models.processes import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import PairFeatures, pair_features, read_pairs, started
 from rrlhf.rewards.finetune import finetune, trainable

@@ -24,7 +24,8 @@ from rrlhf.environment import give_back_memory
 from rrlhf.kl import ESTIMATORS, adapted_weight
 from rrlhf.losses import approximate_kl, clipped_policy_loss, clipped_value_loss
 from rrlhf.models.adapters import merged
-from rrlhf.models.load import accelerator, accumulated, autocast, load_model, save_model
+from rrlhf.models.load import load_model, save_model
+from rrlhf.models.processes import accelerator, accumulated, autocast
 from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
 from rrlhf.models.shards import in_step
 from rrlhf.models.text import Texts

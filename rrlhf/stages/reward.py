@@ -6,7 +6,7 @@ import torch
 
 from rrlhf.config import Model, Reward
 from rrlhf.judging.metrics import heldout_metrics, judge_single, score_pairs
-from rrlhf.models.load import accelerator
+from rrlhf.models.processes import accelerator
 from rrlhf.progress import track
 from rrlhf.rewards.features import START, pair_features, read_pairs
 from rrlhf.rewards.finetune import finetune, trainable

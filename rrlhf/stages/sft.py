@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from rrlhf.config import Model, Sft
 from rrlhf.data.tables import demonstrations
-from rrlhf.models.load import LanguageModel, accelerator, load_base, microbatches, save_model
+from rrlhf.models.load import LanguageModel, load_base, save_model
+from rrlhf.models.processes import accelerator, microbatches
 from rrlhf.models.shards import loading_device
 from rrlhf.models.text import Texts
 from rrlhf.models.whole import final_norm

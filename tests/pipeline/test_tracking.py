@@ -627,7 +627,8 @@ def tiny_policy(staged):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from rrlhf.models.load import CHAT_TEMPLATE, LanguageModel, save_model
+    from rrlhf.models.load import LanguageModel, save_model
+    from rrlhf.models.templates import CHAT_TEMPLATE
 
     characters = ["<unk>", "</s>", *(chr(code) for code in range(32, 127))]
     raw = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))

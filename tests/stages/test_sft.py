@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from rrlhf.config import Sft
 from rrlhf.data.tables import write_table
-from rrlhf.models.load import accelerator, load_base
+from rrlhf.models.load import load_base
+from rrlhf.models.processes import accelerator
 from rrlhf.models.text import Texts
 from rrlhf.policy.answers import Answers, answer
 from rrlhf.policy.learner import top_layers, with_optimizer
