@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -235,7 +236,8 @@ def _launcher(processes: int) -> list[str]:
 
 def main(path: Path) -> int:
     """Run a stage in this process, as told by a JSON file; return the exit code."""
-    end_with_parent()
+    # Alone it ends at once: the same command, given again, may be at work in this folder before a step is over.
+    end_with_parent(signal.SIGTERM if "WORLD_SIZE" in os.environ else signal.SIGKILL)
     spare_collector()
     stop_between_steps()
     job, problem = json.loads(path.read_bytes()), path.with_suffix(".problem")
