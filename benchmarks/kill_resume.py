@@ -127,7 +127,7 @@ def make_inputs(work: Path) -> dict[str, str]:
     """Write prompts, a random model as the SFT model, and random reward heads."""
     import torch
 
-    from rrlhf.data.tables import write_table
+    from rrlhf.data.tables import write_tables
     from rrlhf.models.load import load_base, save_model
     from rrlhf.pipeline.params import load_params
     from rrlhf.rewards.features import PairFeatures
@@ -138,7 +138,7 @@ def make_inputs(work: Path) -> dict[str, str]:
     for folder in folders.values():
         folder.mkdir()
     asked = [{"prompt": [{"role": "user", "content": f"Say {n}."}], "topic": None} for n in range(20)]
-    write_table(folders["data"], "ppo", asked)
+    write_tables(folders["data"], (("ppo", each) for each in asked))
     model = load_params(ROOT, "tiny").model.model_copy(update={"base": "random:3x64"})
     save_model(load_base(model), folders["sft"])
     for name, heads in (("reward", 1), ("ensemble", 3)):

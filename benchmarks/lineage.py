@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rrlhf.data.fingerprints import row_and_prompt, row_hash, write_hashes
-from rrlhf.data.tables import write_table
+from rrlhf.data.tables import write_tables
 from rrlhf.files import clear
 from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import HISTORY, Store
@@ -100,7 +100,7 @@ def row_files(folder: Path, graph: Graph) -> tuple[dict[str, dict[str, Path]], s
             {"prompt": [{"role": "user", "content": f"{number} {n}"}], "chosen": "a", "rejected": "b", "flipped": None}
             for n in range(ROWS)
         ]
-        write_table(place, "preferences", rows)
+        write_tables(place, (("preferences", each) for each in rows))
         write_hashes(place, {"preferences": map(row_and_prompt, rows)})
         files[data.digest] = {path.name: path for path in place.iterdir()}
         wanted = row_hash(rows[17])

@@ -32,6 +32,8 @@ QUIET = {
 }
 
 
+SHARDING = "RRLHF_SHARDING"  # what the processes of a launch are told: `launch.sharding`
+
 FULL = 2**20  # bytes: with less than that left on the disk, this is why something failed
 ROOM = 32 * 2**20  # bytes: the databases of Prefect and MLflow and the results of the tiny profile take ten million
 

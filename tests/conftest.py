@@ -143,7 +143,7 @@ def database(tmp_path_factory):
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """A small data set without topics, and a random model as the SFT model: folders `data` and `sft`."""
-    from rrlhf.data.tables import write_table
+    from rrlhf.data.tables import write_tables
     from rrlhf.models.load import load_base, save_model
     from rrlhf.pipeline.params import load_params
 
@@ -160,9 +160,9 @@ def start(tmp_path_factory):
         asked = list(rows(count, name))
         if name in {"ppo", "evaluate"}:
             asked = [{"prompt": row["prompt"], "topic": None} for row in asked]
-        write_table(root / "data", name, asked)
+        write_tables(root / "data", ((name, each) for each in asked))
     said = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows(20, "sft")]
-    write_table(root / "data", "sft", said)
+    write_tables(root / "data", (("sft", each) for each in said))
     model = load_params(ROOT, "tiny").model.model_copy(update={"base": "random:3x32"})
     save_model(load_base(model), root / "sft")
     return root

@@ -8,7 +8,7 @@ import pytest
 from conftest import save_random_heads
 
 from rrlhf.config import ChatJudge, Gold, Health
-from rrlhf.data.tables import write_table
+from rrlhf.data.tables import write_tables
 from rrlhf.judging.evaluation import OwnJudge
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_document
@@ -108,7 +108,8 @@ def test_the_glossary_names_what_reward_models_log_and_no_other(rewarded):
 def test_the_glossary_names_what_sft_logs_and_no_other(start, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    write_table(data, "sft", [{"prompt": [{"role": "user", "content": "Say a."}], "response": "aeiou"}] * 4)
+    said = {"prompt": [{"role": "user", "content": "Say a."}], "response": "aeiou"}
+    write_tables(data, [("sft", said)] * 4)
     node = next(node for node in nodes(load_params(ROOT, "tiny")) if node.name == "sft")
     assert logged(node, {"data": data}, tmp_path / "sft") == named("sft")
 

@@ -38,16 +38,15 @@ SCHEMAS |= {"heldout": SCHEMAS["preferences"], "evaluate": SCHEMAS["ppo"]}
 def write_tables(folder: Path, rows: Iterable[tuple[str, Row]]) -> dict[str, int]:
     """Write the tables of a data set, of rows with the name of their table; return how many each has.
 
-    No more than ROWS_AT_ONCE of a table are held in memory.
+    A table without rows is not written. No more than ROWS_AT_ONCE of a table are held in memory.
     """
     counts, waiting = dict.fromkeys(SCHEMAS, 0), {name: Rows() for name in SCHEMAS}
     with ExitStack() as files:
-        writers = {
-            name: files.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema))
-            for name, schema in SCHEMAS.items()
-        }
+        writers: dict[str, pq.ParquetWriter] = {}
 
         def write(name: str) -> None:
+            if name not in writers:
+                writers[name] = files.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", SCHEMAS[name]))
             writers[name].write_table(pa.Table.from_pylist(waiting[name], schema=SCHEMAS[name]))
             waiting[name].clear()
 
@@ -60,11 +59,6 @@ def write_tables(folder: Path, rows: Iterable[tuple[str, Row]]) -> dict[str, int
             if waiting[name]:
                 write(name)
     return counts
-
-
-def write_table(folder: Path, name: str, rows: Rows) -> None:
-    """Write one table of a data set."""
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMAS[name]), folder / f"{name}.parquet")
 
 
 def read_table(folder: Path, name: str) -> Rows:

@@ -16,23 +16,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rrlhf.environment import SHARDING
 from rrlhf.progress import is_main_process
 
 Part = TypeVar("Part")
 
-SHARDING = "RRLHF_SHARDING"  # what the processes of a launch are told: `launch.sharding`
-
 
 def mesh_of(engine: Accelerator) -> DeviceMesh | None:
     """Return the processes over which weights are spread; None where each has all of them."""
-    if engine.num_processes == 1 or os.environ.get(SHARDING) != "full":
-        return None
-    return init_device_mesh(engine.device.type, (engine.num_processes,))
+    return init_device_mesh(engine.device.type, (engine.num_processes,)) if _are_spread(engine) else None
 
 
 def loading_device(engine: Accelerator) -> torch.device:
     """Return where a model is whole: on its device, or in the host's memory, from where its layers are spread."""
-    return torch.device("cpu") if mesh_of(engine) else engine.device
+    return torch.device("cpu") if _are_spread(engine) else engine.device
+
+
+def _are_spread(engine: Accelerator) -> bool:
+    return engine.num_processes > 1 and os.environ.get(SHARDING) == "full"
 
 
 def spread(parts: Iterable[nn.Module], mesh: DeviceMesh) -> None:

@@ -39,7 +39,7 @@ class Texts:
     def response(self, text: str) -> list[int]:
         """Return a response's tokens without an end, cut to `model.response_tokens`."""
         tokens = encode(self._language, text)
-        self._count(RESPONSES, text, len(tokens) > self._model.response_tokens)
+        self._count(RESPONSES, _digest(text), len(tokens) > self._model.response_tokens)
         return tokens[: self._model.response_tokens]
 
     def answer(self, text: str) -> list[int]:
@@ -60,7 +60,7 @@ class Texts:
         different = []
         for pair in pairs:
             is_same = encoded(pair.chosen) == encoded(pair.rejected)
-            self._count(PAIRS, json.dumps(pair), is_same)
+            self._count(PAIRS, _digest(json.dumps(pair)), is_same)
             different += [] if is_same else [pair]
         if pairs and not different:
             raise ValueError(
@@ -86,8 +86,7 @@ class Texts:
 
     def _fitted(self, messages: Sequence[Message]) -> tuple[list[Message], list[int]]:
         """Return a prompt's turns, as many as fit, and their tokens."""
-        text = json.dumps(messages)
-        key = _digest(text)
+        key = _digest(json.dumps(messages))
         if key not in self._asked:
             if not self._keeps:
                 self._asked.clear()
@@ -97,11 +96,11 @@ class Texts:
             whole = self._rendered(turns)
             fits = self._fits(whole)
             self._asked[key] = (turns, whole) if fits else self._shortened(turns)
-            self._count(PROMPTS, text, not fits)
+            self._count(PROMPTS, key, not fits)
         return self._asked[key]
 
-    def _count(self, kind: str, text: str, is_cut: bool) -> None:
-        self._is_cut.setdefault(kind, {})[_digest(text)] = is_cut
+    def _count(self, kind: str, key: bytes, is_cut: bool) -> None:
+        self._is_cut.setdefault(kind, {})[key] = is_cut
 
     def _fits(self, tokens: list[int]) -> bool:
         return len(tokens) <= self._model.prompt_tokens

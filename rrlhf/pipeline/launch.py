@@ -22,7 +22,7 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from rrlhf.config import AnyArm, Given, Launch, Member, Params, Section, TrunkTraining
-from rrlhf.environment import end_with_parent, releasing_memory, spare_collector
+from rrlhf.environment import SHARDING, end_with_parent, releasing_memory, spare_collector
 from rrlhf.files import CHECKPOINT
 from rrlhf.hardware import cores
 from rrlhf.located import MendableError
@@ -210,7 +210,7 @@ def call_in_processes(
 def told_processes(launch: Launch, *, on_cpu: bool) -> dict[str, str]:
     """Return what the processes of a launch find in their environment."""
     threads = {"OMP_NUM_THREADS": str(launch.threads)}
-    return {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "RRLHF_SHARDING": launch.sharding} | threads
+    return {"ACCELERATE_USE_CPU": str(on_cpu).lower(), SHARDING: launch.sharding} | threads
 
 
 def _hand_on(lines: IO[str], last: deque[str]) -> None:

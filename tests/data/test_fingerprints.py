@@ -18,7 +18,7 @@ from rrlhf.data.fingerprints import (
     tables_with,
     write_hashes,
 )
-from rrlhf.data.tables import write_table
+from rrlhf.data.tables import write_tables
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 messages = st.lists(
@@ -34,7 +34,7 @@ def pair(prompt, chosen, rejected, flipped=None):
 def data_set(folder, preferences, with_hashes=True):
     """Write a table of preferences as a prepared data set would hold it; return its files by name."""
     folder.mkdir()
-    write_table(folder, "preferences", preferences)
+    write_tables(folder, (("preferences", each) for each in preferences))
     if with_hashes:
         write_hashes(folder, {"preferences": map(row_and_prompt, preferences)})
     return {path.name: path for path in folder.iterdir()}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rrlhf.config import typed_arm
-from rrlhf.data.tables import read_table, write_table
+from rrlhf.data.tables import read_table, write_tables
 from rrlhf.located import ParamsError
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.check import check_columns, check_sources
@@ -289,8 +289,8 @@ def letters(tmp_path_factory):
         for n in range(8)
     ]
     (root / "data").mkdir()
-    write_table(root / "data", "ppo", asked)
-    write_table(root / "data", "evaluate", asked)
+    write_tables(root / "data", (("ppo", each) for each in asked))
+    write_tables(root / "data", (("evaluate", each) for each in asked))
     (root / "data" / "summary.json").write_text('{"columns": ["number", "of_another_table"]}')
     language = load_base(params.model)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import transformers
 from classifiers import CHATML, GPT, LLAMA, MAKES, QWEN, saved, tokenizer
 from reward_models import Made
 
-from rrlhf.data.tables import preferences, prompts, write_table
+from rrlhf.data.tables import preferences, prompts, write_tables
 from rrlhf.memo import Memo
 from rrlhf.pipeline.check import check_models
 from rrlhf.pipeline.graph import nodes
@@ -125,7 +125,7 @@ def test_a_pair_that_one_of_them_cannot_tell_apart_is_left_out_for_all(folders, 
     rows[4] |= {"chosen": "the same beginning, a good end", "rejected": "the same beginning, a bad end"}
     (tmp_path / "data").mkdir()
     for name in ("preferences", "heldout"):
-        write_table(tmp_path / "data", name, [row | {"flipped": None} for row in rows])
+        write_tables(tmp_path / "data", ((name, each) for each in [row | {"flipped": None} for row in rows]))
     (tmp_path / "sft").symlink_to(start / "sft")
     models = [{"base": folders[QWEN]}, {"base": folders[LLAMA], "response_tokens": 19}]
     given = {"ensemble__kind": "given", "ensemble__models": models, "ensemble__heads": 0}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rrlhf.data.tables import preferences, write_table
+from rrlhf.data.tables import preferences, write_tables
 from rrlhf.judging.perturbations import PERTURBATIONS, robustness
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     for name in ("data", "sft", "reward", "ensemble"):
         (root / name).mkdir()
     for name, rows in (("preferences", range(16)), ("heldout", range(16, 28))):
-        write_table(root / "data", name, [pair(n) | {"flipped": False} for n in rows])
+        write_tables(root / "data", ((name, each) for each in [pair(n) | {"flipped": False} for n in rows]))
     save_model(load_base(params.model), root / "sft")
     common = {"seed": 1, "model": params.model, "log": lambda row: None}
     reward.run(**common, reward=params.reward, data=root / "data", sft=root / "sft", out=root / "reward")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrlhf.config import Sft
-from rrlhf.data.tables import write_table
+from rrlhf.data.tables import write_tables
 from rrlhf.models.load import load_base
 from rrlhf.models.processes import accelerator
 from rrlhf.models.text import Texts
@@ -42,7 +42,7 @@ def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [{"prompt": [{"role": "user", "content": f"Say {n}"}], "response": f"number {n}!"} for n in range(10)]
-    write_table(folder, "sft", rows)
+    write_tables(folder, (("sft", each) for each in rows))
     return folder
 
 

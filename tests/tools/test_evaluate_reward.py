@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rrlhf.cli import app
-from rrlhf.data.tables import preferences, write_table
+from rrlhf.data.tables import preferences, write_tables
 from rrlhf.files import clear
 from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
@@ -32,9 +32,9 @@ def prepared_by_hand(project, document):
     """Put a data set there: no model has to write it."""
     staged = clear(project.store.staging("prepare", "by-hand"))
     for name, rows in {"preferences": range(40), "heldout": range(40, 60)}.items():
-        write_table(staged, name, [row(n) for n in rows])
+        write_tables(staged, ((name, each) for each in [row(n) for n in rows]))
     answers = [{"prompt": row(n)["prompt"], "response": row(n)["chosen"]} for n in range(8)]
-    write_table(staged, "sft", answers)
+    write_tables(staged, (("sft", each) for each in answers))
     (staged / "history.jsonl").write_text("")
     return project.store.publish("data", document, staged, seconds=1.0, profile="tiny").dataset
 
