@@ -309,9 +309,7 @@ def test_a_registered_copy_that_was_changed_is_warned_of_and_computed_past(first
     sound = heads.read_bytes()
     heads.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
     away = reward.rename(shell.root / "away")
-    named = (
-        f"rrlhf-tiny-reward v{version.version} in MLflow is not what was registered: heads.safetensors: expected sha256"
-    )
+    named = f"rrlhf-tiny-reward v{version.version} in MLflow is not what was made: heads.safetensors: expected sha256"
     try:
         told = shell("evaluate-reward", f"rrlhf-tiny-reward/{version.version}", "--profile", "tiny", code=3).told
         assert named in told

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from rrlhf import hardware
-from rrlhf.files import sync
+from rrlhf.files import clear, sync
 from rrlhf.located import MendableError
 from rrlhf.locks import locked
 from rrlhf.memo import Memo
@@ -46,7 +47,7 @@ class TamperedError(MendableError):
 
 
 class CopyError(TamperedError):
-    """What the registry keeps of an artifact that is not here is not what was registered."""
+    """A copy of an artifact that is kept elsewhere is not what was made."""
 
 
 class Beside(TypedDict, total=False):
@@ -283,6 +284,24 @@ class Store:
         self.memo.forget(folder)
         self.memo.save()
         (self._made / folder.name).unlink(missing_ok=True)
+
+    def restore(self, stage: str, key: str, download: Callable[[Path], Path | None], copy_of: str) -> Artifact | None:
+        """Return the artifact of a key from the folder here, or else from a copy that is kept elsewhere.
+
+        download: brings the copy into an empty folder and returns where it lies there; None where there is no copy.
+        Raises CopyError, naming the copy ("MLflow's rrlhf-sft v1") and the file, when it is not what was made.
+        """
+        with self.locked(key):
+            if artifact := self.checked(stage, key):
+                return artifact
+            staged = clear(self.staging("restore", key))
+            try:
+                copied = download(staged)
+                return self.adopt(stage, key, copied) if copied else None
+            except CopyError as error:
+                raise CopyError(f"{copy_of} is not what was made: {error}") from None
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
 
     def adopt(self, stage: str, key: str, downloaded: Path) -> Artifact:
         """Publish a folder that holds a complete artifact already, after checking every byte and its signature.

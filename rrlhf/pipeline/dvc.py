@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrlhf.files import clear, write_if_new
 from rrlhf.located import MendableError
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, TamperedError, read_artifact, unsealed
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact, unsealed
 from rrlhf.progress import say
 from rrlhf.stopping import check_stop
 
@@ -71,14 +71,7 @@ def bring_back(store: Store, stage: str, key: str) -> Artifact | None:
 
     Raises CopyError, naming the file, when that copy is not what was made.
     """
-    with store.locked(key):
-        if artifact := store.checked(stage, key):
-            return artifact
-        try:
-            copied = _copied(store, store.folder(stage, key))
-            return store.adopt(stage, key, copied) if copied else None
-        except CopyError as error:
-            raise CopyError(f"DVC's copy is not what was made: {error}") from None
+    return store.restore(stage, key, lambda staged: _copied(store, store.folder(stage, key), staged), "DVC's copy")
 
 
 def fault(store: Store, artifact: Artifact) -> str | None:
@@ -88,29 +81,28 @@ def fault(store: Store, artifact: Artifact) -> str | None:
     """
     folder = artifact.path
     beside = folder.with_name(f"copy-{folder.name}")  # where DVC finds nothing else to read
+    staged = clear(store.staging("copy", artifact.key))
     pointer(beside).write_text(pointer(folder).read_text(encoding="utf-8").replace(folder.name, beside.name))
     try:
-        if (copied := _copied(store, beside)) is None:
+        if (copied := _copied(store, beside, staged)) is None:
             raise FileNotFoundError(f"DVC keeps no files of {folder}")
         problem = store.fault(read_artifact(copied), deep=True)
-        shutil.rmtree(copied)
     except (DataError, TamperedError) as error:
         problem = str(error).partition("\n")[0]
     finally:
         pointer(beside).unlink()
+        shutil.rmtree(staged)
     return f"DVC's copy of {folder}: {problem}" if problem else None
 
 
-def _copied(store: Store, folder: Path) -> Path | None:
-    """Return a copy of what DVC has of a folder, from its cache or else its remote; None when it has nothing."""
+def _copied(store: Store, folder: Path, staged: Path) -> Path | None:
+    """Copy what DVC has of a folder, from its cache or else its remote, into an empty one; None when it has nothing."""
     if not pointer(folder).exists():
         return None
-    staged = store.staging("copy", folder.name)
-    clear(staged).rmdir()
 
     def copy(files: DVCFileSystem, path: str) -> Path:
         files.get(path, str(staged), recursive=True)
-        return staged
+        return staged / folder.name
 
     return _asked(store, folder, copy)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from rrlhf.files import clear
 from rrlhf.located import MendableError
 from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, Artifact, CopyError, Store, unsealed
 from rrlhf.progress import say
@@ -75,24 +74,23 @@ class Shared:
         if (found := self.kept(stage, key)) is None:
             return None
         (files, _), place = self._root, str(found.path)
-        with store.locked(key):
-            if artifact := store.checked(stage, key):
-                return artifact
-            staged = clear(store.staging("restore", key))
-            try:
-                names, inside = [*found.manifest["files"], MANIFEST], staged.resolve()
-                if outside := [name for name in names if not (staged / name).resolve().is_relative_to(inside)]:
-                    raise CopyError(f"{MANIFEST} lists {outside[0]}")
-                with self._told(CopyError):
-                    if gone := [name for name in names if not files.exists(f"{place}/{name}")]:
-                        raise CopyError(f"no {gone[0]}")  # not every client would name it
-                    names += [SIGNATURE] if files.exists(f"{place}/{SIGNATURE}") else []
-                    files.get([f"{place}/{name}" for name in names], [str(staged / name) for name in names])
-                return store.adopt(stage, key, staged)
-            except CopyError as error:
-                raise CopyError(
-                    f"{self.address}/{stage}/{key} is not what was made: {error}; without that folder it is replaced"
-                ) from None
+
+        def download(staged: Path) -> Path:
+            names, inside = [*found.manifest["files"], MANIFEST], staged.resolve()
+            if outside := [name for name in names if not (staged / name).resolve().is_relative_to(inside)]:
+                raise CopyError(f"{MANIFEST} lists {outside[0]}")
+            with self._told(CopyError):
+                files.invalidate_cache()
+                there = set(files.find(place))
+                if gone := [name for name in names if f"{place}/{name}" not in there]:
+                    raise CopyError(f"no {gone[0]}")  # not every client would name it
+                names += [SIGNATURE] if f"{place}/{SIGNATURE}" in there else []
+                files.get([f"{place}/{name}" for name in names], [str(staged / name) for name in names])
+            return staged
+
+        return store.restore(
+            stage, key, download, f"{self.address}/{stage}/{key}, which is replaced once it is removed,"
+        )
 
     def keep(self, artifact: Artifact) -> None:
         """Copy an artifact there, its manifest last, unless it is there."""

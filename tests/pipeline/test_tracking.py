@@ -406,7 +406,7 @@ def test_a_registered_copy_that_is_not_what_was_registered_is_named_and_not_take
     }.items():
         spoiled(copy, how)
         for _ in range(2):  # it stays like that
-            with pytest.raises(CopyError, match="rrlhf-sft v1 in MLflow is not what was registered: ") as caught:
+            with pytest.raises(CopyError, match="rrlhf-sft v1 in MLflow is not what was made: ") as caught:
                 tracker.bring_back(Store(root), "sft", sft.key)
             assert said in str(caught.value)
             assert ".staging" not in str(caught.value)

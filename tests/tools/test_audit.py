@@ -162,7 +162,7 @@ def test_a_changed_region_of_mlflows_copy_is_found_by_the_audit_and_never_brough
         assert str(path) in finished.audit().broken[0].problem
         away = sft.path.rename(finished.root / "away")
         try:
-            with pytest.raises(CopyError, match=f"rrlhf-tiny-sft v1 in MLflow is not what was registered: {name}"):
+            with pytest.raises(CopyError, match=f"rrlhf-tiny-sft v1 in MLflow is not what was made: {name}"):
                 finished.tracker.bring_back(Store(finished.root), "sft", sft.key)
         finally:
             away.rename(sft.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -196,28 +195,18 @@ class Tracker:
     def bring_back(self, store: Store, stage: str, key: str) -> Artifact | None:
         """Return the artifact with this key from the store; where it is not there, from its registered copy, or None.
 
-        Raises CopyError, naming version and file, when that copy is not what was registered.
+        Raises CopyError, naming version and file, when that copy is not what was made.
         """
         found = None if store.find(stage, key) else self._registered(key)
         if found is None:
             return store.checked(stage, key)
-        with store.locked(key):
-            if artifact := store.checked(stage, key):  # another process was faster
-                return artifact
-            downloaded = store.staging("restore", key)
-            shutil.rmtree(downloaded, ignore_errors=True)  # a killed process may have left it
-            try:
-                downloaded.mkdir(parents=True)
-                if not self._client.list_logged_model_artifacts(model_id_of(found), INSIDE):
-                    raise CopyError("its files are gone")
-                self._download(found, INSIDE, downloaded)
-                return store.adopt(stage, key, downloaded / INSIDE)
-            except CopyError as error:
-                raise CopyError(
-                    f"{found.name} v{found.version} in MLflow is not what was registered: {error}"
-                ) from None
-            finally:
-                shutil.rmtree(downloaded, ignore_errors=True)
+
+        def download(staged: Path) -> Path:
+            if not self._client.list_logged_model_artifacts(model_id_of(found), INSIDE):
+                raise CopyError("its files are gone")
+            return self._download(found, INSIDE, staged)
+
+        return store.restore(stage, key, download, f"{found.name} v{found.version} in MLflow")
 
     def _registered(self, key: str) -> Any:  # mlflow.entities.model_registry.ModelVersion | None
         return next(iter(self.models.search(has("key", key))), None)
