@@ -12,7 +12,7 @@ MLFLOW_PORT ?= 5000
 # Without its compiled modules every process would take three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-scale torture check serve clean
+.PHONY: demo test test-all test-scale torture check docs serve clean
 
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
@@ -35,6 +35,11 @@ check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+docs: .venv/.installed  ## README.md, docs/ and the rest as a site in build/docs
+	$(INSTALL) -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
+	@echo build/docs/docs/index.html
 
 serve: .venv/.installed  ## Prefect server, work pool, worker and MLflow, on loopback
 	$(BIN)/rrlhf serve --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
