@@ -14,7 +14,7 @@ from subprocess import DEVNULL
 from tempfile import TemporaryDirectory
 
 import pytest
-from conftest import copy_project
+from conftest import ROOT, copy_project
 from sqlalchemy import create_engine, text
 
 from rrlhf.tools.serving import Service
@@ -135,6 +135,45 @@ def test_of_two_that_run_at_once_one_computes(machine):
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda call: call("run", "--until", "sft", "--set", "sft.epochs=2"), machines))
     assert sorted(name for each in done for name in each["ran"] if name != "data") == ["sft"]
+
+
+@pytest.fixture
+def workers(servers, tmp_path):
+    """Two workers of one pool in folders of their own, deployed from a third; the folders, and Prefect's command."""
+    roots = [copy_project(tmp_path / name) for name in ("deployed", "one", "other")]
+    shutil.copy(ROOT / "prefect.yaml", roots[0])
+    environment = servers | {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+    def prefect(*arguments):
+        command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+        done = subprocess.run(command, cwd=roots[0], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    prefect("work-pool", "create", "rrlhf", "--type", "process")
+    prefect("deploy", "--name", "tiny")
+    start = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "rrlhf"]
+    start += ["--limit", "1", "--with-healthcheck"]
+    with ExitStack() as started:
+        for root in roots[1:]:
+            port, log = str(free_port()), root / "worker.log"
+            told = environment | {"PREFECT_WORKER_WEBSERVER_PORT": port}
+            with log.open("wb") as output:
+                process = subprocess.Popen(start, cwd=root, env=told, stdout=output, stderr=output)
+            started.callback(process.wait, 60)
+            started.callback(process.terminate)
+            Service(process, log).wait_for(f"http://127.0.0.1:{port}/health")
+        yield roots, prefect
+
+
+def test_two_workers_of_a_pool_work_in_folders_of_their_own_and_compute_once(workers, servers):
+    (deployed, *folders), prefect = workers
+    run = ["deployment", "run", "reward-robust-rlhf/tiny", "--watch", "-p", 'overrides={"sft.epochs": 3}']
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: prefect(*run, "-p", 'part={"until": ["sft"]}'), range(2)))
+    kept = [json.loads(next(root.glob("artifacts/sft/*/artifact.json")).read_bytes()) for root in folders]
+    assert kept[0] == kept[1]  # to the second in which it was made, and how long that took
+    assert not (deployed / "artifacts").exists()
 
 
 @pytest.mark.usefixtures("first")

@@ -87,7 +87,6 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # seconds; automations.yaml watches for it
         PAGES: f"http://{HOST}:{mlflow_port}",
-        "PWD": str(root),  # prefect.yaml names it
     }
     check_room(root)
     Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
