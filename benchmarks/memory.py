@@ -1,9 +1,9 @@
 """What `rrlhf plan --memory` says of a stage, and what the stage takes: `python benchmarks/memory.py [CASE ...]`.
 
-Every case is a process of its own, which notes its resident set once the libraries are loaded, then loads a random
-model and runs the stage's own loops on rows of full length. Measured is by how much the resident set grew at most; the
-peak is begun anew when the model is there. glibc is told to give back what is free: what it keeps otherwise depends on
-the order in which memory was asked for.
+Every case is a process of its own, or two where weights are spread, which notes its resident set once the libraries
+are loaded, then loads a random model and runs the stage's own loops on rows of full length. Measured is by how much
+the resident set grew at most; the peak is begun anew when the model is there. glibc is told to give back what is
+free: what it keeps otherwise depends on the order in which memory was asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.reward import processor, table  # noqa: E402 - run as a script, the project is not on the path before
+from rrlhf.environment import SHARDING  # noqa: E402
+from rrlhf.pipeline.launch import _launcher  # noqa: E402
 
 COMMON: dict[str, Any] = {
     "model.base": "random:6x512",
@@ -48,11 +50,13 @@ SLOW = {  # bfloat16 on a processor without units for it
     "ppo.minibatch_size": 8,
 }
 WORDS = {"model.vocabulary": 24_000}  # rows of the output matrix: a case with large logits
+SPREAD = {"launch.processes": 2, "launch.sharding": "full"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sft, all layers": ("sft", {}),
     "sft, two layers": ("sft", {"sft.train_layers": 2}),
     "sft, checkpointing": ("sft", {"model.gradient_checkpointing": True}),
     "sft, bfloat16": ("sft", SLOW),
+    "sft, bfloat16, checkpointing": ("sft", SLOW | {"model.gradient_checkpointing": True}),
     "sft, 24k words": ("sft", WORDS),
     "sft, parts of a batch": ("sft", {"sft.microbatch_size": 8}),
     "dpo, three layers": ("dpo-direct", {"dpo.train_layers": 3}),
@@ -65,6 +69,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo, lora, checkpointing": ("ppo-robust", {"ppo.trains": "lora", "model.gradient_checkpointing": True}),
     "ppo, full": ("ppo-robust", {"ppo.trains": "full"}),
     "ppo, full, 24k words": ("ppo-robust", {"ppo.trains": "full", **WORDS}),
+    "sft, all layers, spread": ("sft", SPREAD),
+    "sft, two layers, spread": ("sft", SPREAD | {"sft.train_layers": 2}),
+    "sft, checkpointing, spread": ("sft", SPREAD | {"model.gradient_checkpointing": True}),
+    "sft, parts of a batch, spread": ("sft", SPREAD | {"sft.microbatch_size": 4}),
+    "sft, 24k words, spread": ("sft", SPREAD | WORDS),
+    "sft, bfloat16, spread": ("sft", SPREAD | SLOW),
+    "ppo, layers, spread": ("ppo-robust", SPREAD),
+    "ppo, lora, spread": ("ppo-robust", SPREAD | {"ppo.trains": "lora"}),
+    "ppo, full, spread": ("ppo-robust", SPREAD | {"ppo.trains": "full"}),
     "ppo, sampling": ("ppo-robust", {"ppo.prompts_per_update": 384, "ppo.microbatch_tokens": 512}),
 }
 
@@ -86,12 +99,14 @@ class Measured(NamedTuple):
 def measure(names: list[str]) -> Iterator[Measured]:
     """Yield what each case was planned with and took."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", SHARDING: "full"}
     for name in names:
         node, changed = CASES[name]
         with tempfile.TemporaryDirectory() as folder:
             job = json.dumps({"node": node, "settings": COMMON | changed, "folder": folder})
-            command = [sys.executable, "-m", "benchmarks.ours_memory", job]
+            processes = changed.get("launch.processes", 1)
+            launch = _launcher(processes) if processes > 1 else ()
+            command = [sys.executable, *launch, "-m", "benchmarks.ours_memory", job]
             told = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if told.returncode:
             raise SystemExit(f"{name}: {told.stderr[-3000:]}")

@@ -1,4 +1,4 @@
-"""A case of benchmarks/memory.py in a process of its own: `python -m benchmarks.ours_memory JOB`."""
+"""A case of benchmarks/memory.py in a process of its own, or in several: `python -m benchmarks.ours_memory JOB`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.policy.answers import Answer, Answers
 from rrlhf.policy.learner import prepare_learner, top_layers, with_optimizer
 from rrlhf.policy.reward import Prompts, RewardModels, arm_reward
+from rrlhf.progress import is_main_process
 from rrlhf.rewards.finetune import finetune, trainable
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import single_loss
@@ -37,19 +38,19 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """Plan a case and measure it."""
     torch.set_num_threads(1)
     settings, folder = dict(job["settings"]), Path(job["folder"], "model")
-    base = load_base(load_params(ROOT, "tiny").model.model_copy(update={"base": settings["model.base"]}))
+    model = load_params(ROOT, "tiny").model.model_copy(update={"base": settings["model.base"]})
+    base = load_base(model)
     if words := settings.pop("model.vocabulary", None):
         base.network.resize_token_embeddings(words, mean_resizing=False)
     save_model(base, folder)
+    accelerator(model).wait_for_everyone()
     del base
     params = load_params(ROOT, "tiny", settings | {"model.base": str(folder)})
     node = next(node for node in nodes(params) if node.name == job["node"])
     peak = max(moments(node.stage, params), key=lambda moment: moment.total)
     _warm_up()
     before = _resident("VmRSS")
-    language = load_model(folder, params.model)
-    _reset_peak()
-    STAGES[node.stage](language, params)
+    STAGES[node.stage](load_model(folder, params.model), params)
     return {"when": peak.when, "planned": peak.total, "measured": _resident("VmHWM") - before}
 
 
@@ -64,8 +65,10 @@ def _warm_up() -> None:
 
 def _sft(language: LanguageModel, params: Params) -> None:
     settings, model = params.sft, params.model
+    engine = accelerator(model)
     top = top_layers(language, torch.device("cpu"), settings.train_layers, "sft.train_layers")
-    trained = with_optimizer(accelerator(model), language, top, 1e-4, 2)
+    trained = with_optimizer(engine, language, top, 1e-4, 2)
+    _reset_peak()
     answers = Answers(trained, _answers(params, settings.batch_size), model)
     batch = [*range(settings.batch_size)]
     _all(sft.train(answers, [batch, batch], settings))
@@ -75,6 +78,7 @@ def _dpo(language: LanguageModel, params: Params) -> None:
     settings, model = params.dpo, params.model
     top = top_layers(language, torch.device("cpu"), settings.train_layers, "dpo.train_layers")
     trained = with_optimizer(accelerator(model), language, top, 1e-4, 2, eps=1e-8, fused=None)
+    _reset_peak()
     rows = _answers(params, 2 * settings.pairs_per_batch)
     pairs = dpo.prepare_pairs(trained, [*zip(rows[::2], rows[1::2], strict=True)], model, settings)
     batch = [*range(settings.pairs_per_batch)]
@@ -83,6 +87,7 @@ def _dpo(language: LanguageModel, params: Params) -> None:
 
 def _reward(language: LanguageModel, params: Params) -> None:
     settings, model = params.reward, params.model
+    _reset_peak()
     language.network.requires_grad_(False)
     trunk = Trunk(language, settings.layer, model, Texts(language, model))
     encoded = [Encoded([*row.tokens], row.prompt_length) for row in _answers(params, settings.batch_size)]
@@ -107,6 +112,7 @@ def _ppo(language: LanguageModel, params: Params) -> None:
     single, several = (RewardModel(RewardHeads(language.width, heads, 0, 0.05), ()) for heads in (1, 3))
     rewards = RewardModels(single, several, layer)
     learner = prepare_learner(engine, language, rewards, model=model, ppo=settings, seed=0)
+    _reset_peak()
     prompts = Prompts([[8 + n % 50, *[9] * (model.prompt_tokens - 1)] for n in range(settings.prompts_per_update)])
     _all(ppo.train(learner, prompts, arm_reward(typed_arm(reward="single", seed=0), engine)))
 
@@ -135,4 +141,6 @@ def _reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    found = json.dumps(main(json.loads(sys.argv[1])))
+    if is_main_process():
+        print(found)

@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from rrlhf.models.layers import ages, grow, prefill
 from rrlhf.models.load import LanguageModel
+from rrlhf.models.processes import trained_weights
 from rrlhf.models.rollout import draw
+from rrlhf.models.top import PolicyTop
 
 FEW = 3  # layers that are run for all
 
@@ -75,6 +77,26 @@ class Allocated(TorchDispatchMode):
 def size(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors, each counted once."""
     return sum(tensor.numel() * tensor.element_size() for tensor in {id(each): each for each in tensors}.values())
+
+
+class Gathered(NamedTuple):
+    """What a process has beside its share of weights that are spread (shards.py), while some of them run; bytes."""
+
+    weights: int
+    gradients: int  # of what trains
+
+
+def gathered(top: PolicyTop, below: Sequence[nn.Module]) -> Gathered:
+    """Return what is gathered at once of a policy, and of what is below it.
+
+    That is what it has around its layers, and the largest layer twice: as it came and as it is used, or that which runs
+    and the next. Of its gradients: those that come, and those of the layer before, which are sent.
+    """
+    weights = [size(layer.parameters()) for layer in top.apart]
+    trained = [size(weight for weight in layer.parameters() if weight.requires_grad) for layer in top.apart]
+    around, trained_around = size(top.parameters()) - sum(weights), size(trained_weights(top)) - sum(trained)
+    largest = max(*weights, *(size(layer.parameters()) for layer in below))
+    return Gathered(around + 2 * largest, trained_around + 2 * max(trained))
 
 
 def make_runnable(*modules: nn.Module) -> None:

@@ -91,9 +91,14 @@ class PolicyTop(nn.Module):
         """Return what `run` returns, which calls parts of this; those around the layers are gathered meanwhile."""
         return run()
 
+    @property
+    def apart(self) -> nn.ModuleList:
+        """The layers, which are gathered one at a time where weights are spread."""
+        return self.layers if self.network is None else decoder_layers(self.network)
+
     def spread(self, mesh: DeviceMesh) -> None:
         """Have every process keep its share of the weights alone, in place; what is called gathers what it needs."""
-        spread([*(self.layers if self.network is None else decoder_layers(self.network)), self], mesh)
+        spread([*self.apart, self], mesh)
         for method in ("read", "around"):
             register_fsdp_forward_method(self, method)
 

@@ -70,4 +70,7 @@ def recompute(network: Any) -> None:
 def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
-    return checkpoint(forward, *arguments, use_reentrant=False, **named)
+    device = arguments[0].device.type
+    # What autocast makes of a layer's weights it would keep for the whole pass.
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)

@@ -1,6 +1,7 @@
 """How much memory each stage takes, before anything runs: one process, every text as long as the settings allow.
 
-The models are there as shapes only, and run as the stages run them (rrlhf/models/memory.py). Not counted: Python and
+The models are there as shapes only, and run as the stages run them (rrlhf/models/memory.py). Where weights are spread
+over processes, one has its share of them, of gradients and of the optimizer's state. Not counted: Python and
 its libraries (about half a gigabyte), tables of the data, and what an allocator keeps of memory that is free.
 """
 
@@ -11,17 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rrlhf.config import Ensemble, LoraEnsemble, MemberEnsemble, Model, Params
+from rrlhf.config import Ensemble, Launch, LoraEnsemble, MemberEnsemble, Model, Params
 from rrlhf.hardware import cores, device_kind, dtype_name
 from rrlhf.located import ParamsError
 from rrlhf.models.adapters import adapted
 from rrlhf.models.load import LanguageModel, load_shape
-from rrlhf.models.memory import FEW, Pass, Rows, make_runnable, reading, sampling, size, states, through_all, training
+from rrlhf.models.memory import (
+    FEW,
+    Gathered,
+    Pass,
+    Rows,
+    gathered,
+    make_runnable,
+    reading,
+    sampling,
+    size,
+    states,
+    through_all,
+    training,
+)
 from rrlhf.models.processes import autocast, trained_weights
 from rrlhf.models.text import Texts
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.models.whole import decoder_layers
-from rrlhf.policy.learner import top_layers, trainable
+from rrlhf.policy.learner import below, top_layers, trainable
 from rrlhf.rewards.finetune import TrunkTop, let_train
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import Encoded, Trunk
@@ -52,32 +66,36 @@ class Trained(NamedTuple):
     language: LanguageModel
     top: Any  # a PolicyTop or a TrunkTop
     model: Model
-    trained: int  # bytes of what trains, float32
-    processes: int = 1
+    weights: int  # bytes of them that this process has
+    trained: int  # bytes of what trains of them, float32
+    copied: int = 1  # how often the gradients are there
+    gathered: Gathered = Gathered(0, 0)
 
     @property
     def base(self) -> dict[str, int]:
         """The parts of a moment that are there all the time."""
-        return {"weights": _weights(self.language.network, self.top), "optimizer": 2 * self.trained}  # Adam's moments
+        return {"weights": self.weights + self.gathered.weights, "optimizer": 2 * self.trained}  # Adam's moments
 
     def step(self, layers: int, loss: Callable[[int], Tensor], parts: int) -> dict[str, int]:
         """Return the gradients and the activations of a step of so many microbatches.
 
         loss: of a pass through some of the layers that train.
         """
-        with autocast(_on_processor(self.model)):
-            modules = [self.language.network, self.top]
 
-            def taken(depth: int) -> int:
-                return training(modules, lambda: loss(depth))
+        def forward(depth: int) -> Tensor:
+            with autocast(_on_processor(self.model)):
+                return loss(depth)
 
-            found = through_all(layers, taken) if self.language.by_layers else Pass(taken(layers), 0)
-        gradients = self.trained * (2 if self.processes > 1 else 1)  # data parallelism sends copies of them
+        def taken(depth: int) -> int:
+            return training([self.language.network, self.top], lambda: forward(depth))
+
+        found = through_all(layers, taken) if self.language.by_layers else Pass(taken(layers), 0)
+        gradients, beside = self.trained * self.copied, self.gathered.gradients
         if parts > 1:
-            return {"gradients": gradients, "activations": found.peak}
+            return {"gradients": gradients + beside, "activations": found.peak}
         # In the first pass gradients come as activations go: the most is at its beginning or at its end.
         peak = max(found.peak, gradients + 2 * found.layer)
-        return {"gradients": gradients, "activations": peak - gradients}
+        return {"gradients": gradients + beside, "activations": peak - gradients}
 
     def read(self, read: Callable[[], object]) -> int:
         """Return the bytes that a pass without gradients takes."""
@@ -126,9 +144,11 @@ def _supervised(trained: Trained, at_once: int, per_step: int) -> Moment:
 def _ppo(params: Params) -> Iterator[Moment]:
     model, ppo, processes = _as_run(params.model), params.ppo, params.launch.processes
     language, top, _ = trainable(load_shape(model), ppo)
-    reference = 0 if ppo.trains == "lora" else size(weight for weight in top.parameters() if weight.requires_grad)
-    is_mapped = device_kind(model.device) == "cpu" and language.dtype == language.network.dtype
-    trained = _ready(language, top, model, processes)
+    shares = _shares(params.launch)
+    copied = (weight for weight in top.parameters() if weight.requires_grad or shares > 1)
+    reference = 0 if ppo.trains == "lora" else size(copied) // shares
+    is_mapped = shares == 1 and device_kind(model.device) == "cpu" and language.dtype == language.network.dtype
+    trained = _ready(language, top, model, params.launch)
     base = trained.base
     base["weights"] += _reward_trunks(params)
     rows = _rows(model, ppo.responses_per_update // processes)
@@ -162,8 +182,8 @@ def _ppo(params: Params) -> Iterator[Moment]:
         return (read.logprobs + read.values).sum()
 
     step = trained.step(len(every), loss, math.ceil(minibatch / part.batch))
-    copied = kept * minibatch // rows.batch  # the rows of a step, apart from those of the others
-    yield Moment("training", **base, **step, reference=0 if is_mapped else reference, rollout=kept + copied)
+    kept += kept * minibatch // rows.batch  # the rows of a step, apart from those of the others
+    yield Moment("training", **base, **step, reference=0 if is_mapped else reference, rollout=kept)
 
 
 def _trunk(params: Params, ensemble: Ensemble | None = None) -> Iterator[Moment]:
@@ -183,7 +203,7 @@ def _trunk(params: Params, ensemble: Ensemble | None = None) -> Iterator[Moment]
     elif trains:
         trunk = trunk._replace(language=let_train(trunk, settings))
     top = TrunkTop(trunk, top_heads, layers.start)
-    trained = _ready(trunk.language, top, own, 1)
+    trained = _ready(trunk.language, top, own)
     encoded = [Encoded(tokens, rows.prompt) for tokens in rows.tokens]
     read = trained.read(lambda: trunk.features(encoded, rows.batch))
     yield Moment("features", trained.base["weights"], activations=read)
@@ -206,7 +226,7 @@ def _evaluate(params: Params) -> Iterator[Moment]:
     language = load_shape(model)
     first = params.reward.layer if params.reward.base is None else language.layers
     top = PolicyTop(language, first)
-    trained = _ready(language, top, model, 1)
+    trained = _ready(language, top, model)
     rows, weights = _rows(model, params.evaluate.batch_size), _weights(language.network)
     on_processor = device_kind(model.device) == "cpu"
     workers = (params.launch.threads or cores()) if on_processor else 1
@@ -223,15 +243,28 @@ def _evaluate(params: Params) -> Iterator[Moment]:
 def _top_layers(params: Params, train_layers: int | None) -> Trained:
     model = _as_run(params.model)
     language = load_shape(model)
-    return _ready(language, top_layers(language, META, train_layers, "train_layers"), model, params.launch.processes)
+    return _ready(language, top_layers(language, META, train_layers, "train_layers"), model, params.launch)
 
 
-def _ready(language: LanguageModel, top: nn.Module, model: Model, processes: int) -> Trained:
+def _shares(launch: Launch) -> int:
+    """Return over how many processes weights are spread."""
+    return launch.processes if launch.sharding == "full" else 1
+
+
+def _ready(language: LanguageModel, top: nn.Module, model: Model, launch: Launch | None = None) -> Trained:
+    """Make a model ready to run without numbers; launch: of the processes that train it."""
     if language.network.config._experts_implementation == "grouped_mm":
         raise ParamsError(f"model.base {model.base}: what a model with experts takes of memory cannot be planned")
     trained = size(trained_weights(top))
+    weights, shares = _weights(language.network, top), _shares(launch) if launch else 1
     make_runnable(language.network, top)
-    return Trained(language, top, model, trained, processes)
+    if isinstance(top, PolicyTop) and shares > 1:
+        apart = below(language, top)
+        weights = _weights(top) + _weights(*apart)  # what both have is spread twice
+        around = gathered(top, apart)
+        return Trained(language, top, model, weights // shares, trained // shares, gathered=around)
+    copied = 2 if launch and launch.processes > 1 else 1  # data parallelism sends copies of gradients
+    return Trained(language, top, model, weights, trained, copied)
 
 
 def _reward_trunks(params: Params) -> int:

@@ -214,15 +214,20 @@ def with_optimizer(
     mesh, weights = mesh_of(engine), trained_weights(top)
     if mesh:
         top.spread(mesh)
-        if top.first is not None:
-            below = decoder_layers(language.network)[: top.first]
-            spread([language.network.get_input_embeddings(), *below], mesh)
+        spread(below(language, top), mesh)
         weights = [weight for weight in top.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     policy = top if mesh else engine.prepare(top)
     optimizer = engine.prepare(optimizer)
     return Trained(engine, language, top, policy, optimizer, schedule)
+
+
+def below(language: LanguageModel, top: PolicyTop) -> list[nn.Module]:
+    """Return the embeddings and the layers below those that a policy has itself."""
+    if top.first is None:
+        return []
+    return [language.network.get_input_embeddings(), *decoder_layers(language.network)[: top.first]]
 
 
 def trainable(

@@ -12,10 +12,14 @@ from conftest import ROOT, TINY
 from rrlhf.located import ParamsError
 from rrlhf.models.load import load_base
 from rrlhf.models.memory import Allocated, Rows
+from rrlhf.models.processes import autocast, trained_weights
+from rrlhf.models.top import split_responses
 from rrlhf.pipeline.memory import moments
 from rrlhf.pipeline.params import load_params
-from rrlhf.policy.learner import prepare_learner
+from rrlhf.policy.learner import prepare_learner, top_layers
 from rrlhf.policy.reward import load_reward_models
+
+SPREAD = {"launch__processes": 2, "launch__sharding": "full"}
 
 
 def planned(stage, **settings):
@@ -90,8 +94,29 @@ def test_a_plan_tells_what_would_make_the_most_of_it_less(project, typed, monkey
     assert all(0 < peak < most for peak in told["cheaper"].values())
 
 
+@pytest.mark.parametrize("trains", ["layers", "lora", "full"])
+def test_of_processes_that_share_the_weights_each_is_planned_with_its_share(trains):
+    alone, shared = (planned("ppo", ppo__trains=trains, **launch)[-1] for launch in ({}, SPREAD))
+    assert shared.optimizer == alone.optimizer // 2
+    assert alone.weights / 2 < shared.weights
+    assert alone.gradients / 2 < shared.gradients
+
+
+def test_layers_that_run_again_leave_no_copies_of_their_weights_behind(model):
+    model = model.model_copy(update={"base": "random:4x64", "dtype": "bfloat16", "gradient_checkpointing": True})
+    language = load_base(model)
+    top = top_layers(language, torch.device("cpu"), None, "train_layers")
+    trained_weights(top)
+    place = split_responses([[5, 6, 7]], [2], torch.device("cpu"))
+    with Allocated(top.parameters()) as allocated, autocast(model):
+        top(torch.tensor([[5, 6, 7]]), *place)
+    assert allocated.peak < 2 * sum(weight.numel() for weight in top.layers.parameters())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sft, all layers", "ppo, lora, checkpointing", "ppo, full, 24k words"])
+@pytest.mark.parametrize(
+    "case", ["sft, all layers", "ppo, lora, checkpointing", "ppo, full, 24k words", "ppo, layers, spread"]
+)
 def test_a_plan_says_what_a_stage_takes(case, monkeypatch):
     monkeypatch.syspath_prepend(Path(ROOT))
     from benchmarks.memory import measure
