@@ -120,7 +120,7 @@ def require_columns(source: str, found: Sequence[str], layout: Format, *, prompt
 
     prompt: whether its rows need a prompt, too.
     """
-    missing = [name for name in (*(["prompt"] if prompt else []), *layout.needed) if name not in found]
+    missing = [name for name in dict.fromkeys((*(["prompt"] if prompt else []), *layout.needed)) if name not in found]
     if missing:
         wanted = ", ".join(f"{name!r}{close_match(name, found)}" for name in missing)
         more = ", or write chosen and rejected as whole dialogues" if prompt else ""

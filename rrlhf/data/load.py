@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rrlhf.data.files import hub_rows, require_columns, rows_of, source_files
 from rrlhf.data.rows import FIXES, FORMATS, Format, Row, RowError, normalised
@@ -22,6 +22,7 @@ from rrlhf.types import SUMMARY, Json, Message, Preference
 
 Place = tuple[str, int]  # file and line, or row
 EXAMPLES = 10  # of bad rows in an error
+Found = TypeVar("Found")
 
 
 class Rejected(NamedTuple):
@@ -60,13 +61,13 @@ def read_preferences(
         rows = rows_of(source_files(source), layout)
     else:
         rows = hub_rows(source, layout, revision=revision, config=config, split=split)
-    for one in _reading(rows, layout, rejected, names, check):
+    for one in good_rows(rows, rejected, names, _preference(layout, check)):
         yield one
         good += 1
         if good == limit:
             break
     told = source if revision is None else f"{source}@{revision}"
-    _refuse_bad(told, good, rejected, names, layout, max_rejected)
+    refuse_bad_rows(told, rejected, good, names, layout, max_rejected)
 
 
 def further_columns(folder: Path) -> list[str]:
@@ -84,8 +85,8 @@ def columns_to_hand_on(source: str, format: str, wanted: frozenset[str], digest:
     """
     layout, rejected, names = FORMATS[format], list[Rejected](), dict[str, None]()
     rows = rows_of(source_files(source), layout)
-    first = next(_reading(rows, layout, rejected, names), None)
-    _refuse_bad(source, int(first is not None), rejected, names, layout, 1.0)
+    first = next(good_rows(rows, rejected, names, _preference(layout)), None)
+    refuse_bad_rows(source, rejected, int(first is not None), names, layout, 1.0)
     found = set(first[1]) if first else set()
     while not wanted <= found and (one := next(rows, None)):
         found |= _further(one[2], layout).keys() if not isinstance(one[2], RowError) else set()
@@ -116,27 +117,35 @@ def _position(key: str) -> float:
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 11) / 2**53
 
 
-def _reading(
+def good_rows(
     rows: Iterator[tuple[str, int, Row | RowError]],
-    layout: Format,
     rejected: list[Rejected],
     names: dict[str, None],
-    check: Callable[[list[Message]], object] = bool,
-) -> Iterator[Good]:
-    """Yield the good rows; add bad ones to `rejected`, and the columns of all to `names`, in place."""
-    seen: dict[bytes, Place] = {}
+    read: Callable[[Row, Place], Found],
+) -> Iterator[Found]:
+    """Yield what `read` makes of rows; add those that it refuses to `rejected`, and the columns of all to `names`."""
     for file, line, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
             names |= dict.fromkeys(row)
-            preference = layout.read(row)
-            check(preference.prompt)
-            refuse_repetition(preference.prompt, [preference.chosen], [preference.rejected], (file, line), seen)
+            found = read(row, (file, line))
         except RowError as error:
             rejected.append(Rejected(file, line, error.rule, error.detail))
         else:
-            yield preference, _further(row, layout)
+            yield found
+
+
+def _preference(layout: Format, check: Callable[[list[Message]], object] = bool) -> Callable[[Row, Place], Good]:
+    seen: dict[bytes, Place] = {}
+
+    def read(row: Row, place: Place) -> Good:
+        preference = layout.read(row)
+        check(preference.prompt)
+        refuse_repetition(preference.prompt, [preference.chosen], [preference.rejected], place, seen)
+        return preference, _further(row, layout)
+
+    return read
 
 
 def _further(row: Row, layout: Format) -> dict[str, Json]:
@@ -172,23 +181,23 @@ def _told(place: Place, seen_from: Place) -> str:
     return f"line {place[1]}" if place[0] == seen_from[0] else f"{place[0]}:{place[1]}"
 
 
-def _refuse_bad(
-    source: str, good: int, rejected: Sequence[Rejected], names: dict[str, None], layout: Format, max_rejected: float
+def refuse_bad_rows(
+    source: str,
+    rejected: Sequence[Rejected],
+    good: int,
+    names: dict[str, None],
+    layout: Format,
+    max_rejected: float,
+    setting: str = "max_rejected",
 ) -> None:
+    """Raise ValueError when no row has a column, more than a share of the rows is bad, or none is good.
+
+    It tells rules, examples and what to do. names: the columns that some row has. setting: by which the share is set.
+    """
     if names:
         no_prompt = not good and "conversations" not in names
         lacks_prompt = no_prompt and any(row.rule == "no_prompt" for row in rejected)
         require_columns(source, [*names], layout, prompt=lacks_prompt)
-    refuse_bad_rows(source, rejected, good, max_rejected)
-
-
-def refuse_bad_rows(
-    source: str, rejected: Sequence[Rejected], good: int, max_rejected: float, *, setting: str = "max_rejected"
-) -> None:
-    """Raise ValueError with rules, examples and what to do, when more than a share of the rows is bad or none is good.
-
-    setting: by which the share is set.
-    """
     bad, total = len(rejected), len(rejected) + good
     if not total:
         raise ValueError(f"{source}: there is no row; name another file, or fill this one")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrlhf.data.files import require_columns, rows_of, source_files
-from rrlhf.data.load import Place, Rejected, prompt_hash, refuse_bad_rows, refuse_repetition
+from rrlhf.data.files import rows_of, source_files
+from rrlhf.data.load import Place, Rejected, good_rows, prompt_hash, refuse_bad_rows, refuse_repetition
 from rrlhf.data.rows import FORMATS, Format, Row, RowError, plain_row, subset_of
 from rrlhf.judging.calibration import measured_share
 from rrlhf.judging.content import Measured, SubsetAccuracy
@@ -46,33 +46,25 @@ def load_pairs(data: Path, format: str, *, max_rejected: float, limit: int | Non
         files = source_files(str(data))
     except ValueError as error:
         raise UsageError(f"--data {error}") from None
-    layout = PAIR_FORMATS[format]
-    loaded = LabelledPairs(str(data), [], [], [], [])
-    columns: dict[str, None] = {}
+    layout, rejected, columns = PAIR_FORMATS[format], list[Rejected](), dict[str, None]()
     seen: dict[str, dict[bytes, Place]] = {}  # by subset: one question may stand in two
-    rows = 0
-    for file, line, row in rows_of(files, layout):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            columns |= dict.fromkeys(row)
-            pairs = _pairs(row, layout) if format == BENCH else [layout.read(row)]
-            subset = subset_of(row) if format == BENCH else ""
-            answers = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-            refuse_repetition(pairs[0].prompt, *answers, (file, line), seen.setdefault(subset, {}))
-        except RowError as error:
-            loaded.rejected.append(Rejected(file, line, error.rule, error.detail))
-            continue
-        loaded.pairs.extend(pairs)
-        loaded.questions.extend([rows] * len(pairs))
-        loaded.subsets.extend([subset] if format == BENCH else [])
-        rows += 1
-        if rows == limit:
-            break
-    if columns:
-        require_columns(str(data), [*columns], layout)
-    refuse_bad_rows(str(data), loaded.rejected, rows, max_rejected, setting="--max-rejected")
-    return loaded
+
+    def question(row: Row, place: Place) -> tuple[str, list[Preference]]:
+        pairs = _pairs(row, layout) if format == BENCH else [layout.read(row)]
+        subset = subset_of(row) if format == BENCH else ""
+        answers = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+        refuse_repetition(pairs[0].prompt, *answers, place, seen.setdefault(subset, {}))
+        return subset, pairs
+
+    found = [*itertools.islice(good_rows(rows_of(files, layout), rejected, columns, question), limit)]
+    refuse_bad_rows(str(data), rejected, len(found), columns, layout, max_rejected, "--max-rejected")
+    return LabelledPairs(
+        str(data),
+        pairs=[pair for _, pairs in found for pair in pairs],
+        questions=[number for number, (_, pairs) in enumerate(found) for _ in pairs],
+        subsets=[subset for subset, _ in found if format == BENCH],
+        rejected=rejected,
+    )
 
 
 def _pairs(row: Row, layout: Format) -> list[Preference]:
