@@ -17,7 +17,6 @@ import typer
 from rrlhf import config
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact
-from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import STAGES
 from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup
@@ -134,7 +133,7 @@ def find_models(
     elif policy := next(own, None):
         judge = lookup.input_of(policy, "ensemble")
     else:
-        judge = Project(lookup.root, lookup.profile, lookup.params).artifact("ensemble")
+        judge = lookup.project.artifact("ensemble")
     if judge is None:
         return found, None, None
     reward = lookup.input_of(judge, "reward") if judge.stage == "ensemble" else judge

@@ -15,7 +15,6 @@ import typer
 from rrlhf.located import UsageError
 from rrlhf.locks import locked
 from rrlhf.pipeline.artifacts import Artifact, git_commit
-from rrlhf.pipeline.plan import Project
 from rrlhf.tools.command_line import AsJson, Model, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup, graph_of
 
@@ -123,10 +122,9 @@ def _weigh(lookup: Lookup, version: Version, to: str) -> Decision:
         raise ValueError(f"{name} is the {to} already")
     against = f"{holder.name}/{holder.version}" if holder else "the SFT model that it started from"
     opponent = lookup.find(against) if holder else lookup.input_of(artifact, "sft")
-    project = Project(lookup.root, lookup.profile, lookup.params)
-    judges = {name: _judge(lookup, project, artifact, name) for name in ("sft", "reward", "ensemble")}
+    judges = {name: _judge(lookup, artifact, name) for name in ("sft", "reward", "ensemble")}
     models = {**judges, "candidate": artifact, "opponent": opponent}
-    found = measure(_data(project, artifact), models, project.params)
+    found = measure(_data(lookup, artifact), models, lookup.params)
     broken = Audit(lookup).run(lookup.graph.find(name)).broken
     gates = [*found["gates"], clean([each.problem for each in broken])]
     return {
@@ -138,38 +136,37 @@ def _weigh(lookup: Lookup, version: Version, to: str) -> Decision:
         "failed": [gate["name"] for gate in gates if not gate["passed"]],
         **found,
         "gates": gates,
-        "samples_per_prompt": project.params.evaluate.samples_per_prompt,
-        "seed": project.params.seed,
+        "samples_per_prompt": lookup.params.evaluate.samples_per_prompt,
+        "seed": lookup.params.seed,
         "dataset": artifact.inputs["data"],
         "inputs": {name: judge.digest for name, judge in judges.items()},
-        "git_commit": git_commit(project.root),
+        "git_commit": git_commit(lookup.root),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _data(project: Project, artifact: Artifact) -> Path:
+def _data(lookup: Lookup, artifact: Artifact) -> Path:
     """Return the version's own data set: it may have been trained on the evaluation prompts of another."""
-    dataset = project.data()
+    dataset = lookup.project.data()
     if dataset is None or dataset.digest != artifact.inputs["data"]:
         raise ValueError(
-            f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {project.profile} has "
+            f"{artifact.name} was trained on data {artifact.inputs['data']}, and profile {lookup.profile} has "
             f"{dataset.digest if dataset else 'none here'}: name the --profile and --set that it was made with"
         )
     return dataset.path
 
 
-def _judge(lookup: Lookup, project: Project, artifact: Artifact, name: str) -> Artifact:
+def _judge(lookup: Lookup, artifact: Artifact, name: str) -> Artifact:
     """Return a model that the version was trained with.
 
     Where it has no reward models (DPO), that of the profile, if it stands on the same SFT model.
     """
     if name in artifact.inputs:
         return lookup.input_of(artifact, name)
-    found = project.artifact(name)
-    sft = project.artifact("sft")
+    found, sft = (lookup.project.artifact(each) for each in (name, "sft"))
     if found is None or sft is None or sft.digest != artifact.inputs["sft"]:
         raise ValueError(
-            f"{artifact.name} has no reward models of its own, and profile {project.profile} has none on its SFT "
+            f"{artifact.name} has no reward models of its own, and profile {lookup.profile} has none on its SFT "
             "model: `rrlhf run` with the settings that it was made with comes first"
         )
     return found

@@ -13,7 +13,6 @@ from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
-from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
 from rrlhf.pipeline.tracking.models import tag_fault
 from rrlhf.pipeline.tracking.tracker import Version
@@ -177,7 +176,7 @@ class Audit:
     def _numbers(self) -> Iterator[Broken]:
         """Hold the numbers that git keeps against the profile's results."""
         try:
-            changed = changed_numbers(Project(self.lookup.root, self.lookup.profile, self.lookup.params))
+            changed = changed_numbers(self.lookup.project)
         except ParamsError as error:
             changed = []
             self.notes.append(f"the numbers that git keeps were not looked at: {str(error).partition(chr(10))[0]}")

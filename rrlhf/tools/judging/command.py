@@ -7,7 +7,6 @@ import typer
 
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import Artifact
-from rrlhf.pipeline.plan import Project
 from rrlhf.tools.command_line import AsJson, Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup
 
@@ -60,14 +59,13 @@ def evaluate_reward(
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
     lookup = opened(profile, set_)
-    project = Project(lookup.root, lookup.profile, lookup.params)
-    artifact = _reward_model(project, lookup, model)
+    artifact = _reward_model(lookup, model)
 
     from rrlhf.judging.labelled import load_pairs
     from rrlhf.tools.judging.report import content, judged, show_report, write
 
     pairs = load_pairs(data, format, max_rejected=max_rejected, limit=limit) if data else None
-    report = judged(project, lookup, artifact, pairs, perturb=perturb, limit=limit)
+    report = judged(lookup, artifact, pairs, perturb=perturb, limit=limit)
     page = write(report, out)
     if as_json:
         print(content(report))
@@ -75,12 +73,12 @@ def evaluate_reward(
         show_report(report, page)
 
 
-def _reward_model(project: Project, lookup: Lookup, name: str | None) -> Artifact:
+def _reward_model(lookup: Lookup, name: str | None) -> Artifact:
     """Return the reward model of a name; without one, the profile's ensemble."""
-    artifact = lookup.find(name) if name else project.artifact("ensemble")
+    artifact = lookup.find(name) if name else lookup.project.artifact("ensemble")
     if artifact is None:
         raise ValueError(
-            f"the ensemble of profile {project.profile} is not up to date; `rrlhf run` comes first, or name a model: "
+            f"the ensemble of profile {lookup.profile} is not up to date; `rrlhf run` comes first, or name a model: "
             "rrlhf evaluate-reward rrlhf-ensemble@latest"
         )
     if artifact.stage not in STAGES:

@@ -20,7 +20,6 @@ from rrlhf.judging.perturbations import robustness
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.graph import DATA
-from rrlhf.pipeline.plan import Project
 from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.rewards.heads import Pairs, RewardHeads
 from rrlhf.rewards.scoring import load_reward_model
@@ -55,13 +54,7 @@ class RewardReport:
 
 
 def judged(
-    project: Project,
-    lookup: Lookup,
-    artifact: Artifact,
-    pairs: LabelledPairs | None,
-    *,
-    perturb: int,
-    limit: int | None,
+    lookup: Lookup, artifact: Artifact, pairs: LabelledPairs | None, *, perturb: int, limit: int | None
 ) -> RewardReport:
     """Judge a reward model.
 
@@ -71,10 +64,10 @@ def judged(
     """
     features = lookup.input_of(artifact, "reward") if artifact.stage == "ensemble" else artifact
     if perturb and pairs is None:
-        pairs = _heldout_texts(project, features, limit)
+        pairs = _heldout_texts(lookup, features, limit)
     if pairs:
         sft = lookup.input_of(features, "sft").path if "sft" in features.inputs else None
-        answer = _judged_texts(artifact, sft, pairs, perturb, project.params)
+        answer = _judged_texts(artifact, sft, pairs, perturb, lookup.params)
     else:
         stored = PairFeatures.load(folder_of(artifact.path, features.path))
         first = Pairs(*(side[:limit] for side in stored.heldout))
@@ -114,13 +107,13 @@ def _judged(artifact: Artifact, scores: PairScores) -> RewardJudgement:
     return (judge_ensemble if artifact.stage == "ensemble" else judge_single)(artifact.name, scores)
 
 
-def _heldout_texts(project: Project, features: Artifact, limit: int | None) -> LabelledPairs:
+def _heldout_texts(lookup: Lookup, features: Artifact, limit: int | None) -> LabelledPairs:
     """Return the pairs that a model was not trained on, when the profile's data set is the one that it came from."""
-    dataset = project.data()
+    dataset = lookup.project.data()
     if dataset is None or dataset.digest != features.inputs[DATA]:
         raise UsageError(
             "--perturb needs the texts of the held-out pairs, and the data set of this model is not that of profile "
-            f"{project.profile}: name its --profile, or a file with --data"
+            f"{lookup.profile}: name its --profile, or a file with --data"
         )
     pairs = preferences(dataset.path, "heldout")[:limit]
     return LabelledPairs(HELDOUT, pairs, [*range(len(pairs))], [], [])

@@ -17,9 +17,9 @@ from rrlhf.config import Params
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store, read_artifact, unsealed
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, read_artifact, unsealed
 from rrlhf.pipeline.graph import DATA
-from rrlhf.pipeline.signatures import notary_of
+from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import profile_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Lookup:
 
     def __init__(self, root: Path, profile: str, params: Params) -> None:
         self.root, self.profile, self.params = root, profile, params
-        self.store = Store(root, notary_of(root, params.signatures))
+        self.project = Project(root, profile, params)
+        self.store = self.project.store
 
     @cached_property
     def tracker(self) -> Tracker:
