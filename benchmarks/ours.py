@@ -131,12 +131,9 @@ def _trained(features: Pairs, job: Job, settings: Reward, epochs: int) -> Reward
         lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected),
         features,
         bootstrap_weights(pairs, job["heads"], generator),
+        settings.model_copy(update={"epochs": epochs}),
         accelerator=Accelerator(cpu=True),
         generator=generator,
-        epochs=epochs,
-        pairs_per_batch=settings.pairs_per_batch,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
     )
     for _ in rows:
         pass

@@ -61,6 +61,7 @@ def heads(count: int, _: Path) -> Cost:
     import torch
     from accelerate import Accelerator
 
+    from rrlhf.config import Fit
     from rrlhf.losses import gaussian_bradley_terry
     from rrlhf.rewards.heads import Pairs, RewardHeads, bootstrap_weights, fit
 
@@ -71,12 +72,9 @@ def heads(count: int, _: Path) -> Cost:
         lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected),
         pairs,
         bootstrap_weights(2000, count, draw),
+        Fit(epochs=10, pairs_per_batch=64, learning_rate=1e-3, weight_decay=0.0),
         accelerator=Accelerator(cpu=True),
         generator=draw,
-        epochs=10,
-        pairs_per_batch=64,
-        learning_rate=1e-3,
-        weight_decay=0.0,
     )
     return _cost(lambda: [*training])
 

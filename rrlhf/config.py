@@ -127,13 +127,18 @@ class Sft(Section):
     keep_states: bool = True
 
 
-class HeadTraining(Section):
-    """What every reward head's training needs; from `margin` on, of the Bradley-Terry loss alone."""
+class Fit(Section):
+    """How reward heads are fitted to features."""
 
     epochs: PositiveInt
     pairs_per_batch: PositiveInt
     learning_rate: PositiveFloat
     weight_decay: NonNegative
+
+
+class HeadTraining(Fit):
+    """What every reward head's training needs; from `margin` on, of the Bradley-Terry loss alone."""
+
     margin: NonNegative
     centring: NonNegative
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]

@@ -157,13 +157,7 @@ def read_responses(judges: Judges, asked: Asked, responses: list[Response], name
         if states is not None:
             features.append(response_features(states, place[1], _spoken(judges.language, responses[part])))
         check_stop()
-    said = Responses(
-        prompts=[row["prompt"] for row in rows],
-        texts=[decode(judges.language, response.tokens) for response in responses],
-        tokens=[response.tokens for response in responses],
-        finished=[response.finished for response in responses],
-        columns=columns_of(rows),
-    )
+    said = as_said(judges.language, rows, responses)
     logprob = torch.tensor([response.logprob for response in responses])
     scores = judges.rewards.score(said, torch.cat(features), batch_size)
     gold = judges.gold.score(rows, said.texts, said.finished) if judges.gold else None
@@ -206,6 +200,17 @@ def repetition(text: str) -> float:
     """Return the share of words that occurred before in the text, 0 to 1."""
     words = text.lower().split()
     return 1 - len(set(words)) / len(words) if words else 0.0
+
+
+def as_said(language: LanguageModel, rows: Rows, responses: Sequence[Response]) -> Responses:
+    """Return responses to rows of the data as reward models and functions read them."""
+    return Responses(
+        prompts=[row["prompt"] for row in rows],
+        texts=[decode(language, response.tokens) for response in responses],
+        tokens=[response.tokens for response in responses],
+        finished=[response.finished for response in responses],
+        columns=columns_of(rows),
+    )
 
 
 def pooled_states(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rrlhf.config import Fit
 from rrlhf.rewards.posterior import fit as fit_posterior
 from rrlhf.rewards.posterior import whiten
 from rrlhf.robust import Scores
@@ -170,13 +171,10 @@ def fit(
     loss: Callable[[Scores, Scores, Tensor], Tensor],
     pairs: Pairs,
     weights: Tensor,
+    settings: Fit,
     *,
     accelerator: Accelerator,
     generator: torch.Generator,
-    epochs: int,
-    pairs_per_batch: int,
-    learning_rate: float,
-    weight_decay: float,
 ) -> Iterator[dict[str, float]]:
     """Train all heads in one pass over the features; yield one row of metrics per epoch.
 
@@ -184,14 +182,14 @@ def fit(
     weights: [pairs, heads], how often a head's own sample of the data holds a pair.
     """
     heads.standardise(torch.cat([pairs.chosen, pairs.rejected]))
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     model, optimizer = accelerator.prepare(heads, optimizer)
     device = accelerator.device
     pairs, weights = Pairs(*(side.to(device) for side in pairs)), weights.to(device)
-    for epoch in range(epochs):
+    for epoch in range(settings.epochs):
         order = torch.randperm(len(weights), generator=generator).to(device)
         total = torch.zeros((), device=device)
-        for index in order.split(pairs_per_batch):
+        for index in order.split(settings.pairs_per_batch):
             weight = weights[index]
             error = loss(model(pairs.chosen[index]), model(pairs.rejected[index]), index)
             mean = (error * weight).sum(0) / weight.sum(0).clamp(min=1)  # each head sees only its own loss

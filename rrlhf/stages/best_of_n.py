@@ -10,13 +10,13 @@ import torch
 
 from rrlhf.config import BestOfN, BestOfNArm, Model
 from rrlhf.data.load import further_columns
-from rrlhf.data.tables import columns_of, read_table
+from rrlhf.data.tables import read_table
 from rrlhf.models.load import load_model
 from rrlhf.models.processes import accelerator, autocast
 from rrlhf.models.rollout import sample_in_batches
-from rrlhf.models.text import Texts, decode
-from rrlhf.policy.reading import pooled_states
-from rrlhf.policy.reward import Responses, arm_reward, load_reward_models, reference_scale, write_arm
+from rrlhf.models.text import Texts
+from rrlhf.policy.reading import as_said, pooled_states
+from rrlhf.policy.reward import arm_reward, load_reward_models, reference_scale, write_arm
 from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, write_candidates
 from rrlhf.progress import track
@@ -44,20 +44,14 @@ def run(
     language.network.to(engine.device).requires_grad_(False)
     rewards = load_reward_models(reward, ensemble, engine.device, functions)
     rows = [row for row in read_table(data, "evaluate") for _ in range(samples)]
-    asked, texts = [row["prompt"] for row in rows], Texts(language, model)
-    encoded = [texts.prompt(prompt) for prompt in asked]
+    texts = Texts(language, model)
+    encoded = [texts.prompt(row["prompt"]) for row in rows]
     log({"step": 0, **texts.told("best of n")})
     batch_size = best_of_n.batch_size
     responses = sample_in_batches(
         language, encoded, model, batch_size=batch_size, seed=arm.seed, label="best of n: sampling"
     )
-    said = Responses(
-        prompts=asked,
-        texts=[decode(language, response.tokens) for response in responses],
-        tokens=[response.tokens for response in responses],
-        finished=[response.finished for response in responses],
-        columns=columns_of(rows),
-    )
+    said = as_said(language, rows, responses)
     pooled = None
     if rewards.layer is not None:
         parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]

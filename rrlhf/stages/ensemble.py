@@ -80,18 +80,7 @@ def fit_heads(seed: int, model: Model, ensemble: Ensemble, reward: Path, log: Lo
         weights = bootstrap_weights(pairs, ensemble.heads, generator)
     loss = stage2_loss(ensemble, RewardHeads.load(reward), features.train, generator)
     engine = accelerator(model)
-    rows = fit(
-        heads,
-        loss,
-        features.train,
-        weights,
-        accelerator=engine,
-        generator=generator,
-        epochs=ensemble.epochs,
-        pairs_per_batch=ensemble.pairs_per_batch,
-        learning_rate=ensemble.learning_rate,
-        weight_decay=ensemble.weight_decay,
-    )
+    rows = fit(heads, loss, features.train, weights, ensemble, accelerator=engine, generator=generator)
     for row in track(rows, ensemble.epochs, "ensemble"):
         log(row)
     return Fitted(heads, loss, weights, generator, engine)

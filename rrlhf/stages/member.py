@@ -52,12 +52,9 @@ def run(
         loss,
         features.train,
         weights if frozen else torch.ones_like(weights),
+        member,
         accelerator=engine,
         generator=generator if frozen else torch.Generator().manual_seed(COMMON_SEED),
-        epochs=member.epochs,
-        pairs_per_batch=member.pairs_per_batch,
-        learning_rate=member.learning_rate,
-        weight_decay=member.weight_decay,
     )
     for row in track(rows, member.epochs, "member"):
         log(row)

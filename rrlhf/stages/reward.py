@@ -26,22 +26,11 @@ def run(*, seed: int, model: Model, reward: Reward, data: Path, sft: Path, out: 
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     heads = RewardHeads(features.train.chosen.shape[1], heads=1, hidden=0, sigma_floor=1e-3)
-    rows = fit(
-        heads,
-        single_loss(reward),
-        features.train,
-        torch.ones(len(features.train.chosen), 1),
-        accelerator=engine,
-        generator=generator,
-        epochs=reward.epochs,
-        pairs_per_batch=reward.pairs_per_batch,
-        learning_rate=reward.learning_rate,
-        weight_decay=reward.weight_decay,
-    )
+    single, weights = single_loss(reward), torch.ones(len(features.train.chosen), 1)
+    rows = fit(heads, single, features.train, weights, reward, accelerator=engine, generator=generator)
     for row in track(rows, reward.epochs, "reward"):
         log(row)
     if reward.trunk != "frozen":
-        single, weights = single_loss(reward), torch.ones(len(train), 1)
         with trainable(trunk, reward):
             for row in finetune(trunk, heads, single, train, weights, reward, engine=engine, generator=generator):
                 log(row)

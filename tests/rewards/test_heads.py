@@ -2,6 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from rrlhf.config import Fit
 from rrlhf.losses import bradley_terry, gaussian_bradley_terry
 from rrlhf.rewards.heads import Pairs, RewardHeads, bootstrap_weights, fit
 
@@ -23,12 +24,9 @@ def trained(pairs, heads, weights, hidden=0):
         lambda chosen, rejected, _: bradley_terry(chosen.mean - rejected.mean),
         pairs,
         weights,
+        Fit(epochs=100, pairs_per_batch=600, learning_rate=0.1, weight_decay=0.0),
         accelerator=Accelerator(cpu=True),
         generator=torch.Generator().manual_seed(0),
-        epochs=100,
-        pairs_per_batch=600,
-        learning_rate=0.1,
-        weight_decay=0.0,
     )
     losses = [row["loss"] for row in rows]
     assert losses[-1] < losses[0]
@@ -56,12 +54,9 @@ def test_heads_trained_together_equal_heads_trained_alone(pairs, hidden):
             loss,
             pairs,
             columns,
+            Fit(epochs=3, pairs_per_batch=100, learning_rate=0.01, weight_decay=0.0),
             accelerator=Accelerator(cpu=True),
             generator=torch.Generator().manual_seed(0),
-            epochs=3,
-            pairs_per_batch=100,
-            learning_rate=0.01,
-            weight_decay=0.0,
         )
         list(rows)
         return model

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rrlhf.config import Fit
 from rrlhf.losses import gaussian_bradley_terry
 from rrlhf.progress import track
 from rrlhf.rewards.heads import Pairs, RewardHeads, fit
@@ -112,12 +113,9 @@ def learn(worlds: Worlds, heads: int) -> Learned:
         lambda chosen, rejected, _: gaussian_bradley_terry(chosen, rejected),
         Pairs(features[better], features[worse]),
         weights.flatten(0, 1).T.float(),
+        Fit(epochs=EPOCHS, pairs_per_batch=len(better), learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         accelerator=Accelerator(cpu=True),
         generator=torch.Generator().manual_seed(0),
-        epochs=EPOCHS,
-        pairs_per_batch=len(better),
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
     )
     for _ in track(training, EPOCHS, "toy: reward models"):
         pass
