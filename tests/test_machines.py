@@ -176,6 +176,35 @@ def test_two_workers_of_a_pool_work_in_folders_of_their_own_and_compute_once(wor
     assert not (deployed / "artifacts").exists()
 
 
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_data_set_goes_by_dvc_to_the_bucket_and_comes_back_in_a_clone_and_to_a_run(servers, tmp_path):
+    pytest.importorskip("dvc_s3", reason="without dvc-s3, of the extra s3: `make test-scale` installs it")
+    environment = {name: value for name, value in servers.items() if name != "RRLHF_STORE"}
+    one, clone = copy_project(tmp_path / "one"), tmp_path / "clone"
+
+    def call(root, *arguments):
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run = ["rrlhf", "run", "--profile", "tiny", "--only", "data", "--json"]
+    [folder] = json.loads(call(one, *run))["folders"].values()
+    call(one, "dvc", "remote", "add", "-d", "bucket", "s3://rrlhf/dvc")
+    call(one, "dvc", "push")
+    made = contents(one / folder)
+    shutil.copytree(one, clone, ignore=shutil.ignore_patterns("cache", "tmp", Path(folder).name, ".rrlhf"))
+    call(clone, "dvc", "pull")
+    assert contents(clone / folder) == made
+    for gone in (one / folder, one / ".dvc" / "cache"):
+        shutil.rmtree(gone)
+    assert json.loads(call(one, *run))["ran"] == []
+    assert contents(one / folder) == made
+
+
 @pytest.mark.usefixtures("first")
 def test_mlflow_on_postgres_has_the_models_and_their_files_on_s3(servers):
     asked = f"{servers['MLFLOW_TRACKING_URI']}/api/2.0/mlflow/registered-models/get?name=rrlhf-tiny-sft"
