@@ -272,10 +272,10 @@ def _columnar_rows(path: Path, layout: Format) -> Rows:
         with _batches(path) as (columns, batches):
             require_columns(str(path), columns, layout)
             yield from _arrow_rows(batches)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         if getattr(error, "errno", None):
             raise
-        if "UTF8" in str(error):
+        if "UTF8" in str(error) or isinstance(error, UnicodeDecodeError):
             raise ValueError(f"{path}: a text in it is not UTF-8 ({error}); write the file again") from error
         raise ValueError(f"{path}: not a whole {path.suffix[1:].lower()} file ({error}); fetch it again") from error
 
