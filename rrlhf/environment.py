@@ -112,10 +112,10 @@ def telling_full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def end_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
+def end_with_parent() -> None:
     """Ask Linux to end this process when the one that started it is killed; otherwise it would go on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, by)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def spare_collector() -> None:

@@ -156,28 +156,28 @@ def test_adapters_that_are_a_pickle_run_nothing(model, tmp_path, mark):
 
 
 def test_a_checkpoint_that_was_planted_with_a_fitting_record_ends_the_run_with_3(model, tmp_path, mark):
-    with Checkpoints(tmp_path, accelerator(model), seed=1) as checkpoints:
-        checkpoints.save(1, State({"weights": torch.ones(2)}, {"step": 1}))
-        assert checkpoints.newest().own == {"step": 1}
-        saved = tmp_path / CHECKPOINT / "00000001"
-        torch.save({"weights": Payload(mark)}, saved / "shared.pt")
-        assert checkpoints.newest() is None  # as one that was changed
-        record = json.loads((saved / "checkpoint.json").read_text())
-        record["files"]["shared.pt"] = sha256(saved / "shared.pt")
-        (saved / "checkpoint.json").write_text(json.dumps(record))
-        with pytest.raises(PlantedError, match="nothing of it was run") as error:
-            checkpoints.newest()
-        assert error.value.exit_code == 3
+    checkpoints = Checkpoints(tmp_path, accelerator(model), seed=1)
+    checkpoints.save(1, State({"weights": torch.ones(2)}, {"step": 1}))
+    assert checkpoints.newest().own == {"step": 1}
+    saved = tmp_path / CHECKPOINT / "00000001"
+    torch.save({"weights": Payload(mark)}, saved / "shared.pt")
+    assert checkpoints.newest() is None  # as one that was changed
+    record = json.loads((saved / "checkpoint.json").read_text())
+    record["files"]["shared.pt"] = sha256(saved / "shared.pt")
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    with pytest.raises(PlantedError, match="nothing of it was run") as error:
+        checkpoints.newest()
+    assert error.value.exit_code == 3
 
 
 @pytest.mark.parametrize(
     "record", ["[]", "{}", '{"files": 1, "made_for": 1}', "[" * 99999, '{"files": {}, "made_for": 3}']
 )
 def test_a_checkpoint_with_an_odd_record_is_not_used(model, tmp_path, record):
-    with Checkpoints(tmp_path, accelerator(model)) as checkpoints:
-        checkpoints.save(1, State({}, {}))
-        (tmp_path / CHECKPOINT / "00000001" / "checkpoint.json").write_text(record)
-        assert checkpoints.newest() is None
+    checkpoints = Checkpoints(tmp_path, accelerator(model))
+    checkpoints.save(1, State({}, {}))
+    (tmp_path / CHECKPOINT / "00000001" / "checkpoint.json").write_text(record)
+    assert checkpoints.newest() is None
 
 
 def published(store):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -248,12 +248,12 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
     check_stop()  # an arm may start after Ctrl-C
     project, is_data = run.project, node.name == DATA
 
-    def compute(staged: Path) -> None:
+    def compute(staged: Path, lock: IO[str]) -> None:
         document = project.document(node, run.digests)
         inputs = {argument: run.artifacts[name].path for argument, name in node.inputs.items()}
         launch, max_cut = project.params.launch, 1.0 if is_data else project.params.limits.max_cut  # data cuts nothing
         with without_secrets():  # the user's reward functions run
-            execute(document, inputs=inputs, out=staged, launch=launch, beside=beside, max_cut=max_cut)
+            execute(document, inputs=inputs, out=staged, launch=launch, lock=lock, beside=beside, max_cut=max_cut)
 
     def recorded(staged: Path) -> AbstractContextManager[None]:
         if is_data or not run.tracking_id:

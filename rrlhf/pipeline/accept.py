@@ -85,10 +85,10 @@ def _publish(
         raise UsageError(f"{away[0]} has to be brought back first: rrlhf run --only {away[0]}")
     if store.notary:
         store.notary.check_making([node.name])
-    with store.locked(key):
+    with store.locked(key) as lock:
         if verify:
             folders = {argument: artifact.path for argument, artifact in read.items()}
-            compare_again(project, node.name, document, folders, old.manifest["files"])
+            compare_again(project, document, folders, old, lock)
         staged = store.staging(f"accept-{node.stage}", key)
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(old.path, staged, copy_function=os.link)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import IO, TYPE_CHECKING, Any, TypedDict, Unpack
 
 from rrlhf import hardware
 from rrlhf.files import clear, sync
@@ -326,7 +326,7 @@ class Store:
         (self._made / artifact.key).touch()
         return Artifact(final, artifact.manifest)
 
-    def locked(self, key: str) -> AbstractContextManager[None]:
+    def locked(self, key: str) -> AbstractContextManager[IO[str]]:
         """Hold the lock of a key, waiting for it if need be."""
         return locked(self.root / ".locks" / key)
 

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -37,6 +36,9 @@ from rrlhf.stopping import check_stop, stop_between_steps
 from rrlhf.types import Log
 
 LAST_LINES = 15
+LAUNCHER = (
+    "from rrlhf.environment import end_with_parent as end; end(); from accelerate.commands.launch import main; main()"
+)
 KILLED = re.compile(r"Signal \d+ \((SIGKILL)\) received by PID")  # so says accelerate's launcher of a process
 
 
@@ -50,6 +52,7 @@ def execute(
     inputs: Mapping[str, Path],
     out: Path,
     launch: Launch,
+    lock: IO[str] | None = None,
     beside: int = 0,
     max_cut: float = 1.0,
 ) -> None:
@@ -57,13 +60,14 @@ def execute(
 
     beside: how many other stages run at the same time and share the cores. Each then has a process of its own:
     loading a model changes global state of transformers and torch. max_cut: share of any kind of text that may be cut.
+    lock: under which `out` is written; processes that outlive this one hold it until they end.
     """
     _keep_checkpoint(out)
     processes = launch.processes if spec_of(document["stage"]).processes else 1
     if processes > 1 or beside:
         threads = launch.threads or max(cores() // (processes + beside), 1)
         launch = launch.model_copy(update={"processes": processes, "threads": threads})
-        call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, launch=launch)
+        call_in_processes(document, inputs=inputs, out=out, max_cut=max_cut, launch=launch, lock=lock)
     else:
         import torch
 
@@ -154,7 +158,13 @@ def recorder(out: Path, stage: str, max_cut: float) -> Log:
 
 
 def call_in_processes(
-    document: Document, *, inputs: Mapping[str, Path], out: Path, max_cut: float, launch: Launch
+    document: Document,
+    *,
+    inputs: Mapping[str, Path],
+    out: Path,
+    max_cut: float,
+    launch: Launch,
+    lock: IO[str] | None,
 ) -> None:
     """Call a stage's `run` in processes of its own, each with `launch.threads` CPU threads.
 
@@ -172,6 +182,7 @@ def call_in_processes(
         with subprocess.Popen(
             [sys.executable, *(_launcher(processes) if processes > 1 else ()), "-m", "rrlhf.pipeline.launch", job],
             env=os.environ | told_processes(launch, on_cpu=document["params"]["model"]["device"] == "cpu"),
+            stdin=lock or subprocess.DEVNULL,  # the one file that a launcher, too, hands on to what it starts
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -227,7 +238,7 @@ def _launcher(processes: int) -> list[str]:
     A file from `accelerate config` takes the place of these options.
     """
     config = os.environ.get("ACCELERATE_CONFIG_FILE")
-    command = ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command = ["-c", LAUNCHER, "--num_processes", str(processes)]
     if config:
         return [*command, "--config_file", config]
     plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -236,8 +247,7 @@ def _launcher(processes: int) -> list[str]:
 
 def main(path: Path) -> int:
     """Run a stage in this process, as told by a JSON file; return the exit code."""
-    # Alone it ends at once: the same command, given again, may be at work in this folder before a step is over.
-    end_with_parent(signal.SIGTERM if "WORLD_SIZE" in os.environ else signal.SIGKILL)
+    end_with_parent()
     spare_collector()
     stop_between_steps()
     job, problem = json.loads(path.read_bytes()), path.with_suffix(".problem")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import IO, TYPE_CHECKING, Unpack
 
 from rrlhf.environment import telling_full_disk
 from rrlhf.located import MendableError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rrlhf.pipeline.plan import Planned, Project
 
 BringBack = Callable[[Store, str, str], Artifact | None]
+Compute = Callable[[Path, IO[str]], None]
 
 
 class DifferentError(MendableError):
@@ -36,7 +37,7 @@ def carry_out(
     planned: Planned,
     wanted: Chosen,
     digests: Mapping[str, str],
-    compute: Callable[[Path], None],
+    compute: Compute,
     *,
     bring_back: BringBack,
     recorded: Callable[[Path], AbstractContextManager[None]],
@@ -77,7 +78,7 @@ def produce(
     store: Store,
     name: str,
     document: Document,
-    compute: Callable[[Path], None],
+    compute: Compute,
     *,
     recorded: Callable[[Path], AbstractContextManager[None]],
     force: bool = False,
@@ -85,12 +86,13 @@ def produce(
 ) -> tuple[Artifact, bool]:
     """Return the artifact of a key, and whether it was computed; who comes second waits and then finds it.
 
-    compute: fills a folder, in which an interrupted run may have left something. recorded: open while that folder
-    is filled and published. force: compute although there is an artifact. It stays, whatever comes out: a key has one
-    result. Raises DifferentError when that is not the same, ParamsError when it would be refused without a signature.
+    compute: fills a folder, in which an interrupted run may have left something; what it starts holds the lock, too.
+    recorded: open while that folder is filled and published. force: compute although there is an artifact. It stays,
+    whatever comes out: a key has one result. Raises DifferentError when that is not the same, ParamsError when it
+    would be refused without a signature.
     """
     stage, key = document["stage"], key_digest(document)
-    with store.locked(key), telling_full_disk(store.root):
+    with store.locked(key) as lock, telling_full_disk(store.root):
         there = store.find(stage, key)
         if there and not force:
             return there, False
@@ -100,7 +102,7 @@ def produce(
         say(f"{name}  begins")
         began = time.monotonic()
         with recorded(staged):
-            compute(staged)
+            compute(staged, lock)
             if there is None:  # inside: what was recorded as finished is there to be found
                 return store.publish(name, document, staged, seconds=time.monotonic() - began, **beside), True
         compare(name, there.manifest["files"], store.digests(staged), staged, store)
@@ -108,13 +110,13 @@ def produce(
 
 
 def compare_again(
-    project: Project, name: str, document: Document, inputs: Mapping[str, Path], stored: Mapping[str, str]
+    project: Project, document: Document, inputs: Mapping[str, Path], stored: Artifact, lock: IO[str]
 ) -> None:
-    """Compute a stage once more, beside the stored result, and compare the two; see `compare`."""
+    """Compute a stage once more, under the lock of its key, beside a result, and compare the two; see `compare`."""
     store = project.store
     staged = store.staging(f"again-{document['stage']}", key_digest(document))
-    execute(document, inputs=inputs, out=staged, launch=project.params.launch)
-    compare(name, stored, store.digests(staged), staged, store)
+    execute(document, inputs=inputs, out=staged, launch=project.params.launch, lock=lock)
+    compare(stored.name, stored.manifest["files"], store.digests(staged), staged, store)
 
 
 def compare(name: str, stored: Mapping[str, str], again: Mapping[str, str], staged: Path, store: Store) -> None:

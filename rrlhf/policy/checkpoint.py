@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251 - what torch raises where it would have to run something
 from shlex import quote
@@ -23,7 +22,6 @@ from accelerate import Accelerator
 from rrlhf.config import Section
 from rrlhf.files import CHECKPOINT, sync
 from rrlhf.located import MendableError
-from rrlhf.locks import locked
 from rrlhf.memo import sha256
 
 MANIFEST = "checkpoint.json"
@@ -47,7 +45,7 @@ class PlantedError(MendableError):
 
 
 class Checkpoints:
-    """The checkpoints of a run in its folder `out`; a context, in which no other run writes them.
+    """The checkpoints of a run in its folder `out`.
 
     Two stay: the newest, and the newest good one, to which a run can roll back. made_for: settings that a checkpoint
     must share to be used; the number of processes, and how weights are spread over them, may be another.
@@ -58,16 +56,6 @@ class Checkpoints:
         self._made_for = {
             name: each.model_dump() if isinstance(each, Section) else each for name, each in made_for.items()
         }
-        self._held = ExitStack()
-
-    def __enter__(self) -> Checkpoints:
-        if self._engine.is_main_process:  # a process whose parent was killed may still be ending its last step
-            self._held.enter_context(locked(self._folder / ".lock"))
-        self._engine.wait_for_everyone()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
 
     def save(self, done: int, state: State, good: bool = True) -> None:
         """Write the checkpoint after `done` steps in the place of older ones; all processes call it together."""

@@ -58,10 +58,10 @@ def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path
     top = top_layers(language, loading_device(engine), dpo.train_layers, "dpo.train_layers")
     trained = with_optimizer(engine, language, top, dpo.learning_rate, len(batches), eps=1e-8, fused=None)
     pairs, heldout = (prepare_pairs(trained, part, model, dpo) for part in (training, held))
-    with Checkpoints(out, engine, model=model, dpo=dpo, arm=arm) as checkpoints:
-        steps = resumable(partial(train, pairs, heldout, batches, dpo), trained, checkpoints, "dpo")
-        for row in track(steps, len(batches), "dpo"):
-            log(row)
+    checkpoints = Checkpoints(out, engine, model=model, dpo=dpo, arm=arm)
+    steps = resumable(partial(train, pairs, heldout, batches, dpo), trained, checkpoints, "dpo")
+    for row in track(steps, len(batches), "dpo"):
+        log(row)
     save_model(language, out)
     if engine.is_main_process:
         write_arm(out, arm)

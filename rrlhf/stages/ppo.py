@@ -78,10 +78,10 @@ def run(
     prompts = Prompts([texts.prompt(prompt) for prompt in messages], messages, columns_of(rows))
     cut = texts.told("ppo")
     training = partial(train, learner, prompts, arm_reward(arm, engine, scale))
-    with Checkpoints(out, engine, model=model, ppo=ppo, health=health, arm=arm) as checkpoints:
-        history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
-        for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
-            log(cut | row)
+    checkpoints = Checkpoints(out, engine, model=model, ppo=ppo, health=health, arm=arm)
+    history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
+    for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
+        log(cut | row)
     responses = write_history(history, engine, messages, out)
     if history.diverged:
         raise DivergedError(history.diverged)

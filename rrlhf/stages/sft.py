@@ -35,10 +35,10 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     answers = Answers(trained, rows, model, keep_states=sft.keep_states)
     if top.first is not None and sft.keep_states:
         answers.read_below(sft.microbatch_size, "sft: frozen layers")
-    with Checkpoints(out, engine, seed=seed, model=model, sft=sft) as checkpoints:
-        steps = resumable(partial(train, answers, batches, sft), trained, checkpoints, "sft")
-        for row in track(steps, len(batches), "sft"):
-            log(row)
+    checkpoints = Checkpoints(out, engine, seed=seed, model=model, sft=sft)
+    steps = resumable(partial(train, answers, batches, sft), trained, checkpoints, "sft")
+    for row in track(steps, len(batches), "sft"):
+        log(row)
     sharpen(language, sft.temperature)
     save_model(language, out)
     engine.wait_for_everyone()

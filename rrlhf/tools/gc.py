@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from rrlhf.located import MendableError, ParamsError
-from rrlhf.locks import holder, is_alive
+from rrlhf.locks import holder, is_alive, locked
 from rrlhf.pipeline.params import profiles
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.stages import spec_of
@@ -91,6 +91,8 @@ def leftovers(lookup: Lookup) -> list[Leftover]:
     staged = sorted((store.root / ".staging").glob("*"))
     goes_on = [path for path in staged if path.name.rpartition("-")[2] in keys and not path.name.startswith(ASIDE)]
     found += [(path, "left by an interrupted run of other settings", "") for path in staged if path not in goes_on]
+    locks = sorted((store.root / ".locks").glob("*"))
+    found += [(path, "the lock of a run that was killed", "") for path in locks if not holder(path)]
     found += [(path, "another result of --force", "") for path in sorted((store.root / ".differing").glob("*"))]
     found += [(path, "left by an interrupted write", "") for path in _half_written(lookup.root)]
     found += [(path, "a backup of `rrlhf relocate`", "") for path in lookup.root.glob("mlflow.db.before-relocate-*")]
@@ -113,6 +115,9 @@ def remove(lookup: Lookup, found: list[Leftover]) -> None:
             aside.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
             shutil.rmtree(one.path.rename(aside))
+        elif one.path.parent.name == ".locks":
+            with locked(one.path):
+                pass  # it goes with its lock, which somebody may hold by now
         else:
             one.path.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -243,8 +244,19 @@ with Store(Path(sys.argv[1])).locked("key"):
 """
 
 
-def holder(root):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(root)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+HANDED_ON = """
+import subprocess, sys, time
+from pathlib import Path
+from rrlhf.pipeline.artifacts import Store
+with Store(Path(sys.argv[1])).locked("key") as lock:
+    subprocess.Popen(["sh", "-c", "sleep 1; touch done"], stdin=lock, cwd=sys.argv[1])
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(root, program=HOLD):
+    process = subprocess.Popen([sys.executable, "-c", program, str(root)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -255,6 +267,29 @@ def test_a_lock_ends_with_its_process(tmp_path):
         began = time.monotonic()
         with Store(tmp_path).locked("key"):
             assert time.monotonic() - began < 5
+
+
+def test_a_lock_that_was_handed_on_ends_with_the_last_process_that_has_it(tmp_path):
+    with holder(tmp_path, HANDED_ON) as process:
+        process.kill()
+        with Store(tmp_path).locked("key"):
+            assert (tmp_path / "done").exists()
+
+
+def test_of_many_that_want_a_lock_one_has_it_at_a_time_and_its_file_goes_with_the_last(tmp_path):
+    at_work, most = [], []
+
+    def work(number):
+        for _ in range(20):
+            with Store(tmp_path).locked("key"):
+                at_work.append(number)
+                most.append(len(at_work))
+                at_work.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert most == [1] * 160
+    assert not [*tmp_path.glob("artifacts/.locks/*")]
 
 
 def test_who_waits_is_told_for_whom(tmp_path, capfd):

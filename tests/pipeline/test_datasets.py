@@ -39,7 +39,7 @@ class Asked:
     def have(self, bring_back=dvc.bring_back):
         """Do what was decided; return the artifact, and whether it was computed."""
 
-        def compute(staged):
+        def compute(staged, _):
             execute(self.document, inputs={}, out=staged, launch=self.project.params.launch)
 
         wanted = chosen(Part(), self.project.nodes)

@@ -251,7 +251,7 @@ def run(world, forced):
         digests = {name: made.digest for name, made in artifacts.items()}
         inputs = {argument: artifacts[name].path for argument, name in node.inputs.items()}
 
-        def compute(staged, node=node, inputs=inputs):
+        def compute(staged, _, node=node, inputs=inputs):
             staged.mkdir(parents=True)
             (staged / HISTORY).write_text("")
             call(world.root, node, inputs, staged)

@@ -17,7 +17,7 @@ def have(tmp_path):
     store = Store(tmp_path)
 
     def call(text, *, force=False):
-        def compute(staged):
+        def compute(staged, _):
             staged.mkdir(parents=True)
             (staged / "model.txt").write_text(text)
             (staged / HISTORY).write_text("")

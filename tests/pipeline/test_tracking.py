@@ -247,7 +247,7 @@ def test_a_run_that_was_written_live_is_not_written_again(tracker, client, famil
 
 @pytest.mark.parametrize(("rows", "status"), [(ROWS, "FINISHED"), ([], "FAILED")])
 def test_a_run_is_finished_once_the_result_is_published(root, tracker, client, rows, status):
-    def compute(staged):
+    def compute(staged, _):
         staged.mkdir(parents=True)
         if rows:  # without a log nothing can be published
             log(staged, *rows)

@@ -144,13 +144,13 @@ class Trained:
         if start:
             start(self.learner)
         self.rows = []
-        with Checkpoints(folder, engine) as checkpoints:
-            history = resumed(self.learner, checkpoints, "ppo (test)")
-            training = partial(train, self.learner, PROMPTS, reward)
-            for row in supervised(training, self.learner, history, checkpoints, self.health):
-                self.rows.append(row)
-                if harm:
-                    harm(self.learner, row)
+        checkpoints = Checkpoints(folder, engine)
+        history = resumed(self.learner, checkpoints, "ppo (test)")
+        training = partial(train, self.learner, PROMPTS, reward)
+        for row in supervised(training, self.learner, history, checkpoints, self.health):
+            self.rows.append(row)
+            if harm:
+                harm(self.learner, row)
         self.events = [event.name for event in history.events]
         self.rollbacks, self.error = history.rollbacks, history.diverged
 

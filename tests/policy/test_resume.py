@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
+from rrlhf.locks import locked
 from rrlhf.memo import sha256
 from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
@@ -38,10 +39,13 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from rrlhf.config import Launch
+from rrlhf.locks import locked
 from rrlhf.pipeline.launch import execute
 job = json.loads(sys.argv[1])
-inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
-execute(job["document"], inputs=inputs, out=Path(job["out"]), launch=Launch(**job["launch"]), beside=job["beside"])
+inputs, out = {name: Path(folder) for name, folder in job["inputs"].items()}, Path(job["out"])
+with locked(out.with_suffix(".lock")) as lock:
+    launch, beside = Launch(**job["launch"]), job["beside"]
+    execute(job["document"], inputs=inputs, out=out, launch=launch, lock=lock, beside=beside)
 """
 
 
@@ -93,8 +97,8 @@ def launch(processes=1, sharding="none"):
 
 
 def run(inputs, out, log=lambda row: None, every=2, **changed):
-    with handing_on(log):
-        execute(document(every, **changed), inputs=inputs, out=out, launch=launch())
+    with handing_on(log), locked(out.with_suffix(".lock")) as lock:
+        execute(document(every, **changed), inputs=inputs, out=out, launch=launch(), lock=lock)
 
 
 def started(inputs, out, beside=0, processes=1, sharding="none", **streams):
@@ -231,6 +235,26 @@ def test_a_killed_process_leaves_what_is_needed_to_go_on(inputs, tmp_path, whole
     process.wait()
     run(inputs, tmp_path)
     assert result(tmp_path) == whole
+
+
+def is_at_work(process):
+    """Whether a process of others runs; one that has ended may not have been told of its end."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_the_processes_of_one_that_was_killed(inputs, tmp_path, whole):
+    process = started(inputs, tmp_path, processes=2)
+    wait_for_rows(tmp_path, 2, process)
+    others, alive = psutil.Process(process.pid).children(recursive=True), []
+    process.kill()
+    process.wait()
+    run(inputs, tmp_path, lambda row: alive.append(any(map(is_at_work, others))))
+    assert not any(alive)
+    assert asked(result(tmp_path)) == asked(whole)
 
 
 @pytest.mark.parametrize("harm", ["half-written", "changed", "no manifest"])

@@ -29,9 +29,10 @@ def staged(project, monkeypatch):
     folder = found.store.staging("prepare", key)
     (folder / "checkpoint" / "00000007").mkdir(parents=True)
     (folder / "checkpoint" / "00000004").mkdir()
-    with found.store.locked(key):
-        pass
-    return project, project / "artifacts" / ".locks" / key
+    lock = project / "artifacts" / ".locks" / key
+    lock.parent.mkdir()
+    lock.touch()
+    return project, lock
 
 
 def test_what_was_interrupted_is_told_with_the_command_that_goes_on(staged):

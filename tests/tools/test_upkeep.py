@@ -134,8 +134,9 @@ def test_leftovers_of_interruptions_go_and_a_checkpoint_of_the_present_settings_
     half.write_text("{")
     backup = made.root / "mlflow.db.before-relocate-20260101T000000"
     backup.write_text("x")
+    lock = a_lock(made)
     going = found(made)
-    assert {*going} == {str(path.relative_to(made.root)) for path in (*left, half, backup)}
+    assert {*going} == {str(path.relative_to(made.root)) for path in (*left, half, backup, lock)}
     remove(lookup(made), [*going.values()])
     assert resumable.exists()
     assert found(made) == {}
@@ -154,6 +155,7 @@ def test_nothing_is_removed_while_a_run_is_at_work(made, sign):
             remove(lookup(made), [target])
     assert target.path.is_dir()
     target.path.rmdir()
+    lock.unlink()
 
 
 def test_gc_asks_and_a_dry_run_only_shows(made, typed):
