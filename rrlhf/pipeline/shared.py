@@ -110,6 +110,7 @@ class Shared:
 
         Locks are numbered objects, made only where there is none: who finds the last one released, or its holder dead,
         makes the next. A machine that slept for longer than SECONDS_TO_DIE may thus be at work beside its heir.
+        They all go with work that ended well: its result is there, and who comes now finds it, alone or not.
         """
         (files, root), ended = self._root, Event()
         locks = (f"{root}/.locks/{key}/{number}" for number in count())
@@ -123,13 +124,18 @@ class Shared:
 
         beating = Thread(target=beat, daemon=True)
         beating.start()
+        is_made = False
         try:
             yield
+            is_made = True
         finally:
             ended.set()
             beating.join()
             with suppress(SharedError), self._told():  # then it counts as dead after a while
-                files.pipe_file(lock, RELEASED)
+                if is_made:
+                    files.rm(lock.rpartition("/")[0], recursive=True)
+                else:
+                    files.pipe_file(lock, RELEASED)
 
     def _taken(self, lock: str, name: str) -> bool:
         """Whether this call made a lock; False once it is released, or its holder dead."""
@@ -140,13 +146,18 @@ class Shared:
                 with files.open(lock, "xb") as file:
                     file.write(_owner().encode())
                 return True
-            except OSError:  # FileExistsError, or what a server has in its place (on S3 the write is If-None-Match: *)
+            except FileExistsError:
+                pass
+            except OSError:  # what a server has in its place (on S3 the write is If-None-Match: *)
                 if not files.exists(lock):
                     raise
         while True:
             check_stop()
-            with self._told():
-                found: bytes = files.cat_file(lock)
+            try:
+                with self._told(FileNotFoundError):
+                    found: bytes = files.cat_file(lock)
+            except FileNotFoundError:
+                return False
             owner = found.decode(errors="replace").partition("\n")[0] or "another machine"
             if found == RELEASED:
                 return False

@@ -99,6 +99,8 @@ def test_of_machines_that_come_at_once_one_is_at_work_at_a_time(shared, capfd):
         list(pool.map(work, range(4)))
     assert most == [1, 1, 1, 1]
     assert "sft  waiting for " in capfd.readouterr().err
+    files, root = shared._root
+    assert not files.exists(f"{root}/.locks/{KEY}/0")
 
 
 @pytest.mark.usefixtures("quick")
@@ -168,7 +170,7 @@ class Machine:
     def have(self, planned, text="rows"):
         """Carry out what was planned; return the artifact, and whether it was computed."""
 
-        def compute(staged):
+        def compute(staged, _):
             staged.mkdir(parents=True)
             (staged / "data.txt").write_text(text)
             (staged / HISTORY).write_text("")
