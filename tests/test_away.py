@@ -1,6 +1,7 @@
 """A run whose tracking server, a real one, goes away in its middle; and servers that are slow, frozen or refuse."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +11,17 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from finished import at_work
+from interrupting import handing_on
 from mlflow import MlflowClient
 
+from rrlhf.execution.pages import Pages
+from rrlhf.execution.run import Run, Started, have, register_all, take, tracked
 from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.decide import Part, chosen
+from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.tracking.tracker import Tracker
+from rrlhf.pipeline.tracking.unsynced import sync
 
 RUN = ["run", "--profile", "tiny", "--take-aliases", "--set", "arms={single: null, direct: null, choosy: null}"]
 
@@ -20,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 class Server:
-    """An MLflow server with a database and files of its own, on one port for good."""
+    """An MLflow server on one port for good; its database and its files are in a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -32,8 +41,8 @@ class Server:
 
     def start(self):
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "files")]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--default-artifact-root", (self.folder / "mlartifacts").as_uri()]
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
@@ -72,9 +81,9 @@ def begun(root, server, told):
     yield process
 
 
-def content(server):
-    """What the server knows: of every run its name, end, parent and points; of every version its name and aliases."""
-    client = MlflowClient(server.address, server.address)
+def content(address):
+    """What a server knows: of every run its name, end, parent and points; of every version its name and aliases."""
+    client = MlflowClient(address, address)
     [experiment] = [found.experiment_id for found in client.search_experiments() if found.name == "rrlhf"]
     runs = client.search_runs([experiment])
     names = {run.info.run_id: run.info.run_name for run in runs}
@@ -90,6 +99,39 @@ def content(server):
     )
     versions = sorted((model.name, *sorted(model.aliases)) for model in client.search_registered_models())
     return ended, points, versions
+
+
+def test_a_run_whose_server_is_killed_is_complete_and_told_to_the_next(project, database, monkeypatch, capfd):
+    shutil.copy(database, project)
+    monkeypatch.setattr("rrlhf.pipeline.tracking.runs.SECONDS_BETWEEN_WRITES", 0.1)
+    Tracker.connect(project, "rrlhf")  # the database stays when its server is gone
+    server = Server(project)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+
+    def kill(row):
+        if row["step"] == 2:
+            while len(content(server.address)[1].get("sft", {}).get("loss", [])) < 1:
+                time.sleep(0.05)
+            server.kill()
+
+    with at_work(project):
+        opened = Project.opened(project, "tiny")
+        run = Run(opened, chosen(Part(), opened.nodes), [], Pages("tiny"), "tiny")
+        with tracked(run):
+            for node, log in zip(opened.nodes, (lambda row: None, kill), strict=False):  # data and sft
+                planned = opened.decide(node, run.digests, run.wanted)
+                with handing_on(log):
+                    have.fn(node, planned, run, 0)
+                take(Started(node, planned, None), run)
+            register_all(run)
+        assert "complete, unsynced" in capfd.readouterr().err
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        assert [*sync(project)] == ["tiny: 1 results registered"]
+    ended, points, versions = content(f"sqlite:///{project}/mlflow.db")
+    assert ended == [("sft", "FINISHED", "tiny"), ("tiny", "FINISHED", None)]
+    assert [step for step, _ in points["sft"]["loss"]] == [row["step"] for row in run.artifacts["sft"].history()[1:]]
+    assert versions == [("rrlhf-tiny-sft",)]
 
 
 @pytest.mark.slow
@@ -108,7 +150,7 @@ def test_a_run_whose_server_goes_away_is_complete_and_told_once_it_is_back(proje
             [sys.executable, "-m", "rrlhf", "sync"], cwd=project, capture_output=True, text=True, check=True
         )
         assert said in done.stdout
-    ended, points, versions = content(server)
+    ended, points, versions = content(server.address)
     flow = next(name for name, _, parent in ended if parent is None)
     artifacts = {made.name: made for made in Store(project).all() if made.name != "data"}
     assert ended == sorted([(flow, "FINISHED", None), *((name, "FINISHED", flow) for name in artifacts)])
