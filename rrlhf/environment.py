@@ -26,6 +26,7 @@ QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # the default of 20 is short for two busy cores
     "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # its defaults: after 7 and after 90 days
     "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "WARNING",  # one line a task is enough
     "PYDANTIC_DISABLE_PLUGINS": "__all__",  # looking for some takes as long as a whole plan
     "TOKENIZERS_PARALLELISM": "false",
