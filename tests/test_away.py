@@ -60,8 +60,14 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def freeze(self):
+        os.killpg(self.process.pid, signal.SIGSTOP)
 
-@pytest.fixture(scope="module")
+    def thaw(self):
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+
+@pytest.fixture
 def server(tmp_path_factory):
     found = Server(tmp_path_factory.mktemp("server"))
     found.start()
@@ -135,15 +141,18 @@ def test_a_run_whose_server_is_killed_is_complete_and_told_to_the_next(project, 
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_goes_away_is_complete_and_told_once_it_is_back(project, server, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("goes", "comes"), [(Server.kill, Server.start), (Server.freeze, Server.thaw)])
+def test_a_run_whose_server_goes_away_is_complete_and_told_once_it_is_back(
+    project, server, tmp_path, monkeypatch, goes, comes
+):
     told = tmp_path / "told.txt"
     with begun(project, server, told) as process:
-        server.kill()
+        goes(server)
     assert process.wait() == 0, told.read_text()
     assert "complete, unsynced" in told.read_text()
     assert "Traceback" not in told.read_text()
     assert (project / "reports" / "tiny.html").is_file()
-    server.start()
+    comes(server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     for said in ("tiny · arms", "knows of every run"):
         done = subprocess.run(

@@ -4,9 +4,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -25,12 +28,47 @@ def start(shared_project):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "MLFLOW"))}
     environment |= {"PREFECT_HOME": str(shared_project / ".prefect"), "OMP_NUM_THREADS": "1"}
 
-    def begin(root, told):
+    def begin(root, told, **more):
         command = [sys.executable, "-m", "rrlhf", *RUN]
         with told.open("w") as words:
-            return subprocess.Popen(command, cwd=root, env=environment, stdout=words, stderr=words)
+            return subprocess.Popen(command, cwd=root, env=environment | more, stdout=words, stderr=words)
 
     return begin
+
+
+@pytest.fixture
+def prefect_server(tmp_path):
+    """Start a Prefect server as people do who share one; its port stays the same."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--no-ui",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        f"{port}",
+    ]
+    servers = []
+
+    def begin():
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        servers.append(subprocess.Popen(command, env=os.environ | {"PREFECT_HOME": str(tmp_path / "home")}, **quiet))
+        while servers[-1].poll() is None:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=1).close()
+                break
+            time.sleep(0.3)
+        return servers[-1], f"http://127.0.0.1:{port}/api"
+
+    yield begin
+    for server in servers:
+        server.kill()
+        server.wait()
 
 
 def wait_for_checkpoint(root, process, told, after):
@@ -84,18 +122,25 @@ def test_a_stopped_and_a_killed_run_end_with_the_bits_and_the_history_of_an_undi
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # Prefect's client goes on trying to tell its server of every event
+@pytest.mark.parametrize("named", [False, True])
 def test_a_run_whose_prefect_server_is_killed_makes_everything_and_the_next_has_nothing_to_compute(
-    project, start, tmp_path
+    project, start, tmp_path, prefect_server, named
 ):
-    told = tmp_path / "told.txt"
-    process = start(project, told)
+    told, where = tmp_path / "told.txt", {}
+    if named:
+        server, where["PREFECT_API_URL"] = prefect_server()
+    process = start(project, told, **where)
     wait_for_checkpoint(project, process, told, after=0)
-    (server,) = [child for child in psutil.Process(process.pid).children() if "server" in child.cmdline()]
+    if not named:
+        (server,) = [child for child in psutil.Process(process.pid).children() if "server" in child.cmdline()]
     server.kill()
     assert process.wait() == 1
     said = told.read_text()
     assert "Prefect's server answers no more" in said
     assert "Traceback" not in said
     assert list(project.glob("artifacts/evaluate/*/artifact.json"))
-    assert start(project, told).wait() == 0, told.read_text()
+    if named:
+        server.wait()
+        prefect_server()
+    assert start(project, told, **where).wait() == 0, told.read_text()
     assert " begins" not in told.read_text()
