@@ -12,12 +12,10 @@ from rrlhf.data.tables import Rows
 from rrlhf.hardware import device_kind
 from rrlhf.judging.gold import GoldJudge, GoldScores
 from rrlhf.models.load import LanguageModel, load_base
-from rrlhf.models.processes import autocast
+from rrlhf.models.processes import autocast, in_parts
 from rrlhf.models.states import entering
 from rrlhf.models.text import Texts, encode
 from rrlhf.models.top import PolicyTop, split_responses
-from rrlhf.progress import track
-from rrlhf.stopping import check_stop
 from rrlhf.types import Message
 
 ROWS_PER_BATCH = 64
@@ -44,12 +42,9 @@ class Surprise:
             for prompt, text, done in zip(asked, responses, finished, strict=True)
         ]
         order = sorted({row for row in rows if row[1]})  # equal prompts side by side: each is read once
-        parts = [order[i : i + ROWS_PER_BATCH] for i in range(0, len(order), ROWS_PER_BATCH)]
-        read = track(map(self._read, parts), len(parts), "gold: fluency")
         known: dict[Row, float] = {}
-        for part, some in zip(parts, read, strict=True):
-            known |= zip(part, some, strict=True)
-            check_stop()
+        for part in in_parts(len(order), ROWS_PER_BATCH, "gold: fluency"):
+            known |= zip(order[part], self._read(order[part]), strict=True)
         return [known.get(row, 0.0) for row in rows]
 
     @torch.no_grad()

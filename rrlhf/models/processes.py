@@ -13,6 +13,8 @@ from torch import nn
 from rrlhf.config import Model
 from rrlhf.hardware import device_kind, dtype_name
 from rrlhf.models.shards import shares
+from rrlhf.progress import track
+from rrlhf.stopping import check_stop
 
 Row = TypeVar("Row")
 Part = TypeVar("Part")
@@ -36,6 +38,14 @@ def autocast(model: Model) -> torch.autocast:
     """Return the context in which a language model's layers run."""
     device = device_kind(model.device)
     return torch.autocast(device, torch.bfloat16, enabled=dtype_name(model.dtype, device) == "bfloat16")
+
+
+def in_parts(rows: int, size: int, label: str) -> Iterator[slice]:
+    """Yield so many rows, `size` at a time; show how far that is, and end between two parts where it is asked for."""
+    starts = range(0, rows, size)
+    for start in track(starts, len(starts), label) if label else starts:
+        yield slice(start, start + size)
+        check_stop()
 
 
 def microbatches(

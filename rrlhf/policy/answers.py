@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model
-from rrlhf.models.processes import autocast
+from rrlhf.models.processes import autocast, in_parts
 from rrlhf.models.states import entering
 from rrlhf.models.text import Texts
 from rrlhf.models.top import split_responses
 from rrlhf.policy.learner import Trained
-from rrlhf.progress import track
-from rrlhf.stopping import check_stop
 from rrlhf.types import Message
 
 
@@ -57,10 +55,8 @@ class Answers:
 
     def read_below(self, batch_size: int, label: str) -> None:
         """Run the frozen layers on all answers, in their order."""
-        starts = range(0, len(self), batch_size)
-        for start in track(starts, len(starts), label):
-            self._entering(range(start, min(start + batch_size, len(self))))
-            check_stop()
+        for part in in_parts(len(self), batch_size, label):
+            self._entering(range(len(self))[part])
 
     def _entering(self, index: Sequence[int]) -> Tensor:
         """Return what enters the layers that train, padded on the right: states, or tokens where all of them do."""

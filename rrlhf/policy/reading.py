@@ -15,7 +15,7 @@ from rrlhf.judging.scored import Scorer
 from rrlhf.judging.second import SecondJudge
 from rrlhf.judging.surprise import PromptedGold
 from rrlhf.models.load import LanguageModel, load_model
-from rrlhf.models.processes import autocast
+from rrlhf.models.processes import autocast, in_parts
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.states import entering, hidden_states
 from rrlhf.models.text import Texts, decode
@@ -23,10 +23,8 @@ from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.policy.learner import Place
 from rrlhf.policy.reward import Responses, RewardModels, load_reward_models
 from rrlhf.policy.reward_functions import RewardFunction
-from rrlhf.progress import track
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.robust import Scores
-from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics
 
 PARTS = ("relevance", "tone", "nonwords", "gibberish")  # of gold; the others are metrics of their own
@@ -147,16 +145,13 @@ def read_responses(judges: Judges, asked: Asked, responses: list[Response], name
     rows = asked.each(per_prompt)
     prompts = [judges.texts.prompt(row["prompt"]) for row in rows]
     logprobs, features = [], []
-    starts = range(0, len(rows), batch_size)
-    for start in track(starts, len(starts), f"evaluate: {name}"):
-        part = slice(start, start + batch_size)
+    for part in in_parts(len(rows), batch_size, f"evaluate: {name}"):
         with autocast(asked.model):
             place = _place(judges.language, judges.top.first, prompts[part], responses[part])
             logprob, _, states = judges.top.read(*place, layer=judges.layer)
         logprobs.append(logprob.sum(1))
         if states is not None:
             features.append(response_features(states, place[1], _spoken(judges.language, responses[part])))
-        check_stop()
     said = as_said(judges.language, rows, responses)
     logprob = torch.tensor([response.logprob for response in responses])
     scores = judges.rewards.score(said, torch.cat(features), batch_size)

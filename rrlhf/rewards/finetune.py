@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rrlhf.config import TrunkTraining
 from rrlhf.models.adapters import adapted, merged
 from rrlhf.models.load import LanguageModel
-from rrlhf.models.processes import autocast, microbatches, trained_weights
+from rrlhf.models.processes import autocast, in_parts, microbatches, trained_weights
 from rrlhf.models.states import entering
 from rrlhf.models.whole import decoder_layers
 from rrlhf.rewards.features import distinct, identity
@@ -134,10 +134,9 @@ class PairedResponses:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if 4 * width * sum(len(row.tokens) for row in self._rows) <= CACHED_SHARE * free:
             order = alike(self._rows)
-            for start in range(0, len(order), settings.batch_size):
-                part = order[start : start + settings.batch_size]
-                states = self._states(part).cpu()
-                self._kept |= {i: row[: len(self._rows[i].tokens)].clone() for i, row in zip(part, states, strict=True)}
+            for part in in_parts(len(order), settings.batch_size, ""):
+                states = zip(order[part], self._states(order[part]).cpu(), strict=True)
+                self._kept |= {i: row[: len(self._rows[i].tokens)].clone() for i, row in states}
 
     def scores(self, model: Callable[..., Scores], pairs: list[int]) -> tuple[Scores, Scores]:
         """Return raw scores [pairs, heads] of chosen and rejected responses, from one pass."""

@@ -21,13 +21,11 @@ from rrlhf.memo import sha256
 from rrlhf.models.adapters import FOLDER as ADAPTERS
 from rrlhf.models.adapters import load_adapters, lowest_adapted, save_adapters, with_each
 from rrlhf.models.load import LanguageModel, load_base, load_model, save_model
-from rrlhf.models.processes import autocast
+from rrlhf.models.processes import autocast, in_parts
 from rrlhf.models.rollout import response_features
 from rrlhf.models.states import entering, final_states, states_at
 from rrlhf.models.text import Texts
 from rrlhf.models.whole import decoder_layers
-from rrlhf.progress import track
-from rrlhf.stopping import check_stop
 from rrlhf.types import Message
 
 FILE = "trunk.json"
@@ -71,11 +69,9 @@ class Trunk(NamedTuple):
         Which rows run together changes nothing but rounding.
         """
         order = alike(rows)
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         found: dict[int, Tensor] = {}
-        for batch in track(batches, len(batches), label) if label else batches:
-            found |= zip(batch, self._pooled([rows[i] for i in batch]).cpu(), strict=True)
-            check_stop()
+        for part in in_parts(len(order), batch_size, label):
+            found |= zip(order[part], self._pooled([rows[i] for i in order[part]]).cpu(), strict=True)
         return torch.stack([found[i] for i in range(len(rows))])
 
     @torch.no_grad()

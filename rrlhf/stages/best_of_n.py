@@ -12,15 +12,13 @@ from rrlhf.config import BestOfN, BestOfNArm, Model
 from rrlhf.data.load import further_columns
 from rrlhf.data.tables import read_table
 from rrlhf.models.load import load_model
-from rrlhf.models.processes import accelerator, autocast
+from rrlhf.models.processes import accelerator, autocast, in_parts
 from rrlhf.models.rollout import sample_in_batches
 from rrlhf.models.text import Texts
 from rrlhf.policy.reading import as_said, pooled_states
 from rrlhf.policy.reward import arm_reward, load_reward_models, reference_scale, write_arm
 from rrlhf.policy.reward_functions import load_functions
 from rrlhf.policy.selection import best_of_n_curve, best_of_n_kl, curve_points, write_candidates
-from rrlhf.progress import track
-from rrlhf.stopping import check_stop
 from rrlhf.types import Log
 
 
@@ -54,12 +52,10 @@ def run(
     said = as_said(language, rows, responses)
     pooled = None
     if rewards.layer is not None:
-        parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
         read = []
-        for part in track(parts, len(parts), "best of n: reading"):
+        for part in in_parts(len(rows), batch_size, "best of n: reading"):
             with torch.no_grad(), autocast(model):
                 read.append(pooled_states(language, rewards.layer, encoded[part], responses[part]))
-            check_stop()
         pooled = torch.cat(read)
     scores = rewards.score(said, pooled, batch_size, "best of n: scoring")
     scale = reference_scale(arm, reward, ensemble)
