@@ -16,6 +16,7 @@ from rrlhf.config import REWARD_SETTINGS, Prepare
 from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.stages import arm_of, cut_shares, model_name, spec_of, unit
 from rrlhf.policy.health import in_words
+from rrlhf.redact import visible
 from rrlhf.types import SUMMARY, Dataset, Metrics
 
 CLOCKS = ("step", "seconds")
@@ -26,22 +27,13 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
 
     manifest: of the artifact, before its files are listed; rows: all that the stage logged.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # here, since only publishing pays for it
-
     stage, params, inputs = (manifest["document"][name] for name in ("stage", "params", "inputs"))
     spec, metrics = spec_of(stage), last_values(rows)
     if not spec.model:
         return None
-    environment = Environment(  # Markdown: what others wrote goes through `code`
-        loader=PackageLoader("rrlhf"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["code"] = code
     settings = yaml.safe_dump(params, sort_keys=False, allow_unicode=True).rstrip()
-    return environment.get_template("card.md.j2").render(
+    return filled(
+        "card.md.j2",
         manifest=manifest,
         stage=stage,
         short=manifest["key"][:12],
@@ -61,6 +53,23 @@ def card(manifest: Mapping[str, Any], rows: Sequence[Metrics]) -> str | None:
         settings=settings,
         fence="`" * max(3, *(1 + len(ticks) for ticks in ["", *re.findall("`+", settings)])),
     )
+
+
+def filled(template: str, **content: object) -> str:
+    """Fill a template of this package with texts made visible: in HTML they are escaped, in Markdown `code` does it."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here: a plan does not wait for it
+
+    environment = Environment(
+        loader=PackageLoader("rrlhf"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    environment.filters["code"] = code
+    return environment.get_template(template).render(**content)
 
 
 def about(dataset: Dataset, prepare: Prepare) -> dict[str, str]:

@@ -123,17 +123,8 @@ def find_models(
     """
     found = [_model(lookup, reference) for reference in models]
     own = (each.artifact for each in found if each.artifact and "ensemble" in each.artifact.inputs)
-    judge: Artifact | None
-    if ensemble:
-        judge = lookup.find(ensemble)
-        if judge.stage not in {"ensemble", "reward", "given"}:
-            raise UsageError(
-                f"--ensemble {ensemble!r} is made by stage {judge.stage}; name an ensemble or reward model"
-            )
-    elif policy := next(own, None):
-        judge = lookup.input_of(policy, "ensemble")
-    else:
-        judge = lookup.project.artifact("ensemble")
+    policy = None if ensemble else next(own, None)
+    judge = lookup.input_of(policy, "ensemble") if policy else lookup.reward_model(ensemble)
     if judge is None:
         return found, None, None
     reward = lookup.input_of(judge, "reward") if judge.stage == "ensemble" else judge

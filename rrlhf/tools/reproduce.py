@@ -18,6 +18,7 @@ import typer
 
 from rrlhf.located import UsageError
 from rrlhf.memo import sha256
+from rrlhf.pipeline.ancestry import Graph
 from rrlhf.pipeline.artifacts import BESIDE, HISTORY, Artifact, git_commit
 from rrlhf.pipeline.graph import EXTERNAL, Node
 from rrlhf.pipeline.keys import differences, external_digests, key_document
@@ -146,18 +147,11 @@ def _as_json(version: str, rebuilt: Sequence[Rebuilt], changes: dict[str, list[s
 def ancestry(lookup: Lookup, artifact: Artifact) -> list[Artifact]:
     """Return everything that leads to an artifact, every input before what is made from it; itself last.
 
-    Raises ValueError when an input is nowhere to be had, and TamperedError for a changed file.
+    Raises UsageError when an input is nowhere to be had, and TamperedError for a changed file.
     """
-    found: dict[str, Artifact] = {}
-
-    def add(made: Artifact) -> None:
-        if made.key not in found:
-            for parent in inputs_of(lookup, made).values():
-                add(parent)
-            found[made.key] = made
-
-    add(artifact)
-    return list(found.values())
+    product = artifact.product
+    above = Graph([product, *lookup.graph.products]).up(product)[:-1]
+    return [*(lookup.find(each.key or each.digest) for each in above if each.node not in EXTERNAL), artifact]
 
 
 def inputs_of(lookup: Lookup, artifact: Artifact) -> dict[str, Artifact]:

@@ -5,12 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rrlhf.located import UsageError
-from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.tools.command_line import AsJson, Profile, Set, opened
-from rrlhf.tools.lineage.lookup import Lookup
-
-STAGES = ("reward", "given", "ensemble")
 
 
 def evaluate_reward(
@@ -59,7 +54,12 @@ def evaluate_reward(
     Example: rrlhf evaluate-reward rrlhf-reward/2 --data bench.parquet --format rewardbench --json
     """
     lookup = opened(profile, set_)
-    artifact = _reward_model(lookup, model)
+    artifact = lookup.reward_model(model)
+    if artifact is None:
+        raise ValueError(
+            f"the ensemble of profile {profile} is not up to date; `rrlhf run` comes first, or name a model: "
+            "rrlhf evaluate-reward rrlhf-ensemble@latest"
+        )
 
     from rrlhf.judging.labelled import load_pairs
     from rrlhf.tools.judging.report import content, judged, show_report, write
@@ -71,16 +71,3 @@ def evaluate_reward(
         print(content(report))
     else:
         show_report(report, page)
-
-
-def _reward_model(lookup: Lookup, name: str | None) -> Artifact:
-    """Return the reward model of a name; without one, the profile's ensemble."""
-    artifact = lookup.find(name) if name else lookup.project.artifact("ensemble")
-    if artifact is None:
-        raise ValueError(
-            f"the ensemble of profile {lookup.profile} is not up to date; `rrlhf run` comes first, or name a model: "
-            "rrlhf evaluate-reward rrlhf-ensemble@latest"
-        )
-    if artifact.stage not in STAGES:
-        raise UsageError(f"{name!r} is made by stage {artifact.stage}; name a model of {' or '.join(STAGES)}")
-    return artifact

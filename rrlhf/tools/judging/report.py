@@ -19,6 +19,7 @@ from rrlhf.judging.metrics import PairScores, judge_ensemble, judge_single, scor
 from rrlhf.judging.perturbations import robustness
 from rrlhf.located import UsageError
 from rrlhf.pipeline.artifacts import Artifact
+from rrlhf.pipeline.cards import filled
 from rrlhf.pipeline.graph import DATA
 from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.rewards.heads import Pairs, RewardHeads
@@ -26,7 +27,7 @@ from rrlhf.rewards.scoring import load_reward_model
 from rrlhf.robust import mean_reward
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.reporting.report import interval, reward_charts, reward_tables
-from rrlhf.tools.reporting.tables import Table, figures, page, show
+from rrlhf.tools.reporting.tables import Table, figures, show
 
 HELDOUT = "held-out pairs"
 
@@ -160,7 +161,7 @@ def write(report: RewardReport, folder: Path) -> Path:
 
 def render(report: RewardReport) -> str:
     """Return the report as one HTML file."""
-    return page(
+    return filled(
         "reward.html.j2",
         report=report,
         title=_title(report),

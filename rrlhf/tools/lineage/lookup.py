@@ -25,6 +25,7 @@ from rrlhf.pipeline.stages import profile_of
 if TYPE_CHECKING:
     from rrlhf.pipeline.tracking.tracker import Tracker, Version
 
+JUDGES = ("reward", "given", "ensemble")  # stages whose models score any text
 Identity = tuple[str, str]  # digest of the content, key
 
 
@@ -41,7 +42,7 @@ class Lookup:
         """MLflow."""
         from rrlhf.pipeline.tracking.tracker import Tracker
 
-        return Tracker.connect(self.root, self.params.tracking.experiment)
+        return Tracker(self.root, self.params.tracking.experiment)
 
     @cached_property
     def versions(self) -> list[Version]:
@@ -99,6 +100,15 @@ class Lookup:
         if kept is None:
             raise ValueError(f"{reference!r} is registered, but its files are neither here nor in MLflow")
         return kept
+
+    def reward_model(self, reference: str | None) -> Artifact | None:
+        """Return the reward model that a reference means; without one the profile's ensemble, if it is up to date."""
+        if reference is None:
+            return self.project.artifact("ensemble")
+        found = self.find(reference)
+        if found.stage not in JUDGES:
+            raise UsageError(f"{reference!r} is made by stage {found.stage}; name a model of {' or '.join(JUDGES)}")
+        return found
 
     def input_of(self, artifact: Artifact, argument: str) -> Artifact:
         """Return what an artifact was made from. Raises ValueError when neither this folder nor MLflow has it."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.cards import filled
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import dotted
-from rrlhf.tools.reporting.tables import page as html_page
 
 SPECIAL = str.maketrans({character: f"#{ord(character)};" for character in '"#&<>`[]{}()|\\;'})
 SPECIFICATION = "https://openlineage.io/spec"
@@ -64,7 +64,7 @@ def page(graph: Graph, start: Product, *, down: bool = False) -> str:
     """Return a page with the branches, which open to digest, settings and numbers. It needs no network."""
     title = f"{'Made from' if down else 'Lineage of'} {start.title}"
     shown = branches(graph, start, down=down)
-    return html_page("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
+    return filled("lineage.html.j2", title=title, branches=shown, line=line, details=details, looks={})
 
 
 def as_json(graph: Graph, start: Product, *, down: bool = False) -> str:

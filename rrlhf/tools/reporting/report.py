@@ -11,11 +11,12 @@ import yaml
 from rrlhf.judging.content import Heads, RewardJudgement, Share
 from rrlhf.judging.evaluation import Evaluation
 from rrlhf.pipeline.ancestry import Graph, Product
+from rrlhf.pipeline.cards import filled
 from rrlhf.tools.lineage.text import branches, details, line
 from rrlhf.tools.reporting import plots
 from rrlhf.tools.reporting.comparison import reward_in_words, rows
 from rrlhf.tools.reporting.plots import ARM_LOOKS, Chart, data_uri, dress, empty_chart
-from rrlhf.tools.reporting.tables import Table, figures, known, page
+from rrlhf.tools.reporting.tables import Table, figures, known
 from rrlhf.tools.reporting.verdict import Training, asked, headline, lead, standings
 from rrlhf.types import Json
 
@@ -60,7 +61,7 @@ def render(
     those that were watched.
     """
     looks, stand = plots.looks_of(evaluation), standings(evaluation, trained)
-    return page(
+    return filled(
         "report.html.j2",
         evaluation=evaluation,
         profile=profile,

@@ -1,4 +1,4 @@
-"""Tables of figures as text, for a terminal, for Markdown and for HTML, in which what others wrote is made visible."""
+"""Tables of figures as text, for a terminal and for Markdown, in which what others wrote is made visible."""
 
 from __future__ import annotations
 
@@ -78,18 +78,3 @@ def markdown(table: Table) -> str:
 def escaped(text: str) -> str:
     """Return a text of one line that Markdown shows as it is."""
     return SPECIAL.sub(r"\\\1", visible(" ".join(text.split())))
-
-
-def page(template: str, **content: object) -> str:
-    """Fill a template of this package; what others wrote is escaped and made visible."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # here: a table in a terminal does not wait for it
-
-    environment = Environment(
-        loader=PackageLoader("rrlhf"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    return environment.get_template(template).render(**content)
