@@ -97,7 +97,7 @@ def versions(count: int, folder: Path) -> Cost:
     from rrlhf.pipeline.tracking.tracker import Tracker
     from rrlhf.tools.lineage.lookup import graph_of
 
-    store, tracker = Store(folder), Tracker.connect(folder, "scale")
+    store, tracker = Store(folder), Tracker(folder, "scale")
     for number in range(count):
         document = {"stage": "sft", "params": {"seed": number}, "inputs": {}, "code": {}, "numerics": {}}
         staged = store.staging("sft", key_digest(document))

@@ -31,7 +31,7 @@ class Finished:
 
     def __init__(self, root, overrides):
         self.root, self.overrides = root, overrides
-        self.tracker = Tracker.connect(root, "rrlhf")
+        self.tracker = Tracker(root, "rrlhf")
         self.artifacts = {}
         project = self.project
         for node in project.nodes:

@@ -68,7 +68,7 @@ class Run:
     @cached_property
     def tracker(self) -> Tracker:
         """MLflow, imported and asked only when it is needed: that takes seconds."""
-        return Tracker.connect(self.project.root, self.project.params.tracking.experiment)
+        return Tracker(self.project.root, self.project.params.tracking.experiment)
 
     def tell(self, ask: Callable[[Tracker], Answer]) -> Answer | None:
         """Tell MLflow something, or ask it; None when its server does not answer, which is noted and ends nothing."""

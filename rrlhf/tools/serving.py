@@ -89,7 +89,7 @@ def serve(root: Path, experiment: str, prefect_port: int, mlflow_port: int) -> N
         PAGES: f"http://{HOST}:{mlflow_port}",
     }
     check_room(root)
-    Tracker.connect(root, experiment)  # makes the database, which several processes at once could not
+    Tracker(root, experiment)  # makes the database, which several processes at once could not
     stop_between_steps("\nstopping the services")  # in order: a worker without its server would linger for minutes
     mlflow = f"http://{HOST}:{mlflow_port}"
     with ExitStack() as services:
@@ -138,7 +138,7 @@ def started(root: Path, experiment: str, flow: str, results: int = 0) -> Any:
     wait_until_ready = start_temporary_server(root)
     found = import_module(f"flows.{flow}")  # takes seconds, in which the server starts
     with suppress(AwayError):  # the flow says so, and goes on without it
-        Tracker.connect(root, experiment)
+        Tracker(root, experiment)
     wait_until_ready()
     say(f"started in {in_words(time.monotonic() - began)}")
     stop_between_steps(STOPPING)

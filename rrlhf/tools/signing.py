@@ -86,7 +86,7 @@ def sign(
         print(f"signed {artifact.name} {artifact.digest[:8]}")
     file, copies = database(root), 0
     if file is None or file.exists():  # MLflow's copies, from which lost artifacts are brought back
-        tracker = Tracker.connect(root, lookup.params.tracking.experiment)
+        tracker = Tracker(root, lookup.params.tracking.experiment)
         copies = sum(tracker.models.add_signature(artifact) for artifact in artifacts)
     print(f"{len(new)} signed, {len(artifacts) - len(new)} had a signature; {copies} copies in MLflow have it too")
 

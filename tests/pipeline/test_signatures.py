@@ -372,7 +372,7 @@ def test_sign_without_a_key_says_how_to_get_one(unsigned):
 
 def test_mlflows_copy_is_signed_too_and_verified_when_it_is_brought_back(unsigned, keys, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    tracker = Tracker.connect(unsigned, "rrlhf")
+    tracker = Tracker(unsigned, "rrlhf")
     sft = next(artifact for artifact in Store(unsigned).all() if artifact.name == "sft")
     tracker.register(sft, None, profile="default")
     store, away = store_of(unsigned, None, keys[1]), unsigned / "away"

@@ -59,7 +59,7 @@ def root(tmp_path, database, monkeypatch):
 
 @pytest.fixture
 def tracker(root):
-    return Tracker.connect(root, "rrlhf")
+    return Tracker(root, "rrlhf")
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_wiped_database_is_filled_again(root, tracker, database, family):
     wiped = root / "again"
     wiped.mkdir()
     shutil.copy(database, wiped / "mlflow.db")
-    fresh = Tracker.connect(wiped, "rrlhf")
+    fresh = Tracker(wiped, "rrlhf")
     assert register_all(fresh, family) == before
     assert {found.digest for found in fresh.versions()} == digests
 
@@ -207,7 +207,7 @@ def test_what_is_registered_is_noted_until_the_database_is_written_to(root, trac
     assert (found[sft.key, sft.name], len(found)) == (sft, 5)
     assert found[evaluation.key, ""].digest == evaluation.digest
     asked = []
-    monkeypatch.setattr(Tracker, "connect", lambda *_: asked.append(1) or tracker)
+    monkeypatch.setattr("rrlhf.pipeline.tracking.tracker.Tracker", lambda *_: asked.append(1) or tracker)
     assert registrations(root, "rrlhf") == found
     assert not asked
     client.set_registered_model_alias("rrlhf-sft", "best", "1")
@@ -432,7 +432,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process whe
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
 root = Path(sys.argv[1])
 [artifact] = Store(root).all()
-Tracker.connect(root, "rrlhf").register(artifact, None, profile="default")
+Tracker(root, "rrlhf").register(artifact, None, profile="default")
 """
 
 
@@ -460,7 +460,7 @@ def test_workers_that_start_together_share_a_new_database_and_make_one_version(r
     artifact = published(root, "sft", {"data": DATA.digest})
 
     def work(_):
-        return Tracker.connect(root, "rrlhf").register(artifact, DATA, profile="default")
+        return Tracker(root, "rrlhf").register(artifact, DATA, profile="default")
 
     with ThreadPoolExecutor(3) as workers:
         made = list(workers.map(work, range(3)))
@@ -483,7 +483,7 @@ def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(roo
     moved.mkdir()
     shutil.copy(root / "mlflow.db", moved)
     with pytest.raises(TrackingError, match=r"moved or copied: run `rrlhf relocate`.*mlartifacts$"):
-        Tracker.connect(moved, "rrlhf")
+        Tracker(moved, "rrlhf")
 
 
 AFTER_A_MOVE = """
@@ -492,7 +492,7 @@ from pathlib import Path
 from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 root = Path(sys.argv[1])
-tracker, store = Tracker.connect(root, "rrlhf"), Store(root)
+tracker, store = Tracker(root, "rrlhf"), Store(root)
 faults = [tracker.models.alias_fault(v, alias) for v in tracker.versions() for alias in v.aliases]
 artifacts = list(store.all())
 for artifact in artifacts:
@@ -539,7 +539,7 @@ def test_a_database_without_its_files_is_not_relocated(root, tracker, tmp_path):
 def test_a_damaged_database_is_reported_at_once(root):
     (root / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(TrackingError, match="not a database; remove it"):
-        Tracker.connect(root, "rrlhf")
+        Tracker(root, "rrlhf")
 
 
 def test_a_server_that_is_down_is_reported_soon(root, monkeypatch):
@@ -549,7 +549,7 @@ def test_a_server_that_is_down_is_reported_soon(root, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     start = time.monotonic()
     with pytest.raises(AwayError, match="start the server again") as caught:
-        Tracker.connect(root, "rrlhf")
+        Tracker(root, "rrlhf")
     assert time.monotonic() - start < 10
     assert "secret" not in str(caught.value)
 
@@ -560,9 +560,9 @@ def test_a_server_that_hangs_is_given_up_and_costs_a_stage_two_seconds(root, mon
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(AwayError, match=r"failed: .*Read timed out\. \(read timeout=1\)"):
-            Tracker.connect(root, "rrlhf")
+            Tracker(root, "rrlhf")
         with pytest.raises(AwayError, match="did not answer a moment ago"):
-            Tracker.connect(root, "rrlhf")
+            Tracker(root, "rrlhf")
         assert time.monotonic() - start < 8
         server._ask_again.clear()
         client = server.Client(server.address(root))
@@ -612,7 +612,7 @@ def serving(monkeypatch):
 def test_a_server_that_refuses_names_the_way_in_and_is_not_taken_for_one_that_is_away(root, serving, handler):
     serving(handler)
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_TOKEN") as caught:
-        Tracker.connect(root, "rrlhf")
+        Tracker(root, "rrlhf")
     assert not isinstance(caught.value, AwayError)
 
 
@@ -739,7 +739,7 @@ def test_of_twins_command_page_audit_and_error_tell_the_same(database, drawn):
     with TemporaryDirectory() as folder:
         root = Path(folder)
         shutil.copy(database, root / "mlflow.db")
-        tracker, address = Tracker.connect(root, "rrlhf"), f"sqlite:///{root / 'mlflow.db'}"
+        tracker, address = Tracker(root, "rrlhf"), f"sqlite:///{root / 'mlflow.db'}"
         client = MlflowClient(tracking_uri=address, registry_uri=address)
         made, read = made_of(root, drawn)
         for artifact in made.values():

@@ -48,7 +48,7 @@ def made(shared_project, database):
     node, *models = project.nodes
     dataset = prepared_by_hand(project, project.document(node, {}))
     folders, digests, artifacts = {"data": dataset.path}, {"data": dataset.digest}, {}
-    tracker = Tracker.connect(shared_project, params.tracking.experiment)
+    tracker = Tracker(shared_project, params.tracking.experiment)
     for node in models[:3]:
         document = project.document(node, digests)
         staged = clear(project.store.staging(node.stage, key_digest(document)))

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,7 @@ class Runs:
             tags = stage_tags(artifact.name, artifact.stage, artifact.key) | commit_tags(manifest["git_commit"])
             run_id = self.new(artifact.name, tags, settings, parent=parent, started=started)
         write_metrics(self._client, run_id, [metric for row in rows for metric in to_metrics(row, started)])
-        if "health" in settings:
-            write_health(self._client, run_id, rows, "FINISHED")
-        write_told(self._client, run_id, artifact.path)
-        close_finished(self._client, run_id, len(rows), round(1000 * ended))
+        close(self._client, run_id, artifact.path, rows, "health" in settings, ended=round(1000 * ended))
         return self._client.get_run(run_id)
 
 
@@ -142,7 +139,7 @@ class LiveRun(threading.Thread):
             try:
                 self._write()
                 if is_over:
-                    self._close()
+                    close(self._client, self._run_id, self._folder, self._rows, self._watched, self._status)
             except (TrackingError, OSError) as error:  # OSError: published at this moment
                 if not self._told:
                     say(f"{self._stage}  {str(error).partition(chr(10))[0]}; the run goes on")
@@ -155,15 +152,6 @@ class LiveRun(threading.Thread):
             new = [metric for row in rows[len(self._rows) :] for metric in to_metrics(row, self._began)]
             write_metrics(self._client, self._run_id, new)
             self._rows = rows
-
-    def _close(self) -> None:
-        if self._watched:
-            write_health(self._client, self._run_id, self._rows, self._status)
-        write_told(self._client, self._run_id, self._folder)
-        if self._status == "FINISHED":
-            close_finished(self._client, self._run_id, len(self._rows), round(1000 * time.time()))
-        else:
-            self._client.set_terminated(self._run_id, self._status)
 
 
 def to_metrics(row: Mapping[str, float], started: int) -> list[Any]:
@@ -181,20 +169,29 @@ def write_metrics(client: Client, run_id: str, metrics: list[Any]) -> None:
         client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
 
-def close_finished(client: Client, run_id: str, rows: int, ended: int) -> None:
-    """Close a run that holds all its rows; their number is what tells it from an incomplete one."""
-    client.set_tag(run_id, "rrlhf.rows", str(rows))
-    client.set_terminated(run_id, "FINISHED", ended)
+def close(
+    client: Client,
+    run_id: str,
+    folder: Path,
+    rows: Sequence[Metrics],
+    watched: bool,
+    status: str = "FINISHED",
+    ended: int | None = None,
+) -> None:
+    """Close a run, now or at `ended` (ms), with what its stage left in a folder, and its health if that was watched.
+
+    A training that ended early is not called healthy. The number of rows tells a finished run from an incomplete one.
+    """
+    is_finished, health = status == "FINISHED", in_words(rows) if watched else ""
+    if health and (is_finished or health != "healthy"):
+        client.set_tag(run_id, "rrlhf.health", health)
+    _write_told(client, run_id, folder)
+    if is_finished:
+        client.set_tag(run_id, "rrlhf.rows", str(len(rows)))
+    client.set_terminated(run_id, status, ended)
 
 
-def write_health(client: Client, run_id: str, rows: Iterable[Metrics], status: str) -> None:
-    """Tag a run with its training's health; one that ended early is not called healthy."""
-    told = in_words(rows)
-    if status == "FINISHED" or told != "healthy":
-        client.set_tag(run_id, "rrlhf.health", told)
-
-
-def write_told(client: Client, run_id: str, folder: Path) -> None:
+def _write_told(client: Client, run_id: str, folder: Path) -> None:
     """Have a run hold the events and the texts that its stage left: as a file, and as a table of MLflow's."""
     told = [name for name in (EVENTS, EXCERPTS) if (folder / name).is_file()]
     there = {entry.path for entry in client.list_artifacts(run_id)} if told else set()

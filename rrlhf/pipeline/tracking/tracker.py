@@ -76,23 +76,19 @@ Registrations = dict[tuple[str, str], Registration]  # by key and name
 
 
 class Tracker:
-    """One experiment on one tracking server. Made by `connect`."""
+    """One experiment on one tracking server."""
 
     def __init__(self, root: Path, experiment: str) -> None:
-        self._root, self._experiment = root, experiment
-        self._client, self._experiment_id = connect(root, experiment)
-        self._runs = Runs(self._client, self._experiment_id)
-        self.models = Models(self._client, self._experiment_id)
-        self._open: set[str] = set()  # runs of flows
-        self._live: dict[str, LiveRun] = {}  # by key: of stages whose end the server may not know yet
-
-    @classmethod
-    def connect(cls, root: Path, experiment: str) -> Tracker:
         """Open the server of MLFLOW_TRACKING_URI, or else `root`/mlflow.db; create what is missing.
 
         Raises AwayError when the server does not answer, TrackingError when it refuses.
         """
-        return cls(root.resolve(), experiment)
+        self._root, self._experiment = root.resolve(), experiment
+        self._client, self._experiment_id = connect(self._root, experiment)
+        self._runs = Runs(self._client, self._experiment_id)
+        self.models = Models(self._client, self._experiment_id)
+        self._open: set[str] = set()  # runs of flows
+        self._live: dict[str, LiveRun] = {}  # by key: of stages whose end the server may not know yet
 
     def start_flow(
         self, profile: str, settings: Mapping[str, Json], commit: str | None, *, name: str, parent: str | None = None
@@ -264,7 +260,7 @@ def take_note(root: Path, experiment: str) -> list[Registration]:
     """Ask MLflow for everything that is registered, and note it."""
     time.sleep(2 * TICK / 1e9)  # then what is written from now on has another time
     of = _of(root, experiment)
-    found = Tracker.connect(root, experiment).registrations()
+    found = Tracker(root, experiment).registrations()
     if of:
         write(root / NOTE, json.dumps({"of": of, "registered": found}))
     return found

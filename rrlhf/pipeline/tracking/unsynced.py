@@ -46,7 +46,7 @@ def waiting(root: Path) -> list[Path]:
 
 def results(root: Path) -> list[Made]:
     """Return what these runs made."""
-    return [Made(*each) for path in waiting(root) for each in json.loads(path.read_bytes())["made"]]
+    return [made for path in waiting(root) for made in _read(path).made]
 
 
 def note(root: Path, run: Unsynced) -> None:
@@ -64,20 +64,24 @@ def sync(root: Path) -> Iterator[str]:
     """
     with locked(root / FOLDER / "lock"):
         for path in waiting(root):
-            run = Unsynced(**json.loads(path.read_bytes()))
-            made = [Made(*each) for each in run.made]
-            count = _register(root, run, made)
+            run = _read(path)
+            count = _register(root, run)
             path.unlink()
             yield f"{run.name}: {count} results registered"
 
 
-def _register(root: Path, run: Unsynced, made: list[Made]) -> int:
+def _read(path: Path) -> Unsynced:
+    run = Unsynced(**json.loads(path.read_bytes()))
+    return run._replace(made=[Made(*each) for each in run.made])
+
+
+def _register(root: Path, run: Unsynced) -> int:
     """Register the results of a run that are still here; return how many there are."""
-    tracker, store = Tracker.connect(root, run.experiment), Store(root)
+    tracker, store = Tracker(root, run.experiment), Store(root)
     run_id = run.run_id
     if not tracker.knows(run_id):
         run_id = tracker.start_flow(run.profile, run.settings, run.commit, name=run.name)
-    artifacts = [(artifact, each) for each in made if (artifact := store.find(each.stage, each.key))]
+    artifacts = [(artifact, each) for each in run.made if (artifact := store.find(each.stage, each.key))]
     data = next((artifact.dataset for artifact, _ in artifacts if artifact.name == DATA), None)
     for artifact, each in artifacts:
         if artifact.name != DATA:
