@@ -66,7 +66,7 @@ def _warm_up() -> None:
 def _sft(language: LanguageModel, params: Params) -> None:
     settings, model = params.sft, params.model
     engine = accelerator(model)
-    top = top_layers(language, torch.device("cpu"), settings.train_layers, "sft.train_layers")
+    top = top_layers(language, torch.device("cpu"), settings.train_layers)
     trained = with_optimizer(engine, language, top, 1e-4, 2)
     _reset_peak()
     answers = Answers(trained, _answers(params, settings.batch_size), model)
@@ -76,7 +76,7 @@ def _sft(language: LanguageModel, params: Params) -> None:
 
 def _dpo(language: LanguageModel, params: Params) -> None:
     settings, model = params.dpo, params.model
-    top = top_layers(language, torch.device("cpu"), settings.train_layers, "dpo.train_layers")
+    top = top_layers(language, torch.device("cpu"), settings.train_layers)
     trained = with_optimizer(accelerator(model), language, top, 1e-4, 2, eps=1e-8, fused=None)
     _reset_peak()
     rows = _answers(params, 2 * settings.pairs_per_batch)

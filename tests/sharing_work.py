@@ -75,7 +75,7 @@ def train_all(model, settings, rewards, bases, out):
     for name, microbatch in (("sft", 2), ("dpo", 3)):
         torch.manual_seed(0)
         language = load_base(model)
-        top = top_layers(language, loading_device(engine), 2, name)
+        top = top_layers(language, loading_device(engine), 2)
         trained = with_optimizer(engine, language, top, 1e-3, 2)
         if name == "sft":
             ours = params.sft.model_copy(update={"microbatch_size": microbatch})

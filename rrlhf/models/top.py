@@ -28,13 +28,6 @@ class Read(NamedTuple):
     states: Tensor | None  # [batch, tokens, width] that enter the layer that was asked for
 
 
-def first_trained(language: LanguageModel, train_layers: int, setting: str) -> int:
-    """Return the lowest of the top layers that train; raises ValueError when there are fewer layers."""
-    if train_layers > language.layers:
-        raise ValueError(f"{setting} {train_layers}: the model has {language.layers} layers; set it to at most that")
-    return language.layers - train_layers
-
-
 def split_responses(
     rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -173,6 +173,7 @@ def _misfits(params: Params, model: Facts, trunk: Facts) -> Iterator[str]:
     ppo, dpo, reward = params.ppo, params.dpo, params.reward
     methods = {arm.method for arm in params.arms.values()}
     for setting, layers, base, matters in (
+        ("sft.train_layers", params.sft.train_layers or 0, model, True),
         ("ppo.train_layers", ppo.train_layers, model, "ppo" in methods and ppo.trains != "full"),
         ("dpo.train_layers", dpo.train_layers or 0, model, "dpo" in methods),
         ("reward.layer", reward.layer, trunk, not trunk.scores),

@@ -243,7 +243,7 @@ def _evaluate(params: Params) -> Iterator[Moment]:
 def _top_layers(params: Params, train_layers: int | None) -> Trained:
     model = _as_run(params.model)
     language = load_shape(model)
-    return _ready(language, top_layers(language, META, train_layers, "train_layers"), model, params.launch)
+    return _ready(language, top_layers(language, META, train_layers), model, params.launch)
 
 
 def _shares(launch: Launch) -> int:

@@ -23,7 +23,7 @@ from rrlhf.models.load import LanguageModel
 from rrlhf.models.processes import trained_weights
 from rrlhf.models.rollout import Draws, Samples, sample, tokens_of
 from rrlhf.models.shards import loading_device, mesh_of, share_of, spread, whole
-from rrlhf.models.top import PolicyTop, Read, first_trained
+from rrlhf.models.top import PolicyTop, Read
 from rrlhf.models.whole import decoder_layers
 from rrlhf.policy.checkpoint import State
 from rrlhf.policy.reference import frozen
@@ -195,13 +195,10 @@ def prepare_learner(
     )
 
 
-def top_layers(language: LanguageModel, device: torch.device, train_layers: int | None, setting: str) -> PolicyTop:
-    """Let the top layers and the last norm train, and no value head; None: everything.
-
-    Raises ValueError, which names the setting, when the model has fewer layers.
-    """
+def top_layers(language: LanguageModel, device: torch.device, train_layers: int | None) -> PolicyTop:
+    """Let the top layers and the last norm train, and no value head; None: everything."""
     language.network.requires_grad_(False).to(device)
-    top = PolicyTop(language, None if train_layers is None else first_trained(language, train_layers, setting))
+    top = PolicyTop(language, None if train_layers is None else language.layers - train_layers)
     top.let_train()
     top.value.requires_grad_(False)
     return top
@@ -237,7 +234,7 @@ def trainable(
 
     That is the policy before the first step; if it is a second model, it is spread over `mesh`.
     """
-    first = None if ppo.trains == "full" else first_trained(language, ppo.train_layers, "ppo.train_layers")
+    first = None if ppo.trains == "full" else language.layers - ppo.train_layers
     if ppo.trains == "lora":
         language = adapted(language, range(first or 0, language.layers), ppo.lora_rank, targets=ppo.lora_targets)
         top = PolicyTop(language, first)

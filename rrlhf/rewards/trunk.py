@@ -107,16 +107,11 @@ def lengths(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tens
 
 
 def start_trunk(settings: TrunkTraining, model: Model, sft: Path) -> Trunk:
-    """Load the trunk that a reward model starts from: the SFT model's, or that of `reward.base`.
-
-    Raises ValueError when it has fewer layers than the settings ask for.
-    """
+    """Load the trunk that a reward model starts from: the SFT model's, or that of `reward.base`."""
     own = settings.language_model(model)
     language = load_model(sft, own) if settings.base is None else load_base(own, reward_model=True)
     if language.score is not None:
         return _given(language, own)
-    if settings.layer > language.layers:
-        raise ValueError(f"reward.layer {settings.layer}: the model has {language.layers} layers")
     language.network.to(device_kind(model.device)).requires_grad_(False)
     return Trunk(language, settings.layer, own, Texts(language, own))
 

@@ -55,7 +55,7 @@ def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path
     training, held = (encoded(texts, preferences(data, name)) for name in ("preferences", "heldout"))
     log({"step": 0, **texts.told("dpo")})
     batches = shuffled(len(training), dpo.pairs_per_batch, dpo.epochs, arm.seed)
-    top = top_layers(language, loading_device(engine), dpo.train_layers, "dpo.train_layers")
+    top = top_layers(language, loading_device(engine), dpo.train_layers)
     trained = with_optimizer(engine, language, top, dpo.learning_rate, len(batches), eps=1e-8, fused=None)
     pairs, heldout = (prepare_pairs(trained, part, model, dpo) for part in (training, held))
     checkpoints = Checkpoints(out, engine, model=model, dpo=dpo, arm=arm)

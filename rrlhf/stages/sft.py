@@ -30,7 +30,7 @@ def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -
     rows = [answer(texts, *demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})
     batches = shuffled(len(rows), sft.batch_size, sft.epochs, seed)
-    top = top_layers(language, loading_device(engine), sft.train_layers, "sft.train_layers")
+    top = top_layers(language, loading_device(engine), sft.train_layers)
     trained = with_optimizer(engine, language, top, sft.learning_rate, len(batches))
     answers = Answers(trained, rows, model, keep_states=sft.keep_states)
     if top.first is not None and sft.keep_states:

@@ -105,7 +105,7 @@ def test_of_processes_that_share_the_weights_each_is_planned_with_its_share(trai
 def test_layers_that_run_again_leave_no_copies_of_their_weights_behind(model):
     model = model.model_copy(update={"base": "random:4x64", "dtype": "bfloat16", "gradient_checkpointing": True})
     language = load_base(model)
-    top = top_layers(language, torch.device("cpu"), None, "train_layers")
+    top = top_layers(language, torch.device("cpu"), None)
     trained_weights(top)
     place = split_responses([[5, 6, 7]], [2], torch.device("cpu"))
     with Allocated(top.parameters()) as allocated, autocast(model):

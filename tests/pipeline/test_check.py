@@ -48,8 +48,9 @@ def test_all_mistakes_are_told_at_once(look):
     assert [line.partition(":")[0] for line in mistakes if "train_layers" in line or "reward.layer" in line] == []
     [context] = mistakes  # of a model that cannot be used no layers are counted
     assert "made for 512 tokens (max_position_embeddings), and prompt and response take 513" in context
-    mistakes, _ = look(reward__layer=4, ppo__train_layers=5, dpo__train_layers=9)
+    mistakes, _ = look(reward__layer=4, sft__train_layers=4, ppo__train_layers=5, dpo__train_layers=9)
     assert mistakes == [
+        "sft.train_layers 4: the model has 3 layers; set it to at most that",
         "ppo.train_layers 5: the model has 3 layers; set it to at most that",
         "dpo.train_layers 9: the model has 3 layers; set it to at most that",
         "reward.layer 4: the model has 3 layers; set it to at most that",

@@ -54,7 +54,7 @@ def said(language, model, *texts):
 def loss(language, model, rows, train_layers=None):
     """The summed loss of answers."""
     engine = accelerator(model)
-    top = top_layers(language, engine.device, train_layers, "sft.train_layers")
+    top = top_layers(language, engine.device, train_layers)
     answers = Answers(with_optimizer(engine, language, top, 1e-3, 1), rows, model)
     return -answers.logprobs(top, range(len(rows))).sum().item()
 
