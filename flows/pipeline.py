@@ -19,8 +19,7 @@ def called() -> str:
 
 
 # Prefect keeps no results (persist_result): the store has them, and a record that names its own reader would be run.
-# Only what does not depend on each other runs at the same time, launch.arms_at_once of it. For arms on many machines:
-# pipeline.with_options(task_runner=...), with Prefect's runners for Dask or Ray.
+# Only what does not depend on each other runs at the same time, launch.arms_at_once of it, or on Dask's workers.
 @flow(
     name="reward-robust-rlhf",
     flow_run_name=called,

@@ -9,11 +9,13 @@ from typing import IO, Any, NamedTuple, TypeVar
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
-from prefect.futures import PrefectFuture, wait
+from prefect.futures import PrefectFuture
 from prefect.states import Completed
+from prefect.task_runners import TaskRunner
 
 from rrlhf.environment import check_room, find_root, set_environment
 from rrlhf.execution.pages import Pages
+from rrlhf.execution.runners import runner_of, waited
 from rrlhf.files import write
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline import dvc
@@ -64,6 +66,14 @@ class Run:
         self.versions: dict[str, str] = {}  # of models, by node: "rrlhf-policy/3"
         self.report: str | None = None  # path of the HTML file, where there is a comparison
         self.files: list[str] = []  # that were written about it, in the project, for its run in MLflow
+        self.runner: TaskRunner[Any] | None = None  # None: the flow's
+
+    def __getstate__(self) -> dict[str, Any]:  # as a Dask worker gets it
+        return {name: value for name, value in vars(self).items() if name not in {"tracker", "runner"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        set_environment(self.project.root)
 
     @cached_property
     def tracker(self) -> Tracker:
@@ -120,6 +130,11 @@ class Started(NamedTuple):
     planned: Planned
     future: PrefectFuture[State[None]]
 
+    @property
+    def computed(self) -> bool:
+        """Whether it was, and neither found nor failed; asked when it is done."""
+        return self.future.state.name == "Completed"
+
 
 @contextmanager
 def running(
@@ -146,7 +161,7 @@ def running(
         done = nothing_to_do(project, planned)
         run = Run(project, chosen(asked, project.nodes), ran, pages, run_name(profile, overrides))
         run.versions = done.versions if done else {}
-        with nullcontext() if done else tracked(run):
+        with runner_of(project.params.launch) as run.runner, nullcontext() if done else tracked(run):
             yield run
             run.report = told(run) if done else register_all(run)
 
@@ -213,14 +228,16 @@ def start(node: Node, run: Run, beside: int) -> Started | None:
     if planned.action == "upstream":
         raise FileNotFoundError(f"{node.name} comes {planned.reasons[0]}, which this run leaves out")
     task = have.with_options(task_run_name=node.name)
-    return Started(node, planned, task.submit(node, planned, run, beside))
+    told: dict[str, Any] = {"node": node, "planned": planned, "run": run, "beside": beside}
+    return Started(node, planned, run.runner.submit(task, told) if run.runner else task.submit(**told))
 
 
 def finish(started: Iterable[Started | None], run: Run) -> None:
     """Wait for all, so that one failure does not lose the others' results, and then take every result."""
     everything = [one for one in started if one]
     diverged: list[str] = []
-    wait([one.future for one in everything])
+    waited([one.future for one in everything], run.runner)
+    run.made += [one.node.name for one in everything if one.computed]
     for one in everything:
         try:
             one.future.result()
@@ -286,7 +303,6 @@ def have(node: Node, planned: Planned, run: Run, beside: int) -> State[None]:
         dvc.keep(project.root, artifact.path)
     numbers = telling(node.stage, artifact.metrics)
     if computed:
-        run.made.append(node.name)
         why = "".join(f"{reason}; " for reason in planned.reasons[:MOST_REASONS])
         return Completed(message=f"{why}{numbers or 'made'} in {in_words(artifact.manifest['seconds'])}")
     made = f"made {artifact.manifest['created']}"

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
 
 from rrlhf.environment import find_root, set_environment
 from rrlhf.execution.pages import Pages
 from rrlhf.execution.run import Run, start, take, tracked
+from rrlhf.execution.runners import runner_of, waited
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.check import check_judge, check_sources
 from rrlhf.pipeline.decide import Part, chosen
@@ -58,7 +58,9 @@ def made_at_every_point(
     check_judge(params.evaluate.judge, (one for part in parts for one in part.project.plan()))
     everything = Project(root, profile, params)
     group = Run(everything, chosen(Part(), everything.nodes), [], Pages(profile), f"sweep {run_name(profile, given)}")
-    with grouped(group, given, parts) as runs:
+    with runner_of(params.launch) as runner, grouped(group, given, parts) as runs:
+        for run in runs:
+            run.runner = runner
         for kind in ORDER:
             make_all(kind, runs, params.launch.arms_at_once)
         found = list(findings(runs, parts, register_all(runs)))
@@ -112,10 +114,12 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
     keys = list(users)
     for together in (keys[i : i + at_once] for i in range(0, len(keys), at_once)):
         started = [(key, start(users[key][0][1], users[key][0][0], beside=len(together) - 1)) for key in together]
-        wait([one.future for _, one in started if one])
+        waited([one.future for _, one in started if one], runs[0].runner)
         for key, one in started:
             if one is None:
                 continue
+            if one.computed:
+                users[key][0][0].made.append(one.node.name)
             try:
                 one.future.result()
             except DivergedError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,10 @@ class Project:
         self.nodes = nodes(params) if graph is None else [*graph]
         self.notes: list[str] = []
         self.modules = modules or our_modules()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # to a Dask worker, which has locks and caches of its own
+        made = partial(Project, graph=self.nodes, takes_aliases=self.takes_aliases, as_filed=self.as_filed)
+        return made, (self.root, self.profile, self.params)
 
     @classmethod
     def opened(

@@ -17,7 +17,9 @@ from rrlhf.policy.health import DivergedError
 from rrlhf.stopping import Interrupted, stop
 
 ROOT = Path(__file__).parents[2]
-HERE = Launch(processes=1, threads=1, arms_at_once=1, sharding="none")  # more would stay with the tests that come after
+HERE = Launch(
+    processes=1, threads=1, arms_at_once=1, runner="threads", sharding="none"
+)  # more would stay with the tests that come after
 TWO = HERE.model_copy(update={"processes": 2})
 
 

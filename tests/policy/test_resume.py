@@ -93,7 +93,7 @@ def document(every=2, **changed):
 
 
 def launch(processes=1, sharding="none"):
-    return Launch(processes=processes, threads=1, arms_at_once=1, sharding=sharding)
+    return Launch(processes=processes, threads=1, arms_at_once=1, runner="threads", sharding=sharding)
 
 
 def run(inputs, out, log=lambda row: None, every=2, **changed):

@@ -42,7 +42,7 @@ from rrlhf.pipeline.launch import execute
 supervision.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 document, inputs, out = map(json.loads, sys.argv[1:])
 execute(document, inputs={name: Path(folder) for name, folder in inputs.items()}, out=Path(out),
-        launch=Launch(processes=1, threads=1, arms_at_once=1, sharding="none"))
+        launch=Launch(processes=1, threads=1, arms_at_once=1, runner="threads", sharding="none"))
 """
 
 
@@ -67,7 +67,10 @@ def inputs(document, start):
 def run(document, inputs, out, log=lambda row: None):
     with handing_on(log):
         execute(
-            document, inputs=inputs, out=out, launch=Launch(processes=1, threads=1, arms_at_once=1, sharding="none")
+            document,
+            inputs=inputs,
+            out=out,
+            launch=Launch(processes=1, threads=1, arms_at_once=1, runner="threads", sharding="none"),
         )
 
 

@@ -164,7 +164,7 @@ def test_ipo_settles_where_its_margin_is(start, model, settings, tmp_path):
 def test_two_processes_train_the_same_policy(trained, start, model, settings, tmp_path, sharding):
     params = {"model": model.model_dump(), "dpo": settings.model_dump(), "arm": ARM.model_dump()}
     out, inputs = tmp_path / "out", {name: start / name for name in ("data", "sft")}
-    two = Launch(processes=2, threads=1, arms_at_once=1, sharding=sharding)
+    two = Launch(processes=2, threads=1, arms_at_once=1, runner="threads", sharding=sharding)
     execute({"stage": "dpo", "params": params}, inputs=inputs, out=out, launch=two)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     losses = [[row for row in each if "loss" in row] for each in (rows, trained[0])]

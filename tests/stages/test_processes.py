@@ -57,7 +57,9 @@ def jobs(model, ppo, bases, tmp_path):
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_sample_and_train_what_one_does(processes, sharding, jobs):
-    told = told_processes(Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1), on_cpu=True)
+    told = told_processes(
+        Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1, runner="threads"), on_cpu=True
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | told
     file = jobs(processes)
     command = [sys.executable, *_launcher(processes), ROOT / "tests" / "sharing_work.py", file]

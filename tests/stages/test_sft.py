@@ -147,7 +147,13 @@ def test_a_process_of_its_own_and_two_processes_train_the_same_model(model, sett
             " launch=Launch(**job['launch']), beside=job['beside'])"
         )
         job = {"document": document, "data": str(data), "out": str(out), "beside": beside}
-        job["launch"] = {"processes": processes, "sharding": sharding, "threads": 1, "arms_at_once": 1}
+        job["launch"] = {
+            "processes": processes,
+            "sharding": sharding,
+            "threads": 1,
+            "arms_at_once": 1,
+            "runner": "threads",
+        }
         subprocess.run([sys.executable, "-c", program, json.dumps(job)], check=True, cwd=ROOT, timeout=240)
         weights.append(load_file(out / "model.safetensors"))
         assert sum('"loss"' in line for line in (out / "history.jsonl").read_text().splitlines()) == 6
