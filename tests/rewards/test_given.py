@@ -117,6 +117,31 @@ def test_heads_are_trained_on_one_as_a_trunk(name, trained, folders, start, text
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"ensemble__kind": "lora", "ensemble__heads": 2},
+        {"ensemble__kind": "warm", "ensemble__heads": 2, "reward__trunk": "lora"},
+        pytest.param({"ensemble__kind": "warm", "ensemble__heads": 2, "reward__trunk": "full"}, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", [LLAMA, *(pytest.param(name, marks=pytest.mark.slow) for name in MAKES if name != LLAMA)]
+)
+def test_adapters_and_averaged_members_train_on_one_as_a_trunk(name, kind, folders, start, texts, tmp_path):
+    learns = {"reward__train_layers": 1, "reward__trunk_epochs": 6, "reward__trunk_learning_rate": 1e-3}
+    made = made_under(start, tmp_path, reward__base=folders[name], **learns, **kind)
+    for node in ["ensemble"] if kind["ensemble__kind"] == "lora" else ["member-0", "member-1"]:
+        epochs = torch.tensor([row["trunk_loss"] for row in made.rows[node] if "trunk_loss" in row]).view(6, -1).mean(1)
+        print(name, node, epochs)
+        assert epochs[-1] < epochs[0]
+    ensemble = made.model("ensemble")
+    heldout = preferences(start / "data", "heldout")
+    stored = PairFeatures.load(tmp_path / "ensemble").heldout.chosen
+    by_text = ensemble.score([pair.prompt for pair in heldout], [pair.chosen for pair in heldout])
+    torch.testing.assert_close(by_text.mean, ensemble.heads.score(stored).mean, atol=1e-4, rtol=1e-4)
+
+
 def test_a_pair_that_one_of_them_cannot_tell_apart_is_left_out_for_all(folders, start, tmp_path):
     rows = [
         {"prompt": [{"role": "user", "content": f"Say {n}."}], "chosen": f"a{n} {'b' * 3 * n}", "rejected": f"x {n}"}

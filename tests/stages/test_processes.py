@@ -36,46 +36,54 @@ def bases(model, tmp_path):
 
 
 @pytest.fixture
-def jobs(model, ppo, bases, tmp_path):
-    """What the launches are told, with a folder for what each writes."""
+def trained(model, ppo, bases, tmp_path):
+    """Train by every method; return a folder with what came out."""
     rewards = [save_random_heads(tmp_path / str(heads), heads) for heads in (1, 5)]
     ppo = ppo.model_copy(update={"updates": 2})
 
-    def job(processes):
-        out = tmp_path / f"in-{processes}"
+    def train(processes, sharding="none", dtype="float32"):
+        out, ours = tmp_path / f"{sharding}-{processes}", model.model_copy(update={"dtype": dtype})
         out.mkdir()
-        file = out / "job.json"
-        described = {"model": model.model_dump(), "ppo": ppo.model_dump(), "out": str(out)}
+        if processes == 1:
+            train_all(ours, ppo, rewards, bases, out)
+            return out
+        described = {"model": ours.model_dump(), "ppo": ppo.model_dump(), "out": str(out)}
         described |= {"rewards": [*map(str, rewards)], "bases": bases}
-        file.write_text(json.dumps(described))
-        return file
+        (out / "job.json").write_text(json.dumps(described))
+        launch = Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1, runner="threads")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)} | told_processes(launch, on_cpu=True)
+        command = [sys.executable, *_launcher(processes), ROOT / "tests" / "sharing_work.py", out / "job.json"]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+        assert ended.returncode == 0, ended.stderr
+        return out
 
-    train_all(model, ppo, rewards, bases, job(1).parent)
-    return job
+    return train
+
+
+def assert_alike(one, other, absolute, relative):
+    """Compare what two launches sampled, told and trained; return what each of them told."""
+    told, others = (json.loads((folder / "told.json").read_text()) for folder in (one, other))
+    assert {*told} == {*others} == {*CASES, "sft", "dpo"}
+    for name, each in told.items():
+        assert others[name]["responses"] == each["responses"], name
+        for row, beside in zip(each["rows"], others[name]["rows"], strict=True):
+            for metric in row.keys() & ALIKE:
+                assert beside[metric] == pytest.approx(row[metric], abs=absolute, rel=relative), (name, metric)
+        weights = load_file(other / name)
+        for weight, expected in load_file(one / name).items():
+            message = f"{name}: {weight}"
+            torch.testing.assert_close(weights[weight], expected, atol=absolute, rtol=relative, msg=message)
+    return told, others
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_sample_and_train_what_one_does(processes, sharding, jobs):
-    told = told_processes(
-        Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1, runner="threads"), on_cpu=True
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | told
-    file = jobs(processes)
-    command = [sys.executable, *_launcher(processes), ROOT / "tests" / "sharing_work.py", file]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
-    assert ended.returncode == 0, ended.stderr
+def test_several_processes_sample_and_train_what_one_does(processes, sharding, trained):
+    _, together = assert_alike(trained(1), trained(processes, sharding), 1e-4, 1e-3)
+    for name, told in together.items():
+        assert told["held"] == pytest.approx(1 / processes if sharding == "full" else 1, abs=0.05), name
 
-    alone, together = (
-        json.loads((folder / "told.json").read_text()) for folder in (file.parents[1] / "in-1", file.parent)
-    )
-    assert {*alone} == {*together} == {*CASES, "sft", "dpo"}
-    for name, told in alone.items():
-        assert together[name]["responses"] == told["responses"], name
-        assert together[name]["held"] == pytest.approx(1 / processes if sharding == "full" else 1, abs=0.05), name
-        for row, other in zip(told["rows"], together[name]["rows"], strict=True):
-            for metric in row.keys() & ALIKE:
-                assert other[metric] == pytest.approx(row[metric], abs=1e-4, rel=1e-3), (name, metric)
-        for weight, one in load_file(file.parents[1] / "in-1" / name).items():
-            several = load_file(file.parent / name)[weight]
-            torch.testing.assert_close(several, one, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+@pytest.mark.slow
+def test_in_bfloat16_processes_that_share_the_weights_train_as_those_that_hold_all(trained):
+    assert_alike(*(trained(2, sharding, "bfloat16") for sharding in ("none", "full")), 1e-5, 1e-5)
