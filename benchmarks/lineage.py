@@ -67,7 +67,7 @@ def registry(nodes: int) -> list[Version]:
         return digest
 
     for experiment in range(nodes // 10):
-        data = hexadecimal("data", experiment % 20)
+        data = f"md5:{hexadecimal('data', experiment % 20)[:32]}.dir"
         base = hexadecimal("sft", draw.randrange(experiment)) if experiment and draw.random() < 0.5 else "package:base"
         made = {"data": data}
         made["sft"] = add("rrlhf-sft", "sft", experiment, {**made, "base": base})

@@ -123,6 +123,8 @@ def load_adapters(language: LanguageModel, folder: Path) -> LanguageModel:
     """Put a folder's adapters beside the model's maps, in place; a folder without any changes nothing."""
     from peft import PeftConfig
 
+    if (folder / "adapters.safetensors").exists():
+        raise ValueError(f"{folder}: its adapters are in a format of rrlhf before peft's; run its stage again")
     if not (folder / FOLDER).is_dir():
         return language
     stored = sorted(path for path in (folder / FOLDER).iterdir() if path.is_dir())

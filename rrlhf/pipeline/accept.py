@@ -1,23 +1,30 @@
 """Results of other code taken as what the present code would make: on record, with the reason.
 
 A result that differs from what is wanted in its code alone gets a second key, that of the present code. Its files are
-the same; what was accepted, and why, stands in its manifest and card.
+the same; what was accepted, and why, stands in its manifest and card. Data sets that earlier versions of this package
+made, in data/, become artifacts in this way; models that name such a data set by its former digest are taken, too.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import CARD, MANIFEST, SIGNATURE, Artifact
+from rrlhf.pipeline.artifacts import CARD, HISTORY, MANIFEST, SIGNATURE, Artifact, Store
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.decide import chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import UNSET, Document, changes, key_digest
 from rrlhf.pipeline.plan import EVERYTHING, Project
 from rrlhf.pipeline.produce import compare_again
+from rrlhf.progress import say
+from rrlhf.types import SUMMARY
 
 
 def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -> Iterator[tuple[str, str]]:
@@ -26,6 +33,7 @@ def accept(project: Project, nodes: list[Node], because: str, *, verify: bool) -
     Yields the node and the key of the earlier result. verify: compute it again first, and compare. Raises UsageError
     where there is none, or an input is not up to date; DifferentError when what was computed again is another result.
     """
+    take_over(project.store)
     digests: dict[str, str] = {}
     found: dict[str, Artifact | None] = {}  # None: has to be brought back
     everything = chosen(EVERYTHING, project.nodes)
@@ -59,8 +67,10 @@ def only_code(old: Document, new: Document) -> bool:
 
 def _earlier(project: Project, node: Node, document: Document) -> Artifact:
     """Return the newest result that differs in code alone, checked."""
+    now = {former: made.digest for made in project.earlier if (former := made.manifest.get("formerly"))}
     for old in (one for one in project.earlier if one.name == node.name):
-        if only_code(old.manifest["document"], document):
+        inputs = {argument: now.get(digest, digest) for argument, digest in old.inputs.items()}
+        if only_code(old.manifest["document"] | {"inputs": inputs}, document):
             project.store.verify(old)
             return old
     nearest = [reason for reason in project.closest(node, document)[0] if not reason.startswith("code: ")]
@@ -106,6 +116,50 @@ def _publish(
             git_commit=old.manifest["git_commit"],
             hardware=old.manifest["hardware"],
             accepted={"from": old.key, "because": because, "verified": verify, "at": now},
+            formerly=str(old.manifest.get("formerly", "")),
         )
     if node.name == DATA:
         dvc.keep(project.root, made.path)
+
+
+def former_data(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the data sets in data/ that DVC's records say were made by the key document beside them."""
+    locks = (root / "dvc.lock", root / "large" / "dvc.lock", *(root / "data" / "variants").glob("*/dvc.lock"))
+    recorded = "".join(path.read_text(encoding="utf-8") for path in locks if path.is_file())
+    for path in sorted((root / "data").glob("*.key.json")):
+        folder = path.with_name(path.name.removesuffix(".key.json"))
+        made_by = _md5(path.read_bytes())
+        if folder.is_dir() and made_by in recorded and former_digest(folder).removeprefix("md5:") in recorded:
+            yield folder, json.loads(path.read_bytes())
+
+
+def take_over(store: Store) -> None:
+    """Make an artifact of every such data set, unless it is one."""
+    root = store.root.parent
+    for folder, document in former_data(root):
+        key = key_digest(document)
+        with store.locked(key):
+            if store.find("prepare", key):
+                continue
+            staged = store.staging("former", key)
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(folder, staged, copy_function=os.link)
+            told = json.loads((folder / SUMMARY).read_bytes())
+            numbers = {name: value for name, value in told.items() if isinstance(value, int | float)}
+            (staged / HISTORY).write_text(json.dumps({"step": 0, **numbers}) + "\n", encoding="utf-8")
+            made = store.publish(
+                DATA, document, staged, seconds=0.0, profile=folder.name, formerly=former_digest(folder)
+            )
+        dvc.keep(root, made.path)
+        say(f"{DATA}  data/{folder.name} is now {made.path.relative_to(root)}")
+
+
+def former_digest(folder: Path) -> str:
+    """Return the digest by which results made from a data set in data/ name it."""
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.is_file())
+    listed = [{"md5": _md5(path.read_bytes()), "relpath": name} for name, path in files]
+    return f"md5:{_md5(json.dumps(listed, sort_keys=True).encode())}.dir"
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

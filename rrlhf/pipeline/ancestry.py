@@ -19,7 +19,7 @@ SHOWN = 8  # hex digits of a digest that a person reads
 class Product:
     """What a stage made, or what came from outside: a node of the graph. Its identity is (digest, key)."""
 
-    digest: str  # of its content: sha256; of what came from outside, its name
+    digest: str  # of its content: sha256, or "md5:<hex>.dir" for a data set; of what came from outside, its name
     node: str  # "ppo-robust", "data"; of what came from outside, the argument that read it
     stage: str = ""  # "ppo", "prepare"; empty when nothing here tells who made it
     key: str = ""  # sha256 of its key document
@@ -33,6 +33,7 @@ class Product:
     seconds: float = 0.0
     input_keys: Mapping[str, str] = field(default_factory=dict)  # argument -> key of the making that was read
     profile: str = ""  # for which it was made, where that is known
+    formerly: str = ""  # of a data set of an earlier version: by which digest older results name it
 
     @property
     def short(self) -> str:
@@ -53,7 +54,7 @@ class Product:
     def profiles(self) -> set[str]:
         """The profiles that it is a product of: whose names it has, and for which it was made."""
         models = {profile_of(name.partition("/")[0], self.stage) for name in self.names if "/" in name}
-        data = self.names if self.node == DATA else ()
+        data = {re.sub("-[0-9a-f]{8}$", "", name) for name in self.names if self.node == DATA}  # of a variant too
         return {profile for profile in {*models, *data, self.profile} if profile}
 
 
@@ -75,7 +76,8 @@ class Graph:
         self.sources: defaultdict[Product, list[Link]] = defaultdict(list)  # links to what a product was made from
         self.readers: defaultdict[Product, list[Link]] = defaultdict(list)  # and to what was made from it
         for product in self.products:
-            self._of_content[product.digest].append(product)
+            for digest in filter(None, (product.digest, product.formerly)):
+                self._of_content[digest].append(product)
         for product in self.products:
             inputs = sorted(product.inputs.items(), key=lambda item: (item[0] != DATA, item[0]))
             self.sources[product] = [Link(self._read(product, name, digest), name, product) for name, digest in inputs]
@@ -126,15 +128,15 @@ class Graph:
             return self._of_profile(wanted, profile)
         if wanted in self._of_content:
             return self._of_content[wanted][0]
-        found: list[Product] = []
-        if re.fullmatch("[0-9a-f]{6,}", wanted):
-            newest = [same[0] for same in self._of_content.values()]  # of each content
-            found = [each for each in newest if each.digest.startswith(wanted)]
-            found = found or [product for product in self.products if product.key.startswith(wanted)]
+        start, found = wanted.removeprefix("md5:").removesuffix(".dir"), list[Product]()
+        if re.fullmatch("[0-9a-f]{6,}", start):
+            newest = dict.fromkeys(same[0] for same in self._of_content.values())  # of each content
+            found = [each for each in newest if each.digest.removeprefix("md5:").startswith(start)]
+            found = found or [product for product in self.products if product.key.startswith(start)]
         if len(found) == 1:
             return found[0]
         if found:
-            digests = ", ".join(short(product.digest, len(wanted) + 6) for product in found)
+            digests = ", ".join(short(product.digest, len(start) + 6) for product in found)
             raise UsageError(f"{reference!r} begins several digests: {digests}")
         close = difflib.get_close_matches(wanted, {*named, *nodes}, n=3) or sorted(named)[:10]
         raise UsageError(
@@ -163,7 +165,11 @@ class Graph:
 
 def short(digest: str, digits: int = SHOWN) -> str:
     """Return what a person reads of a digest; names of what came from outside stay whole."""
-    return digest[:digits] if re.fullmatch("[0-9a-f]{64}", digest) else digest
+    if re.fullmatch("[0-9a-f]{64}", digest):
+        return digest[:digits]
+    if digest.startswith("md5:"):
+        return f"md5:{digest[4 : 4 + digits]}"
+    return digest
 
 
 def _ordered(starts: Iterable[Product], below: Callable[[Product], list[Product]]) -> list[Product]:

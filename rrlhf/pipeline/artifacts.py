@@ -57,6 +57,7 @@ class Beside(TypedDict, total=False):
     input_keys: Mapping[str, str]  # by which key each input was made: two makings may have one content
     profile: str  # for which it was made
     accepted: Mapping[str, Any]  # of a result of other code: its key, and why it was taken (rrlhf/pipeline/accept.py)
+    formerly: str  # of a data set that an earlier version of this package made: by which digest older results name it
     git_commit: str | None  # these two are then of the result that was accepted
     hardware: Mapping[str, str]
 
@@ -130,6 +131,7 @@ class Artifact:
             names=(self.dataset.name,) if self.name == DATA and self.dataset.name else (),
             input_keys=self.input_keys,
             profile=self.manifest.get("profile", ""),
+            formerly=self.manifest.get("formerly", ""),
             document=self.manifest["document"],
             metrics=self.metrics,
             commit=self.manifest["git_commit"] or "",

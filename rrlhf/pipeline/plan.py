@@ -176,7 +176,12 @@ class Project:
         earlier = [
             (differences(old.manifest["document"], document), old) for old in self.earlier if old.name == node.name
         ]
-        return min(earlier, key=lambda item: len(item[0]), default=(["never made here"], None))
+        from rrlhf.pipeline.accept import former_data
+
+        never = "never made here"
+        if node.name == DATA and any(former_data(self.root)):
+            never += " by this version, which keeps data sets in artifacts/: `rrlhf accept` takes over that in data/"
+        return min(earlier, key=lambda item: len(item[0]), default=([never], None))
 
     def _check_part(self, planned: Sequence[Planned], wanted: Chosen) -> None:
         """Raise ParamsError unless what may run finds its inputs."""

@@ -26,7 +26,7 @@ PARAMS = load_params(
     "default",
     MEMBERS | {"arms.choosy": CHOOSY, "prepare.limit": 448},
 )
-DATA = Dataset("default", Path("data/default"), "d41d8cd98f00b204e9800998ecf8427e" * 2)
+DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 MODELS = {node.name: node for node in nodes(PARAMS) if spec_of(node.stage).model}
 ROWS = [
     {"step": 1, "kl": 0.5, "proxy": 0.1, "seconds": 1.0},

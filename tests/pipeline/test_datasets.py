@@ -10,10 +10,11 @@ import yaml
 from rrlhf.environment import set_environment
 from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
+from rrlhf.pipeline.accept import accept, former_digest
 from rrlhf.pipeline.artifacts import CopyError, TamperedError
 from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.decide import Part, chosen
-from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.keys import canonical, key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
@@ -163,3 +164,50 @@ def test_a_project_without_dvcs_files_is_told_before_anything_runs(project, monk
     (project / ".dvc" / "config").unlink()
     with pytest.raises(ParamsError, match="copy the project with its hidden files"):
         check_sources(Project(project, "tiny", load_params(project, "tiny")))
+
+
+@pytest.fixture
+def former(made, project, monkeypatch):
+    """A project of an earlier version: its data set lies in data/, and DVC's lock tells who made it."""
+    asked, artifact = made
+    monkeypatch.chdir(project)
+    shutil.copy(asked.root / "rows.jsonl", project)
+    data = project / "data" / "tiny"
+    shutil.copytree(artifact.path, data, ignore=shutil.ignore_patterns("artifact.json", "history.jsonl"))
+    text = canonical(asked.document | {"code": {"rrlhf.stages.prepare": "as it was"}})
+    (project / "data" / "tiny.key.json").write_text(text)
+    deps, outs = ([{"path": "x", "md5": digest}] for digest in (md5_of(text), former_digest(data)[4:]))
+    lock = {"schema": "2.0", "stages": {"prepare@tiny": {"cmd": "rrlhf prepare", "deps": deps, "outs": outs}}}
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    return Asked(project), data
+
+
+def md5_of(text):
+    from hashlib import md5
+
+    return md5(text.encode()).hexdigest()
+
+
+def test_a_data_set_of_an_earlier_version_is_taken_over_with_what_was_made_from_it(former, made):
+    asked, data = former
+    assert "`rrlhf accept` takes over" in asked.planned.reasons[0]
+    project = Asked(asked.root).project
+    sft = project.nodes[1]
+    old = project.document(sft, {"data": former_digest(data)})
+    staged = project.store.staging("sft", "x")
+    staged.mkdir(parents=True)
+    (staged / "history.jsonl").write_text("")
+    project.store.publish("sft", old | {"code": {"rrlhf.stages.sft": "as it was"}}, staged, seconds=1.0)
+    accepted = [*accept(project, project.nodes[:2], "an upgrade", verify=False)]
+    assert [node for node, _ in accepted] == ["data", "sft"]
+    assert project.data().digest == made[1].digest
+    assert dvc.pointer(asked.folder).exists()
+    data_, sft_, *_ = Asked(asked.root).project.plan()
+    assert (data_.action, sft_.action, sft_.reasons) == ("reuse", "reuse", ["accepted: an upgrade"])
+    assert [*accept(project, project.nodes[:2], "once more", verify=False)] == []
+
+
+def test_a_data_set_that_its_record_does_not_know_is_left_alone(former):
+    asked, data = former
+    (data / "summary.json").write_text("{}")
+    assert "never made here" in asked.planned.reasons[0]

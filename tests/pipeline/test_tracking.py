@@ -46,7 +46,7 @@ PROJECT = Path(__file__).parents[2]
 PARAMS = load_params(PROJECT)
 SETTINGS = PARAMS.model_dump()
 NODES = {node.name: node for node in nodes(PARAMS)}
-DATA = Dataset("default", Path("data/default"), "d41d8cd98f00b204e9800998ecf8427e" * 2)
+DATA = Dataset("default", Path("data/default"), "md5:d41d8cd98f00b204e9800998ecf8427e.dir")
 ROWS = [{"step": step, "loss": 1 / step, "seconds": 0.5 * step} for step in (1, 2, 3)]
 
 
@@ -129,7 +129,7 @@ def test_profiles_have_names_and_aliases_of_their_own_and_share_files(root, trac
     for profile in ("default", "tiny"):
         tracker.register(sft, DATA, profile=profile, aliases=["candidate"])
         tracker.register(reward, DATA, profile=profile)
-    other = published(root, "sft", {"data": "0" * 64})
+    other = published(root, "sft", {"data": "md5:00000000000000000000000000000000.dir"})
     moved = tracker.register(other, None, profile="tiny", aliases=["candidate"]).moved
     assert moved == ("rrlhf-tiny-sft@candidate: v1 -> v2",)
     found = {f"{each.name}/{each.version}": each for each in tracker.versions()}
@@ -162,7 +162,7 @@ def test_versions_tell_their_identity_and_ancestry(tracker, family):
     assert (version.made["inputs"], version.made["input_keys"]) == (policy.inputs, policy.input_keys)
     graph = graph_of(versions)
     drawn = tree(graph, graph.find("rrlhf-policy/1"))
-    assert drawn.count("data default d41d8cd9") == 3  # of the policy, of reward and of sft
+    assert drawn.count("data default md5:d41d8cd9") == 3  # of the policy, of reward and of sft
     assert drawn.count("(see above)") == 2
 
 
@@ -174,7 +174,7 @@ def test_mlflow_shows_what_a_run_read_and_made(tracker, client, family):
     assert read == {models["rrlhf-sft"], models["rrlhf-reward"], models["rrlhf-ensemble"]}
     assert [entry.model_id for entry in run.outputs.model_outputs] == [models["rrlhf-policy"]]
     [entry] = run.inputs.dataset_inputs
-    assert (entry.dataset.name, entry.dataset.digest) == ("default", DATA.digest[:36])
+    assert (entry.dataset.name, entry.dataset.digest) == ("default", "d41d8cd98f00b204e9800998ecf8427e")
     [loss] = [metric for metric in client.get_logged_model(models["rrlhf-policy"]).metrics if metric.key == "loss"]
     assert (loss.step, loss.value) == (3, 1 / 3)
 
@@ -725,7 +725,7 @@ def made_of(root, drawn):
         return made[key]
 
     sfts, rewards, policies = drawn
-    data = [f"{number:064}" for number in range(len(sfts))]
+    data = [f"md5:{number:032}.dir" for number in range(len(sfts))]
     starts = [make("sft", {"data": data[i]}, content) for i, content in enumerate(sfts)]
     heads = [make("reward", {"data": data[i], "sft": starts[i]}, content) for i, content in rewards]
     for i, j, content in policies:

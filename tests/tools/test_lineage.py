@@ -17,7 +17,7 @@ from rrlhf.tools.lineage.diff import digest_start
 from rrlhf.tools.lineage.lookup import graph_of
 from rrlhf.tools.lineage.text import as_json, dot, mermaid, page, tree
 
-DATA = "d41d8cd98f00b204e9800998ecf8427e" * 2
+DATA = "md5:d41d8cd98f00b204e9800998ecf8427e.dir"
 
 
 def version(name, number, node, digest, inputs, aliases=(), *, key=None, input_keys=()):
@@ -49,11 +49,11 @@ def policy(graph):
 def test_a_tree_reaches_the_data_set_and_draws_a_shared_node_once(graph, policy):
     assert tree(graph, policy).splitlines() == [
         "rrlhf-policy v2 (candidate) · ppo-robust · cccccccc",
-        "├── data default d41d8cd9",
+        "├── data default md5:d41d8cd9",
         "├── rrlhf-reward v1 · reward · bbbbbbbb",
-        "│   ├── data default d41d8cd9",
+        "│   ├── data default md5:d41d8cd9",
         "│   └── rrlhf-sft v1 · sft · aaaaaaaa",
-        "│       ├── data default d41d8cd9",
+        "│       ├── data default md5:d41d8cd9",
         "│       └── base random:2x32",
         "└── rrlhf-sft v1 · sft · aaaaaaaa (see above)",
     ]
@@ -61,7 +61,7 @@ def test_a_tree_reaches_the_data_set_and_draws_a_shared_node_once(graph, policy)
 
 def test_downwards_a_tree_draws_what_was_made_below_the_last_of_its_inputs(graph):
     expected = [
-        "data default d41d8cd9",
+        "data default md5:d41d8cd9",
         "└── rrlhf-sft v1 · sft · aaaaaaaa",
         "    └── rrlhf-reward v1 · reward · bbbbbbbb",
         "        └── rrlhf-policy v2 (candidate) · ppo-robust · cccccccc",
@@ -90,7 +90,7 @@ def test_a_product_is_found_by_alias_number_digest_or_node(reference):
     assert graph_of([POLICY, LOST, REWARD, SFT]).find(reference).names == ("rrlhf-policy/2",)
 
 
-@pytest.mark.parametrize("reference", ["default", "data", "d41d8c", DATA])
+@pytest.mark.parametrize("reference", ["default", "data", "d41d8c", "md5:d41d8cd98f", DATA])
 def test_a_data_set_is_found_by_name_or_digest(graph, reference):
     assert graph.find(reference).digest == DATA
 
@@ -110,7 +110,7 @@ def test_versions_of_one_making_are_one_product(graph):
 
 
 def test_of_two_makings_of_one_content_a_model_came_from_the_one_with_its_own_data():
-    other = "0" * 64
+    other = "md5:00000000000000000000000000000000.dir"
     twin = version("rrlhf-sft", "2", "sft", "a", {"data": other, "base": "random:2x32"}, key="another")
     reads = {"sft": "a" * 64, "data": other}  # the other data, and yet it read the first model
     policy = version("rrlhf-policy", "2", "ppo-robust", "c", reads, input_keys={"sft": "A" * 64})
@@ -152,7 +152,7 @@ def test_an_empty_server_says_so():
 
 def test_json_holds_the_whole_ancestry_inputs_first(graph, policy):
     told = json.loads(as_json(graph, policy))
-    assert [product["digest"][:5] for product in told["products"]] == ["d41d8", "rando", "aaaaa", "bbbbb", "ccccc"]
+    assert [product["digest"][:5] for product in told["products"]] == ["md5:d", "rando", "aaaaa", "bbbbb", "ccccc"]
     links = {(each["from"], each["argument"], each["to"]) for each in told["links"]}
     assert links == {
         (0, "data", 2),

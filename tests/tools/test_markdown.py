@@ -79,7 +79,7 @@ def test_the_comparison_has_a_column_for_each_policy_and_marks_the_best():
 
 
 def test_lineage_is_a_tree_with_links_where_mlflow_has_pages():
-    made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "0" * 64}, "input_keys": {}, "git_commit": None}
+    made = {"stage": "sft", "digest": "ab" * 32, "inputs": {"data": "md5:00"}, "input_keys": {}, "git_commit": None}
     tags = {"rrlhf.key": "cd" * 32, "rrlhf.node": "sft", "rrlhf.made": json.dumps(made)}
     graph = graph_of([Version("rrlhf-sft", "1", ("latest",), tags)])
     [read] = [

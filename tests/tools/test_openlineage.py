@@ -70,7 +70,7 @@ def facets_of(event):
 
 
 DOCUMENT = {"params": {"seed": 1, "sft": {"epochs": 2}}, "inputs": {"source": "written"}}
-DATA = Product("0c" * 32, "data", "prepare", inputs={"source": "written"}, names=("tiny",), document=DOCUMENT)
+DATA = Product("md5:0c.dir", "data", "prepare", inputs={"source": "written"}, names=("tiny",), document=DOCUMENT)
 SFT = Product(
     "a" * 64,
     "sft",

@@ -120,7 +120,7 @@ def without_gold(**changes: Any) -> Evaluation:
 def ancestry(note: str = "") -> tuple[Graph, Product]:
     """A policy from an SFT model and a reward model, which are from one data set."""
     document: Any = {"stage": "ppo", "params": {"ppo": {"updates": 8}, "note": note}}
-    data = Product("d" * 64, "data", "prepare", names=("default",))
+    data = Product("md5:" + "d" * 32 + ".dir", "data", "prepare", names=("default",))
     sft = Product("a" * 64, "sft", "sft", inputs={"data": data.digest, "base": "random:2x32"}, names=("rrlhf-sft/1",))
     reward = Product("b" * 64, "reward", "reward", inputs={"data": data.digest, "sft": sft.digest})
     inputs = {"data": data.digest, "sft": sft.digest, "reward": reward.digest}

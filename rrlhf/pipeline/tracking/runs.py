@@ -207,7 +207,7 @@ def _write_told(client: Client, run_id: str, folder: Path) -> None:
 
 def short_digest(dataset: Dataset) -> str:
     """Return the digest in the 36 characters that MLflow has for one."""
-    return dataset.digest[:36]
+    return dataset.digest.removeprefix("md5:").removesuffix(".dir")[:36]
 
 
 def dataset_input(dataset: Dataset) -> Any:  # mlflow.entities.DatasetInput

@@ -134,7 +134,8 @@ def graph_of(versions: Sequence[Version], profile: str = "default", here: Iterab
         identity = product.digest, product.key
         known = products.get(identity, product)
         products[identity] = replace(product, names=known.names, aliases=known.aliases)
-    elsewhere = [data for data in _named_data_sets(versions) if (data.digest, data.key) not in products]
+    known_data = {*products, *((product.formerly, "") for product in products.values())}
+    elsewhere = [data for data in _named_data_sets(versions) if (data.digest, data.key) not in known_data]
     return Graph([*products.values(), *elsewhere])
 
 
