@@ -30,9 +30,10 @@ from rrlhf.data.fingerprints import row_and_prompt, row_hash, write_hashes
 from rrlhf.data.tables import write_tables
 from rrlhf.files import clear
 from rrlhf.pipeline.ancestry import Graph
-from rrlhf.pipeline.artifacts import HISTORY, Store
+from rrlhf.pipeline.artifacts import HISTORY
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.auditing.audit import Audit
 from rrlhf.tools.lineage.diff import sightings

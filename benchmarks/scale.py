@@ -92,8 +92,9 @@ def nodes(count: int, folder: Path) -> Cost:
 
 def versions(count: int, folder: Path) -> Cost:
     """Ask for everything that is registered, and for the graph of it, where so many versions are."""
-    from rrlhf.pipeline.artifacts import HISTORY, Store
+    from rrlhf.pipeline.artifacts import HISTORY
     from rrlhf.pipeline.keys import key_digest
+    from rrlhf.pipeline.store import Store
     from rrlhf.pipeline.tracking.tracker import Tracker
     from rrlhf.tools.lineage.lookup import graph_of
 

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 
 from rrlhf.execution.pages import Pages
 from rrlhf.execution.run import Run, Started, have, register_all, take, tracked
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.pipeline.tracking.unsynced import sync
 

@@ -24,9 +24,10 @@ from rrlhf.memo import sha256
 from rrlhf.models.adapters import adapted, load_adapters, save_adapters
 from rrlhf.models.load import ModelError, load_base, save_model
 from rrlhf.models.processes import accelerator
-from rrlhf.pipeline.artifacts import Store, TamperedError
+from rrlhf.pipeline.artifacts import TamperedError
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params, parse_override
+from rrlhf.pipeline.store import Store
 from rrlhf.policy.checkpoint import Checkpoints, PlantedError, State
 from rrlhf.tools.sweeps.grid import load_experiment
 

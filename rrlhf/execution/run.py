@@ -19,7 +19,7 @@ from rrlhf.execution.runners import runner_of, waited
 from rrlhf.files import write
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import Artifact, Store, git_commit
+from rrlhf.pipeline.artifacts import Artifact, git_commit
 from rrlhf.pipeline.cards import about, cut_in_words
 from rrlhf.pipeline.check import check_columns, check_judge, check_sources
 from rrlhf.pipeline.decide import Chosen, Part, chosen
@@ -29,6 +29,7 @@ from rrlhf.pipeline.params import run_name
 from rrlhf.pipeline.plan import Planned, Project, room
 from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.stages import kind_of, telling
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.server import (
     AwayError,
     TrackingError,

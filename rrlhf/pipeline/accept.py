@@ -16,13 +16,14 @@ from typing import Any
 
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import CARD, HISTORY, MANIFEST, SIGNATURE, Artifact, Store
+from rrlhf.pipeline.artifacts import CARD, HISTORY, MANIFEST, SIGNATURE, Artifact
 from rrlhf.pipeline.cards import about
 from rrlhf.pipeline.decide import chosen
 from rrlhf.pipeline.graph import DATA, Node
 from rrlhf.pipeline.keys import UNSET, Document, changes, key_digest
 from rrlhf.pipeline.plan import EVERYTHING, Project
 from rrlhf.pipeline.produce import compare_again
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import say
 from rrlhf.types import SUMMARY
 

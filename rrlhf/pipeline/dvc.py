@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rrlhf.files import clear, write_if_new
 from rrlhf.located import MendableError
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, Store, TamperedError, read_artifact, unsealed
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact, unsealed
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import say
 from rrlhf.stopping import check_stop
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rrlhf.config import Params
 from rrlhf.located import ParamsError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import Artifact, Store
+from rrlhf.pipeline.artifacts import Artifact
 from rrlhf.pipeline.decide import Action, Chosen, Facts, Part, chosen, decide
 from rrlhf.pipeline.graph import DATA, Node, nodes
 from rrlhf.pipeline.keys import Document, differences, external_digests, key_digest, key_document, our_modules
@@ -19,6 +19,7 @@ from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.shared import shared
 from rrlhf.pipeline.signatures import notary_of
 from rrlhf.pipeline.stages import aliases_of, profile_of
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import in_words, say
 from rrlhf.types import Json
 
@@ -107,7 +108,7 @@ class Project:
             times = one.action not in {"reuse", "restore"} and one.key not in making
             before = self._before(node) if times else None
             planned.append(one._replace(seconds=float(before.manifest["seconds"]), size=before.size) if before else one)
-        self._check_part(planned, wanted)
+        self._check_part(planned)
         return planned
 
     def decide(
@@ -183,7 +184,7 @@ class Project:
             never += " by this version, which keeps data sets in artifacts/: `rrlhf accept` takes over that in data/"
         return min(earlier, key=lambda item: len(item[0]), default=([never], None))
 
-    def _check_part(self, planned: Sequence[Planned], wanted: Chosen) -> None:
+    def _check_part(self, planned: Sequence[Planned]) -> None:
         """Raise ParamsError unless what may run finds its inputs."""
         skipped = {one.node: one for one in planned if one.action == "skip"}
         computing = {one.node for one in planned if one.action in {"run", "upstream"}}

@@ -11,10 +11,11 @@ from typing import IO, TYPE_CHECKING, Unpack
 
 from rrlhf.environment import telling_full_disk
 from rrlhf.located import MendableError
-from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, CopyError, Store
+from rrlhf.pipeline.artifacts import BESIDE, Artifact, Beside, CopyError
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.keys import Document, key_digest
 from rrlhf.pipeline.launch import execute
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import say
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from rrlhf.located import MendableError
-from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, Artifact, CopyError, Store, unsealed
+from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, Artifact, CopyError, unsealed
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import say
 from rrlhf.stopping import check_stop
 

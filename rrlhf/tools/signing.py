@@ -10,9 +10,10 @@ import typer
 from rrlhf.config import Signatures
 from rrlhf.located import UsageError
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import SIGNATURE, Artifact, Store, TamperedError
+from rrlhf.pipeline.artifacts import SIGNATURE, Artifact, TamperedError
 from rrlhf.pipeline.graph import DATA
 from rrlhf.pipeline.signatures import INSTALL, Notary
+from rrlhf.pipeline.store import Store
 from rrlhf.progress import track
 from rrlhf.tools.command_line import Profile, Set, opened
 from rrlhf.tools.lineage.lookup import Lookup

@@ -20,7 +20,6 @@ from rrlhf.pipeline.artifacts import (
     MANIFEST,
     Artifact,
     CopyError,
-    Store,
     TamperedError,
     content_digest,
     git_commit,
@@ -28,6 +27,7 @@ from rrlhf.pipeline.artifacts import (
     unsealed,
 )
 from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,14 +89,14 @@ def test_a_copy_is_taken_over_if_it_is_what_the_key_says(store, tmp_path):
     copy = shutil.copytree(made.path, tmp_path / "copy")
     (copy / "model.bin").write_bytes(b"Weights")
     with pytest.raises(CopyError, match=r"^model\.bin: expected sha256"):
-        Store(tmp_path / "other").adopt("sft", made.key, copy)
+        Store(tmp_path / "other").adopt(made.key, copy)
     shutil.copy(made.path / "model.bin", copy)
     with pytest.raises(CopyError, match=f"is that of another key, {made.key}"):
-        Store(tmp_path / "other").adopt("sft", "0" * 64, copy)
-    found = Store(tmp_path / "other").adopt("sft", made.key, copy)
+        Store(tmp_path / "other").adopt("0" * 64, copy)
+    found = Store(tmp_path / "other").adopt(made.key, copy)
     assert (found, copy.exists()) == (Store(tmp_path / "other").checked("sft", made.key), False)
     with pytest.raises(CopyError, match=r"^artifact\.json is missing"):
-        Store(tmp_path / "third").adopt("sft", made.key, tmp_path)
+        Store(tmp_path / "third").adopt(made.key, tmp_path)
 
 
 def test_a_folder_with_the_manifest_of_another_key_is_refused_with_the_way_out(store):
@@ -237,7 +237,7 @@ def test_an_edit_right_after_the_look_is_seen_though_size_and_time_are_the_same(
 HOLD = """
 import sys, time
 from pathlib import Path
-from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.store import Store
 with Store(Path(sys.argv[1])).locked("key"):
     print("held", flush=True)
     time.sleep(60)
@@ -247,7 +247,7 @@ with Store(Path(sys.argv[1])).locked("key"):
 HANDED_ON = """
 import subprocess, sys, time
 from pathlib import Path
-from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.store import Store
 with Store(Path(sys.argv[1])).locked("key") as lock:
     subprocess.Popen(["sh", "-c", "sleep 1; touch done"], stdin=lock, cwd=sys.argv[1])
     print("held", flush=True)

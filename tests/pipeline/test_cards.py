@@ -9,12 +9,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from rrlhf.pipeline.artifacts import CARD, HISTORY, Store, content_digest
+from rrlhf.pipeline.artifacts import CARD, HISTORY, content_digest
 from rrlhf.pipeline.cards import about, card, code, what, without_front_matter
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.stages import STAGES, spec_of, unit
+from rrlhf.pipeline.store import Store
 from rrlhf.types import Dataset
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from rrlhf.pipeline.artifacts import HISTORY, Store
+from rrlhf.pipeline.artifacts import HISTORY
 from rrlhf.pipeline.produce import DifferentError, produce
+from rrlhf.pipeline.store import Store
 
 DOCUMENT = {"stage": "sft", "params": {"epochs": 1}, "inputs": {}, "code": {}, "numerics": {}}
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from rrlhf.pipeline.artifacts import HISTORY, CopyError, Store, sealed
+from rrlhf.pipeline.artifacts import HISTORY, CopyError, sealed
 from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import carry_out
 from rrlhf.pipeline.shared import VARIABLE, Shared, SharedError
+from rrlhf.pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = {"stage": "sft", "params": {"epochs": 1}, "inputs": {}, "code": {}, "numerics": {}}

@@ -21,22 +21,14 @@ from cryptography.hazmat.primitives.serialization import (
 from rrlhf.config import Signatures
 from rrlhf.located import ParamsError
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import (
-    MANIFEST,
-    SIGNATURE,
-    CopyError,
-    Store,
-    TamperedError,
-    content_digest,
-    sealed,
-    unsealed,
-)
+from rrlhf.pipeline.artifacts import MANIFEST, SIGNATURE, CopyError, TamperedError, content_digest, sealed, unsealed
 from rrlhf.pipeline.check import check_sources
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.produce import produce
 from rrlhf.pipeline.signatures import Notary, notary_of
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.tools.signing import sign, written_pair
 
@@ -198,10 +190,10 @@ def test_a_downloaded_artifact_is_verified_before_it_is_adopted(store, artifact)
         damage(downloaded)
         if not (downloaded / SIGNATURE).exists():
             with pytest.raises(TamperedError, match="expected a signature"):
-                store.adopt("sft", artifact.key, downloaded)
+                store.adopt(artifact.key, downloaded)
             shutil.rmtree(downloaded)
     shutil.rmtree(artifact.path)
-    assert store.adopt("sft", artifact.key, downloaded).digest == artifact.digest
+    assert store.adopt(artifact.key, downloaded).digest == artifact.digest
 
 
 def test_the_official_command_accepts_what_we_sign(artifact, keys):

@@ -25,12 +25,13 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from rrlhf.files import clear
-from rrlhf.pipeline.artifacts import CARD, HISTORY, Artifact, CopyError, Store, TamperedError
+from rrlhf.pipeline.artifacts import CARD, HISTORY, Artifact, CopyError, TamperedError
 from rrlhf.pipeline.cards import without_front_matter
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.produce import produce
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking import server
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, stage_tags, to_metrics
 from rrlhf.pipeline.tracking.server import AwayError, TrackingError, relocate
@@ -426,7 +427,7 @@ def test_what_was_never_registered_cannot_be_restored(root, tracker):
 KILLED_WHILE_COPYING = """
 import resource, signal, sys
 from pathlib import Path
-from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when a file grows past the limit
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
@@ -489,7 +490,7 @@ def test_a_moved_folder_is_refused_before_anything_is_written_to_the_old_one(roo
 AFTER_A_MOVE = """
 import json, shutil, sys
 from pathlib import Path
-from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 root = Path(sys.argv[1])
 tracker, store = Tracker(root, "rrlhf"), Store(root)

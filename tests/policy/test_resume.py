@@ -25,10 +25,10 @@ from rrlhf.config import Launch, typed_arm
 from rrlhf.files import CHECKPOINT
 from rrlhf.locks import locked
 from rrlhf.memo import sha256
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.store import Store
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.health import DivergedError
 

@@ -15,8 +15,9 @@ from rrlhf.config import Signatures
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.memo import mark_of, sha256
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import CopyError, Store, TamperedError, content_digest, sealed
+from rrlhf.pipeline.artifacts import CopyError, TamperedError, content_digest, sealed
 from rrlhf.pipeline.signatures import Notary
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import NOTE, registrations
 from rrlhf.tools.auditing.audit import Audit, as_text
 from rrlhf.tools.lineage.lookup import Lookup, graph_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rrlhf.data.fingerprints import Changed, RowChanges
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import Store
+from rrlhf.pipeline.store import Store
 from rrlhf.tools.lineage.diff import as_json, as_text, compared
 
 CODE = {"run": "1", "encode": "2"}

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 from rrlhf.cli import app
 from rrlhf.data.tables import preferences, write_tables
 from rrlhf.files import clear
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.pipeline.launch import execute
 from rrlhf.pipeline.params import load_params
 from rrlhf.pipeline.plan import Project
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 
 PROFILE = ("--profile", "tiny")

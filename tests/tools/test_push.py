@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from huggingface_hub import ModelCard, constants
 
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest, key_document
 from rrlhf.pipeline.params import load_params
+from rrlhf.pipeline.store import Store
 
 TOKEN = "hf_of_the_test"
 

@@ -13,9 +13,9 @@ from finished import Finished, at_work
 
 from rrlhf.files import CHECKPOINT
 from rrlhf.pipeline import dvc
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.decide import Part
 from rrlhf.pipeline.keys import key_digest
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.unsynced import Made, Unsynced
 from rrlhf.pipeline.tracking.unsynced import note as note_unsynced
 from rrlhf.tools.auditing.audit import Audit

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from rrlhf.files import write
 from rrlhf.locks import locked
 from rrlhf.memo import TICK, mark_of
-from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError, Store
+from rrlhf.pipeline.artifacts import MANIFEST, Artifact, CopyError
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.stages import model_name, spec_of
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.models import INSIDE, MADE, Models, every, model_id_of
 from rrlhf.pipeline.tracking.runs import SECONDS_TO_CLOSE, LiveRun, Runs, commit_tags, has, stage_tags
 from rrlhf.pipeline.tracking.server import address, connect, database, mlflow_pages, trouble

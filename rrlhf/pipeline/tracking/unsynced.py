@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from rrlhf.files import write
 from rrlhf.locks import locked
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.graph import DATA
+from rrlhf.pipeline.store import Store
 from rrlhf.pipeline.tracking.tracker import Tracker
 from rrlhf.types import Json
 

@@ -10,10 +10,10 @@ from rrlhf.data.fingerprints import RowChanges, beginnings, row_changes, row_has
 from rrlhf.data.tables import SCHEMAS
 from rrlhf.located import UsageError
 from rrlhf.pipeline.ancestry import Graph, Product
-from rrlhf.pipeline.artifacts import Store
 from rrlhf.pipeline.graph import EXTERNAL
 from rrlhf.pipeline.keys import UNSET, Change, changes, in_words
 from rrlhf.pipeline.stages import spec_of
+from rrlhf.pipeline.store import Store
 from rrlhf.tools.lineage.text import line
 from rrlhf.types import Json
 
