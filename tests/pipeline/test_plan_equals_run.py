@@ -385,8 +385,8 @@ def edit_and_compare(sequence):
     """Make every edit, and compare plan and run with the model's after each."""
     with TemporaryDirectory(dir=MEMORY) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
-        patch.setattr("rrlhf.pipeline.artifacts.sync", lambda path: None)  # the disk is not what this is about
-        patch.setattr("rrlhf.pipeline.artifacts.git_commit", lambda root: None)
+        patch.setattr("rrlhf.pipeline.store.sync", lambda path: None)  # the disk is not what this is about
+        patch.setattr("rrlhf.pipeline.store.git_commit", lambda root: None)
         world = World(Path(folder))
         world.paths = {}
         look_and_run(world, set())
