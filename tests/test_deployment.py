@@ -151,7 +151,7 @@ def test_the_schedule_in_the_comments_is_one(tmp_path):
     assert set(schedule["parameters"]) <= {"profile", "overrides", "part"}
 
 
-def test_prefect_takes_the_template_of_jobs_on_kubernetes_which_get_gpus_and_time_to_end():
+def test_prefect_takes_the_template_of_jobs_on_kubernetes_which_get_gpus():
     from prefect.server.schemas.actions import WorkPoolCreate
     from prefect.utilities.templating import apply_values
 
@@ -162,7 +162,6 @@ def test_prefect_takes_the_template_of_jobs_on_kubernetes_which_get_gpus_and_tim
     [container] = pod["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert container["envFrom"] == [{"secretRef": {"name": "rrlhf"}}]
-    assert pod["terminationGracePeriodSeconds"] == 900
 
 
 def test_the_first_run_makes_everything_and_shows_it(first, served):
