@@ -169,7 +169,8 @@ def start_temporary_server(root: Path) -> Callable[[], None]:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
     api = os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
-    command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port), "--no-ui"]
+    command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port)]
+    command += ["--no-ui", "--no-scheduler", "--no-late-runs"]  # it lasts for one run, and no worker asks it for others
     starting, services = ExitStack(), ExitStack()
     starting.enter_context(locked(root / STARTING))
     server = services.enter_context(_service("run", command, os.environ, root))
