@@ -14,7 +14,7 @@ from rrlhf.config import Model, Ppo, typed_arm
 from rrlhf.environment import spare_collector
 from rrlhf.models.load import load_base
 from rrlhf.models.processes import accelerator
-from rrlhf.models.shards import loading_device, whole
+from rrlhf.models.shards import loading_device, reads_weights, whole
 from rrlhf.pipeline.params import load_params
 from rrlhf.policy.answers import Answer, Answers
 from rrlhf.policy.learner import prepare_learner, top_layers, with_optimizer
@@ -63,7 +63,8 @@ def train_all(model, settings, rewards, bases, out):
         ours = settings.model_copy(update=changed)
         ours = ours.model_copy(update={"minibatch_size": ours.responses_per_update})
         models = load_reward_models(*rewards, engine.device)
-        language = load_base(model.model_copy(update={"base": bases.get(name.split()[0], model.base)}))
+        base = model.model_copy(update={"base": bases.get(name.split()[0], model.base)})
+        language = load_base(base, weights=reads_weights(engine))
         language.network.generation_config.eos_token_id = [1, *range(30, 60)]  # most responses end, and have a score
         learner = prepare_learner(engine, language, models, model=model, ppo=ours, seed=0)
         arm = typed_arm(reward="batch_robust", nominal_weight=0.4, credible=2.0, seed=0)

@@ -109,9 +109,12 @@ def _place(model: Model) -> Path | str:
     return _converted(place) if isinstance(place, Path) and place.suffix == ".gguf" else place
 
 
-def load_model(folder: Path, model: Model) -> LanguageModel:
-    """Load a saved model folder; model: the settings of the run. Raises ModelError when it cannot be used."""
-    return _loaded(folder, str(folder), model)
+def load_model(folder: Path, model: Model, *, weights: bool = True) -> LanguageModel:
+    """Load a saved model folder; model: the settings of the run; weights: as of `load_base`.
+
+    Raises ModelError when it cannot be used.
+    """
+    return _loaded(folder, str(folder), model, weights=weights)
 
 
 def save_model(language: LanguageModel, folder: Path) -> None:

@@ -27,9 +27,16 @@ def mesh_of(engine: Accelerator) -> DeviceMesh | None:
     return init_device_mesh(engine.device.type, (engine.num_processes,)) if _are_spread(engine) else None
 
 
+def reads_weights(engine: Accelerator) -> bool:
+    """Whether this process reads a model's weights: where they are spread, the others have theirs from the main one."""
+    return engine.is_main_process or not _are_spread(engine)
+
+
 def loading_device(engine: Accelerator) -> torch.device:
-    """Return where a model is whole: on its device, or in the host's memory, from where its layers are spread."""
-    return torch.device("cpu") if _are_spread(engine) else engine.device
+    """Return where a model is before it trains: on its device, or where it is spread from; else as shapes alone."""
+    if not _are_spread(engine):
+        return engine.device
+    return torch.device("cpu" if engine.is_main_process else "meta")
 
 
 def _are_spread(engine: Accelerator) -> bool:
@@ -39,7 +46,23 @@ def _are_spread(engine: Accelerator) -> bool:
 def spread(parts: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Have every process keep its share of each part alone, on its device, in place; inner parts first."""
     for part in parts:
+        _send(part, torch.device(mesh.device_type))
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def _send(part: nn.Module, device: torch.device) -> None:
+    """Give all processes the main one's weights and buffers of a part, but for those that are spread, in place."""
+    sent: dict[Tensor, Tensor] = {}
+    for module in part.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if isinstance(tensor, DTensor):
+                continue
+            if tensor not in sent:
+                data = tensor.detach().to(device) if is_main_process() else torch.empty_like(tensor, device=device)
+                distributed.broadcast(data, 0)
+                is_weight = isinstance(tensor, nn.Parameter)
+                sent[tensor] = nn.Parameter(data, tensor.requires_grad) if is_weight else data
+            setattr(module, name, sent[tensor])
 
 
 def whole(tensor: Tensor) -> Tensor:

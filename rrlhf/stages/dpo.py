@@ -20,7 +20,7 @@ from rrlhf.data.tables import preferences
 from rrlhf.judging.calibration import correct
 from rrlhf.models.load import load_model, save_model
 from rrlhf.models.processes import accelerator, microbatches
-from rrlhf.models.shards import loading_device, shares
+from rrlhf.models.shards import loading_device, reads_weights, shares
 from rrlhf.models.text import Texts
 from rrlhf.policy.answers import Answer, Answers, answer
 from rrlhf.policy.checkpoint import Checkpoints
@@ -50,7 +50,8 @@ class Pairs(NamedTuple):
 def run(*, model: Model, dpo: Dpo, arm: DpoArm, data: Path, sft: Path, out: Path, log: Log) -> None:
     """Train one policy from the SFT model on the preference pairs, and save it; goes on from a checkpoint in `out`."""
     torch.manual_seed(arm.seed)
-    engine, language = accelerator(model), load_model(sft, model)
+    engine = accelerator(model)
+    language = load_model(sft, model, weights=reads_weights(engine))
     texts = Texts(language, model)
     training, held = (encoded(texts, preferences(data, name)) for name in ("preferences", "heldout"))
     log({"step": 0, **texts.told("dpo")})

@@ -27,7 +27,7 @@ from rrlhf.models.adapters import merged
 from rrlhf.models.load import load_model, save_model
 from rrlhf.models.processes import accelerator, accumulated, autocast
 from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
-from rrlhf.models.shards import in_step
+from rrlhf.models.shards import in_step, reads_weights
 from rrlhf.models.text import Texts
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.excerpts import RolloutResponse
@@ -69,7 +69,8 @@ def run(
     """
     torch.manual_seed(arm.seed)
     functions = load_functions(arm.functions, further_columns(data))
-    engine, language = accelerator(model), load_model(sft, model)
+    engine = accelerator(model)
+    language = load_model(sft, model, weights=reads_weights(engine))
     scale = reference_scale(arm, reward, ensemble)
     rewards = load_reward_models(reward, ensemble, engine.device, functions)
     learner = prepare_learner(engine, language, rewards, model=model, ppo=ppo, seed=arm.seed)

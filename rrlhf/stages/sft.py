@@ -12,7 +12,7 @@ from rrlhf.config import Model, Sft
 from rrlhf.data.tables import demonstrations
 from rrlhf.models.load import LanguageModel, load_base, save_model
 from rrlhf.models.processes import accelerator, microbatches
-from rrlhf.models.shards import loading_device
+from rrlhf.models.shards import loading_device, reads_weights
 from rrlhf.models.text import Texts
 from rrlhf.models.whole import final_norm
 from rrlhf.policy.answers import Answers, answer
@@ -25,7 +25,8 @@ from rrlhf.types import Log, Metrics
 
 def run(*, seed: int, model: Model, sft: Sft, data: Path, out: Path, log: Log) -> None:
     """Fine-tune the base model on the demonstrations and save it; goes on from a checkpoint in `out`."""
-    engine, language = accelerator(model), load_base(model)
+    engine = accelerator(model)
+    language = load_base(model, weights=reads_weights(engine))
     texts = Texts(language, model)
     rows = [answer(texts, *demonstration) for demonstration in demonstrations(data)]
     log({"step": 0, **texts.told("sft")})

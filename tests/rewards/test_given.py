@@ -134,7 +134,7 @@ def test_adapters_and_averaged_members_train_on_one_as_a_trunk(name, kind, folde
     made = made_under(start, tmp_path, reward__base=folders[name], **learns, **plain, **kind)
     for node in made.rows.keys() & {"ensemble", "member-0", "member-1"}:
         losses = [row["trunk_loss"] for row in made.rows[node] if "trunk_loss" in row]
-        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < losses[0]
     ensemble = made.model("ensemble")
     heldout = preferences(start / "data", "heldout")
     stored = PairFeatures.load(tmp_path / "ensemble").heldout.chosen
