@@ -34,9 +34,9 @@ def reads_weights(engine: Accelerator) -> bool:
 
 def loading_device(engine: Accelerator) -> torch.device:
     """Return where a model is before it trains: on its device, or where it is spread from; else as shapes alone."""
-    if not _are_spread(engine):
-        return engine.device
-    return torch.device("cpu" if engine.is_main_process else "meta")
+    if _are_spread(engine):
+        return torch.device("cpu" if engine.is_main_process else "meta")
+    return torch.device(engine.device)
 
 
 def _are_spread(engine: Accelerator) -> bool:
