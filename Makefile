@@ -27,7 +27,7 @@ test-scale: .venv/.installed  ## several machines: S3 and Postgres, started on l
 	$(INSTALL) -c constraints.txt -e '.[dev,scale]'
 	$(BIN)/python -m pytest -m scale
 
-torture: .venv/.installed  ## kills, servers that go away, hostile files and machines: the slow ones too
+torture: .venv/.installed  ## kills, servers that go away, hostile files and machines: the slow ones too, in half an hour
 	$(TESTS) -m "not scale" $(TORTURE)
 
 check: .venv/.installed
