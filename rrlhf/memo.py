@@ -9,6 +9,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,23 @@ class Memory:
             self.known: dict[str, Any] = {**json.loads(path.read_bytes())}
         except (OSError, ValueError, TypeError, RecursionError):
             self.known = {}
-        self.grew = False
+        self.grew = self._held = False
         self._saving = threading.Lock()
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Save at the end, and not at every call between: each writes all of it."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.save()
 
     def save(self) -> None:
         """Write what was learned, if anything."""
         with self._saving:
-            if not self.grew:
+            if self._held or not self.grew:
                 return
             self.grew = False
             write(self.path, json.dumps(dict(self.known)))
@@ -80,7 +92,8 @@ class Memo(Memory):
         self.save()
 
     def _inside(self, folder: Path) -> list[str]:
-        return [name for name in list(self.known) if name.startswith(f"{folder.resolve()}{os.sep}")]
+        inside = f"{folder.resolve()}{os.sep}"
+        return [name for name in list(self.known) if name.startswith(inside)]
 
 
 def sha256(path: Path) -> str:

@@ -217,6 +217,18 @@ def test_the_digest_ignores_the_log_but_the_check_does_not(store):
     assert content_digest(files | {"history.jsonl": "2" * 64}) == content_digest(files)
 
 
+def test_what_many_files_taught_is_written_once(tmp_path):
+    memo = Memo(tmp_path / "memo.json")
+    with memo.once():
+        for name in "ab":
+            (tmp_path / name).write_text(name)
+            time.sleep(0.02)  # a file that is too new is not remembered
+            memo.sha256(tmp_path / name)
+            memo.save()
+        assert not memo.path.exists()
+    assert len(Memo(memo.path).known) == 2
+
+
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     path, memo = tmp_path / "file", Memo(tmp_path / "memo.json")
     path.write_bytes(b"content")

@@ -62,11 +62,12 @@ class Audit:
         """Check a product with everything above it, or everything that is here or registered."""
         products = self.graph.up(*([start] if start else self.graph.products))
         broken = []
-        for product in products:
-            for check, mend in self.checks:
-                found = [*check(product)]
-                below = [line(each) for each in self.graph.down(product)[1:]] if found else []
-                broken += [Broken(problem, mend, line(product), below) for problem in found]
+        with self.store.memo.once():
+            for product in products:
+                for check, mend in self.checks:
+                    found = [*check(product)]
+                    below = [line(each) for each in self.graph.down(product)[1:]] if found else []
+                    broken += [Broken(problem, mend, line(product), below) for problem in found]
         if start is None:
             broken += self._strays({self._place(product) for product in products})
             broken += self._numbers() if not broken else []
