@@ -129,7 +129,7 @@ def test_heads_are_trained_on_one_as_a_trunk(name, trained, folders, start, text
     "name", [LLAMA, *(pytest.param(name, marks=pytest.mark.slow) for name in MAKES if name != LLAMA)]
 )
 def test_adapters_and_averaged_members_train_on_one_as_a_trunk(name, kind, folders, start, texts, tmp_path):
-    learns = {"reward__train_layers": 1, "reward__trunk_epochs": 6, "reward__trunk_learning_rate": 1e-3}
+    learns = {"reward__train_layers": 1, "reward__trunk_epochs": 6, "reward__trunk_learning_rate": 1e-4}
     plain = {"reward__trunk_pairs_per_batch": 40, "ensemble__loss": "bradley_terry"}  # a loss without noise
     made = made_under(start, tmp_path, reward__base=folders[name], **learns, **plain, **kind)
     losses = [[row["trunk_loss"] for row in rows if "trunk_loss" in row] for rows in made.rows.values()]
