@@ -19,7 +19,7 @@ def called() -> str:
 
 
 # Prefect keeps no results (persist_result): the store has them, and a record that names its own reader would be run.
-# Only what does not depend on each other runs at the same time, launch.arms_at_once of it, or on Dask's workers.
+# Only what does not depend on each other runs at the same time, launch.arms_at_once of it, or on a cluster.
 @flow(
     name="reward-robust-rlhf",
     flow_run_name=called,

@@ -493,7 +493,7 @@ class Launch(Section):
     sharding: Literal["none", "full"]
     threads: Annotated[int, Field(ge=0)]
     arms_at_once: PositiveInt
-    runner: Literal["threads", "dask"]
+    runner: Literal["threads", "dask", "ray"]
 
 
 class Limits(Section):

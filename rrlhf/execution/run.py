@@ -69,7 +69,7 @@ class Run:
         self.files: list[str] = []  # that were written about it, in the project, for its run in MLflow
         self.runner: TaskRunner[Any] | None = None  # None: the flow's
 
-    def __getstate__(self) -> dict[str, Any]:  # as a Dask worker gets it
+    def __getstate__(self) -> dict[str, Any]:  # as a cluster's worker gets it
         return {name: value for name, value in vars(self).items() if name not in {"tracker", "runner"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where the nodes that stand side by side are made: in threads of this process, or by the workers of a Dask cluster."""
+"""Where the nodes that stand side by side are made: in threads of this process, or by a cluster's workers."""
 
 import logging
 import os
@@ -11,26 +11,36 @@ from prefect.task_runners import TaskRunner
 
 from rrlhf.config import Launch
 from rrlhf.located import UsageError
-from rrlhf.stopping import check_stop
+from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 
 
 @contextmanager
 def runner_of(launch: Launch) -> Iterator[TaskRunner[Any] | None]:
-    """Yield Prefect's runner for a Dask cluster; None where the flow's own threads do.
+    """Yield Prefect's runner for a cluster of Dask or Ray; None where the flow's own threads do.
 
-    The cluster is that of DASK_SCHEDULER_ADDRESS, or else one of processes on this machine, for the length of the run.
+    The cluster is that of DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, or else processes of this machine while the run lasts.
     """
     if launch.runner == "threads":
         yield None
         return
+    at_once, name = launch.arms_at_once, launch.runner
     try:
-        from prefect_dask import DaskTaskRunner
+        if name == "dask":
+            from prefect_dask import DaskTaskRunner
+
+            logging.getLogger("distributed").setLevel(logging.ERROR)
+            address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+            workers = None if address else {"n_workers": at_once, "threads_per_worker": 1}
+            runner = DaskTaskRunner(address=address, cluster_kwargs=workers)
+        else:
+            from prefect_ray import RayTaskRunner
+
+            address = os.environ.get("RAY_ADDRESS")
+            runner = RayTaskRunner(address=address, init_kwargs={} if address else {"num_cpus": at_once})
     except ImportError:
-        raise UsageError("launch.runner: dask needs prefect-dask; pip install 'rrlhf[dask]'") from None
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-    workers = None if address else {"n_workers": launch.arms_at_once, "threads_per_worker": 1}
-    with DaskTaskRunner(address=address, cluster_kwargs=workers) as runner:
+        raise UsageError(f"launch.runner: {name} needs prefect-{name}; pip install 'rrlhf[{name}]'") from None
+    with runner:
+        stop_between_steps(STOPPING)  # again: Ray has a handler of SIGTERM of its own
         yield runner
 
 

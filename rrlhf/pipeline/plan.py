@@ -66,7 +66,7 @@ class Project:
         self.notes: list[str] = []
         self.modules = modules or our_modules()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # to a Dask worker, which has locks and caches of its own
+    def __reduce__(self) -> tuple[Any, ...]:  # to a cluster's worker, which has locks and caches of its own
         made = partial(Project, graph=self.nodes, takes_aliases=self.takes_aliases, as_filed=self.as_filed)
         return made, (self.root, self.profile, self.params)
 
