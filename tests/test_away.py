@@ -110,7 +110,7 @@ def content(address):
 def test_a_run_whose_server_is_killed_is_complete_and_told_to_the_next(project, database, monkeypatch, capfd):
     shutil.copy(database, project)
     monkeypatch.setattr("rrlhf.pipeline.tracking.runs.SECONDS_BETWEEN_WRITES", 0.1)
-    Tracker.connect(project, "rrlhf")  # the database stays when its server is gone
+    Tracker(project, "rrlhf")  # the database stays when its server is gone
     server = Server(project)
     server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
