@@ -20,7 +20,16 @@ def compose(environment):
     """What Docker's compose makes of the file, and with which exit code."""
     pytest.importorskip("compose", reason=REASON)
     program = str(files("compose") / "docker-compose")
-    command = [program, "--file", ROOT / "compose.yaml", "--env-file", "/dev/null", "config", "--format", "json"]
+    command = [
+        program,
+        "--file",
+        ROOT / "containers" / "compose.yaml",
+        "--env-file",
+        "/dev/null",
+        "config",
+        "--format",
+        "json",
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
@@ -28,6 +37,8 @@ def test_compose_takes_the_file_whose_services_are_watched_and_wait_for_each_oth
     done = compose(SECRETS)
     assert done.returncode == 0, done.stderr
     services = json.loads(done.stdout)["services"]
+    build = services["worker"]["build"]
+    assert Path(build["context"], build["dockerfile"]) == ROOT / "containers" / "Dockerfile"
     assert set(services) == {"postgres", "s3", "mlflow", "prefect", "worker"}
     assert all(each["healthcheck"]["test"] for each in services.values())
     waits = [each for service in services.values() for each in service.get("depends_on", {}).values()]
