@@ -192,7 +192,7 @@ def test_a_data_set_goes_by_dvc_to_the_bucket_and_comes_back_in_a_clone_and_to_a
         return done.stdout
 
     run = ["rrlhf", "run", "--profile", "tiny", "--only", "data", "--json"]
-    [folder] = json.loads(call(one, *run))["folders"].values()
+    folder = json.loads(call(one, *run))["folders"]["data"]
     call(one, "dvc", "remote", "add", "-d", "bucket", "s3://rrlhf/dvc")
     call(one, "dvc", "push")
     made = contents(one / folder)
