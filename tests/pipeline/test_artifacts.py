@@ -67,6 +67,19 @@ def test_an_artifact_says_what_it_is(store):
     assert (product.node, product.stage, product.digest, product.key) == ("sft", "sft", made.digest, made.key)
     assert (product.document, product.metrics, product.seconds) == (made.manifest["document"], made.metrics, 1.3)
     assert (product.inputs, product.created, product.names) == (made.inputs, made.manifest["created"], ())
+    told = {
+        "input_keys": {"reward": "k"},
+        "profile": "wide",
+        "git_commit": "c0ffee",
+        "accepted": {"because": "no change"},
+    }
+    other = Artifact(made.path, made.manifest | told)
+    assert (other.product.input_keys, other.product.profile, other.product.commit) == (
+        {"reward": "k"},
+        "wide",
+        "c0ffee",
+    )
+    assert (other.accepted, made.accepted) == ("no change", "")
 
 
 def test_products_come_newest_first_and_a_data_set_has_its_profiles_name(store):
@@ -97,6 +110,26 @@ def test_a_copy_is_taken_over_if_it_is_what_the_key_says(store, tmp_path):
     assert (found, copy.exists()) == (Store(tmp_path / "other").checked("sft", made.key), False)
     with pytest.raises(CopyError, match=r"^artifact\.json is missing"):
         Store(tmp_path / "third").adopt(made.key, tmp_path)
+
+
+def test_what_is_here_is_not_brought_from_elsewhere(store):
+    made = publish(store, "sft")
+
+    def download(staged):
+        raise AssertionError
+
+    assert store.restore("sft", made.key, download, "a copy") == made
+    assert store.restore("sft", "0" * 64, lambda staged: None, "a copy") is None
+    assert list((store.root / ".staging").iterdir()) == []
+
+
+def test_a_sealed_manifest_whose_key_is_not_that_of_its_key_document_is_refused(store):
+    made = publish(store, "sft")
+    forged = made.manifest | {"document": made.manifest["document"] | {"params": {"seed": 2}}}
+    (made.path / MANIFEST).write_text(sealed(forged))
+    with pytest.raises(TamperedError, match="its key is not that of its key document") as caught:
+        store.find("sft", made.key)
+    assert caught.value.exit_code == 3
 
 
 def test_a_folder_with_the_manifest_of_another_key_is_refused_with_the_way_out(store):
