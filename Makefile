@@ -23,7 +23,7 @@ test: .venv/.installed  ## all but the slow ones, in five to twelve minutes on t
 test-all: .venv/.installed  ## the slow ones too
 	$(TESTS) -m "not scale"
 
-test-scale: .venv/.installed  ## several machines: S3 and Postgres, started on loopback
+test-scale: .venv/.installed  ## several machines: S3, Postgres, Dask and Ray, started on loopback
 	$(INSTALL) -c constraints.txt -e '.[dev,scale]'
 	$(BIN)/python -m pytest -m scale
 
