@@ -141,6 +141,8 @@ def _explain(detail: ErrorDetails, merged: Mapping[str, Any], where: Where) -> s
         )
     elif kind in {"missing", "union_tag_not_found"}:
         text = f"is missing{of}"
+        if len(path) == 2:  # of a section, not of an arm
+            text += "; `rrlhf init` in an empty folder writes a params.yaml with all that this version asks for"
     elif kind == "union_tag_invalid":
         known = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
         text = f"there is no {context['tag']!r}{did_you_mean(context['tag'], known)}"

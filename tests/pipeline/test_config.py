@@ -217,6 +217,12 @@ def test_contradictions_are_told(overrides, word):
     assert word in "\n".join(mistakes(ROOT, **overrides))
 
 
+def test_a_setting_that_a_file_of_an_earlier_version_lacks_is_named_with_the_way_to_it(project):
+    rewrite(project, "runner", "")
+    [said] = mistakes(project)
+    assert ": launch.runner: is missing; `rrlhf init` in an empty folder writes a params.yaml with all" in said
+
+
 def test_null_removes_an_arm():
     params = load_params(ROOT, overrides={"arms.single": None})
     assert list(params.arms) == ["robust"]
