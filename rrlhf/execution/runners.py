@@ -10,7 +10,6 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import TaskRunner
 
 from rrlhf.config import Launch
-from rrlhf.located import UsageError
 from rrlhf.stopping import STOPPING, check_stop, stop_between_steps
 
 
@@ -23,22 +22,19 @@ def runner_of(launch: Launch) -> Iterator[TaskRunner[Any] | None]:
     if launch.runner == "threads":
         yield None
         return
-    at_once, name = launch.arms_at_once, launch.runner
-    try:
-        if name == "dask":
-            from prefect_dask import DaskTaskRunner
+    at_once = launch.arms_at_once
+    if launch.runner == "dask":
+        from prefect_dask import DaskTaskRunner
 
-            logging.getLogger("distributed").setLevel(logging.ERROR)
-            address = os.environ.get("DASK_SCHEDULER_ADDRESS")
-            workers = None if address else {"n_workers": at_once, "threads_per_worker": 1}
-            runner = DaskTaskRunner(address=address, cluster_kwargs=workers)
-        else:
-            from prefect_ray import RayTaskRunner
+        logging.getLogger("distributed").setLevel(logging.ERROR)
+        address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        workers = None if address else {"n_workers": at_once, "threads_per_worker": 1}
+        runner = DaskTaskRunner(address=address, cluster_kwargs=workers)
+    else:
+        from prefect_ray import RayTaskRunner
 
-            address = os.environ.get("RAY_ADDRESS")
-            runner = RayTaskRunner(address=address, init_kwargs={} if address else {"num_cpus": at_once})
-    except ImportError:
-        raise UsageError(f"launch.runner: {name} needs prefect-{name}; pip install 'rrlhf[{name}]'") from None
+        address = os.environ.get("RAY_ADDRESS")
+        runner = RayTaskRunner(address=address, init_kwargs={} if address else {"num_cpus": at_once})
     with runner:
         stop_between_steps(STOPPING)  # again: Ray has a handler of SIGTERM of its own
         yield runner

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +42,7 @@ class Facts(NamedTuple):
 
 
 def check_sources(project: Project, *, fetch: bool = False) -> None:
-    """Raise ParamsError when a base model, source data, a reward function or a key cannot be had or cannot be used.
+    """Raise ParamsError when a base model, source data, a reward function, a key or a runner cannot be had or used.
 
     It tells every mistake. What a person should know of how the models are used is then in the project's notes.
     fetch: whether models that lie on the hub alone are downloaded for it.
@@ -53,6 +54,9 @@ def check_sources(project: Project, *, fetch: bool = False) -> None:
         mistakes.append(
             f"{config}: no such file, without which DVC keeps no data set: copy the project with its hidden files"
         )
+    runner = project.params.launch.runner
+    if runner != "threads" and not find_spec(f"prefect_{runner}"):
+        mistakes.append(f"launch.runner: {runner} needs prefect-{runner}: pip install 'rrlhf[{runner}]'")
     for node in project.nodes:
         with _collected(mistakes):
             external_digests(node, memo)

@@ -142,3 +142,13 @@ def test_a_model_that_is_not_here_is_looked_at_by_the_run_alone(tmp_path):
     params = load_params(ROOT, "tiny", {"model.base": "nobody/nothing", "model.revision": "0" * 40})
     found = check_models(params, tmp_path, Memo(tmp_path / "memo.json"), fetch=False)
     assert found == ([], ["model.base nobody/nothing: not looked at, its files are not here; a run does first"])
+
+
+@pytest.mark.parametrize("runner", ["dask", "ray"])
+def test_a_cluster_whose_package_is_not_installed_is_told_before_anything_runs(tmp_path, monkeypatch, runner):
+    monkeypatch.setitem(sys.modules, f"prefect_{runner}", None)  # as Python has what cannot be imported
+    params = load_params(ROOT, "tiny", {"launch.runner": runner})
+    with pytest.raises(
+        ParamsError, match=rf"launch\.runner: {runner} needs prefect-{runner}: pip install 'rrlhf\[{runner}\]'"
+    ):
+        check_sources(Project(tmp_path, "tiny", params))
