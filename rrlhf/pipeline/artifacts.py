@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from rrlhf.located import MendableError
 from rrlhf.pipeline.ancestry import Product
@@ -21,9 +21,6 @@ from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.keys import key_digest
 from rrlhf.progress import in_words
 from rrlhf.types import Dataset
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "artifact.json"
 SIGNATURE = "model.sig"  # of the manifest and all that it lists, where there are keys (rrlhf/pipeline/signatures.py)
