@@ -129,7 +129,7 @@ def test_a_run_whose_server_is_killed_is_complete_and_told_to_the_next(project, 
                 planned = opened.decide(node, run.digests, run.wanted)
                 with handing_on(log):
                     have.fn(node, planned, run, 0)
-                take(Started(node, planned, None), run)
+                take(Started(node, planned, run, None), run)
             register_all(run)
         assert "complete, unsynced" in capfd.readouterr().err
         monkeypatch.delenv("MLFLOW_TRACKING_URI")

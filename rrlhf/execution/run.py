@@ -129,12 +129,8 @@ class Started(NamedTuple):
 
     node: Node
     planned: Planned
+    run: Run
     future: PrefectFuture[State[None]]
-
-    @property
-    def computed(self) -> bool:
-        """Whether it was, and neither found nor failed; asked when it is done."""
-        return self.future.state.name == "Completed"
 
 
 @contextmanager
@@ -230,16 +226,13 @@ def start(node: Node, run: Run, beside: int) -> Started | None:
         raise FileNotFoundError(f"{node.name} comes {planned.reasons[0]}, which this run leaves out")
     task = have.with_options(task_run_name=node.name)
     told: dict[str, Any] = {"node": node, "planned": planned, "run": run, "beside": beside}
-    return Started(node, planned, run.runner.submit(task, told) if run.runner else task.submit(**told))
+    return Started(node, planned, run, run.runner.submit(task, told) if run.runner else task.submit(**told))
 
 
 def finish(started: Iterable[Started | None], run: Run) -> None:
     """Wait for all, so that one failure does not lose the others' results, and then take every result."""
-    everything = [one for one in started if one]
     diverged: list[str] = []
-    waited([one.future for one in everything], run.runner)
-    run.made += [one.node.name for one in everything if one.computed]
-    for one in everything:
+    for one in ended(started, run.runner):
         try:
             one.future.result()
         except DivergedError as error:
@@ -248,6 +241,16 @@ def finish(started: Iterable[Started | None], run: Run) -> None:
         take(one, run)
     if diverged:
         raise DivergedError("\n".join(diverged))
+
+
+def ended(started: Iterable[Started | None], runner: TaskRunner[Any] | None) -> list[Started]:
+    """Return what was not left out once all of it has ended, having noted for its run what was computed."""
+    everything = [one for one in started if one]
+    waited([one.future for one in everything], runner)
+    for one in everything:
+        if one.future.state.name == "Completed":  # it was neither found nor failed
+            one.run.made.append(one.node.name)
+    return everything
 
 
 def take(one: Started, run: Run) -> None:

@@ -12,8 +12,8 @@ from prefect.cache_policies import NO_CACHE
 
 from rrlhf.environment import find_root, set_environment
 from rrlhf.execution.pages import Pages
-from rrlhf.execution.run import Run, start, take, tracked
-from rrlhf.execution.runners import runner_of, waited
+from rrlhf.execution.run import Run, ended, start, take, tracked
+from rrlhf.execution.runners import runner_of
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.check import check_judge, check_sources
 from rrlhf.pipeline.decide import Part, chosen
@@ -114,12 +114,10 @@ def make_all(kind: str, runs: Sequence[Run], at_once: int) -> None:
     keys = list(users)
     for together in (keys[i : i + at_once] for i in range(0, len(keys), at_once)):
         started = [(key, start(users[key][0][1], users[key][0][0], beside=len(together) - 1)) for key in together]
-        waited([one.future for _, one in started if one], runs[0].runner)
+        ended((one for _, one in started), runs[0].runner)
         for key, one in started:
             if one is None:
                 continue
-            if one.computed:
-                users[key][0][0].made.append(one.node.name)
             try:
                 one.future.result()
             except DivergedError as error:
