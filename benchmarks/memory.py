@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.reward import processor, table  # noqa: E402 - run as a script, the project is not on the path before
 from rrlhf.environment import SHARDING  # noqa: E402
-from rrlhf.pipeline.launch import _launcher  # noqa: E402
+from rrlhf.pipeline.launch import launcher  # noqa: E402
 
 COMMON: dict[str, Any] = {
     "model.base": "random:6x512",
@@ -105,7 +105,7 @@ def measure(names: list[str]) -> Iterator[Measured]:
         with tempfile.TemporaryDirectory() as folder:
             job = json.dumps({"node": node, "settings": COMMON | changed, "folder": folder})
             processes = changed.get("launch.processes", 1)
-            launch = _launcher(processes) if processes > 1 else ()
+            launch = launcher(processes) if processes > 1 else ()
             command = [sys.executable, *launch, "-m", "benchmarks.ours_memory", job]
             told = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         if told.returncode:

@@ -180,7 +180,7 @@ def call_in_processes(
     last: deque[str] = deque(maxlen=LAST_LINES)
     try:
         with subprocess.Popen(
-            [sys.executable, *(_launcher(processes) if processes > 1 else ()), "-m", "rrlhf.pipeline.launch", job],
+            [sys.executable, *(launcher(processes) if processes > 1 else ()), "-m", "rrlhf.pipeline.launch", job],
             env=os.environ | told_processes(launch, on_cpu=document["params"]["model"]["device"] == "cpu"),
             stdin=lock or subprocess.DEVNULL,  # the one file that a launcher, too, hands on to what it starts
             stdout=subprocess.PIPE,
@@ -231,7 +231,7 @@ def _hand_on(lines: IO[str], last: deque[str]) -> None:
         say(last[-1])
 
 
-def _launcher(processes: int) -> list[str]:
+def launcher(processes: int) -> list[str]:
     """Return the call of accelerate's launcher.
 
     On CPU, too, it is `--multi_gpu` that starts several processes; `--cpu` alone runs one unless MPI is installed.

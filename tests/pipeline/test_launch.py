@@ -110,21 +110,21 @@ def test_a_number_that_is_none_stops_the_stage(tmp_path, stage, value):
 
 
 def test_the_last_lines_of_failed_processes_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
+    monkeypatch.setattr(launch, "launcher", lambda count: ["-c", "raise SystemExit('no such option')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     with pytest.raises(LaunchError, match=r"sft in 2 processes ended with 1:\nno such option"):
         execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
 
 
 def test_what_other_processes_print_is_handed_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
+    monkeypatch.setattr(launch, "launcher", lambda count: ["-c", "print('hello', 'bye', sep='\\n', end='')"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     execute(document, inputs={}, out=tmp_path / "out", launch=TWO)
     assert capsys.readouterr().err == "hello\nbye\n"
 
 
 def test_a_run_that_is_asked_to_stop_ends_its_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(launch, "launcher", lambda count: ["-c", "import time; time.sleep(600)"])
     document = {"stage": "sft", "params": {"model": {"device": "cpu"}}}
     stop.set()
     try:
@@ -145,7 +145,7 @@ def test_code_of_reward_functions_that_changed_stops_another_process(tmp_path, m
 def test_a_training_that_diverged_in_another_process_is_told_as_one(tmp_path, monkeypatch):
     says = "import sys; from pathlib import Path; Path(sys.argv[-1]).with_suffix('.problem').write_text(sys.argv[1])"
     told = '{"diverged": true, "said": "DIVERGED at step 4"}'
-    monkeypatch.setattr(launch, "_launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
+    monkeypatch.setattr(launch, "launcher", lambda count: ["-c", f"{says}; raise SystemExit(1)", told])
     document = {"stage": "ppo", "params": {"model": {"device": "cpu"}}}
     with pytest.raises(DivergedError, match=r"^DIVERGED at step 4$"):
         execute(document, inputs={}, out=tmp_path / "out", launch=TWO)

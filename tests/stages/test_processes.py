@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from rrlhf.config import Launch
 from rrlhf.models.load import load_base
-from rrlhf.pipeline.launch import _launcher, told_processes
+from rrlhf.pipeline.launch import launcher, told_processes
 
 ALIKE = ("score", "kl", "entropy", "policy_loss", "value_loss", "step_kl", "optimizer_steps", "gradient_norm", "loss")
 
@@ -52,7 +52,7 @@ def trained(model, ppo, bases, tmp_path):
         (out / "job.json").write_text(json.dumps(described))
         launch = Launch(processes=processes, sharding=sharding, threads=1, arms_at_once=1, runner="threads")
         environment = os.environ | {"PYTHONPATH": str(ROOT)} | told_processes(launch, on_cpu=True)
-        command = [sys.executable, *_launcher(processes), ROOT / "tests" / "sharing_work.py", out / "job.json"]
+        command = [sys.executable, *launcher(processes), ROOT / "tests" / "sharing_work.py", out / "job.json"]
         ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
         assert ended.returncode == 0, ended.stderr
         return out
