@@ -15,8 +15,10 @@ from finished import at_work
 from interrupting import handing_on
 from mlflow import MlflowClient
 
+from rrlhf.execution.closing import register_all
+from rrlhf.execution.nodes import Started, have, take
 from rrlhf.execution.pages import Pages
-from rrlhf.execution.run import Run, Started, have, register_all, take, tracked
+from rrlhf.execution.state import Run, tracked
 from rrlhf.pipeline.decide import Part, chosen
 from rrlhf.pipeline.plan import Project
 from rrlhf.pipeline.store import Store

@@ -11,9 +11,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from rrlhf.environment import find_root, set_environment
+from rrlhf.execution.nodes import ended, start, take
 from rrlhf.execution.pages import Pages
-from rrlhf.execution.run import Run, ended, start, take, tracked
 from rrlhf.execution.runners import runner_of
+from rrlhf.execution.state import Run, tracked
 from rrlhf.judging.evaluation import read_evaluation
 from rrlhf.pipeline.check import check_judge, check_sources
 from rrlhf.pipeline.decide import Part, chosen

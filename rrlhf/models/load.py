@@ -17,6 +17,7 @@ from rrlhf.config import Model
 from rrlhf.files import sync
 from rrlhf.memo import sha256
 from rrlhf.models.layers import PACKED, register
+from rrlhf.models.random import random_model
 from rrlhf.models.shards import whole_state
 from rrlhf.models.sources import base_location
 from rrlhf.models.templates import CHAT_TEMPLATE, ends, pin_date, tokenizer_problems
@@ -82,9 +83,8 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True, reward_
     when it cannot be used.
     """
     if model.base.startswith("random:"):
-        drawn = _random_model(model.base)
-        drawn.network.to(_held(model))
-        return _ready(drawn, model.base, model)
+        network, tokenizer = random_model(model.base)
+        return _ready(LanguageModel(network.to(_held(model)), tokenizer), model.base, model)
     return _loaded(_place(model), model.base, model, weights=weights, fetch=fetch, reward_model=reward_model)
 
 
@@ -94,7 +94,7 @@ def load_shape(model: Model) -> LanguageModel:
 
     with torch.device("meta"):
         if model.base.startswith("random:"):
-            language = _random_model(model.base)
+            language = LanguageModel(*random_model(model.base))
         else:
             place = _place(model)
             config = _config(place, model.base, {} if isinstance(place, Path) else {"revision": model.revision})
@@ -332,37 +332,3 @@ def _converted(gguf: Path) -> Path:
             with contextlib.suppress(OSError):  # another process was first
                 staged.rename(folder)
     return folder
-
-
-def _random_model(base: str) -> LanguageModel:
-    """Make a tiny character-level Llama, `random:LAYERSxWIDTH`, always the same for the same text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    layers, width = (int(number) for number in base.removeprefix("random:").split("x"))
-    special = ["<pad>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
-    ascii_letters = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if letter.isascii()]
-    vocabulary = {token: i for i, token in enumerate([*special, "Ġ", "Ċ", *sorted(ascii_letters)])}
-    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    bytewise.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
-    )
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = LlamaForCausalLM(config)
-    return LanguageModel(network, tokenizer)
