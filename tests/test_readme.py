@@ -1,4 +1,4 @@
-"""What the README tells people to type and to open exists."""
+"""What the README and docs/ tell people to type and to open exists."""
 
 import re
 import shlex
@@ -11,8 +11,11 @@ import typer
 from rrlhf.cli import app
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT): page.read_text(encoding="utf-8") for page in PAGES}
+LINES = [line for text in TEXTS.values() for line in re.findall(r"^\$ (.+[^\\])$", text, re.MULTILINE)]
+COMMANDS = [shlex.split(line, comments=True) for line in LINES]
+LINKS = {(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)}
 
 
 @pytest.mark.parametrize("arguments", [c[1:] for c in COMMANDS if c[0] == "rrlhf"], ids=" ".join)
@@ -38,6 +41,6 @@ def test_every_deployment_is_one_of_prefect_yaml():
     assert all(flow == "reward-robust-rlhf" and f"name: {name}\n" in deployments for flow, name in called)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT))))
-def test_every_link_leads_to_a_file(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), sorted(LINKS), ids=str)
+def test_every_link_leads_to_a_file(page, link):
+    assert (ROOT / page.parent / link).exists()

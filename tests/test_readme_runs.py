@@ -1,4 +1,4 @@
-"""The README's commands, typed in its order into one project, whose default profile is as small as the tiny one."""
+"""The commands of the README and its guides, typed in order into one project with a default profile like tiny's."""
 
 import json
 import re
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^\$ (.+)$", README, re.MULTILINE)]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("rewards", "policies", "comparing", "lineage", "caching"))]
+TEXT = "\n".join((Path(__file__).parents[1] / page).read_text(encoding="utf-8") for page in PAGES)
+COMMANDS = [shlex.split(line, comments=True) for line in dict.fromkeys(re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE))]
 TYPED = [command[1:] for command in COMMANDS if command[0] == "rrlhf"]
 IN_SHORT = {"plan", "status"}  # these are in `make test` too; tests/test_pipeline.py has a run
-BEFORE = [  # what the README says was run before its examples
+BEFORE = [  # what they say was run before their examples
     ["run", "--profile", "tiny"],
     ["run", "--profile", "tiny", "--set", "prepare.flip_rate=0.4", "--set", "ppo.kl_weight=0.3"],
 ]
@@ -42,7 +43,7 @@ def typed_into(shared_project):
     small = merged(yaml.safe_load(settings.read_text()), tiny | {"seed": 2})  # results of its own, not those of tiny
     settings.write_text(yaml.safe_dump(small))
     (shared_project / "my_rules.py").write_text(
-        "".join(re.findall(r"```python\n(def no_lists.*?)```", README, re.DOTALL))
+        "".join(re.findall(r"```python\n(def no_lists.*?)```", TEXT, re.DOTALL))
     )
     pair = {"chosen": "aeiou", "rejected": "xyz", "subset": "letters"}
     rows = [pair | {"id": n, "prompt": f"Say {n}."} for n in range(8)]
@@ -57,7 +58,7 @@ def typed_into(shared_project):
 
 
 def as_here(arguments, call):
-    """The arguments, with a row of this project's data in the place of the README's."""
+    """The arguments, with a row of this project's data in the place of the page's."""
     if "--row" not in arguments:
         return arguments
     told = call("diff", "rrlhf-tiny-policy/2", "rrlhf-tiny-policy/5")[1]
@@ -72,6 +73,6 @@ def as_here(arguments, call):
         if typed[0] not in ELSEWHERE and "hh" not in typed
     ],
 )
-def test_a_command_of_the_readme_does_what_it_says(arguments, typed_into):
+def test_a_command_of_the_docs_does_what_it_says(arguments, typed_into):
     code, said = typed_into(*as_here(arguments, typed_into))
     assert code == (1 if arguments in REFUSED else 0), said

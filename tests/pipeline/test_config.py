@@ -281,8 +281,8 @@ def test_an_arm_takes_the_settings_of_its_reward_and_no_other(reward):
             typed_arm(reward=reward, seed=1, **{other: 0.5 for other in given if other != name})
 
 
-def test_the_readme_tells_every_reward_with_its_settings():
-    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| `reward` |")[1].split("\n\n")[0]
+def test_the_docs_tell_every_reward_with_its_settings():
+    table = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8").split("| `reward` |")[1].split("\n\n")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
     told = {name: set(re.findall(r"`(\w+)`", row[-1])) for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     assert told == {name: set(settings) for name, settings in REWARDS.items()}
