@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rrlhf.data.fingerprints import row_and_prompt, row_hash, write_hashes
+from rrlhf.data.fingerprints import row_hash, write_hashes
 from rrlhf.data.tables import write_tables
 from rrlhf.files import clear
 from rrlhf.pipeline.ancestry import Graph
@@ -102,7 +102,7 @@ def row_files(folder: Path, graph: Graph) -> tuple[dict[str, dict[str, Path]], s
             for n in range(ROWS)
         ]
         write_tables(place, (("preferences", each) for each in rows))
-        write_hashes(place, {"preferences": map(row_and_prompt, rows)})
+        write_hashes(place, {"preferences": map(row_hash, rows)})
         files[data.digest] = {path.name: path for path in place.iterdir()}
         wanted = row_hash(rows[17])
     return files, wanted

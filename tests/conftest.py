@@ -226,6 +226,13 @@ def rewards(tmp_path):
     return save_random_heads(tmp_path / "reward", 1), save_random_heads(tmp_path / "ensemble", 5)
 
 
+def prompts(folder, name):
+    """The prompts of table `ppo` or `evaluate` of a data set."""
+    from rrlhf.data.tables import read_table
+
+    return [row["prompt"] for row in read_table(folder, name)]
+
+
 def save_random_heads(folder, heads):
     """Make the folder of a reward model that reads the first layer of a model of width 32."""
     import torch

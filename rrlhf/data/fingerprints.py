@@ -25,7 +25,7 @@ LETTERS = 50  # of a prompt, for people
 
 _Row = tuple[str, dict[str, Any]]  # with its hash
 _Side = tuple[Mapping[str, Path], Counter[str]]  # files of a data set by name, and how often it has a row
-_SCHEMA = pa.schema([("row", pa.binary(32)), ("prompt", pa.binary(32)), ("table", pa.string())])
+_SCHEMA = pa.schema([("row", pa.binary(32)), ("table", pa.string())])
 _ROWS_PER_GROUP = 1024
 
 
@@ -66,15 +66,10 @@ def fingerprint(hashes: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
-def row_and_prompt(row: Mapping[str, Any]) -> bytes:
-    """Return a row's hash and then its prompt's, 32 bytes each."""
-    return bytes.fromhex(row_hash(row) + prompt_hash(row["prompt"]))
-
-
-def write_hashes(folder: Path, tables: Mapping[str, Iterable[bytes]]) -> None:
-    """Write the hash of every row of a data set beside its tables, each as `row_and_prompt` gives it."""
-    lines = sorted((both, name) for name, some in tables.items() for both in some)
-    columns = [[both[:32] for both, _ in lines], [both[32:] for both, _ in lines], [name for _, name in lines]]
+def write_hashes(folder: Path, tables: Mapping[str, Iterable[str]]) -> None:
+    """Write the hash of every row of a data set, in hex by table, beside its tables."""
+    lines = sorted((bytes.fromhex(row), name) for name, some in tables.items() for row in some)
+    columns = [[row for row, _ in lines], [name for _, name in lines]]
     pq.write_table(pa.table(columns, schema=_SCHEMA), folder / FILE, row_group_size=_ROWS_PER_GROUP)
 
 

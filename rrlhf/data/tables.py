@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rrlhf.types import Demonstration, Json, Message, Preference
+from rrlhf.types import Demonstration, Json, Preference
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -85,8 +85,3 @@ def columns_of(rows: Rows) -> dict[str, list[Json]]:
     found: list[dict[str, Json]] = [json.loads(row.get("columns") or "{}") for row in rows]
     names = dict.fromkeys(name for row in found for name in row)
     return {name: [row.get(name) for row in found] for name in names}
-
-
-def prompts(folder: Path, name: str) -> list[list[Message]]:
-    """Return the prompts of table `ppo` or `evaluate`."""
-    return [row["prompt"] for row in read_table(folder, name)]

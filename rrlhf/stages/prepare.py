@@ -20,7 +20,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 
 from rrlhf.config import Gold, Model, Prepare
-from rrlhf.data.fingerprints import fingerprint, row_and_prompt, write_hashes
+from rrlhf.data.fingerprints import fingerprint, row_hash, write_hashes
 from rrlhf.data.load import Good, Rejected, read_preferences, split_by_prompt
 from rrlhf.data.rows import RowError
 from rrlhf.data.tables import SCHEMAS, Row, Rows, write_tables
@@ -62,19 +62,19 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
             raise ValueError(_empty(name))
     write_hashes(out, hashes)
     summary |= {f"{name}_rows": count for name, count in counts.items()}
-    marks = {name: fingerprint(both[:32].hex() for both in some) for name, some in hashes.items()}
+    marks = {name: fingerprint(some) for name, some in hashes.items()}
     text = json.dumps({**summary, **told, "fingerprints": marks}, indent=1)
     (out / SUMMARY).write_text(text, encoding="utf-8")
     log({"step": 0, **summary})
 
 
-def _write(rows: Iterable[tuple[str, Row]], out: Path) -> tuple[dict[str, int], dict[str, list[bytes]]]:
-    """Write rows, each with its table's name; return how many a table has, and the hashes of its rows and prompts."""
-    hashes: dict[str, list[bytes]] = {name: [] for name in SCHEMAS}
+def _write(rows: Iterable[tuple[str, Row]], out: Path) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Write rows, each with its table's name; return how many a table has, and the hashes of its rows."""
+    hashes: dict[str, list[str]] = {name: [] for name in SCHEMAS}
 
     def hashed() -> Iterator[tuple[str, Row]]:
         for name, row in rows:
-            hashes[name].append(row_and_prompt(row))
+            hashes[name].append(row_hash(row))
             yield name, row
 
     return write_tables(out, hashed()), hashes

@@ -12,7 +12,6 @@ from rrlhf.data.fingerprints import (
     Changed,
     fingerprint,
     hashes,
-    row_and_prompt,
     row_changes,
     row_hash,
     tables_with,
@@ -36,7 +35,7 @@ def data_set(folder, preferences, with_hashes=True):
     folder.mkdir()
     write_tables(folder, (("preferences", each) for each in preferences))
     if with_hashes:
-        write_hashes(folder, {"preferences": map(row_and_prompt, preferences)})
+        write_hashes(folder, {"preferences": map(row_hash, preferences)})
     return {path.name: path for path in folder.iterdir()}
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from classifiers import CHATML, GPT, LLAMA, MAKES, QWEN, saved, tokenizer
+from conftest import prompts
 from reward_models import Made
 
-from rrlhf.data.tables import preferences, prompts, write_tables
+from rrlhf.data.tables import preferences, write_tables
 from rrlhf.memo import Memo
 from rrlhf.pipeline.check import check_models
 from rrlhf.pipeline.graph import nodes

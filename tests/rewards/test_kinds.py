@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prompts
 from reward_models import Made
 from safetensors.torch import load_file
 
-from rrlhf.data.tables import prompts
 from rrlhf.pipeline.graph import nodes
 from rrlhf.pipeline.keys import key_digest, key_document
 from rrlhf.pipeline.params import load_params

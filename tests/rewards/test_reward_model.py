@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prompts
 from tokenizers import Tokenizer
 
-from rrlhf.data.tables import prompts
 from rrlhf.models.load import LanguageModel, load_base, save_model
 from rrlhf.models.rollout import Draws, Samples, response_features, sample, text_lengths
 from rrlhf.pipeline.params import load_params

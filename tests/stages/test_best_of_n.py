@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import prompts
 
 from rrlhf.config import typed_arm
-from rrlhf.data.tables import prompts
 from rrlhf.models.load import load_model
 from rrlhf.models.text import Texts
 from rrlhf.pipeline.params import load_params

@@ -11,10 +11,11 @@ import pytest
 import torch
 from chat_server import chat_server, longer
 from classifiers import QWEN, saved
+from conftest import prompts
 
 from rrlhf.config import ChatJudge, Given, typed_arm
 from rrlhf.data.fingerprints import row_hash
-from rrlhf.data.tables import SCHEMAS, columns_of, preferences, prompts, read_table
+from rrlhf.data.tables import SCHEMAS, columns_of, preferences, read_table
 from rrlhf.data.tasks import WritingTask
 from rrlhf.judging.content import Measured
 from rrlhf.judging.evaluation import OwnJudge, read_evaluation
