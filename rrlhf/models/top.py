@@ -73,6 +73,14 @@ class PolicyTop(nn.Module):
             if part is not None:
                 part.requires_grad_(True)
 
+    def spare_embeddings(self) -> None:
+        """Have embeddings that are the output matrix too add their gradient to its, of the tokens alone that there are.
+
+        As a matrix of its own, nearly all zeros, it would cost a seventh of a training. Several processes need that.
+        """
+        if self.network is None and self.embed is not None:
+            self.embed.sparse = self.embed.weight is self.unembed.weight
+
     def forward(
         self, entering: Tensor, prompt_lengths: Tensor, responses: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -213,6 +213,8 @@ def with_optimizer(
         top.spread(mesh)
         spread(below(language, top), mesh)
         weights = [weight for weight in top.parameters() if weight.requires_grad]
+    if engine.num_processes == 1 and engine.device.type == "cpu":
+        top.spare_embeddings()
     optimizer = torch.optim.Adam(weights, lr=learning_rate, **{"eps": 1e-5, "fused": True} | adam)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     policy = top if mesh else engine.prepare(top)
