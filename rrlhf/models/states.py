@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from rrlhf.config import Model
 from rrlhf.models.layers import Packing, prefill, run_layers
 from rrlhf.models.load import LanguageModel
+from rrlhf.models.processes import autocast
 from rrlhf.models.whole import run_whole
 
 
@@ -25,6 +27,31 @@ def entering(language: LanguageModel, rows: Sequence[Sequence[int]], first: int 
         return padded(rows, language.device)
     found = prefill(language.network, [list(row) for row in rows], first)
     return found.packing.grid(found.last)
+
+
+class Below:
+    """What the layers below `first` leave of rows of tokens: worked out once and kept on the CPU, or at every use."""
+
+    def __init__(
+        self, language: LanguageModel, rows: Sequence[Sequence[int]], first: int | None, model: Model, *, keep: bool
+    ) -> None:
+        self._language, self._rows, self._first, self._model = language, rows, first, model
+        self._keep = keep and first is not None
+        self._kept: dict[int, Tensor] = {}  # by row, [tokens, width]
+
+    def __call__(self, index: Sequence[int]) -> Tensor:
+        """Return what enters layer `first` for some rows, as `entering` does."""
+        if not self._keep:
+            return self._read(index)
+        if missing := [i for i in dict.fromkeys(index) if i not in self._kept]:
+            for i, row in zip(missing, self._read(missing).cpu(), strict=True):
+                self._kept[i] = row[: len(self._rows[i])].clone()
+        return pad_sequence([self._kept[i] for i in index], batch_first=True).to(self._language.device)
+
+    @torch.no_grad()
+    def _read(self, index: Sequence[int]) -> Tensor:
+        with autocast(self._model):
+            return entering(self._language, [self._rows[i] for i in index], self._first)
 
 
 def states_at(language: LanguageModel, entered: Tensor, lengths: Tensor, first: int, layer: int) -> Tensor:

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import Model
 from rrlhf.models.processes import autocast, in_parts
-from rrlhf.models.states import entering
+from rrlhf.models.states import Below
 from rrlhf.models.text import Texts
 from rrlhf.models.top import split_responses
 from rrlhf.policy.learner import Trained
@@ -34,9 +32,9 @@ class Answers:
 
     def __init__(self, trained: Trained, rows: Sequence[Answer], model: Model, *, keep_states: bool = True) -> None:
         """Take the answers; without keep_states the frozen layers run again whenever an answer is read."""
-        self.rows, self.trained = rows, trained
-        self._model, self._keep_states = model, keep_states
-        self._kept: dict[int, Tensor] = {}  # by row: states that enter the layers that train, [tokens, width], on CPU
+        self.rows, self.trained, self._model = rows, trained, model
+        tokens = [row.tokens for row in rows]
+        self._below = Below(trained.language, tokens, trained.top.first, model, keep=keep_states)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,25 +48,10 @@ class Answers:
         rows, prompt_lengths = zip(*(self.rows[i] for i in index), strict=True)
         place = split_responses(rows, prompt_lengths, self.trained.engine.device)
         with autocast(self._model):
-            logprobs: Tensor = policy(self._entering(index), *place)[0]
+            logprobs: Tensor = policy(self._below(index), *place)[0]
         return logprobs
 
     def read_below(self, batch_size: int, label: str) -> None:
         """Run the frozen layers on all answers, in their order."""
         for part in in_parts(len(self), batch_size, label):
-            self._entering(range(len(self))[part])
-
-    def _entering(self, index: Sequence[int]) -> Tensor:
-        """Return what enters the layers that train, padded on the right: states, or tokens where all of them do."""
-        device = self.trained.engine.device
-        if self.trained.top.first is None or not self._keep_states:
-            return self._states(index)
-        if missing := [i for i in dict.fromkeys(index) if i not in self._kept]:
-            for i, row in zip(missing, self._states(missing).cpu(), strict=True):
-                self._kept[i] = row[: len(self.rows[i].tokens)].clone()
-        return pad_sequence([self._kept[i] for i in index], batch_first=True).to(device)
-
-    @torch.no_grad()
-    def _states(self, index: Sequence[int]) -> Tensor:
-        with autocast(self._model):
-            return entering(self.trained.language, [self.rows[i].tokens for i in index], self.trained.top.first)
+            self._below(range(len(self))[part])

@@ -7,24 +7,23 @@ arXiv 2202.10054), so the first gradients do not wreck the features.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from rrlhf.config import TrunkTraining
 from rrlhf.models.adapters import adapted, merged
 from rrlhf.models.load import LanguageModel
-from rrlhf.models.processes import autocast, in_parts, microbatches, trained_weights
-from rrlhf.models.states import entering
+from rrlhf.models.processes import microbatches, trained_weights
+from rrlhf.models.states import Below
 from rrlhf.models.whole import decoder_layers
 from rrlhf.rewards.features import distinct, identity
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.objectives import PairLoss
-from rrlhf.rewards.trunk import Trunk, alike, lengths
+from rrlhf.rewards.trunk import Trunk, lengths
 from rrlhf.robust import Scores
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
@@ -118,39 +117,23 @@ def finetune(
 class PairedResponses:
     """The responses of preference pairs as rows of tokens, each distinct one once, and what the frozen layers leave.
 
-    States [tokens, width] that enter layer `first`, or tokens where the model runs whole, are kept when all of them fit
-    into memory, else computed anew.
+    That is kept when all of it fits into memory.
     """
 
     def __init__(self, trunk: Trunk, pairs: list[Preference], settings: TrunkTraining) -> None:
         texts = distinct(pairs)
         number = {name: i for i, name in enumerate(texts)}
         self.first = trunk.layer - settings.train_layers
-        self._trunk = trunk
+        self._device = trunk.language.device
         self._rows = [trunk.encode(*response) for response in texts.values()]
         self._sides = [(number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]) for pair in pairs]
-        self._kept: dict[int, Tensor] = {}
-        width = trunk.language.width if trunk.language.by_layers else 1
+        tokens = [row.tokens for row in self._rows]
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if 4 * width * sum(len(row.tokens) for row in self._rows) <= CACHED_SHARE * free:
-            order = alike(self._rows)
-            for part in in_parts(len(order), settings.batch_size, ""):
-                states = zip(order[part], self._states(order[part]).cpu(), strict=True)
-                self._kept |= {i: row[: len(self._rows[i].tokens)].clone() for i, row in states}
+        fits = 4 * trunk.language.width * sum(map(len, tokens)) <= CACHED_SHARE * free
+        self._below = Below(trunk.language, tokens, self.first, trunk.model, keep=fits)
 
     def scores(self, model: Callable[..., Scores], pairs: list[int]) -> tuple[Scores, Scores]:
         """Return raw scores [pairs, heads] of chosen and rejected responses, from one pass."""
         index = [self._sides[i][side] for side in (0, 1) for i in pairs]
-        device = self._trunk.language.device
-        if self._kept:
-            states = pad_sequence([self._kept[i] for i in index], batch_first=True).to(device)
-        else:
-            states = self._states(index)
-        scores = model(states, *lengths([self._rows[i] for i in index], device))
+        scores = model(self._below(index), *lengths([self._rows[i] for i in index], self._device))
         return scores.of(range(len(pairs))), scores.of(range(len(pairs), len(index)))
-
-    @torch.no_grad()
-    def _states(self, index: Sequence[int]) -> Tensor:
-        with autocast(self._trunk.model):
-            found = entering(self._trunk.language, [self._rows[i].tokens for i in index], self.first)
-        return found.float() if found.is_floating_point() else found

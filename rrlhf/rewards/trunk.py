@@ -68,7 +68,8 @@ class Trunk(NamedTuple):
 
         Which rows run together changes nothing but rounding.
         """
-        order = alike(rows)
+        # The responses to one prompt side by side: it then runs once for all of them.
+        order = sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
         found: dict[int, Tensor] = {}
         for part in in_parts(len(order), batch_size, label):
             found |= zip(order[part], self._pooled([rows[i] for i in order[part]]).cpu(), strict=True)
@@ -93,11 +94,6 @@ class Trunk(NamedTuple):
         with autocast(self.model):
             found = with_each(self.language, pooled)
         return found[0] if len(found) == 1 else torch.stack(found, dim=1)
-
-
-def alike(rows: Sequence[Encoded]) -> list[int]:
-    """Return the rows' numbers with the responses to one prompt side by side: it then runs once for all of them."""
-    return sorted(range(len(rows)), key=lambda i: (rows[i].prompt_length, rows[i].tokens))
 
 
 def lengths(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
