@@ -1,5 +1,6 @@
 """What the machine offers, told without importing torch: part of every key, because it changes numbers."""
 
+import ctypes
 import os
 from functools import cache
 from importlib.metadata import version
@@ -13,9 +14,15 @@ def cores() -> int:
 
 @cache
 def _has_cuda() -> bool:
-    cpu_build = version("torch").endswith("+cpu")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}
-    return not cpu_build and not hidden and Path("/proc/driver/nvidia").exists()
+    """Whether there is an NVIDIA GPU that torch may use: its management library is asked, as torch does itself."""
+    if version("torch").endswith("+cpu") or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in {"", "-1"}:
+        return False
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return library.nvmlInit() == 0 == library.nvmlDeviceGetCount_v2(ctypes.byref(count)) and count.value > 0
 
 
 @cache

@@ -6,10 +6,10 @@ arXiv 2202.10054), so the first gradients do not wreck the features.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from rrlhf.robust import Scores
 from rrlhf.stopping import check_stop
 from rrlhf.types import Metrics, Preference
 
-CACHED_SHARE = 0.5  # of the free memory that states of the lower layers may take
+CACHED_SHARE = 0.5  # of the available memory that states of the lower layers may take
 
 
 class TrunkTop(nn.Module):
@@ -128,7 +128,7 @@ class PairedResponses:
         self._rows = [trunk.encode(*response) for response in texts.values()]
         self._sides = [(number[identity(pair, pair.chosen)], number[identity(pair, pair.rejected)]) for pair in pairs]
         tokens = [row.tokens for row in self._rows]
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = psutil.virtual_memory().available
         fits = 4 * trunk.language.width * sum(map(len, tokens)) <= CACHED_SHARE * free
         self._below = Below(trunk.language, tokens, self.first, trunk.model, keep=fits)
 
