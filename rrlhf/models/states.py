@@ -36,7 +36,7 @@ class Below:
         self, language: LanguageModel, rows: Sequence[Sequence[int]], first: int | None, model: Model, *, keep: bool
     ) -> None:
         self._language, self._rows, self._first, self._model = language, rows, first, model
-        self._keep = keep and first is not None
+        self._keep = keep and first is not None and language.by_layers  # else they are tokens
         self._kept: dict[int, Tensor] = {}  # by row, [tokens, width]
 
     def __call__(self, index: Sequence[int]) -> Tensor:

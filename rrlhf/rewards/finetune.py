@@ -135,5 +135,7 @@ class PairedResponses:
     def scores(self, model: Callable[..., Scores], pairs: list[int]) -> tuple[Scores, Scores]:
         """Return raw scores [pairs, heads] of chosen and rejected responses, from one pass."""
         index = [self._sides[i][side] for side in (0, 1) for i in pairs]
-        scores = model(self._below(index), *lengths([self._rows[i] for i in index], self._device))
+        below = self._below(index)
+        states = below.float() if below.is_floating_point() else below
+        scores = model(states, *lengths([self._rows[i] for i in index], self._device))
         return scores.of(range(len(pairs))), scores.of(range(len(pairs), len(index)))

@@ -16,6 +16,7 @@ from rrlhf.rewards.finetune import finetune, trainable
 from rrlhf.rewards.heads import RewardHeads, bootstrap_weights
 from rrlhf.rewards.objectives import single_loss
 from rrlhf.rewards.trunk import start_trunk
+from rrlhf.robust import Scores
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +69,19 @@ def test_states_that_do_not_fit_in_memory_are_computed_anew(start, settings, mon
     monkeypatch.setattr(module, "CACHED_SHARE", 0)
     anew, *_ = tuned(start, settings)
     torch.testing.assert_close(weight(anew), weight(kept), atol=1e-6, rtol=1e-5)
+
+
+def test_layers_that_train_are_given_states_in_full_precision(start, settings):
+    model = load_params(ROOT, "tiny", {"model.dtype": "bfloat16"}).model
+    trunk, given = start_trunk(settings, model, start / "sft"), []
+    responses = module.PairedResponses(trunk, preferences(start / "data", "preferences")[:4], settings)
+
+    def seen(states, *lengths):
+        given.append(states.dtype)
+        return Scores(torch.zeros(8, 1), torch.ones(8, 1))
+
+    responses.scores(seen, [0, 1, 2, 3])
+    assert given == [torch.float32]
 
 
 def test_lora_is_merged_into_plain_weights_of_low_rank_change(start, settings):
