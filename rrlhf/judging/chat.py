@@ -10,9 +10,10 @@ import json
 import math
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,18 +96,26 @@ class Comparisons:
         pairs = [(_dialogue(prompt), a, b) for prompt, a, b in zip(prompts, ours, theirs, strict=True)]
         found = {pair: 0.5 for pair in pairs if pair[1] == pair[2]}
         asked = [*dict.fromkeys(pair for pair in pairs if pair not in found)]
-        failures: Counter[str] = Counter()
-        with ThreadPoolExecutor(self._settings.at_once) as pool:
+        failed: list[str] = []  # reasons
+        over = threading.Event()
+
+        def win(pair: Pair) -> float:
+            if over.is_set():
+                raise CancelledError  # behind what ended it, in the order in which wins are read
             try:
-                for pair, win in zip(asked, track(pool.map(self._win, asked), len(asked), label), strict=True):
-                    if isinstance(win, str):
-                        failures[win] += 1
-                        self._check(failures, len(asked))
-                    found[pair] = math.nan if isinstance(win, str) else win
+                worth = self._win(pair)
+                if not isinstance(worth, str):
+                    return worth
+                failed.append(worth)
+                self._check(failed, len(asked))
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                over.set()  # here, before this thread asks for its next pair
                 raise
-        self._failures += failures
+            return math.nan
+
+        with ThreadPoolExecutor(self._settings.at_once) as pool:
+            found |= zip(asked, track(pool.map(win, asked), len(asked), label), strict=True)
+        self._failures += Counter(failed)
         return torch.tensor([found[pair] for pair in pairs], dtype=torch.float64)
 
     def told(self) -> OwnJudge:
@@ -119,11 +128,11 @@ class Comparisons:
             failures=dict(self._failures),
         )
 
-    def _check(self, failures: Counter[str], asked: int) -> None:
-        if failures.total() > self._settings.max_failed * asked:
-            told = ", ".join(f"{reason} ({count})" for reason, count in failures.most_common())
+    def _check(self, failed: list[str], asked: int) -> None:
+        if len(failed) > self._settings.max_failed * asked:
+            told = ", ".join(f"{reason} ({count})" for reason, count in Counter(failed).most_common())
             raise ValueError(
-                f"the judge {self._settings.name} gave no verdict on {failures.total()} of {asked} comparisons, more "
+                f"the judge {self._settings.name} gave no verdict on {len(failed)} of {asked} comparisons, more "
                 f"than evaluate.judge.max_failed {self._settings.max_failed:g}: {told}. Its answers are in {ANSWERS}; "
                 "the same command asks for what is missing there"
             )
