@@ -12,11 +12,12 @@ layers to its attention functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 PACKED = "packed"  # name of the attention function below in transformers' registry
 
@@ -28,13 +29,14 @@ class Packing(NamedTuple):
     batch: int
     width: int
     source: Tensor | None = None  # [batch * width] the token at each place, -1 on padding; None: none is shared
+    lengths: tuple[int, ...] = ()  # of the rows, where no token is shared
 
     @classmethod
     def of(cls, lengths: Tensor) -> Packing:
         """Lay rows of `lengths` [batch] end to end."""
         width = int(lengths.max())
         inside = torch.arange(width, device=lengths.device) < lengths[:, None]
-        return cls(inside.flatten().nonzero()[:, 0], len(lengths), width)
+        return cls(inside.flatten().nonzero()[:, 0], len(lengths), width, lengths=tuple(lengths.tolist()))
 
     @classmethod
     def sharing(cls, rows: list[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
@@ -221,27 +223,23 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     window: int | None = settings.get("sliding_window")
+    attend: Callable[..., tuple[Tensor, None]] = partial(sdpa_attention_forward, module, **settings)
     if age is not None:
         seen = age >= 0 if window is None else (age >= 0) & (age < window)
-        return _one_query(query, key, value, seen, settings.get("scaling")), None
+        return attend(query, key, value, seen[:, None, None])
     if packing is None:
-        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return attended, None
-    rows = (packing.heads(states) for states in (query, key, value))
-    band = None if window is None or packing.width <= window else _band(packing.width, window, query.device)
-    attended, _ = sdpa_attention_forward(module, *rows, band, **settings)
-    return packing.packed(attended), None
+        return attend(query, key, value, attention_mask)
+    if query.device.type == "cpu" and packing.lengths:  # a row at a time, where a call costs less than padding
+        rows = zip(*(states.split(packing.lengths, dim=2) for states in (query, key, value)), strict=True)
+        return torch.cat([attend(*row, _band(row[0], window))[0] for row in rows], dim=1), None
+    query, key, value = (packing.heads(states) for states in (query, key, value))
+    return packing.packed(attend(query, key, value, _band(query, window))[0]), None
 
 
-def _one_query(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float | None) -> Tensor:
-    """Attend from one token a row; the heads that share keys are one head's queries: keys need no copies."""
-    shared = query.view(len(query), key.shape[1], -1, query.shape[-1])  # [batch, key heads, heads that share, width]
-    attended = scaled_dot_product_attention(shared, key, value, attn_mask=seen[:, None, None], scale=scaling)
-    return attended.view(len(query), 1, -1, value.shape[-1])
-
-
-def _band(width: int, window: int, device: torch.device) -> Tensor:
-    """Return which keys a query sees, itself and the window - 1 tokens before it, [1, 1, width, width]."""
-    at = torch.arange(width, device=device)
+def _band(query: Tensor, window: int | None) -> Tensor | None:
+    """Return which keys each query sees, itself and window - 1 tokens before it, [1, 1, width, width]; None: all."""
+    if window is None or query.shape[2] <= window:
+        return None
+    at = torch.arange(query.shape[2], device=query.device)
     ago = at[:, None] - at
     return ((ago >= 0) & (ago < window))[None, None]

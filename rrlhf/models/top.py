@@ -140,7 +140,8 @@ class PolicyTop(nn.Module):
         row, step = mask.nonzero(as_tuple=True)
         column = prompt_lengths[row] + step - 1  # of the token before each response token
         if self.network is None:
-            packing = Packing.of(prompt_lengths + mask.sum(1))
+            unread = int(layer is None)  # tokens: a row's last one predicts nothing, but its states may be wanted
+            packing = Packing.of(prompt_lengths + mask.sum(1) - unread)
             hidden, below = packing.packed(entering), 0 if layer is None else layer - (self.first or 0)
             hidden = hidden if self.embed is None else self.embed(hidden)
             entered = through(self.layers[:below], self.rotary, hidden, packing=packing)
