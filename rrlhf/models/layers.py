@@ -6,8 +6,8 @@ features. It asks for a decoder of the Llama family's layout (`model.layers`, `m
 rrlhf/models/whole.py runs the others.
 
 The tokens of all rows are laid end to end ("packed"): everything but attention looks at one token at a time, so only
-attention sees padding. It learns where the rows are by keywords that transformers hands down through a model's own
-layers to its attention functions.
+attention could see padding; on a CPU it takes the rows one by one instead. It learns where they are by keywords that
+transformers hands down through a model's own layers to its attention functions.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def test_rows_read_together_give_what_each_gives_alone_and_the_same_gradient(lan
     alone, summed = gradient([slice(0, 1), slice(1, 2), slice(2, 3)])
     torch.testing.assert_close(together[0].logprobs, torch.cat([read.logprobs for read in alone]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[0].values, torch.cat([read.values for read in alone]), atol=1e-5, rtol=1e-5)
+    unread = top(entering, prompts, responses, mask)  # without states, for which alone the last tokens are read
+    torch.testing.assert_close(unread, (together[0].logprobs, together[0].values), atol=1e-5, rtol=1e-5)
     for row, read in enumerate(alone):
         kept = together[0].states[row, : read.states.shape[1]]
         torch.testing.assert_close(kept, read.states[0], atol=1e-5, rtol=1e-5)
