@@ -10,10 +10,9 @@ import json
 import math
 import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,19 +96,19 @@ class Comparisons:
         found = {pair: 0.5 for pair in pairs if pair[1] == pair[2]}
         asked = [*dict.fromkeys(pair for pair in pairs if pair not in found)]
         failed: list[str] = []  # reasons
-        over = threading.Event()
+        ended: list[BaseException] = []  # what keeps the pairs that wait from being asked
 
         def win(pair: Pair) -> float:
-            if over.is_set():
-                raise CancelledError  # behind what ended it, in the order in which wins are read
+            if ended:
+                raise ended[0].with_traceback(None)
             try:
                 worth = self._win(pair)
                 if not isinstance(worth, str):
                     return worth
                 failed.append(worth)
                 self._check(failed, len(asked))
-            except BaseException:
-                over.set()  # here, before this thread asks for its next pair
+            except BaseException as error:
+                ended.append(error)  # here, before this thread asks for its next pair
                 raise
             return math.nan
 
