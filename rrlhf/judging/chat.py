@@ -96,24 +96,22 @@ class Comparisons:
         found = {pair: 0.5 for pair in pairs if pair[1] == pair[2]}
         asked = [*dict.fromkeys(pair for pair in pairs if pair not in found)]
         failed: list[str] = []  # reasons
-        ended: list[BaseException] = []  # what keeps the pairs that wait from being asked
 
         def win(pair: Pair) -> float:
-            if ended:
-                raise ended[0].with_traceback(None)
-            try:
-                worth = self._win(pair)
-                if not isinstance(worth, str):
-                    return worth
+            self._check(failed, len(asked))  # here, before one more is asked
+            worth = self._win(pair)
+            if isinstance(worth, str):
                 failed.append(worth)
-                self._check(failed, len(asked))
-            except BaseException as error:
-                ended.append(error)  # here, before this thread asks for its next pair
-                raise
-            return math.nan
+                return math.nan
+            return worth
 
         with ThreadPoolExecutor(self._settings.at_once) as pool:
-            found |= zip(asked, track(pool.map(win, asked), len(asked), label), strict=True)
+            try:
+                found |= zip(asked, track(pool.map(win, asked), len(asked), label), strict=True)
+                self._check(failed, len(asked))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         self._failures += Counter(failed)
         return torch.tensor([found[pair] for pair in pairs], dtype=torch.float64)
 
