@@ -12,9 +12,8 @@ transformers hands down through a model's own layers to its attention functions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import cache as cache_results
-from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -36,9 +35,9 @@ class Packing(NamedTuple):
     @classmethod
     def of(cls, lengths: Tensor) -> Packing:
         """Lay rows of `lengths` [batch] end to end."""
-        width = int(lengths.max())
-        inside = torch.arange(width, device=lengths.device) < lengths[:, None]
-        return cls(inside.flatten().nonzero()[:, 0], len(lengths), width, lengths=tuple(lengths.tolist()))
+        counts = tuple(lengths.tolist())
+        inside = torch.arange(max(counts), device=lengths.device) < lengths[:, None]
+        return cls(inside.flatten().nonzero()[:, 0], len(counts), max(counts), lengths=counts)
 
     @classmethod
     def sharing(cls, rows: list[list[int]], device: torch.device) -> tuple[Tensor, Packing]:
@@ -144,7 +143,7 @@ def through(
     return hidden
 
 
-@cache_results
+@functools.cache
 def _cache_keyword(forward: Callable[..., Tensor]) -> str:
     """Return what a class of layers calls the cache: transformers 5.24 began to rename it."""
     return "cache" if "cache" in signature(forward).parameters else "past_key_values"
@@ -230,7 +229,7 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     window: int | None = settings.get("sliding_window")
-    attend: Callable[..., tuple[Tensor, None]] = partial(sdpa_attention_forward, module, **settings)
+    attend: Callable[..., tuple[Tensor, None]] = functools.partial(sdpa_attention_forward, module, **settings)
     if age is not None:
         seen = age >= 0 if window is None else (age >= 0) & (age < window)
         return attend(query, key, value, seen[:, None, None])
