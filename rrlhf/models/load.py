@@ -84,7 +84,8 @@ def load_base(model: Model, *, weights: bool = True, fetch: bool = True, reward_
     """
     if model.base.startswith("random:"):
         network, tokenizer = random_model(model.base)
-        return _ready(LanguageModel(network.to(_held(model)), tokenizer), model.base, model)
+        kept = _saved(network.config, model)
+        return _ready(LanguageModel(network.to(_held(model)), tokenizer, kept), model.base, model)
     return _loaded(_place(model), model.base, model, weights=weights, fetch=fetch, reward_model=reward_model)
 
 

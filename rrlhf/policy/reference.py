@@ -55,6 +55,10 @@ def _stored(top: PolicyTop, language: LanguageModel, file: Path) -> dict[str, st
     with safe_open(file, framework="pt") as stored:
         held = set(stored.keys())
         is_held = all(
-            name in held and torch.equal(stored.get_tensor(name), top.get_parameter(own)) for own, name in names.items()
+            name in held and _same(stored.get_tensor(name), top.get_parameter(own)) for own, name in names.items()
         )
     return names if is_held else {}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)  # which alone would compare across dtypes

@@ -99,6 +99,12 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
         else:
             rate = prepare.flip_rate if name == "preferences" else 0.0
             tables[name] += _pairs(task, answers[task], rate, noise)
+    for name, rows in tables.items():
+        if not rows:
+            raise ValueError(
+                f"prepare: no rows for {name}: the base model's answers are all cut, empty or the same; raise "
+                "model.response_tokens or prepare.answers_per_prompt"
+            )
     everything = [answer for group in answers.values() for answer in group]
     return tables, {
         "answers": len(everything),

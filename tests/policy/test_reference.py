@@ -8,10 +8,11 @@ from rrlhf.models.top import PolicyTop
 from rrlhf.policy.reference import frozen
 
 
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16])
+def folder(request, model, tmp_path_factory):
+    """A model's folder with weights as they are in memory, and as most models that people have are."""
     made = tmp_path_factory.mktemp("sft")
-    save_model(load_base(model), made)
+    save_model(load_base(model)._replace(dtype=request.param), made)
     return made
 
 

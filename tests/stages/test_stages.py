@@ -170,6 +170,12 @@ def test_a_split_without_prompts_is_told_before_the_model_answers(params, tmp_pa
         prepare.run(seed=1, model=away, prepare=few, gold=params.gold, out=tmp_path, log=print)
 
 
+def test_answers_that_are_all_cut_are_told_with_the_setting_that_cut_them(params, tmp_path):
+    one = params.model.model_copy(update={"response_tokens": 1})
+    with pytest.raises(ValueError, match=r"prepare: no rows for sft: .* raise model\.response_tokens"):
+        prepare.run(seed=1, model=one, prepare=params.prepare, gold=params.gold, out=tmp_path, log=print)
+
+
 def test_a_column_makes_another_row_and_another_data_set():
     row = {"prompt": [{"role": "user", "content": "Hi"}], "topic": None}
     assert row_hash(row) == row_hash(row | {"columns": None})
