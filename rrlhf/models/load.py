@@ -131,7 +131,8 @@ def save_model(language: LanguageModel, folder: Path) -> None:
     network.save_pretrained(folder, state_dict=state)
     language.tokenizer.save_pretrained(folder)
     if language.generation is not None:
-        language.generation.save_pretrained(folder)
+        # As it came: `save_pretrained` refuses what many have, such as a temperature without do_sample.
+        language.generation.to_json_file(folder / "generation_config.json")
 
 
 def _loaded(
@@ -167,6 +168,7 @@ def _loaded(
         make: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
         network, report = make.from_pretrained(
             place,
+            config=config,
             dtype=_held(model),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -187,7 +189,8 @@ def _config(place: Path | str, name: str, options: dict[str, Any]) -> Any:  # tr
     """Read config.json. Raises ModelError where it asks for code of the hub."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(place, **options | {"trust_remote_code": False})
+    returned = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+    config = AutoConfig.from_pretrained(place, **returned, **options | {"trust_remote_code": False})
     if "/" in str(config._attn_implementation):
         raise ModelError(f"{name}: its config.json asks for code of the hub, {config._attn_implementation}")
     return config

@@ -223,3 +223,17 @@ def test_weights_are_saved_in_the_dtype_of_the_base_unless_told_otherwise(settin
     assert {tensor.dtype for tensor in stored.values()} == {expected}
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
     assert load_model(tmp_path / "saved", settings).dtype == expected
+
+
+def test_advice_that_transformers_would_not_write_is_saved_as_it_came(settings, folder, tmp_path):
+    advice = {"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1}  # no do_sample, as in Llama 2's
+    configure(folder, "generation_config.json", **advice)
+    save_model(load_base(at(settings, folder)), tmp_path)
+    assert advice.items() <= json.loads((tmp_path / "generation_config.json").read_text()).items()
+
+
+def test_what_a_pass_returns_is_not_for_the_base_to_say(settings, folder, tmp_path):
+    configure(folder, return_dict=False, output_attentions=True)
+    language = load_base(at(settings, folder))
+    assert language.network(torch.tensor([[5, 6]])).logits.shape[1] == 2
+    save_model(language, tmp_path)
