@@ -113,9 +113,8 @@ def _repetition(responses: Tensor, mask: Tensor) -> float:
     return 1 - len(pairs.unique(dim=0)) / max(len(pairs), 1)
 
 
-def explained_variance(rollout: Rollout) -> float:
-    """Return which share of the returns' variance the value function foresaw; 1 is all of it."""
-    mask, values, returns = rollout.mask, rollout.values, rollout.returns
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Return which share of the returns' variance the value function foresaw, of [batch, tokens] each; 1 is all."""
     unexplained = masked_mean((returns - values) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
     return 1 - (unexplained / variance.clamp(min=1e-8)).item()

@@ -159,14 +159,17 @@ def collect(
         advantages=advantages,
         returns=returns,
     )
+    gather = learner.engine.gather  # for what no mean over processes is: a variance
     metrics = {
         **rewards.cut,
         "score": score.mean().item(),
-        "score_std": score.std(correction=0).item(),
+        "score_std": gather(score).std(correction=0).item(),
         "kl_weight": learner.kl_weight,
         **reward_metrics(scores),
         **rollout_metrics(rollout, samples),
-        **({"explained_variance": explained_variance(rollout)} if has_critic(ppo) else {}),
+        **(
+            {"explained_variance": explained_variance(*map(gather, (values, returns, mask)))} if has_critic(ppo) else {}
+        ),
     }
     columns = (
         (rollout.logprobs - rollout.reference_logprobs).sum(1),
