@@ -78,7 +78,7 @@ def _twins(kind: Any, described: dict[str, Any]) -> tuple[Any, Any]:
         own = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for weight in own.parameters():
             torch.nn.init.normal_(weight, *((0.0, weight.shape[-1] ** -0.5) if weight.dim() > 1 else (0.7, 0.2)))
-    ours = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        ours = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ours.load_state_dict(own.state_dict())
     register()
     ours.set_attn_implementation(PACKED)

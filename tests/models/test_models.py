@@ -237,3 +237,14 @@ def test_what_a_pass_returns_is_not_for_the_base_to_say(settings, folder, tmp_pa
     language = load_base(at(settings, folder))
     assert language.network(torch.tensor([[5, 6]])).logits.shape[1] == 2
     save_model(language, tmp_path)
+
+
+def test_whether_a_make_was_tried_before_changes_no_random_number(settings, folder):
+    """Adapters are drawn after a model is loaded, in processes that tried its make and in those that had to."""
+    configure(folder, rms_norm_eps=1.5e-6)  # of no other test's model
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        load_base(at(settings, folder))
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
