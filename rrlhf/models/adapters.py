@@ -28,7 +28,8 @@ def _is_taken(network: Any, name: str) -> bool:
     from peft import LoraConfig
 
     try:
-        _peft_model(network, LoraConfig(r=1, target_modules=[name]), "tried").unload()
+        is_turned = not isinstance(network.get_submodule(name), nn.Linear)  # of the two kinds of maps
+        _peft_model(network, LoraConfig(r=1, target_modules=[name], fan_in_fan_out=is_turned), "tried").unload()
     except ValueError:
         return False
     return True

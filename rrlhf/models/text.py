@@ -3,7 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rrlhf.config import Model
 from rrlhf.models.load import LanguageModel
@@ -134,6 +134,14 @@ class Texts:
                 f"system turn and one character takes {len(tokens)} tokens; raise it, or shorten the system turn"
             )
         return kept, tokens
+
+
+def most_cut(cuts: Iterable[Mapping[str, float]]) -> Metrics:
+    """Return the largest share of each kind of text that one of several readers cut."""
+    most: Metrics = {}
+    for cut in cuts:
+        most |= {kind: max(share, most.get(kind, 0.0)) for kind, share in cut.items()}
+    return most
 
 
 def _digest(text: str) -> bytes:

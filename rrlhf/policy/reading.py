@@ -18,7 +18,7 @@ from rrlhf.models.load import LanguageModel, load_model
 from rrlhf.models.processes import autocast, in_parts
 from rrlhf.models.rollout import Response, response_features, sample_in_batches
 from rrlhf.models.states import entering, hidden_states
-from rrlhf.models.text import Texts, decode
+from rrlhf.models.text import Texts, decode, most_cut
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.policy.learner import Place
 from rrlhf.policy.reward import Responses, RewardModels, load_reward_models
@@ -72,7 +72,7 @@ class Judges(NamedTuple):
 
     def told(self) -> Metrics:
         """Say on the terminal what was cut of prompts; return it with what reward models cut that read text."""
-        return self.texts.told("evaluate") | self.rewards.cut
+        return most_cut([self.texts.told("evaluate"), self.rewards.cut])
 
 
 class Reading(NamedTuple):

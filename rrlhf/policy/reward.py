@@ -1,7 +1,7 @@
 """What reward models and reward functions say of responses, and what an arm's policy is paid for them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from rrlhf.config import Arm, PaidArm, typed_arm
 from rrlhf.models.load import LanguageModel
 from rrlhf.models.rollout import Samples
-from rrlhf.models.text import decode
+from rrlhf.models.text import decode, most_cut
 from rrlhf.policy.reward_functions import NO_COLUMNS, Columns, RewardFunction, metric_names
 from rrlhf.rewards.features import PairFeatures, folder_of
 from rrlhf.rewards.heads import RewardHeads
@@ -63,6 +63,7 @@ class Prompts(NamedTuple):
     tokens: list[list[int]]
     messages: Sequence[list[Message]] = ()  # for reward models with a trunk of their own, and reward functions
     columns: Columns = NO_COLUMNS  # for reward functions
+    cut: Mapping[str, float] = MappingProxyType({})  # which share of them the policy does not read whole
 
     def answered(self, asked: Sequence[int], samples: Samples, language: LanguageModel) -> Responses:
         """Return samples as responses to the prompts of the rows `asked`."""
@@ -96,11 +97,16 @@ class RewardModels(NamedTuple):
         values = {each.path: torch.tensor(each.values(*said), device=proxy.device) for each in self.functions}
         return RewardScores(proxy, ensemble, values)
 
+    def recount(self, read: Iterable[tuple[list[Message], str]]) -> None:
+        """Count prompts with responses that were read before an interruption, for `cut`."""
+        for prompt, text in read:
+            for trunk in (*self.single.trunks, *self.ensemble.trunks):
+                trunk.encode(prompt, text)
+
     @property
     def cut(self) -> Metrics:
-        """The largest share of responses so far that a model, which reads text, cut; nothing where none reads it."""
-        cut = [share for model in (self.single, self.ensemble) for share in model.cut.values()]
-        return {"cut_responses": max(cut)} if cut else {}
+        """The largest share of prompts and of responses so far that a model cut; nothing where none reads text."""
+        return most_cut(model.cut for model in (self.single, self.ensemble))
 
 
 def load_reward_models(

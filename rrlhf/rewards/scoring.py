@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rrlhf.models.text import most_cut
 from rrlhf.rewards.features import beside
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.trunk import FILE, Trunk, identity_of, load_trunk, trunk_layer
@@ -54,10 +55,7 @@ class RewardModel(NamedTuple):
     @property
     def cut(self) -> Metrics:
         """The share of the prompts and of the responses so far that were cut; of several trunks the largest."""
-        cut: Metrics = {}
-        for trunk in self.trunks:
-            cut |= {kind: max(share, cut.get(kind, 0.0)) for kind, share in trunk.texts.cut.items()}
-        return cut
+        return most_cut(trunk.texts.cut for trunk in self.trunks)
 
 
 def load_reward_model(

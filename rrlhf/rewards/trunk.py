@@ -196,7 +196,7 @@ def cut(trunk: Trunk) -> LanguageModel:
     del decoder_layers(network)[layer:]
     config = network.config.get_text_config()
     config.num_hidden_layers = layer
-    if getattr(config, "layer_types", None):
+    if config.__dict__.get("layer_types"):  # of some makes it follows from their number
         config.layer_types = config.layer_types[:layer]
     network.get_output_embeddings().weight = network.get_input_embeddings().weight
     network.config.tie_word_embeddings = True

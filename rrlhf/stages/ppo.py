@@ -28,7 +28,7 @@ from rrlhf.models.load import load_model, save_model
 from rrlhf.models.processes import accelerator, accumulated, autocast
 from rrlhf.models.rollout import Rollout, explained_variance, response_features, rollout_metrics, text_lengths
 from rrlhf.models.shards import in_step, reads_weights
-from rrlhf.models.text import Texts
+from rrlhf.models.text import Texts, most_cut
 from rrlhf.policy.checkpoint import Checkpoints
 from rrlhf.policy.excerpts import RolloutResponse
 from rrlhf.policy.health import DivergedError
@@ -76,13 +76,14 @@ def run(
     learner = prepare_learner(engine, language, rewards, model=model, ppo=ppo, seed=arm.seed)
     rows, texts = read_table(data, "ppo"), Texts(language, model)
     messages = [row["prompt"] for row in rows]
-    prompts = Prompts([texts.prompt(prompt) for prompt in messages], messages, columns_of(rows))
-    cut = texts.told("ppo")
+    tokens = [texts.prompt(prompt) for prompt in messages]
+    prompts = Prompts(tokens, messages, columns_of(rows), texts.told("ppo"))
     training = partial(train, learner, prompts, arm_reward(arm, engine, scale))
     checkpoints = Checkpoints(out, engine, model=model, ppo=ppo, health=health, arm=arm)
     history = resumed(learner, checkpoints, f"ppo ({arm.reward})")
+    rewards.recount((messages[row.prompt], row.response) for row in history.responses)
     for row in track(supervised(training, learner, history, checkpoints, health), ppo.updates, history.label):
-        log(cut | row)
+        log(row)
     responses = write_history(history, engine, messages, out)
     if history.diverged:
         raise DivergedError(history.diverged)
@@ -161,7 +162,7 @@ def collect(
     )
     gather = learner.engine.gather  # for what no mean over processes is: a variance
     metrics = {
-        **rewards.cut,
+        **most_cut([prompts.cut, rewards.cut]),
         "score": score.mean().item(),
         "score_std": gather(score).std(correction=0).item(),
         "kl_weight": learner.kl_weight,

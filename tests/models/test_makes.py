@@ -10,9 +10,11 @@ from rrlhf.models.adapters import merged
 from rrlhf.models.load import ModelError, load_base, load_model, save_model
 from rrlhf.models.rollout import Draws, sample
 from rrlhf.models.states import hidden_states
+from rrlhf.models.text import Texts
 from rrlhf.models.top import PolicyTop, split_responses
 from rrlhf.policy.learner import prepare_learner
 from rrlhf.policy.reward import Prompts, load_reward_models
+from rrlhf.rewards.trunk import Encoded, Trunk, load_trunk, save_trunk
 from rrlhf.stages.ppo import train
 from rrlhf.stages.sft import sharpen
 
@@ -181,6 +183,18 @@ def test_own_draws_are_the_same_whichever_way_a_model_runs(brought):
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(one.entropy, other.entropy, atol=1e-4, rtol=1e-4)
     assert torch.equal(one.finished, other.finished)
+
+
+@every_make
+def test_a_trunk_that_was_saved_gives_the_same_features(name, brought, model, tmp_path):
+    language, _ = brought(name)
+    trunk = Trunk(language, 1, model, Texts(language, model))
+    rows = [Encoded([*prompt, 9, 8, 7], len(prompt)) for prompt in PROMPTS]
+    before = trunk.features(rows, 3)
+    save_trunk(trunk, tmp_path, own=True)
+    again = load_trunk(tmp_path, None)
+    assert again.language.layers == 1
+    torch.testing.assert_close(again.features(rows, 3), before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_models_own_advice_for_sampling_is_saved_with_it_and_not_followed(brought, folders, model, tmp_path):

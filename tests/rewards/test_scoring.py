@@ -10,6 +10,7 @@ from rrlhf.data.tables import preferences, write_tables
 from rrlhf.judging.perturbations import PERTURBATIONS, robustness
 from rrlhf.models.load import load_base, save_model
 from rrlhf.pipeline.params import load_params
+from rrlhf.policy.reward import RewardModels
 from rrlhf.rewards.features import PairFeatures
 from rrlhf.rewards.heads import RewardHeads
 from rrlhf.rewards.scoring import load_reward_model
@@ -91,7 +92,10 @@ def test_responses_are_cut_as_in_training_and_that_is_told(made, asked):
     torch.testing.assert_close(whole.mean, more.mean)
     model = load_reward_model(root / "ensemble", root / "sft")
     model.score([prompt, prompt], ["a", long])
-    assert model.cut["cut_responses"] == 0.5
+    assert model.cut == {"cut_prompts": 0.0, "cut_responses": 0.5}
+    resumed = RewardModels(load_reward_model(root / "reward", root / "sft"), model, layer=None)
+    resumed.recount([(prompt, "b"), (prompt, "c"), (prompt, long)])  # which it read before
+    assert resumed.cut == {"cut_prompts": 0.0, "cut_responses": 1 / 3}
 
 
 def length_scorer(prompts, responses):
