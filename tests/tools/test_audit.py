@@ -8,6 +8,7 @@ import sqlite3
 import time
 from contextlib import closing
 
+import mlflow
 import pytest
 from finished import Finished, at_work
 
@@ -184,6 +185,12 @@ def test_a_file_that_was_planted_beside_mlflows_copy_is_found(finished):
         assert found.mend == "remove this copy, and `rrlhf run` keeps a new one"
     finally:
         planted.unlink()
+
+
+def test_a_model_that_mlflow_has_loaded_is_sound(finished):
+    uri = f"sqlite:///{finished.root / 'mlflow.db'}"
+    mlflow.artifacts.download_artifacts("models:/rrlhf-tiny-policy/1", tracking_uri=uri)  # as `load_model` does
+    assert finished.audit().broken == []
 
 
 def test_nothing_that_mlflow_or_dvc_keeps_beside_the_files_is_run(finished, tmp_path):

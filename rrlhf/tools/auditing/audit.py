@@ -21,6 +21,7 @@ from rrlhf.tools.lineage.text import line
 from rrlhf.tools.running.uptodate import changed_numbers
 
 REPLACE = "remove the folder, and `rrlhf run` restores it or computes it again"
+LOADED = "registered_model_meta"  # MLflow writes it beside a copy on this machine that it loads: name and version
 
 
 class Broken(NamedTuple):
@@ -146,7 +147,7 @@ class Audit:
                 return
             folder, description = found
             if description:
-                beside = {*description.parent.iterdir()} - {folder, description}
+                beside = {*description.parent.iterdir()} - {folder, description, description.with_name(LOADED)}
                 yield from (f"MLflow's copy: {path}: expected no such file" for path in sorted(beside))
             try:
                 copy = read_artifact(folder)
