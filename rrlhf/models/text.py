@@ -5,6 +5,8 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from jinja2 import TemplateError
+
 from rrlhf.config import Model
 from rrlhf.models.load import LanguageModel
 from rrlhf.progress import is_main_process, say
@@ -15,6 +17,18 @@ PROMPTS, RESPONSES, PAIRS = "prompts", "responses", "pairs"
 
 class NoRoomError(ValueError):
     """A prompt's system turn and headers alone are longer than prompts may be."""
+
+
+class RefusedError(ValueError):
+    """A chat template refuses a dialogue; `said` is what it says itself."""
+
+    def __init__(self, said: str, model: str, turns: Sequence[Message]) -> None:
+        roles = ", ".join(turn["role"] for turn in turns)
+        super().__init__(
+            f"the chat template of {model} refuses a dialogue of {roles}: {said}; leave such rows out of the data, or "
+            "name another model"
+        )
+        self.said = said
 
 
 class Texts:
@@ -149,10 +163,16 @@ def _digest(text: str) -> bytes:
 
 
 def render(language: LanguageModel, turns: Sequence[Message], *, begin: bool = True) -> list[int]:
-    """Return the tokens of a dialogue, and of where the assistant begins; what users wrote is no special token."""
-    tokens: list[int] = language.tokenizer.apply_chat_template(
-        list(turns), add_generation_prompt=begin, sanitize_control_tokens=True, return_dict=False
-    )
+    """Return the tokens of a dialogue, and of where the assistant begins; what users wrote is no special token.
+
+    Raises RefusedError where the chat template does.
+    """
+    try:
+        tokens: list[int] = language.tokenizer.apply_chat_template(
+            list(turns), add_generation_prompt=begin, sanitize_control_tokens=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise RefusedError(str(error), language.network.name_or_path, turns) from None
     return tokens
 
 

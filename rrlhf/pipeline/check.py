@@ -192,11 +192,9 @@ def _misfits(params: Params, model: Facts, trunk: Facts) -> Iterator[str]:
 
 def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
     """Load a base without its weights and try its chat template; None when it is not here and not to be fetched."""
-    from jinja2 import TemplateError
-
     from rrlhf.models.adapters import adaptable
     from rrlhf.models.load import ModelError, load_base
-    from rrlhf.models.text import Texts
+    from rrlhf.models.text import RefusedError, Texts
 
     try:
         language = load_base(model, weights=False, fetch=fetch, reward_model=section != "model")
@@ -214,15 +212,26 @@ def _looked_at(model: Model, section: str, *, fetch: bool) -> Facts | None:
             notes += _unmarked(language)
         else:
             Texts(language, model).conversation(QUESTION, "An answer.")
-    except TemplateError as error:
-        told = f"a user's turn ({error})"
+    except RefusedError as error:
+        told = f"a user's turn ({error.said})"
         if model.system_prompt is not None:
-            told = f"a system turn ({error}); set model.system_prompt to null"
+            told = f"a system turn ({error.said}); set model.system_prompt to null"
         problems.append(f"{section}.base {model.base}: its chat template refuses {told}")
     except ValueError as error:
         problems.append(f"{section}.{error}")
+    notes += _without_system(language) if section != "model" else ()  # rows that the policy's refuses are left out
     notes = [f"{section}.base {model.base}: {note}" for note in notes]
     return Facts(problems, notes, language.layers, adaptable(language.network), language.score is not None)
+
+
+def _without_system(language: LanguageModel) -> Iterator[str]:
+    """Say when a chat template refuses system turns."""
+    from rrlhf.models.text import RefusedError, render
+
+    try:
+        render(language, [Message(role="system", content="Be kind."), *QUESTION])
+    except RefusedError as error:
+        yield f"its chat template takes no system turn ({error.said}): data that has one ends the stage that reads it"
 
 
 def _unmarked(language: LanguageModel) -> Iterator[str]:

@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-
 from rrlhf.config import Gold, Model, Prepare
 from rrlhf.data.fingerprints import fingerprint, row_hash, write_hashes
 from rrlhf.data.load import Good, Rejected, read_preferences, split_by_prompt
@@ -28,7 +26,7 @@ from rrlhf.data.tasks import WritingTask, writing_tasks
 from rrlhf.judging.gold import GoldJudge
 from rrlhf.models.load import load_base
 from rrlhf.models.rollout import sample_in_batches
-from rrlhf.models.text import NoRoomError, Texts, decode
+from rrlhf.models.text import NoRoomError, RefusedError, Texts, decode
 from rrlhf.types import SUMMARY, Json, Log, Message
 
 ROOM = 0.75  # of the token limit is the longest demonstration: who imitates it needs some to come to an end as well
@@ -170,8 +168,8 @@ def _read(prepare: Prepare, texts: Texts, rejected: list[Rejected]) -> Iterator[
     def check(prompt: list[Message]) -> None:
         try:
             texts.prompt(prompt)
-        except TemplateError as error:
-            raise RowError("refused_by_template", f"the chat template says: {error}") from None
+        except RefusedError as error:
+            raise RowError("refused_by_template", f"the chat template says: {error.said}") from None
         except NoRoomError as error:
             raise RowError("no_room", str(error)) from None
 

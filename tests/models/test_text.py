@@ -7,7 +7,7 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from rrlhf.models.load import load_base
-from rrlhf.models.text import Texts, decode, encode, render
+from rrlhf.models.text import RefusedError, Texts, decode, encode, render
 from rrlhf.types import Preference
 
 # Templates that look at what they are given: a marker in its place would be rendered otherwise.
@@ -178,3 +178,10 @@ def test_tokens_of_thought_are_those_that_the_model_says(settings):
 def test_the_random_model_draws_the_same_weights_every_time(settings, language):
     again = load_base(settings).network.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in language.network.state_dict().items())
+
+
+def test_a_dialogue_that_a_chat_template_refuses_is_told_with_the_model_and_the_way_out(settings):
+    language = with_template(settings, "{{ raise_exception('no system role') if messages[0].role == 'system' }}")
+    language.network.name_or_path = "some/model"
+    with pytest.raises(RefusedError, match=r"of some/model refuses a dialogue of system, user: no system role; leave"):
+        Texts(language, settings).prompt([{"role": "system", "content": "Be kind."}, *USER])

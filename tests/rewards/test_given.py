@@ -232,6 +232,13 @@ def test_what_is_wrong_with_them_is_told_at_once_before_anything_runs(look, fold
     assert mistake.endswith("weights lm_head.weight are not in its file, so they would be drawn at random")
 
 
+def test_one_that_takes_no_system_turn_is_told_of_before_anything_runs(folders, tmp_path):
+    params = load_params(ROOT, "tiny", {"reward.base": folders[LLAMA]})
+    mistakes, [note] = check_models(params, tmp_path, Memo(tmp_path / "memo.json"), fetch=False)
+    assert mistakes == []
+    assert note.startswith(f"reward.base {folders[LLAMA]}: its chat template takes no system turn (no system role)")
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
