@@ -93,16 +93,18 @@ class Rollout(NamedTuple):
         return groups(self.prompt_lengths + self.mask.sum(1), tokens)
 
 
-def rollout_metrics(rollout: Rollout, samples: Samples) -> Metrics:
-    """Return a rollout's KL to the reference in nats per response (k1 and k3), entropy per token, and lengths."""
-    mask, log_ratio = rollout.mask, rollout.logprobs - rollout.reference_logprobs
+def rollout_metrics(log_ratio: Tensor, mask: Tensor, entropy: Tensor, responses: Tensor, finished: Tensor) -> Metrics:
+    """Return a rollout's KL to the reference in nats per response (k1 and k3), entropy per token, and lengths.
+
+    log_ratio: of the policy to the reference; it and what follows are [batch, response tokens], finished [batch].
+    """
     return {
         "kl": log_ratio.sum(1).mean().item(),
         "kl_k3": (k3(log_ratio) * mask).sum().item() / len(mask),
-        "entropy": masked_mean(samples.entropy, mask).item(),
-        "repetition": _repetition(samples.responses, mask),
+        "entropy": masked_mean(entropy, mask).item(),
+        "repetition": _repetition(responses, mask),
         "response_tokens": mask.sum(1).float().mean().item(),
-        "finished": samples.finished.float().mean().item(),
+        "finished": finished.float().mean().item(),
     }
 
 
@@ -110,7 +112,7 @@ def _repetition(responses: Tensor, mask: Tensor) -> float:
     """Return the share of a batch's pairs of neighbouring tokens that occurred before in the same response."""
     row = torch.arange(len(responses), device=responses.device)[:, None].expand_as(responses)[:, 1:]
     pairs = torch.stack([row, responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, 1:]]
-    return 1 - len(pairs.unique(dim=0)) / max(len(pairs), 1)
+    return (len(pairs) - len(pairs.unique(dim=0))) / max(len(pairs), 1)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

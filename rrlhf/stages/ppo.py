@@ -160,24 +160,19 @@ def collect(
         advantages=advantages,
         returns=returns,
     )
-    gather = learner.engine.gather  # for what no mean over processes is: a variance
+    gather = learner.engine.gather  # for shares and variances, which no mean over processes is
+    everyone = map(gather, (log_ratio, mask, samples.entropy, samples.responses, samples.finished))
     metrics = {
         **most_cut([prompts.cut, rewards.cut]),
         "score": score.mean().item(),
         "score_std": gather(score).std(correction=0).item(),
         "kl_weight": learner.kl_weight,
         **reward_metrics(scores),
-        **rollout_metrics(rollout, samples),
-        **(
-            {"explained_variance": explained_variance(*map(gather, (values, returns, mask)))} if has_critic(ppo) else {}
-        ),
+        **rollout_metrics(*everyone),
     }
-    columns = (
-        (rollout.logprobs - rollout.reference_logprobs).sum(1),
-        scores.single,
-        scores.ensemble.mean,
-        scores.ensemble.std.mean(1),
-    )
+    if has_critic(ppo):
+        metrics["explained_variance"] = explained_variance(*map(gather, (values, returns, mask)))
+    columns = (log_ratio.sum(1), scores.single, scores.ensemble.mean, scores.ensemble.std.mean(1))
     rows = zip(asked, said.texts, said.finished, *(column.tolist() for column in columns), strict=True)
     return rollout, [RolloutResponse(learner.rollouts, *row) for row in rows], metrics
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rrlhf.models.load import load_base
-from rrlhf.models.rollout import Draws, response_features, sample, sample_in_batches, text_lengths
+from rrlhf.models.rollout import Draws, response_features, rollout_metrics, sample, sample_in_batches, text_lengths
 from rrlhf.models.states import hidden_states
 from rrlhf.models.top import PolicyTop
 
@@ -111,3 +111,13 @@ def test_the_same_seed_gives_the_same_responses_on_any_number_of_cores(language,
 
     assert responses(1) == responses(2)
     assert len(responses(1)) == 9
+
+
+def test_repetition_is_the_share_of_pairs_said_before_and_0_without_a_pair():
+    def repetition(*rows):
+        responses, mask = torch.tensor(rows), torch.tensor(rows) > 0
+        nothing = torch.zeros(mask.shape)
+        return rollout_metrics(nothing, mask, nothing, responses, mask.any(1))["repetition"]
+
+    assert repetition([5, 6, 5, 6, 5], [5, 6, 7, 0, 0]) == pytest.approx(2 / 6)
+    assert repetition([5, 0, 0], [5, 0, 0]) == 0
