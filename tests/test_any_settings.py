@@ -115,7 +115,7 @@ def interrupted(recorder, rows):
 
 
 def again(document, inputs, out, launched, chance):
-    """Run a stage in a process with another past, and interrupt it twice."""
+    """Run a stage where the process's random numbers are elsewhere, and interrupt it up to twice."""
     torch.manual_seed(chance.randrange(100))
     random.seed(chance.randrange(100))
     for rows in (chance.randrange(4), chance.randrange(4), 10**6):

@@ -57,7 +57,7 @@ def run(*, seed: int, model: Model, prepare: Prepare, gold: Gold, out: Path, log
         summary |= texts.told("prepare")
     for name, count in counts.items():
         if not count:
-            raise ValueError(_empty(name))
+            raise ValueError(_unanswered(name) if prepare.source == "written" else _empty(name))
     write_hashes(out, hashes)
     summary |= {f"{name}_rows": count for name, count in counts.items()}
     marks = {name: fingerprint(some) for name, some in hashes.items()}
@@ -97,12 +97,6 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
         else:
             rate = prepare.flip_rate if name == "preferences" else 0.0
             tables[name] += _pairs(task, answers[task], rate, noise)
-    for name, rows in tables.items():
-        if not rows:
-            raise ValueError(
-                f"prepare: no rows for {name}: the base model's answers are all cut, empty or the same; raise "
-                "model.response_tokens or prepare.answers_per_prompt"
-            )
     everything = [answer for group in answers.values() for answer in group]
     return tables, {
         "answers": len(everything),
@@ -218,6 +212,13 @@ def _write_rejected(rejected: list[Rejected], good: int, out: Path) -> dict[str,
 
 def _empty(name: str) -> str:
     return f"prepare: no rows for {name}; raise prepare.shares.{name} or prepare.limit"
+
+
+def _unanswered(name: str) -> str:
+    return (
+        f"prepare: no rows for {name}: the base model's answers are all cut, empty or the same; raise "
+        "model.response_tokens or prepare.answers_per_prompt"
+    )
 
 
 def _as_prompt(task: WritingTask) -> list[Message]:

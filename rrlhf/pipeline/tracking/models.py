@@ -23,6 +23,7 @@ from rrlhf.pipeline.tracking.server import Client, TrackingError
 from rrlhf.types import Dataset, Json
 
 INSIDE = "artifact"  # folder of an artifact's files inside a logged model, next to MLflow's own MLmodel
+LOADED = "registered_model_meta"  # MLflow's note beside a copy on this machine that it loaded: name and version
 MADE = "rrlhf.made"  # tag of a version: its stage, digest, inputs and commit, as JSON
 MLMODEL = "rrlhf.mlmodel"  # tag of a logged model: the sha256 of the MLmodel that was written for it
 GATES = "rrlhf.gates"  # start of the tags that tell the last decision

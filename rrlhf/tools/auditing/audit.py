@@ -14,14 +14,13 @@ from rrlhf.pipeline.ancestry import Product
 from rrlhf.pipeline.artifacts import MANIFEST, Artifact, TamperedError, read_artifact
 from rrlhf.pipeline.graph import DATA, EXTERNAL
 from rrlhf.pipeline.stages import aliases_of, arm_of, profile_of, spec_of
-from rrlhf.pipeline.tracking.models import tag_fault
+from rrlhf.pipeline.tracking.models import LOADED, tag_fault
 from rrlhf.pipeline.tracking.tracker import Version
 from rrlhf.tools.lineage.lookup import Lookup
 from rrlhf.tools.lineage.text import line
 from rrlhf.tools.running.uptodate import changed_numbers
 
 REPLACE = "remove the folder, and `rrlhf run` restores it or computes it again"
-LOADED = "registered_model_meta"  # MLflow writes it beside a copy on this machine that it loads: name and version
 
 
 class Broken(NamedTuple):
