@@ -1,6 +1,7 @@
 """YAML files whose keys remember their lines, so that a mistake found later can say where it is."""
 
 import difflib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import yaml
 from yaml.constructor import SafeConstructor
 
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
+LOADER.yaml_implicit_resolvers = {  # a date is text: JSON has no other
+    first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 Where = dict[tuple[str, ...], str]  # path of a key -> "params.yaml:12"
 
@@ -32,20 +37,36 @@ class ParamsError(UsageError):
 def read(path: Path, where: Where, mistakes: list[str]) -> dict[str, Any]:
     """Parse one YAML mapping and note the line of every key in `where`."""
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=LOADER)
+        node, content = parse(path.read_text(encoding="utf-8"), path.name)
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: not found in {path.parent}; run rrlhf in the project's folder") from None
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path.name}: not UTF-8 (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ParamsError(f"{path.name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ParamsError(f"{path.name}: expected a mapping of sections")
     _note_lines(node, (), path.name, where, mistakes)
-    content: dict[str, Any] = SafeConstructor().construct_document(node)
-    return content
+    return {**content}
+
+
+def parse(text: str, name: str) -> tuple[yaml.Node | None, Any]:
+    """Parse YAML. Raises ParamsError, which begins with the name and, where it is known, the line."""
+    try:
+        node = yaml.compose(text, Loader=LOADER)
+        content = None if node is None else SafeConstructor().construct_document(node)
+        json.dumps(content)  # which refuses sets, bytes, and what holds itself
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ParamsError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # as PyYAML says it of `!!int x`
+        raise ParamsError(f"{name}: not valid YAML: {error}") from None
+    return node, content
 
 
 def _note_lines(node: yaml.Node, path: tuple[str, ...], file: str, where: Where, mistakes: list[str]) -> None:

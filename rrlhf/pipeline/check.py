@@ -158,7 +158,7 @@ def facts(model: Model, section: str, root: Path, memo: Memo, *, fetch: bool) ->
     if model.base.startswith("random:"):
         return Facts(layers=int(model.base.removeprefix("random:").partition("x")[0]))
     read = {"base": digest, "params": model.model_dump(), "of": section, "reward_model": section != "model"}
-    key = key_digest(read | {"transformers": version("transformers")})
+    key = key_digest(read | {library: version(library) for library in ("transformers", "rrlhf")})
     memory = Memory(root / KNOWN)
     if key not in memory.known:
         found = _looked_at(model, section, fetch=fetch)

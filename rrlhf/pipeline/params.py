@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from rrlhf.checks import contradictions
 from rrlhf.config import Params
-from rrlhf.located import ParamsError, Where, did_you_mean, place, read
+from rrlhf.located import ParamsError, Where, did_you_mean, parse, place, read
 from rrlhf.pipeline.keys import leaves
 from rrlhf.redact import redacted
 from rrlhf.types import Json
@@ -86,8 +86,8 @@ def parse_override(text: str) -> tuple[str, Json]:
     if not equals or not dotted.strip():
         raise ParamsError(f"--set {text}: expected section.key=value, for example ppo.kl_weight=0.05")
     try:
-        return dotted.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+        return dotted.strip(), parse(value, "")[1]
+    except ParamsError:
         raise ParamsError(f"--set {text}: the value is not valid YAML") from None
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rrlhf.config import REWARDS, typed_arm
 from rrlhf.located import ParamsError
 from rrlhf.pipeline.params import LONGEST_NAME, load_params, option, parse_override, profiles, run_name
+from rrlhf.tools.sweeps.grid import parse_grid
 
 ROOT = Path(__file__).parents[2]
 JUDGE = {"address": "https://a/v1", "name": "x"}
@@ -124,6 +125,31 @@ def test_an_unknown_profile_gets_the_closest_name():
 def test_a_setting_given_twice_is_refused(project):
     rewrite(project, "gae_lambda", "gae_lambda: 0.95\n  gae_lambda: 0.9")
     assert "ppo.gae_lambda is given twice" in mistakes(project)[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int x", "!!bool x", "!!timestamp x", "!!set {a}", "!!binary aGk=", "!!python/name:os.system", "0b_"),
+        *("{[1]: 2}", "{<<: 1}", "*unknown", "&a {b: *a}", "&a [*a]", "[" * 10_000),
+    ],
+)
+def test_what_no_setting_can_be_is_told_wherever_it_is_given(project, value):
+    rewrite(project, "config", f"config: {value}")
+    [told] = mistakes(project)
+    assert re.match(r"params\.yaml(:\d+)?: not valid YAML: .", told)
+    with pytest.raises(ParamsError, match="the value is not valid YAML"):
+        parse_override(f"prepare.config={value}")
+    with pytest.raises(ParamsError, match="expected settings and values"):
+        parse_grid([f"prepare.config={value},1"])
+
+
+def test_a_date_is_text(project):
+    line = rewrite(project, "date", "date: 2025-02-28")
+    assert load_params(project).model.date == parse_override("model.date=2025-02-28")[1] == "2025-02-28"
+    assert parse_grid(["model.date=2025-02-28,2025-02-27"]) == {"model.date": ["2025-02-28", "2025-02-27"]}
+    rewrite(project, "date", "date: 2025-02-30")
+    assert mistakes(project)[0].startswith(f"params.yaml:{line}: model.date: day is out of range for month")
 
 
 def test_a_number_that_yaml_reads_as_text_is_explained(project):

@@ -169,6 +169,9 @@ def test_mistakes_in_an_experiment_are_told_all_at_once(tmp_path):
         load_experiment(tmp_path, "wrong")
     for part in ("wrong.yaml", "baseline", "profil\n", "sweep"):
         assert part in str(told.value)
+    (tmp_path / "experiments" / "twice.yaml").write_text("baseline: a\nbaseline: b\nquestion: q\nsweep: {seed: [1]}\n")
+    with pytest.raises(ParamsError, match=r"twice.yaml:2: baseline is given twice"):
+        load_experiment(tmp_path, "twice")
     with pytest.raises(ParamsError, match="did you mean wrong"):
         load_experiment(tmp_path, "worng")
 

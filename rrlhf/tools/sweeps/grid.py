@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-import yaml
 from pydantic import Field, ValidationError
 
 from rrlhf.config import Params, Section
-from rrlhf.located import ParamsError, did_you_mean
+from rrlhf.located import ParamsError, did_you_mean, parse, read
 from rrlhf.pipeline.graph import Node
 from rrlhf.pipeline.params import load_params
 from rrlhf.tools.command_line import AsJson, Profile, Set, overrides
@@ -112,10 +111,14 @@ def load_experiment(root: Path, name: str) -> Experiment:
     if name not in experiments(root):
         raise ParamsError(f"unknown experiment {name!r}{did_you_mean(name, experiments(root))}")
     file = root / "experiments" / f"{name}.yaml"
+    mistakes: list[str] = []
     try:
-        return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ParamsError(f"{file}: {error}") from None
+        found = Experiment.model_validate(read(file, {}, mistakes))
+    except ValidationError as error:
+        mistakes.append(f"{file}: {error}")
+    if mistakes:
+        raise ParamsError("\n".join(mistakes))
+    return found
 
 
 def parse_grid(texts: Iterable[str]) -> Grid:
@@ -125,8 +128,8 @@ def parse_grid(texts: Iterable[str]) -> Grid:
     for text in texts:
         path, equals, values = text.partition("=")
         try:
-            listed = yaml.safe_load(values if values.strip().startswith("[") else f"[{values}]")
-        except yaml.YAMLError:
+            _, listed = parse(values if values.strip().startswith("[") else f"[{values}]", "")
+        except ParamsError:
             listed = None
         if not equals or not path.strip() or not isinstance(listed, list) or not listed:
             mistakes.append(f"{text}: expected settings and values, for example {EXAMPLE}")
