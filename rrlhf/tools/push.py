@@ -23,8 +23,7 @@ def push(
 
     What goes is its folder: the weights, the card (README.md), the manifest (artifact.json) and the logged numbers;
     the prompts and responses of a training stay here. Files of these names are replaced, others in the repository
-    stay. Who you are is known from HF_TOKEN or
-    `hf auth login`; HF_ENDPOINT names a hub of your own.
+    stay. Who you are is known from HF_TOKEN or `hf auth login`; HF_ENDPOINT names a hub of your own.
 
     Example: rrlhf push rrlhf-policy@champion my-team/my-policy --dry-run
     """
@@ -34,7 +33,10 @@ def push(
     from rrlhf.pipeline.artifacts import CARD, TamperedError
     from rrlhf.pipeline.cards import title
 
-    validate_repo_id(repository)
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     lookup = opened(profile)
     artifact = lookup.find(model)
     if problem := lookup.store.fault(artifact, deep=True):

@@ -101,6 +101,11 @@ def test_a_dry_run_shows_files_and_sizes_and_sends_nothing(made, hub, typed):
     assert hub == {}
 
 
+def test_a_name_that_the_hub_has_not_is_told(made, hub, typed):
+    code, _, said = typed("push", made.key[:12], "a/b/c")
+    assert (code, "'a/b/c'" in said) == (2, True)
+
+
 def test_a_changed_byte_or_another_persons_token_sends_nothing(made, hub, typed, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     code, _, said = typed("push", made.key[:12], "team/model", "--public")
