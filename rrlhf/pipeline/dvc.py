@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -142,7 +142,8 @@ def _asked(store: Store, folder: Path, ask: Callable[[DVCFileSystem, str], Found
     root = store.root.parent
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
-        return ask(DVCFileSystem(str(root), config=NO_GIT), folder.relative_to(root).as_posix())
+        with closing(DVCFileSystem(str(root), config=NO_GIT)) as files:
+            return ask(files, folder.relative_to(root).as_posix())
     except FileNotFoundError:
         return None
     except (DvcException, DataIndexDirError) as error:

@@ -315,7 +315,7 @@ def test_a_planted_file_is_found_by_audit_and_by_the_next_use(finished):
 
 @pytest.mark.parametrize("tag", ["rrlhf.made", "rrlhf.node", "rrlhf.data"])
 def test_a_changed_tag_of_a_registered_version_is_found(finished, tag):
-    with sqlite3.connect(finished.root / "mlflow.db") as database:
+    with closing(sqlite3.connect(finished.root / "mlflow.db")) as database:
         where = f"where key = '{tag}' and name = 'rrlhf-tiny-reward'"
         [(sound,)] = database.execute(f"select value from model_version_tags {where}").fetchall()
         changed = sound.replace('"data": "', '"data": "0') if tag == "rrlhf.made" else sound[:-1]
