@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rrlhf.located import ParamsError, did_you_mean
 
@@ -144,7 +144,20 @@ def canonical(statement: ast.stmt, names: Names, top: str) -> tuple[str, list[st
     """
     canon = _Canon(names, top)
     kept = canon.visit(statement)
-    return ast.dump(kept) if kept else "", canon.uses
+    return _dump(kept) if kept else "", canon.uses
+
+
+def _dump(node: Any) -> str:
+    """Return a syntax tree as text: that of `ast.dump` differs between versions of Python."""
+    match node:
+        case ast.AST():
+            fields = (
+                f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []
+            )
+            return f"{type(node).__name__}({', '.join(fields)})"
+        case list():
+            return f"[{', '.join(map(_dump, node))}]"
+    return ascii(node)
 
 
 class _Canon(ast.NodeTransformer):
