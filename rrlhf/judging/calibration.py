@@ -87,7 +87,7 @@ def expected_calibration_error(probability: Tensor, bins: int = 10) -> float:
     arXiv 1706.04599, eq. 5).
     """
     found = reliability(probability, bins)
-    return sum(row.n * abs(row.accuracy - row.confidence) for row in found) / len(probability)
+    return math.fsum(row.n * abs(row.accuracy - row.confidence) for row in found) / len(probability)
 
 
 def maximum_calibration_error(probability: Tensor, bins: int = 10) -> float:

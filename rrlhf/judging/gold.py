@@ -8,6 +8,7 @@ spelled, likely as English, finished and long enough are judged one by one, so t
 import re
 from collections.abc import Iterator
 from itertools import groupby, pairwise
+from math import fsum  # whose last digit is the same in every Python, as that of sum is not
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ class GoldJudge:
     def _total(self, relevance: float, tone: float, *penalties: float) -> float:
         weights = self.weights
         weighed = (weights.repetition, weights.nonwords, weights.gibberish, weights.cutoff, weights.brevity)
-        lost = sum(weight * penalty for weight, penalty in zip(weighed, penalties, strict=True))
+        lost = fsum(weight * penalty for weight, penalty in zip(weighed, penalties, strict=True))
         return weights.relevance * relevance + weights.tone * tone - lost
 
     def _relevance(self, topics: list[str], responses: list[str]) -> list[float]:

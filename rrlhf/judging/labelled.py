@@ -6,7 +6,9 @@ RewardBench 2 (Malik et al. 2025, arXiv 2506.01937) asks about several responses
 
 import itertools
 from collections.abc import Sequence
+from math import fsum
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -106,6 +108,6 @@ def accuracy_by_subset(wins: Tensor, subsets: Sequence[str], prompts: Tensor) ->
     of = {name: [i for i, subset in enumerate(subsets) if subset == name] for name in sorted(set(subsets))}
     found = {name: measured_share(wins[inside], prompts[inside]) for name, inside in of.items()}
     parts = list(found.values())
-    stderr = sum(part.stderr**2 for part in parts) ** 0.5 / len(parts)
-    macro = Measured(sum(part.mean for part in parts) / len(parts), stderr, len(parts))
+    stderr = fsum(part.stderr**2 for part in parts) ** 0.5 / len(parts)
+    macro = Measured(fmean(part.mean for part in parts), stderr, len(parts))
     return SubsetAccuracy(found, macro, measured_share(wins, prompts))

@@ -8,6 +8,7 @@ that reward's were: the fitted temperature says by which factor they are off.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -159,7 +160,7 @@ def _coverage(mean: Tensor, std: Tensor, target: Tensor, prompts: Tensor) -> lis
 
 def _mean_off_diagonal(correlation: list[list[float | None]]) -> float | None:
     known = [value for i, row in enumerate(correlation) for j, value in enumerate(row) if i != j and value is not None]
-    return sum(known) / len(known) if known else None
+    return fmean(known) if known else None
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

@@ -8,6 +8,7 @@ already; its KL is a bound.
 
 from dataclasses import replace
 from itertools import groupby, repeat
+from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -112,7 +113,7 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     golds = {name: reading.gold for name, reading in readings.items() if reading.gold is not None}
     inside = {name: words[name] - words[name].mean() for name in golds}
     varied = sum(float((x**2).sum()) for x in inside.values())
-    slope = sum(float(inside[name] @ golds[name].double()) for name in golds) / varied if varied else 0.0
+    slope = fsum(float(inside[name] @ golds[name].double()) for name in golds) / varied if varied else 0.0
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 
 

@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from rrlhf.config import Gold, Model, Prepare
@@ -100,8 +101,8 @@ def _written(seed: int, model: Model, prepare: Prepare, gold: Gold) -> tuple[dic
     everything = [answer for group in answers.values() for answer in group]
     return tables, {
         "answers": len(everything),
-        "finished": sum(answer.finished for answer in everything) / len(everything),
-        "gold": sum(answer.gold for answer in everything) / len(everything),
+        "finished": fmean(answer.finished for answer in everything),
+        "gold": fmean(answer.gold for answer in everything),
         "flipped": sum(row["flipped"] for row in tables["preferences"]) / max(len(tables["preferences"]), 1),
     }
 
