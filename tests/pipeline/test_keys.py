@@ -137,6 +137,26 @@ def test_versions_and_the_device_that_auto_means_are_in_the_key():
     assert "peft" not in key_document(found["sft"], {})["numerics"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "computes"),
+    [
+        ({"reward.trunk": "lora"}, {"reward"}),
+        ({"ensemble.kind": "members", "reward.trunk": "lora"}, {"reward", "member-0", "member-1", "member-2"}),
+        ({"ensemble.kind": "lora"}, {"ensemble"}),
+        ({"ensemble.freeze_backbone": False, "reward.trunk": "lora"}, {"reward", "ensemble"}),
+        ({"ppo.trains": "lora"}, {"ppo-single", "ppo-robust"}),
+    ],
+)
+def test_the_version_of_peft_is_in_the_key_of_what_trains_adapters(settings, computes):
+    params = load_params(ROOT, "tiny", {"reward.train_layers": 1, **settings})
+    assert {node.name for node in nodes(params) if "peft" in key_document(node, {})["numerics"]} == computes
+
+
+def test_the_version_of_another_attention_is_in_the_key_of_all_that_run_it():
+    params = load_params(ROOT, "tiny", {"model.attn_implementation": "flash_attention_2"})
+    assert {key_document(node, {})["numerics"]["flash_attn"] for node in nodes(params)} == {"not installed"}
+
+
 def test_a_key_is_the_sha256_of_the_documents_shortest_json_and_takes_no_number_that_is_none():
     assert key_digest({"b": [1, 2.0], "a": None}) == hashlib.sha256(b'{"a":null,"b":[1,2.0]}').hexdigest()
     with pytest.raises(ValueError, match="not JSON compliant"):
