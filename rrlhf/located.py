@@ -58,13 +58,8 @@ def parse(text: str, name: str) -> tuple[yaml.Node | None, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ParamsError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # as PyYAML says it of `!!int x`
+    # PyYAML says several of these of `!!int x`.
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ParamsError(f"{name}: not valid YAML: {error}") from None
     return node, content
 

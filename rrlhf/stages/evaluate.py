@@ -112,7 +112,7 @@ def gold_at_length(readings: dict[str, Reading]) -> dict[str, Tensor]:
     words = {name: reading.words.log1p() for name, reading in readings.items()}
     golds = {name: reading.gold for name, reading in readings.items() if reading.gold is not None}
     inside = {name: words[name] - words[name].mean() for name in golds}
-    varied = sum(float((x**2).sum()) for x in inside.values())
+    varied = fsum(float((x**2).sum()) for x in inside.values())
     slope = fsum(float(inside[name] @ golds[name].double()) for name in golds) / varied if varied else 0.0
     return {name: gold - slope * (words[name] - words["sft"].mean()) for name, gold in golds.items()}
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -196,7 +195,7 @@ def optimise(learner: Learner, rollout: Rollout) -> Metrics:
         if taken and learner.mean_over_processes(taken[-1])["step_kl"] > ppo.max_step_kl:
             break
     give_back_memory()
-    means: Metrics = {name: fmean(row[name] for row in rows) for name in (rows[0] if rows else ())}
+    means: Metrics = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
     counts = {"optimizer_steps": len(rows), "skipped_steps": skipped}
     rate = float(learner.optimizer.param_groups[0]["lr"])
     return learner.mean_over_processes(means) | counts | {"learning_rate": rate}
