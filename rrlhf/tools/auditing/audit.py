@@ -51,7 +51,7 @@ class Audit:
         for version in lookup.versions:
             self._versions.setdefault((version.digest, version.key), []).append(version)
         self.checks = [  # what yields what is wrong with a product, and the way to mend it
-            (self._absence, "`rrlhf run` with its settings makes it again; `rrlhf accept` takes over what is in data/"),
+            (self._absence, "`rrlhf run` with its settings brings or makes it again; `rrlhf accept` takes over data/"),
             (self._folder, REPLACE),
             (self._registration, "remove the version in MLflow, and `rrlhf run` registers it again"),
             (self._aliases, "remove the alias in MLflow, or have it earned: `rrlhf promote`"),
