@@ -220,9 +220,9 @@ def relocate(root: Path) -> str:
             with connection:
                 changed = 0
                 for old, (table, column) in itertools.product(before, PLACES.items()):
-                    inside = f"{column} = ?2 or substr({column}, 1, length(?2) + 1) = ?2 || '/'"
-                    new = f"update {table} set {column} = ?1 || substr({column}, length(?2) + 1) where {inside}"
-                    changed += connection.execute(new, [here, old]).rowcount
+                    inside = f"{column} = :old or substr({column}, 1, length(:old) + 1) = :old || '/'"
+                    new = f"update {table} set {column} = :here || substr({column}, length(:old) + 1) where {inside}"
+                    changed += connection.execute(new, {"here": here, "old": old}).rowcount
     except sqlite3.Error as error:
         raise TrackingError(f"{database}: {error}; stop what uses it and try again") from None
     return f"{changed} places in {database.name} now lie in {root / FILES}; the database as it was: {backup.name}"
